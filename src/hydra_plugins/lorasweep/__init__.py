@@ -1,0 +1,1 @@
+"""Hydra finds plug-ins here; their code is in the package lorasweep."""

@@ -1,0 +1,101 @@
+"""Adapters: the trainable low-rank parts. One file a type; `pack` attaches K of them to a base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from lorasweep.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Site:
+    """A module of the base model that can carry an adapter."""
+
+    key: str
+    """Its name in files, kohya's: lora_unet_down_blocks_0_attentions_0_proj_in."""
+    part: str
+    """unet or text_encoder: which learning rate drives it."""
+    module: torch.nn.Module
+    """A Linear or Conv2d with `weight`."""
+
+    @property
+    def is_conv(self) -> bool:
+        """Is it a convolution (NCHW rows) rather than a Linear (channels last)?"""
+        return self.weight.dim() == 4
+
+    @property
+    def weight(self) -> Tensor:
+        """The module's frozen weight: (out, in) or (out, in, kh, kw)."""
+        weight: Tensor = self.module.weight  # type: ignore[assignment]
+        return weight
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Where the random zeros of a training step come from; None of it applies when scoring."""
+
+    seeds: Sequence[int]
+    """The seeds of the pack's runs, in row order."""
+    steps: Sequence[int]
+    """The micro step each of them is at."""
+    site: int
+    """Index of the module, so that no two modules share a draw."""
+
+
+class Stack(Protocol):
+    """The adapters of K runs on one site, computed at once."""
+
+    @property
+    def drops(self) -> bool:
+        """Does any of the runs drop anything in training?"""
+
+    def leaves(self) -> list[Tensor]:
+        """The stacked tensors that receive gradients, each (K, ...)."""
+
+    def views(self, index: int) -> list[Tensor]:
+        """Run `index`'s own part of each leaf, sharing its memory, in the order of `leaves`."""
+
+    def gradients(self, index: int) -> list[Tensor]:
+        """Run `index`'s own part of each leaf's gradient, in the same order."""
+
+    def file_tensors(self, index: int) -> dict[str, Tensor]:
+        """Run `index`'s tensors as a file holds them, by name below the site's key."""
+
+    def select(self, indices: Sequence[int]) -> Stack:
+        """A stack of these runs alone, with copies of their tensors."""
+
+    def forward(self, x: Tensor, y: Tensor, dropout: Dropout | None) -> Tensor:
+        """The base's output `y` plus the delta of each run on its own rows of `x`."""
+
+    def delta_weight(self, index: int) -> Tensor:
+        """Run `index`'s change of the base's weight, in the weight's shape."""
+
+    def limit_norm(self, index: int, maximum: float) -> None:
+        """Scale run `index`'s factors so that its delta's norm is at most `maximum`."""
+
+
+class Adapter(Settings):
+    """Settings of one type of adapter, and how its tensors begin."""
+
+    targets: str
+    scale_weight_norms: float | None
+
+    def initial(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
+        """New fp32 tensors for a site, as files hold them; the delta they make is zero."""
+        raise NotImplementedError
+
+    def stack(
+        self, site: Site, runs: Sequence[tuple[Adapter | None, Mapping[str, Tensor]]]
+    ) -> Stack:
+        """Stack the tensors of several runs of this type on one site."""
+        raise NotImplementedError
+
+    def metadata(self) -> dict[str, str]:
+        """kohya's ss_network_* entries."""
+        raise NotImplementedError

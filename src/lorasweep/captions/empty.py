@@ -1,0 +1,29 @@
+"""The empty caption: trains the unconditional part of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from pydantic import PositiveInt
+
+from lorasweep.dataset import ImageFile
+from lorasweep.settings import Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Empty(Settings):
+    """No words for any image."""
+
+    cached: ClassVar[bool] = False
+
+    repeats: PositiveInt
+
+    def identity(self) -> str:
+        """Nothing but its kind."""
+        return "empty"
+
+    def caption(self, images: Sequence[ImageFile]) -> Iterator[list[str]]:
+        """An empty text for each image."""
+        yield [""] * len(images)

@@ -1,0 +1,288 @@
+"""From composed YAML to a typed Run: the home of hydra and omegaconf, and every check of a value."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lorasweep.settings import SettingsError, build, unknown_key
+
+if TYPE_CHECKING:
+    from lorasweep.adapters import Adapter
+    from lorasweep.captions import Captioner
+    from lorasweep.dataset import Dataset
+    from lorasweep.metrics import Metric
+    from lorasweep.models import Model
+    from lorasweep.optimizers import LRScheduler, Optimizer
+    from lorasweep.sampling import Sampling
+    from lorasweep.tracking import Tracking
+    from lorasweep.trainers.native import NativeTrainer
+
+log = logging.getLogger(__name__)
+
+PACKAGE = Path(__file__).parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One configured training: every component, typed and checked."""
+
+    name: str
+    seed: int
+    sweep: str | None
+    output_root: Path
+    output_dir: Path
+    cache_dir: Path
+    model: Model
+    dataset: Dataset
+    captions: Mapping[str, Captioner]
+    adapter: Adapter
+    optimizer: Optimizer
+    lr_scheduler: LRScheduler
+    trainer: NativeTrainer
+    sampling: Sampling
+    metrics: Mapping[str, Metric]
+    tracking: Tracking
+    config_yaml: str
+    params: Mapping[str, Any]
+    overrides: Sequence[str]
+
+    def can_share_pack(self, other: Run) -> bool:
+        """Can both train together? Base, data, batches and what is scored must be the same."""
+        return self._shared() == other._shared()
+
+    def _shared(self) -> tuple[object, ...]:
+        own = {"max_train_epochs": 1, "noise_offset": 0.0, "min_snr_gamma": None}
+        return (
+            self.model,
+            self.dataset,
+            self.captions,
+            replace(self.trainer, **own),  # type: ignore[arg-type]
+            self.sampling,
+            self.metrics,
+            self.tracking,
+            self.output_root,
+        )
+
+
+def conf_dir() -> Path:
+    """The folder of options: inside the installed package, or the checkout's."""
+    return _data_dir("conf")
+
+
+def sweeps_dir() -> Path:
+    """The folder of the sweeps that ship, likewise."""
+    return _data_dir("sweeps")
+
+
+def _data_dir(name: str) -> Path:
+    installed = PACKAGE / name
+    return installed if installed.is_dir() else PACKAGE.parents[1] / name
+
+
+def register_resolvers() -> None:
+    """What conf/ may say in `${…}` beyond OmegaConf's own."""
+    resolvers = {
+        "embedded": lambda path: str(PACKAGE / "embedded" / path),
+        "half": lambda number: number / 2 if isinstance(number, int | float) else number,
+        "basename": lambda path: re.sub(r"[^\w-]+", "-", Path(path).name).strip("-") or "lora",
+        "user_cache": lambda name: str(_user_cache() / name),
+    }
+    for name, resolver in resolvers.items():
+        OmegaConf.register_new_resolver(name, resolver, replace=True)
+
+
+def _user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
+def compose(overrides: Sequence[str], config_dir: Path | None = None) -> DictConfig:
+    """The config that `train` would run with these overrides. Raises Hydra's errors."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+
+    register_resolvers()
+    extra = [f"hydra.searchpath=[file://{config_dir.absolute()}]"] if config_dir else []
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return hydra_compose("config", [*extra, *overrides])
+
+
+def build_run(
+    cfg: DictConfig,
+    *,
+    output_dir: Path,
+    overrides: Sequence[str] = (),
+    sweep: str | None = None,
+    number: int | None = None,
+) -> Run:
+    """Check every value of a composed config and build its components.
+
+    `number` is the job's in its sweep and completes the run's name. Raises SettingsError in one
+    line that names the key and the remedy.
+    """
+    _check_complete(cfg)
+    values = _resolved(cfg)
+    for key in values:
+        if key not in _KEYS:
+            raise SettingsError(unknown_key(key, sorted(_KEYS)))
+    run = Run(
+        name=_name(values["name"], number),
+        seed=_integer(values["seed"], "seed"),
+        sweep=sweep,
+        output_root=Path(values["output_root"]).absolute(),
+        output_dir=output_dir.absolute(),
+        cache_dir=Path(values["cache_dir"]).expanduser().absolute(),
+        captions=_group(values["captions"], "captions", "arm, e.g. captions=[empty,sidecar]"),
+        metrics=_group(values["metrics"], "metrics", "metric, e.g. metrics=[validation]"),
+        config_yaml=OmegaConf.to_yaml(cfg),
+        params=_flat(values),
+        overrides=tuple(overrides),
+        **{key: build(values[key], key) for key in _COMPONENTS},
+    )
+    _warn(run)
+    return run
+
+
+def job_identity(hydra_cfg: DictConfig) -> dict[str, Any]:
+    """Where a Hydra job writes and which sweep it belongs to, as `build_run` takes it.
+
+    A single run is a sweep of its own, named like one: NAME-DATE-TIME.
+    """
+    output_dir = Path(hydra_cfg.runtime.output_dir)
+    number = hydra_cfg.job.num if str(hydra_cfg.mode) == "RunMode.MULTIRUN" else None
+    folder = output_dir if number is None else Path(hydra_cfg.sweep.dir).absolute()
+    return {
+        "output_dir": output_dir,
+        "overrides": tuple(hydra_cfg.overrides.task),
+        "sweep": f"{folder.parent.name}-{folder.name}",
+        "number": number,
+    }
+
+
+def explain(error: Exception) -> str | None:
+    """One line for what the user can mend, naming key and remedy; None for any other error."""
+    from hydra.errors import HydraException
+
+    if isinstance(error, SettingsError):
+        return str(error)
+    if not isinstance(error, HydraException | OmegaConfBaseException):
+        return None
+    message = str(error)
+    if missing := re.search(r"[Mm]issing mandatory value: ([\w.]+)", message):
+        return _explain_missing(missing[1])
+    if option := re.search(r"Could not find '(.+?)/([^/']+)'", message):
+        group, name = option.groups()
+        return f"{group}={name}: there is no such option; choose one of {_options(group)}"
+    if key := re.search(
+        r"Could not (?:override|append to config|delete from config)[^']*'(.+?)'", message
+    ):
+        return _explain_key(key[1])
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return " ".join(lines[:2])
+
+
+def _options(group: str) -> str:
+    names = {path.stem for path in (conf_dir() / group).glob("*.yaml")}
+    return ", ".join(sorted(names)) or "none"
+
+
+def _explain_key(key: str) -> str:
+    """Why `key` can't be overridden: the group has no such setting, or there is no such group."""
+    group, _, rest = key.partition(".")
+    files = [yaml for yaml in (conf_dir() / group).glob("*.yaml")] if rest else []
+    known = {f"{group}.{name}" for file in files for name in _yaml_keys(file)}
+    return unknown_key(key, sorted(known or _KEYS))
+
+
+def _yaml_keys(file: Path) -> list[str]:
+    loaded = OmegaConf.load(file)
+    return [str(key) for key in loaded if key not in ("_target_", "defaults")]
+
+
+_COMPONENTS = (
+    "model",
+    "dataset",
+    "adapter",
+    "optimizer",
+    "lr_scheduler",
+    "trainer",
+    "sampling",
+    "tracking",
+)
+_KEYS = {*_COMPONENTS, "captions", "metrics", "name", "seed", "output_root", "cache_dir", "pick"}
+_HINTS = {
+    "dataset.image_dir": "give the folder of your images, e.g. dataset.image_dir=photos,"
+    " or try experiment=demo"
+}
+
+
+def _check_complete(cfg: DictConfig) -> None:
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise SettingsError(_explain_missing(missing[0]))
+
+
+def _explain_missing(key: str) -> str:
+    return f"{key} is missing: {_HINTS.get(key, f'give it as {key}=VALUE')}"
+
+
+def _resolved(cfg: DictConfig) -> dict[str, Any]:
+    try:
+        values = OmegaConf.to_container(cfg, resolve=True)
+    except (OmegaConfBaseException, TypeError) as error:
+        raise SettingsError(str(error).splitlines()[0]) from None
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items() if key != "hydra"}
+
+
+def _name(name: object, number: int | None) -> str:
+    text = str(name)
+    if not re.fullmatch(r"[\w-]+", text):
+        raise SettingsError(f"name={text}: use letters, digits, - and _ only (it names files)")
+    return text if number is None else f"{text}-{number}"
+
+
+def _integer(value: object, key: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise SettingsError(f"{key}={value}: must be a whole number")
+    return value
+
+
+def _group(nodes: Mapping[str, Any] | None, key: str, hint: str) -> dict[str, Any]:
+    """Components of a group of which several are chosen, by name."""
+    if key == "captions" and not nodes:
+        raise SettingsError(f"captions is empty: choose at least one {hint}")
+    for name in nodes or {}:
+        if not re.fullmatch(r"[\w-]+", name):
+            raise SettingsError(f"{key}.{name}: use letters, digits, - and _ (it names a folder)")
+    return {name: build(node, f"{key}.{name}") for name, node in (nodes or {}).items()}
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _warn(run: Run) -> None:
+    rank, alpha = getattr(run.adapter, "rank", None), getattr(run.adapter, "alpha", None)
+    if rank is not None and alpha is not None and alpha > rank:
+        log.warning(
+            "adapter.alpha=%g is larger than adapter.rank=%d, which scales the delta up; the guide"
+            " advises half of the rank: adapter.alpha=%g",
+            alpha,
+            rank,
+            rank / 2,
+        )

@@ -1,0 +1,374 @@
+"""The base model: load it, tokenize, encode, decode. The only place that knows an architecture."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import PositiveInt
+
+from lorasweep.settings import Settings, SettingsError
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+    from PIL import Image
+    from torch import Tensor
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    from lorasweep.adapters.pack import Pack
+
+PICKLED = {".ckpt", ".pt", ".pth", ".bin"}
+Precision = Literal["fp32", "fp16", "bf16"]
+
+
+class ModelError(ValueError):
+    """The base model can't be used; the message says why and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model(Settings):
+    """Which base model, and how it is read."""
+
+    path: str
+    revision: str | None
+    config: str | None
+    allow_pickle: bool
+    clip_skip: PositiveInt
+    prediction_type: Literal["epsilon", "v_prediction"] | None
+
+    def __post_init__(self) -> None:
+        file = Path(self.path)
+        if file.suffix in PICKLED and not self.allow_pickle:
+            raise SettingsError(
+                f"model.path={self.path} is a pickled checkpoint, which can run any code when"
+                " loaded; convert it to .safetensors, or set model.allow_pickle=true if you trust it"
+            )
+        looks_local = file.suffix in PICKLED | {".safetensors"} or file.is_absolute()
+        if (looks_local or self.path.startswith(".")) and not file.exists():
+            raise SettingsError(
+                f"model.path={self.path}: no such file or folder; give a diffusers folder, a"
+                " .safetensors file, a hub id, or model=embedded for the demo's model"
+            )
+
+    @property
+    def is_single_file(self) -> bool:
+        """One checkpoint file in the original Stable Diffusion layout, not a diffusers folder."""
+        return Path(self.path).is_file()
+
+    def load(self, device: str = "cpu", precision: Precision = "fp32") -> BaseModel:
+        """Load the model, frozen, in evaluation mode. Raises ModelError with the remedy."""
+        _quieten()
+        dtype = _weight_dtype(device, precision)
+        components = self._from_file(dtype) if self.is_single_file else self._from_folder(dtype)
+        return BaseModel.assemble(self, components, device, precision)
+
+    def _from_folder(self, dtype: torch.dtype) -> dict[str, Any]:
+        import diffusers
+        import torch
+        from transformers import CLIPTextModel, CLIPTokenizer
+
+        where = {"pretrained_model_name_or_path": self.path, "revision": self.revision}
+        safe = None if self.allow_pickle else True
+        weights: dict[str, Any] = {**where, "use_safetensors": safe, "torch_dtype": dtype}
+        unet, vae = diffusers.UNet2DConditionModel, diffusers.AutoencoderKL
+        try:
+            self._check_architecture()
+            return {
+                "tokenizer": CLIPTokenizer.from_pretrained(
+                    self.path, subfolder="tokenizer", revision=self.revision
+                ),
+                "text_encoder": CLIPTextModel.from_pretrained(**weights, subfolder="text_encoder"),
+                "unet": unet.from_pretrained(**weights, subfolder="unet"),
+                "vae": vae.from_pretrained(
+                    **{**weights, "torch_dtype": torch.float32}, subfolder="vae"
+                ),
+                "scheduler": diffusers.DDPMScheduler.load_config(**where, subfolder="scheduler"),
+            }
+        except OSError as error:
+            raise ModelError(_not_found(self.path, error)) from None
+
+    def _check_architecture(self) -> None:
+        from diffusers import DiffusionPipeline
+
+        index = DiffusionPipeline.load_config(self.path, revision=self.revision)
+        if index.get("_class_name") != "StableDiffusionPipeline":
+            raise ModelError(
+                f"model.path={self.path} is a {index.get('_class_name')}; lorasweep trains models"
+                " of Stable Diffusion 1.x's layout (StableDiffusionPipeline) so far"
+            )
+
+    def _from_file(self, dtype: torch.dtype) -> dict[str, Any]:
+        from diffusers import StableDiffusionPipeline
+
+        if self.config is None:
+            raise ModelError(
+                "model.config is null, but a single file needs the configs and the tokenizer of a"
+                " diffusers model: give its hub id or folder"
+            )
+        try:
+            pipeline = StableDiffusionPipeline.from_single_file(
+                self.path,
+                config=self.config,
+                local_files_only=Path(self.config).is_dir(),
+                safety_checker=None,
+                feature_extractor=None,
+                torch_dtype=dtype,
+            )
+        except OSError as error:
+            raise ModelError(_not_found(self.config, error)) from None
+        names = ("tokenizer", "text_encoder", "unet", "vae")
+        components = {name: getattr(pipeline, name) for name in names}
+        return {**components, "scheduler": dict(pipeline.scheduler.config)}
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A loaded, frozen base model of Stable Diffusion 1.x's layout."""
+
+    settings: Model
+    tokenizer: CLIPTokenizer
+    text_encoder: CLIPTextModel
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    scheduler_config: Mapping[str, Any]
+    device: str
+    precision: Precision
+
+    @classmethod
+    def assemble(
+        cls, settings: Model, components: Mapping[str, Any], device: str, precision: Precision
+    ) -> BaseModel:
+        """Freeze the components and move them to the device; the VAE computes in fp32."""
+        for name in ("text_encoder", "unet", "vae"):
+            components[name].requires_grad_(False).eval().to(device)
+        components["vae"].float()
+        config = dict(components["scheduler"])
+        if settings.prediction_type is not None:
+            config["prediction_type"] = settings.prediction_type
+        return cls(
+            settings=settings,
+            tokenizer=components["tokenizer"],
+            text_encoder=components["text_encoder"],
+            unet=components["unet"],
+            vae=components["vae"],
+            scheduler_config=config,
+            device=device,
+            precision=precision,
+        )
+
+    @property
+    def parts(self) -> dict[str, tuple[str, torch.nn.Module]]:
+        """What adapters attach to: part -> (prefix of its names in files, module)."""
+        # transformers 5 dropped the text_model. level that files' names have
+        inner = getattr(self.text_encoder, "text_model", self.text_encoder)
+        return {
+            "text_encoder": ("lora_te_text_model", inner),
+            "unet": ("lora_unet", self.unet),
+        }
+
+    @property
+    def base_model_version(self) -> str:
+        """kohya's ss_base_model_version."""
+        return "sd_v1"
+
+    @property
+    def architecture(self) -> str:
+        """modelspec.architecture of a LoRA of this model."""
+        return "stable-diffusion-v1/lora"
+
+    @property
+    def prediction_type(self) -> str:
+        """epsilon or v_prediction."""
+        return str(self.scheduler_config.get("prediction_type", "epsilon"))
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels a side of one latent."""
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    @property
+    def size_multiple(self) -> int:
+        """Pixels of which width and height must be a multiple: the UNet halves the latents."""
+        return int(self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1))
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents."""
+        return int(self.unet.config.in_channels)
+
+    @cached_property
+    def noise_scheduler(self) -> DDPMScheduler:
+        """The training schedule: adds noise and knows alphas_cumprod."""
+        from diffusers import DDPMScheduler
+
+        return DDPMScheduler.from_config(dict(self.scheduler_config))
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """Length of the noise schedule."""
+        return int(self.noise_scheduler.config.num_train_timesteps)
+
+    def sampler(self, name: str) -> Any:
+        """A diffusers scheduler of the class `name` with this model's noise schedule."""
+        import diffusers
+
+        return getattr(diffusers, name).from_config(dict(self.scheduler_config))
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context in which the UNet and the text encoder compute in `precision`."""
+        import torch
+
+        if self.precision == "fp32":
+            return nullcontext()
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float16
+        return torch.autocast(torch.device(self.device).type, dtype)
+
+    def computing_with(self, pack: Pack | None) -> AbstractContextManager[None]:
+        """Within, the model computes with the pack's adapters, or bare."""
+        return nullcontext() if pack is None else pack.attached()
+
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:
+        """Token ids (N, L), padded and cut to the text encoder's length."""
+        tokens = self.tokenizer(
+            list(prompts), padding="max_length", truncation=True, return_tensors="pt"
+        )
+        ids: Tensor = tokens.input_ids.to(self.device)
+        return ids
+
+    def encode_prompt(self, prompts: Sequence[str]) -> Tensor:
+        """Prompt embeddings (N, L, D) from the layer that clip_skip names."""
+        ids = self.tokenize(prompts)
+        skip = self.settings.clip_skip
+        if skip == 1:
+            embeds: Tensor = self.text_encoder(ids).last_hidden_state
+            return embeds
+        states = self.text_encoder(ids, output_hidden_states=True).hidden_states
+        inner = getattr(self.text_encoder, "text_model", self.text_encoder)
+        embeds = inner.final_layer_norm(states[-skip])
+        return embeds
+
+    def predict(self, noisy_latents: Tensor, timesteps: Tensor, embeds: Tensor) -> Tensor:
+        """The UNet's prediction (N, C, h, w) at timesteps (N,) under embeddings (N, L, D)."""
+        prediction: Tensor = self.unet(
+            noisy_latents.to(self.unet.dtype), timesteps, embeds.to(self.unet.dtype)
+        ).sample
+        return prediction
+
+    def training_target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What `predict` should give: the noise, or v (arXiv 2202.00512)."""
+        if self.prediction_type == "v_prediction":
+            velocity: Tensor = self.noise_scheduler.get_velocity(latents, noise, timesteps)
+            return velocity
+        return noise
+
+    def min_snr_weight(self, timesteps: Tensor, gamma: float) -> Tensor:
+        """Min-SNR weights (arXiv 2303.09556) of timesteps, for what the model predicts."""
+        alphas = self.noise_scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
+        snr = alphas / (1 - alphas)
+        if self.prediction_type == "v_prediction":
+            return snr.clamp(max=gamma) / (snr + 1)
+        return snr.clamp(max=gamma) / snr
+
+    def checkpoint_gradients(self) -> None:
+        """Compute activations again in the backward pass, for as long as the model lives."""
+        self.unet.enable_gradient_checkpointing()
+        self.unet.train()  # diffusers checkpoints in training mode only; nothing else differs
+        self.text_encoder.gradient_checkpointing_enable()
+        self.text_encoder.train()
+
+    def dtype(self, precision: Precision) -> torch.dtype:
+        """torch's name of a precision."""
+        import torch
+
+        return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """Latents (N, C, H/f, W/f) of pixels (N, 3, H, W) in -1..1: the posterior's mode, scaled."""
+        import torch
+
+        with torch.no_grad():
+            posterior = self.vae.encode(pixels.to(self.device)).latent_dist
+        latents: Tensor = posterior.mode() * self.vae.config.scaling_factor
+        return latents
+
+    def decode_latents(self, latents: Tensor) -> list[Image.Image]:
+        """Pictures of latents (N, C, h, w)."""
+        import torch
+        from PIL import Image
+
+        with torch.no_grad():
+            scaled = latents.float() / self.vae.config.scaling_factor
+            pixels = self.vae.decode(scaled).sample
+        values = (pixels.nan_to_num() / 2 + 0.5).clamp(0, 1).mul(255).round().byte()
+        return [Image.fromarray(picture) for picture in values.permute(0, 2, 3, 1).cpu().numpy()]
+
+    @cached_property
+    def vae_identity(self) -> str:
+        """sha256 over the VAE's weights: what cached latents depend on."""
+        return weights_hash(self.vae)
+
+    @cached_property
+    def file_hashes(self) -> dict[str, str]:
+        """kohya's hashes of the base's file; of a folder it has none and says IsADirectory."""
+        if not self.settings.is_single_file:
+            return {"ss_sd_model_hash": "IsADirectory", "ss_new_sd_model_hash": "IsADirectory"}
+        path = Path(self.settings.path)
+        with path.open("rb") as file:
+            whole = hashlib.file_digest(file, "sha256").hexdigest()
+            file.seek(0x100000)
+            part = hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
+        return {"ss_sd_model_hash": part, "ss_new_sd_model_hash": whole}
+
+
+def weights_hash(module: torch.nn.Module) -> str:
+    """sha256 over a module's parameters and buffers, names included."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def resolve_device(device: str) -> str:
+    """`auto` is CUDA where there is a device, else the CPU. Raises SettingsError for no device."""
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise SettingsError(
+            f"trainer.device={device}: no CUDA device was found; use trainer.device=auto or cpu"
+        )
+    return device
+
+
+def _quieten() -> None:
+    """Loading takes a moment and needs no bar for every file."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
+def _weight_dtype(device: str, precision: Precision) -> torch.dtype:
+    """Weights follow the precision on CUDA; the CPU's layer norm wants fp32 weights in autocast."""
+    import torch
+
+    if torch.device(device).type == "cpu":
+        return torch.float32
+    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+
+
+def _not_found(path: str, error: OSError) -> str:
+    first = str(error).splitlines()[0]
+    return (
+        f"model.path={path} can't be loaded: {first} Give a diffusers folder or a .safetensors"
+        " file on this machine, a hub id that can be reached, or model=embedded"
+    )

@@ -1,0 +1,118 @@
+"""The optimiser and the learning-rate schedule of one run."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+
+from lorasweep.settings import Settings, SettingsError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer(Settings):
+    """Which optimiser, its learning rates by part, and clipping."""
+
+    type: str
+    unet_lr: NonNegativeFloat
+    text_encoder_lr: NonNegativeFloat
+    max_grad_norm: NonNegativeFloat
+    args: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if not self.trained_parts:
+            raise SettingsError(
+                "optimizer.unet_lr and optimizer.text_encoder_lr are both 0, so nothing would be"
+                " trained; give one of them, e.g. optimizer.unet_lr=1e-4"
+            )
+
+    @property
+    def trained_parts(self) -> frozenset[str]:
+        """text_encoder and unet, where their learning rate is not zero."""
+        rates = {"text_encoder": self.text_encoder_lr, "unet": self.unet_lr}
+        return frozenset(part for part, rate in rates.items() if rate > 0)
+
+    def check(self) -> None:
+        """Raise SettingsError unless the optimiser can be made, before anything else is done."""
+        import torch
+
+        self.create({part: [torch.nn.Parameter(torch.zeros(1))] for part in self.trained_parts})
+
+    def create(
+        self, parameters: Mapping[str, Sequence[torch.nn.Parameter]]
+    ) -> torch.optim.Optimizer:
+        """The optimiser with a group a part, the text encoder's first as kohya has it.
+
+        Raises SettingsError if the class is not installed or refuses its arguments.
+        """
+        rates = {"text_encoder": self.text_encoder_lr, "unet": self.unet_lr}
+        groups = [
+            {"params": list(parameters[part]), "lr": rate, "name": part}
+            for part, rate in rates.items()
+            if parameters.get(part)
+        ]
+        try:
+            created: torch.optim.Optimizer = self._class()(groups, **self.args)
+        except TypeError as error:
+            raise SettingsError(f"optimizer.args: {self.type} refuses them: {error}") from None
+        return created
+
+    def _class(self) -> Any:
+        module_name, _, name = self.type.rpartition(".")
+        try:
+            return getattr(importlib.import_module(module_name or "torch.optim"), name)
+        except ImportError:
+            package = module_name.partition(".")[0].replace("_", "-")
+            raise SettingsError(
+                f"optimizer.type={self.type}: package {package} is not installed;"
+                f" pip install {package}, or optimizer=adamw"
+            ) from None
+        except AttributeError:
+            raise SettingsError(
+                f"optimizer.type={self.type}: {module_name or 'torch.optim'} has no {name}"
+            ) from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LRScheduler(Settings):
+    """A schedule of diffusers.optimization over all steps of a run."""
+
+    type: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+    warmup: NonNegativeFloat
+    num_cycles: PositiveInt
+    power: PositiveFloat
+
+    def __post_init__(self) -> None:
+        if self.warmup >= 1 and self.warmup != int(self.warmup):
+            raise SettingsError(
+                f"lr_scheduler.warmup={self.warmup}: give a whole number of steps, or a fraction"
+                " below 1 of all steps"
+            )
+
+    def warmup_steps(self, num_steps: int) -> int:
+        """Steps of warm-up in a run of `num_steps`."""
+        return int(self.warmup if self.warmup >= 1 else self.warmup * num_steps)
+
+    def create(
+        self, optimizer: torch.optim.Optimizer, num_steps: int
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """The schedule, to be stepped once an optimiser step, for `num_steps` in all."""
+        from diffusers.optimization import get_scheduler
+
+        warmup = self.warmup_steps(num_steps)
+        name = "constant_with_warmup" if self.type == "constant" and warmup else self.type
+        scheduler: torch.optim.lr_scheduler.LRScheduler = get_scheduler(
+            name,
+            optimizer,
+            num_warmup_steps=warmup,
+            num_training_steps=num_steps,
+            num_cycles=self.num_cycles,
+            power=self.power,
+        )
+        return scheduler

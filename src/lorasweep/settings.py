@@ -1,0 +1,80 @@
+"""Typed settings: what every configurable component is built from.
+
+A component is a frozen dataclass that derives from `Settings`: its fields' types and its
+`__post_init__` are the rules, the YAML in conf/ holds the values.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from typing import Annotated, Any, ClassVar
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+Probability = Annotated[float, Field(ge=0, lt=1)]
+"""A share of the time, from 0 up to but not including 1."""
+
+
+class SettingsError(ValueError):
+    """A setting that the user must mend; the message is one line naming the key and the remedy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Base of every component's settings. Values are checked against the fields' types."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", use_enum_values=True)
+
+
+def build(node: Mapping[str, Any], key: str) -> Any:
+    """Build the component that `node["_target_"]` names from the rest of the node.
+
+    Raises SettingsError in one line that names the key below `key` and what to do.
+    """
+    values = dict(node)
+    target = values.pop("_target_", None)
+    if target is None:
+        raise SettingsError(f"{key}._target_ is missing: it names the class that {key} configures")
+    return build_class(locate(str(target), f"{key}._target_"), values, key)
+
+
+def build_class(cls: type, values: Mapping[str, Any], key: str) -> Any:
+    """Build `cls` from plain values, as `build` does once the class is known."""
+    try:
+        return TypeAdapter(cls).validate_python(dict(values))
+    except ValidationError as error:
+        raise SettingsError(_explain(error, cls, key)) from None
+
+
+def locate(path: str, key: str) -> Any:
+    """Import the object at a dotted path; SettingsError names `key` when there is none."""
+    module_name, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise SettingsError(f"{key}={path}: {error}; give the dotted path of a class") from None
+
+
+def _explain(error: ValidationError, cls: type, key: str) -> str:
+    first = error.errors()[0]
+    where = ".".join([key, *(str(part) for part in first["loc"] if part != cls.__name__)])
+    if first["type"] == "value_error":  # raised by a __post_init__, which names its own key
+        return str(first["ctx"]["error"])
+    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return unknown_key(where, [f"{key}.{field.name}" for field in fields(cls)])
+    if first["type"] in ("missing", "missing_argument"):
+        return f"{where} is missing: give it as {where}=VALUE"
+    message = first["msg"].removeprefix("Input ").replace("should be", "must be")
+    return f"{where}={first['input']}: {message[0].lower()}{message[1:]}"
+
+
+def unknown_key(key: str, known: list[str]) -> str:
+    """The one line that refuses a key nobody reads."""
+    close = get_close_matches(key, known, n=1)
+    parent = key.rpartition(".")[0]
+    siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == parent]
+    hint = f"did you mean {close[0]}?" if close else f"{parent} has {', '.join(sorted(siblings))}"
+    return f"{key}: there is no such setting; {hint}"

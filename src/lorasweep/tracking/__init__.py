@@ -1,0 +1,39 @@
+"""MLflow: every run's settings, curves, pictures and checkpoints. The only home of mlflow.
+
+Writing goes through a `Tracker`, in order, on one thread beside the training. Reading (`sweeps`,
+`candidates`) and recording a choice (`record_choice`) are plain functions over a store's URI.
+"""
+
+from lorasweep.tracking.operations import NewRun, Status
+from lorasweep.tracking.reading import (
+    Candidate,
+    candidates,
+    config_of,
+    fetch_file,
+    record_choice,
+    sweeps,
+)
+from lorasweep.tracking.server import experiment_page, page, serve
+from lorasweep.tracking.store import Tracking, TrackingError, create_store, public_uri, sqlite_path
+from lorasweep.tracking.tracker import RunLog, Tracker
+
+__all__ = [
+    "Candidate",
+    "NewRun",
+    "RunLog",
+    "Status",
+    "Tracker",
+    "Tracking",
+    "TrackingError",
+    "candidates",
+    "config_of",
+    "create_store",
+    "experiment_page",
+    "fetch_file",
+    "page",
+    "public_uri",
+    "record_choice",
+    "serve",
+    "sqlite_path",
+    "sweeps",
+]

@@ -1,0 +1,75 @@
+"""MLflow's own pages for a store, on this machine only."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from lorasweep.tracking.reading import Candidate
+from lorasweep.tracking.store import TrackingError, create_store, is_server, open_experiment
+
+DEFAULT_PORT = 5000
+TRAINING_VIEW = "workflowType=machine_learning"  # else MLflow shows its pages for language models
+
+
+def serve(uri: str, experiment: str, artifacts: Path | None, port: int = DEFAULT_PORT) -> int:
+    """Show the store in MLflow's own pages, on this machine only, until interrupted.
+
+    Returns the server's exit code. Raises TrackingError when the port is taken.
+    """
+    if is_server(uri):
+        print(f"This project is tracked on a server: open {experiment_page(uri, experiment)}")
+        return 0
+    _check_port(port)
+    create_store(uri, experiment, artifacts)
+    print(f"MLflow starts, which takes some seconds: {experiment_page(uri, experiment, port)}")
+    print("Stop it with Ctrl-C.", flush=True)
+    return _run_server(uri, artifacts, port)
+
+
+def experiment_page(uri: str, experiment: str, port: int = DEFAULT_PORT) -> str:
+    """Address of the experiment's runs with all their curves and sample cards."""
+    _, experiment_id = open_experiment(uri, experiment)
+    root = _server(uri, port)
+    return f"{root}/#/experiments/{experiment_id}/runs?{TRAINING_VIEW}&compareRunsMode=CHART"
+
+
+def page(uri: str, candidate: Candidate, port: int = DEFAULT_PORT) -> str:
+    """Address of the candidate's page: on its server, or on the one that `lorasweep ui` starts."""
+    root = _server(uri, port)
+    address = f"{root}/#/experiments/{candidate.experiment_id}/models/{candidate.model_id}"
+    return f"{address}?{TRAINING_VIEW}"
+
+
+def _server(uri: str, port: int) -> str:
+    return uri.rstrip("/") if is_server(uri) else f"http://127.0.0.1:{port}"
+
+
+def _check_port(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            raise TrackingError(
+                f"port {port} is in use: stop what runs there (perhaps an earlier `lorasweep ui`) "
+                "or give another with --port"
+            ) from None
+
+
+def _run_server(uri: str, artifacts: Path | None, port: int) -> int:
+    command = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--backend-store-uri", uri, "--workers", "1"]
+    if artifacts is not None:
+        command += ["--artifacts-destination", artifacts.as_uri()]
+    # the job runner is for evaluations: 8 processes and 1.3 GB that training has no use for
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with subprocess.Popen(command, env=environment) as server:
+        try:
+            return server.wait()
+        except KeyboardInterrupt:
+            server.terminate()
+            return 0

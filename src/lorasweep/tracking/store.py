@@ -1,0 +1,194 @@
+"""Where runs are kept: the settings, the URI, and a store that is made once and safely."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import tempfile
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
+
+from lorasweep.checkpoint import write_atomically
+from lorasweep.settings import Settings
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+
+SWEEP_TAG = "lorasweep.sweep"
+RUN_TAG = "lorasweep.run"
+CHECKPOINT_TAG = "lorasweep.checkpoint"
+EPOCH_TAG = "lorasweep.epoch"
+PATH_TAG = "lorasweep.path"
+PICKED_TAG = "lorasweep.picked"
+CHOSEN_BY_TAG = "lorasweep.chosen_by"
+REASON_TAG = "lorasweep.reason"
+
+
+class TrackingError(RuntimeError):
+    """The tracking store can't be read or written; the message is one line with the remedy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tracking(Settings):
+    """Where runs are logged."""
+
+    uri: str | None
+    experiment: str
+    registered_model: str
+    upload: Literal["none", "picked", "all"]
+
+    def __post_init__(self) -> None:
+        if self.uri is not None and urlsplit(self.uri).scheme in ("", "file"):
+            raise ValueError(
+                f"tracking.uri={self.uri}: MLflow no longer keeps runs in plain files; give "
+                "sqlite:///PATH/mlflow.db, a server's http(s):// address, or null"
+            )
+        for key in ("experiment", "registered_model"):
+            if not getattr(self, key).strip():
+                raise ValueError(f"tracking.{key} is empty: give it a name")
+
+    def resolve(self, output_root: Path) -> str:
+        """The store's absolute URI; null is a SQLite file under `output_root`."""
+        if self.uri is None:
+            return f"sqlite:///{output_root.resolve() / 'mlflow.db'}"
+        database = sqlite_path(self.uri)
+        return f"sqlite:///{database.resolve()}" if database else self.uri
+
+    def artifacts(self, output_root: Path) -> Path | None:
+        """Where pictures and files go; a server (None) decides that itself."""
+        on_server = urlsplit(self.uri or "").scheme in ("http", "https")
+        return None if on_server else output_root.resolve() / "mlartifacts"
+
+
+def create_store(uri: str, experiment: str, artifacts: Path | None) -> str:
+    """Make the store and its experiment where they don't exist; returns the experiment's id.
+
+    Safe when several processes start at once. Raises TrackingError when it can't be opened.
+    """
+    from filelock import FileLock
+
+    quieten_mlflow()
+    database = sqlite_path(uri)
+    if database is None:
+        return _ensure_experiment(uri, experiment, artifacts)
+    try:
+        database.parent.mkdir(parents=True, exist_ok=True)
+        # MLflow's own set-up is not safe: of four processes on a fresh file it kills three.
+        with FileLock(database.with_name(f".{database.name}.lock")):
+            if not database.exists():
+                _create_database(database)
+            return _ensure_experiment(uri, experiment, artifacts)
+    except OSError as error:
+        raise TrackingError(
+            f"tracking store {database} can't be written ({error.strerror or error}); "
+            "give another output_root or tracking.uri"
+        ) from error
+
+
+def open_experiment(uri: str, experiment: str) -> tuple[MlflowClient, str]:
+    """A client and the experiment's id; TrackingError where nothing was ever logged."""
+    database = sqlite_path(uri)
+    missing = f"nothing is tracked yet in {public_uri(uri)}, experiment {experiment}: train first"
+    if database is not None and not database.exists():
+        raise TrackingError(missing)
+    client = client_of(uri)
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
+        raise TrackingError(missing)
+    return client, str(found.experiment_id)
+
+
+def client_of(uri: str) -> MlflowClient:
+    quieten_mlflow()
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    except MlflowException as error:
+        raise _unreachable(uri, error) from error
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """The file behind a `sqlite:///` URI, or None for any other store."""
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
+def is_server(uri: str) -> bool:
+    return urlsplit(uri).scheme in ("http", "https")
+
+
+def public_uri(uri: str) -> str:
+    """The URI without user name and password, fit for logs."""
+    return re.sub(r"//[^/@]*@", "//***@", uri)
+
+
+def quieten_mlflow() -> None:
+    """Settings that MLflow reads from the environment; those of the user stand."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    # by default a dead server is tried for four minutes
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    for name in ("mlflow.store.db.utils", "alembic"):  # a line for each table and migration
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _create_database(database: Path) -> None:
+    """Make MLflow's tables, which take seventy migrations, in one step: whole or not at all.
+
+    Each migration is flushed to the disk, 5 s in all where the work takes 1 s. So they are made
+    in a temporary file that is not flushed, and moved into place.
+    """
+    import sqlite3
+
+    from mlflow import MlflowClient
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
+
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        draft = Path(folder).resolve() / "mlflow.db"
+
+        def leave_unflushed(connection: object, _record: object) -> None:
+            if isinstance(connection, sqlite3.Connection) and _file_of(connection) == str(draft):
+                connection.execute("PRAGMA synchronous = OFF")
+
+        event.listen(Engine, "connect", leave_unflushed)
+        try:
+            MlflowClient(f"sqlite:///{draft}")
+        finally:
+            event.remove(Engine, "connect", leave_unflushed)
+        with closing(sqlite3.connect(draft)) as connection:
+            write_atomically(database, connection.serialize())
+
+
+def _file_of(connection: Any) -> str:
+    return str(connection.execute("PRAGMA database_list").fetchone()[2])
+
+
+def _ensure_experiment(uri: str, name: str, artifacts: Path | None) -> str:
+    from mlflow.exceptions import MlflowException
+
+    client = client_of(uri)
+    location = artifacts.as_uri() if artifacts else None
+    try:
+        found = client.get_experiment_by_name(name)
+        return str(found.experiment_id if found else client.create_experiment(name, location))
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_ALREADY_EXISTS":  # made by another process just now
+            return str(client.get_experiment_by_name(name).experiment_id)
+        raise _unreachable(uri, error) from error
+
+
+def _unreachable(uri: str, error: Exception) -> TrackingError:
+    reason = public_uri(str(error).splitlines()[0])[:300]
+    return TrackingError(
+        f"tracking.uri={public_uri(uri)} can't be opened: {reason}; start the server, "
+        "or give tracking.uri=null for a file under output_root"
+    )

@@ -1,0 +1,71 @@
+"""Trainers: what turns folders of captioned images into checkpoints, an epoch at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from lorasweep.adapters import Adapter
+from lorasweep.checkpoint import Checkpoint
+from lorasweep.dataset import Dataset
+from lorasweep.latents import Item
+from lorasweep.models import BaseModel
+from lorasweep.optimizers import LRScheduler, Optimizer
+
+
+class TrainerError(RuntimeError):
+    """Training can't go on; the message says why and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRun:
+    """What a trainer knows of one run."""
+
+    name: str
+    seed: int
+    output_dir: Path
+    max_train_epochs: int
+    noise_offset: float
+    min_snr_gamma: float | None
+    adapter: Adapter
+    optimizer: Optimizer
+    lr_scheduler: LRScheduler
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What the runs of a pack train on."""
+
+    items: Sequence[Item]
+    settings: Dataset
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epoch:
+    """What an epoch of a pack brought."""
+
+    checkpoints: Sequence[Checkpoint]
+    """The file of every run that finished the epoch, in the pack's order."""
+    steps: Mapping[str, Sequence[tuple[int, Mapping[str, float]]]]
+    """Run -> (optimizer step, train/loss, train/lr_unet, …) of the epoch."""
+    failures: Mapping[str, str] = field(default_factory=dict)
+    """Run -> why it stopped in this epoch; its earlier checkpoints stand."""
+
+
+class Training(Protocol):
+    """A training under way: iterate for its epochs, drop runs from it."""
+
+    def __iter__(self) -> Iterator[Epoch]:
+        """Train, yielding each epoch once its checkpoints are written."""
+
+    def drop(self, run: str) -> None:
+        """Stop training `run`; the others go on. Its checkpoints stand."""
+
+
+class Trainer(Protocol):
+    """Settings of a trainer, and the way to start it."""
+
+    def start(self, base: BaseModel, runs: Sequence[TrainingRun], data: TrainingData) -> Training:
+        """Prepare to train the runs as one pack."""

@@ -1,0 +1,243 @@
+"""The native trainer: K runs in one process over one frozen base model.
+
+Every loss, gradient norm, schedule, optimiser and random stream is a run's own, so a run gives the
+same result in a pack as alone, to float rounding. Options with kohya's names mean what kohya means.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+
+from lorasweep import checkpoint
+from lorasweep.adapters.pack import Pack
+from lorasweep.checkpoint import Checkpoint
+from lorasweep.models import BaseModel, Precision
+from lorasweep.settings import Settings
+from lorasweep.trainers import Epoch, TrainerError, TrainingData, TrainingRun
+from lorasweep.trainers.batches import Batch, epoch_batches, steps_per_epoch
+from lorasweep.trainers.loss import PackLoss
+from lorasweep.trainers.metadata import kohya_metadata
+from lorasweep.trainers.progress import Bar
+from lorasweep.trainers.state import RunState
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NativeTrainer(Settings):
+    """Settings of the native trainer; conf/trainer/native.yaml says what each does."""
+
+    max_train_epochs: PositiveInt
+    batch_size: PositiveInt
+    gradient_accumulation_steps: PositiveInt
+    precision: Precision
+    save_dtype: Precision
+    gradient_checkpointing: bool
+    noise_offset: NonNegativeFloat
+    min_snr_gamma: PositiveFloat | None
+    device: str
+
+    def start(
+        self, base: BaseModel, runs: Sequence[TrainingRun], data: TrainingData
+    ) -> NativeTraining:
+        """Prepare to train the runs as one pack."""
+        return NativeTraining(self, base, runs, data)
+
+
+@dataclass
+class _Members:
+    """Runs that train together."""
+
+    pack: Pack
+    states: list[RunState]
+
+    def bind(self) -> None:
+        """Point each run's parameters and gradients at its part of the stacks."""
+        self.pack.prepare_gradients()
+        for index, state in enumerate(self.states):
+            state.bind(self.pack.views(index), self.pack.gradients(index))
+
+    def select(self, indices: Sequence[int]) -> _Members:
+        """These members alone."""
+        states = [self.states[index] for index in indices]
+        return _Members(self.pack.select(indices), states)
+
+
+class NativeTraining:
+    """A training under way: iterate for its epochs, `drop` runs from it."""
+
+    def __init__(
+        self,
+        settings: NativeTrainer,
+        base: BaseModel,
+        runs: Sequence[TrainingRun],
+        data: TrainingData,
+    ) -> None:
+        self.settings, self.base, self.data = settings, base, data
+        self.started = time.time()
+        self.steps_per_epoch = steps_per_epoch(
+            data.items, settings.batch_size, settings.gradient_accumulation_steps
+        )
+        ordered = sorted(runs, key=_kind)  # runs of one kind are neighbours and share a stack
+        pack = Pack.new(
+            base.parts, [(run.adapter, run.seed, run.optimizer.trained_parts) for run in ordered]
+        )
+        states = [
+            RunState(run, pack.views(index), self.steps_per_epoch, base)
+            for index, run in enumerate(ordered)
+        ]
+        self._loss = PackLoss(base, data, settings.gradient_accumulation_steps)
+        self._members = _Members(pack, states)
+        self._members.bind()
+        self._waiting: list[_Members] = []
+        if settings.gradient_checkpointing:
+            base.checkpoint_gradients()
+
+    def __iter__(self) -> Iterator[Epoch]:
+        with Bar() as bar:
+            while self._members.states:
+                epoch = self._epoch_or_split(bar)
+                if epoch is not None:
+                    yield epoch
+                    self._keep(lambda state: state.num_epochs < state.run.max_train_epochs)
+                if not self._members.states and self._waiting:
+                    self._members = self._waiting.pop()
+                    self._members.bind()
+
+    def drop(self, run: str) -> None:
+        """Stop training `run`; the others go on. Its checkpoints stand."""
+        self._keep(lambda state: state.run.name != run)
+        for place, members in enumerate(self._waiting):
+            others = [i for i, state in enumerate(members.states) if state.run.name != run]
+            self._waiting[place] = members.select(others)
+
+    def _epoch_or_split(self, bar: Bar) -> Epoch | None:
+        """One epoch; when memory runs out None, with the pack halved and back at its start."""
+        before, snapshots = self._members, [state.snapshot() for state in self._members.states]
+        try:
+            return self._epoch(bar)
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            if len(before.states) == 1:
+                raise TrainerError(_no_memory(before.states[0].run, self.settings)) from None
+        log.warning("out of memory with %d runs: they go on as two packs", len(before.states))
+        before.bind()
+        for state, snapshot in zip(before.states, snapshots, strict=True):
+            state.restore(snapshot)
+        middle = len(before.states) // 2
+        self._waiting.append(before.select(range(middle, len(before.states))))
+        self._members = before.select(range(middle))
+        self._members.bind()
+        return None
+
+    def _epoch(self, bar: Bar) -> Epoch:
+        states = self._members.states
+        batches = {state.run.name: self._batches(state) for state in states}
+        steps: dict[str, list[tuple[int, dict[str, float]]]] = {name: [] for name in batches}
+        failures: dict[str, str] = {}
+        longest = max(states, key=lambda state: state.run.max_train_epochs)
+        bar.epoch(longest.num_epochs + 1, longest.run.max_train_epochs, self.steps_per_epoch)
+        num_batches = len(batches[states[0].run.name])
+        size = self.settings.gradient_accumulation_steps
+        for first in range(0, num_batches, size):
+            micro_steps = range(first, min(first + size, num_batches))
+            states = self._members.states
+            group = [[batches[state.run.name][i] for state in states] for i in micro_steps]
+            records = self._step(group)
+            for state, record in zip(states, records, strict=True):
+                steps[state.run.name].append((state.num_steps, record))
+                if not state.is_finite:
+                    seen = [batches[state.run.name][i] for i in micro_steps]
+                    failures[state.run.name] = self._failure(state, record, seen)
+            bar.step([record["train/loss"] for record in records])
+            if failures:
+                self._keep(lambda state: state.is_finite)
+            if not self._members.states:
+                break
+        for state in self._members.states:
+            state.num_epochs += 1
+        checkpoints = [self._write(index) for index in range(len(self._members.states))]
+        return Epoch(checkpoints=checkpoints, steps=steps, failures=failures)
+
+    def _step(self, micro_batches: Sequence[Sequence[Batch]]) -> list[dict[str, float]]:
+        """One optimiser step of every run from its batches; what is to be logged, by run."""
+        begun = time.perf_counter()
+        members = self._members
+        losses = [0.0] * len(members.states)
+        for batches in micro_batches:
+            values = self._loss.backward(members.pack, members.states, batches)
+            losses = [total + value for total, value in zip(losses, values, strict=True)]
+        records = []
+        for index, state in enumerate(members.states):
+            rates = state.rates()
+            norm = state.step(losses[index])
+            records.append({"train/loss": losses[index], "train/grad_norm": norm, **rates})
+            if state.is_finite and state.run.adapter.scale_weight_norms is not None:
+                members.pack.limit_norm(index, state.run.adapter.scale_weight_norms)
+        members.pack.zero_gradients()
+        speed = 1 / (time.perf_counter() - begun)
+        return [{**record, "train/it_per_s": speed} for record in records]
+
+    def _batches(self, state: RunState) -> list[Batch]:
+        return epoch_batches(
+            self.data.items,
+            self.settings.batch_size,
+            run_seed=state.run.seed,
+            data_seed=self.data.settings.seed,
+            epoch=state.num_epochs + 1,
+        )
+
+    def _failure(self, state: RunState, record: dict[str, float], seen: list[Batch]) -> str:
+        images = sorted({self.data.items[index].path.name for batch in seen for index in batch})
+        return (
+            f"{state.run.name}: loss {record['train/loss']:g} with gradient norm"
+            f" {record['train/grad_norm']:g} in epoch {state.num_epochs + 1}, step"
+            f" {state.num_steps}, on {', '.join(images)}; its earlier checkpoints stand."
+            " Try a lower learning rate, or precision bf16 or fp32"
+        )
+
+    def _write(self, index: int) -> Checkpoint:
+        state = self._members.states[index]
+        run, epoch = state.run, state.num_epochs
+        path = checkpoint.checkpoint_path(run.output_dir, run.name, epoch)
+        dtype = self.base.dtype(self.settings.save_dtype)
+        tensors = self._members.pack.file_tensors(index)
+        checkpoint.write(
+            path,
+            {name: tensor.to("cpu", dtype) for name, tensor in tensors.items()},
+            kohya_metadata(self, state),
+        )
+        return Checkpoint(path=path, run=run.name, epoch=epoch, step=state.num_steps)
+
+    def _keep(self, wanted: Callable[[RunState], bool]) -> None:
+        members = self._members
+        kept = [index for index, state in enumerate(members.states) if wanted(state)]
+        if len(kept) < len(members.states):
+            self._members = members.select(kept)
+            self._members.bind()
+
+
+def _kind(run: TrainingRun) -> tuple[str, ...]:
+    """What runs must share to be stacked together."""
+    return (type(run.adapter).__name__, run.adapter.targets, *sorted(run.optimizer.trained_parts))
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """CUDA raises a class of its own; the CPU's allocator only says so."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+
+
+def _no_memory(run: TrainingRun, settings: NativeTrainer) -> str:
+    return (
+        f"{run.name}: out of memory even alone; try trainer.batch_size below"
+        f" {settings.batch_size}, trainer.gradient_checkpointing=true, trainer.precision=bf16 or a"
+        " smaller dataset.resolution"
+    )

@@ -1,0 +1,118 @@
+"""What one run carries from step to step: parameters, optimiser, schedule, counters."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lorasweep import rng
+from lorasweep.models import BaseModel
+from lorasweep.trainers import TrainingRun
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Views = Mapping[str, Sequence["Tensor"]]
+"""Part -> a run's tensors in it."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A run's state, independent of what it trains on."""
+
+    parameters: list[Tensor]
+    optimizer: dict[str, Any]
+    lr_scheduler: dict[str, Any]
+    scaler: dict[str, Any]
+    num_steps: int
+    num_micro_steps: int
+
+
+class RunState:
+    """One run in training. Its parameters live in the pack's stacks, `bind` says where."""
+
+    def __init__(
+        self, run: TrainingRun, views: Views, steps_per_epoch: int, base: BaseModel
+    ) -> None:
+        import torch
+
+        self.run = run
+        self.session_id = rng.key_seed(run.seed, "session", run.name) % 2**32
+        self.parameters = {
+            part: [torch.nn.Parameter(view, requires_grad=False) for view in tensors]
+            for part, tensors in views.items()
+        }
+        self.optimizer = run.optimizer.create(self.parameters)
+        num_steps = run.max_train_epochs * steps_per_epoch
+        self.lr_scheduler = run.lr_scheduler.create(self.optimizer, num_steps)
+        self.scaler = torch.amp.GradScaler(
+            torch.device(base.device).type, enabled=base.precision == "fp16"
+        )
+        self.num_epochs = 0  # finished ones
+        self.num_steps = 0
+        self.num_micro_steps = 0
+        self.is_finite = True
+
+    def bind(self, views: Views, gradients: Views) -> None:
+        """Let the parameters be these tensors, with these gradients."""
+        for part, parameters in self.parameters.items():
+            for parameter, view, gradient in zip(
+                parameters, views[part], gradients[part], strict=True
+            ):
+                parameter.data = view
+                parameter.grad = gradient
+
+    def rates(self) -> dict[str, float]:
+        """The learning rates of the next step, by part."""
+        rates = {"train/lr_unet": 0.0, "train/lr_text_encoder": 0.0}
+        for group in self.optimizer.param_groups:
+            rates[f"train/lr_{group['name']}"] = float(group["lr"])
+        return rates
+
+    def step(self, loss: float) -> float:
+        """Clip and step; the gradients' norm before clipping. Not finite: nothing is changed."""
+        import torch
+
+        self.num_steps += 1
+        parameters = self._all_parameters()
+        self.scaler.unscale_(self.optimizer)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        # a scaled fp16 gradient may overflow: the scaler skips that step and scales less
+        overflow_is_normal = self.scaler.is_enabled()
+        self.is_finite = math.isfinite(loss) and (overflow_is_normal or bool(norm.isfinite()))
+        if self.is_finite:
+            limit = self.run.optimizer.max_grad_norm
+            if limit > 0:
+                torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.lr_scheduler.step()
+        return float(norm)
+
+    def snapshot(self) -> Snapshot:
+        """A copy of all that a step changes."""
+        return Snapshot(
+            parameters=[p.detach().clone() for p in self._all_parameters()],
+            optimizer=copy.deepcopy(self.optimizer.state_dict()),
+            lr_scheduler=copy.deepcopy(self.lr_scheduler.state_dict()),
+            scaler=copy.deepcopy(self.scaler.state_dict()),
+            num_steps=self.num_steps,
+            num_micro_steps=self.num_micro_steps,
+        )
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back to a snapshot, into the tensors the parameters are bound to."""
+        for parameter, value in zip(self._all_parameters(), snapshot.parameters, strict=True):
+            parameter.data.copy_(value)
+        self.optimizer.load_state_dict(snapshot.optimizer)
+        self.lr_scheduler.load_state_dict(snapshot.lr_scheduler)
+        self.scaler.load_state_dict(snapshot.scaler)
+        self.num_steps, self.num_micro_steps = snapshot.num_steps, snapshot.num_micro_steps
+        self.is_finite = True
+
+    def _all_parameters(self) -> list[Any]:
+        return [p for parameters in self.parameters.values() for p in parameters]
