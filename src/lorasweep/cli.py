@@ -46,37 +46,41 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"lorasweep {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    add = _Commands(commands)
-    add("train", _unreachable, "train one run, or with -m a sweep of them (a Hydra app)")
-    caption = add("caption", _caption, "caption a folder of images and write kohya's folders")
-    caption.add_argument("image_dir", metavar="DIR", help="folder of images")
-    pick = add("pick", _pick, "choose the best checkpoint of a sweep, or record your own choice")
-    pick.add_argument("sweep", nargs="?", metavar="SWEEP", help="name of a sweep; else the newest")
+    _add(commands, "train", "", "train one run, or with -m a sweep of them (a Hydra app)")
+    _add(commands, "caption", "DIR ", "caption a folder of images into kohya's folders", _caption)
+    pick = _add(commands, "pick", "[SWEEP] ", "choose the best checkpoint of a sweep", _pick)
     pick.add_argument("--run", help="your own choice: name of the run")
     pick.add_argument("--epoch", type=int, help="your own choice: its epoch")
-    pick.add_argument("--limit", type=int, default=15, help="rows of the table")
-    ui = add("ui", _ui, "show MLflow's pages for this project, on localhost")
+    pick.add_argument("--limit", type=int, default=15, help="rows of the table (default 15)")
+    ui = _add(commands, "ui", "", "show MLflow's pages for this project, on localhost", _ui)
     ui.add_argument("--port", type=int, default=5000, help="port to listen on (default 5000)")
-    add("doctor", _doctor, "check devices, disk, models, weights and the tracking store")
+    _add(commands, "doctor", "", "check devices, disk, models, weights and tracking", _doctor)
     return parser
 
 
-class _Commands:
-    """Adds sub-commands that take overrides and a folder of the user's own options."""
+def _add(
+    commands: Any,
+    name: str,
+    words: str,
+    text: str,
+    command: Callable[[argparse.Namespace], int] | None = None,
+) -> argparse.ArgumentParser:
+    """A command that takes `words` and overrides (with a `=`), in any order."""
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    parser.set_defaults(command=command)
+    parser.add_argument("words", nargs="*", metavar=f"{words}KEY=VALUE", help="settings to change")
+    parser.add_argument("--config-dir", type=Path, help="folder of your own options")
+    return parser
 
-    def __init__(self, commands: Any) -> None:
-        self._commands = commands
 
-    def __call__(
-        self, name: str, command: Callable[[argparse.Namespace], int], text: str
-    ) -> argparse.ArgumentParser:
-        parser: argparse.ArgumentParser = self._commands.add_parser(
-            name, help=text, description=text
-        )
-        parser.set_defaults(command=command)
-        parser.add_argument("--config-dir", type=Path, help="folder of your own options")
-        parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings to change")
-        return parser
+def _split(arguments: argparse.Namespace, at_most: int) -> tuple[list[str], list[str]]:
+    """Words and overrides. Raises SettingsError for more than `at_most` words."""
+    from lorasweep.settings import SettingsError
+
+    words = [word for word in arguments.words if "=" not in word]
+    if len(words) > at_most:
+        raise SettingsError(f"{words[at_most]}: not understood; settings are given as KEY=VALUE")
+    return words, [word for word in arguments.words if "=" in word]
 
 
 def train(argv: Sequence[str]) -> None:
@@ -118,15 +122,12 @@ def _run_alone(cfg: Any, hydra_cfg: Any) -> None:
             raise RunError(report.reason)
 
 
-def _unreachable(arguments: argparse.Namespace) -> int:
-    raise AssertionError("train is handed to Hydra before")
-
-
 def _caption(arguments: argparse.Namespace) -> int:
     from lorasweep.config import build_run, compose
 
-    overrides = [f"dataset.image_dir={arguments.image_dir}", *arguments.overrides]
-    run = build_run(compose(overrides, arguments.config_dir), output_dir=Path())
+    words, overrides = _split(arguments, at_most=1)
+    images = [f"dataset.image_dir={_quoted(words[0])}"] if words else []
+    run = build_run(compose([*overrides, *images], arguments.config_dir), output_dir=Path())
     from lorasweep.run import write_folders
 
     print(f"Captions are in {write_folders(run)}")
@@ -138,11 +139,12 @@ def _pick(arguments: argparse.Namespace) -> int:
 
     from lorasweep import pick
 
-    cfg, settings, output_root = _tracking(arguments)
+    words, overrides = _split(arguments, at_most=1)
+    cfg, settings, output_root = _tracking(overrides, arguments.config_dir)
     result = pick.pick(
         settings,
         output_root,
-        sweep=arguments.sweep,
+        sweep=words[0] if words else None,
         by=cfg.pick.by,
         run=arguments.run,
         epoch=arguments.epoch,
@@ -157,7 +159,8 @@ def _pick(arguments: argparse.Namespace) -> int:
 def _ui(arguments: argparse.Namespace) -> int:
     from lorasweep import tracking
 
-    _, settings, output_root = _tracking(arguments)
+    _, overrides = _split(arguments, at_most=0)
+    _, settings, output_root = _tracking(overrides, arguments.config_dir)
     uri, artifacts = settings.resolve(output_root), settings.artifacts(output_root)
     return tracking.serve(uri, settings.experiment, artifacts, arguments.port)
 
@@ -166,15 +169,22 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from lorasweep import doctor
     from lorasweep.config import compose
 
-    return doctor.examine(compose(arguments.overrides, arguments.config_dir))
+    _, overrides = _split(arguments, at_most=0)
+    return doctor.examine(compose(overrides, arguments.config_dir))
 
 
-def _tracking(arguments: argparse.Namespace) -> tuple[Any, Any, Path]:
+def _quoted(text: str) -> str:
+    """A value for Hydra's grammar, whatever characters it has."""
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def _tracking(overrides: Sequence[str], config_dir: Path | None) -> tuple[Any, Any, Path]:
     """The composed config, its tracking settings and its output_root; no images are needed."""
     from lorasweep.config import compose
     from lorasweep.settings import build
 
-    cfg = compose(["dataset.image_dir=lorasweep", *arguments.overrides], arguments.config_dir)
+    cfg = compose(["dataset.image_dir=lorasweep", *overrides], config_dir)
     return cfg, build(cfg.tracking, "tracking"), Path(cfg.output_root).absolute()
 
 

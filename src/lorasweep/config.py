@@ -1,4 +1,4 @@
-"""From composed YAML to a typed Run: the home of hydra and omegaconf, and every check of a value."""
+"""From composed YAML to a typed Run: hydra and omegaconf live here, and every check of a value."""
 
 from __future__ import annotations
 
@@ -140,13 +140,14 @@ def build_run(
         output_root=Path(values["output_root"]).absolute(),
         output_dir=output_dir.absolute(),
         cache_dir=Path(values["cache_dir"]).expanduser().absolute(),
-        captions=_group(values["captions"], "captions", "arm, e.g. captions=[empty,sidecar]"),
-        metrics=_group(values["metrics"], "metrics", "metric, e.g. metrics=[validation]"),
+        captions=_group(values.get("captions"), "captions"),
+        metrics=_group(values.get("metrics"), "metrics"),
         config_yaml=OmegaConf.to_yaml(cfg),
         params=_flat(values),
         overrides=tuple(overrides),
         **{key: build(values[key], key) for key in _COMPONENTS},
     )
+    _check_places(run)
     _warn(run)
     return run
 
@@ -169,8 +170,11 @@ def job_identity(hydra_cfg: DictConfig) -> dict[str, Any]:
 
 def explain(error: Exception) -> str | None:
     """One line for what the user can mend, naming key and remedy; None for any other error."""
-    from hydra.errors import HydraException
+    from hydra.errors import HydraException, OverrideParseException
 
+    if isinstance(error, OverrideParseException):
+        cause = str(error).splitlines()[0]
+        return f"{error.override}: can't be read ({cause}); quote values that hold , [ ] {{ }} or ="
     if isinstance(error, SettingsError):
         return str(error)
     if not isinstance(error, HydraException | OmegaConfBaseException):
@@ -197,7 +201,7 @@ def _options(group: str) -> str:
 def _explain_key(key: str) -> str:
     """Why `key` can't be overridden: the group has no such setting, or there is no such group."""
     group, _, rest = key.partition(".")
-    files = [yaml for yaml in (conf_dir() / group).glob("*.yaml")] if rest else []
+    files = list((conf_dir() / group).glob("*.yaml")) if rest else []
     known = {f"{group}.{name}" for file in files for name in _yaml_keys(file)}
     return unknown_key(key, sorted(known or _KEYS))
 
@@ -256,13 +260,18 @@ def _integer(value: object, key: str) -> int:
     return value
 
 
-def _group(nodes: Mapping[str, Any] | None, key: str, hint: str) -> dict[str, Any]:
-    """Components of a group of which several are chosen, by name."""
+def _group(nodes: Mapping[str, Any] | None, key: str) -> dict[str, Any]:
+    """Components of a group of which several can be chosen, by name."""
     if key == "captions" and not nodes:
-        raise SettingsError(f"captions is empty: choose at least one {hint}")
-    for name in nodes or {}:
+        raise SettingsError("captions is empty: choose at least one arm, e.g. captions=[empty]")
+    for name, node in (nodes or {}).items():
         if not re.fullmatch(r"[\w-]+", name):
             raise SettingsError(f"{key}.{name}: use letters, digits, - and _ (it names a folder)")
+        if "_target_" not in node:
+            raise SettingsError(
+                f"{key}.{name} has settings but is not chosen: add its option to {key}=[…], or"
+                " leave them out"
+            )
     return {name: build(node, f"{key}.{name}") for name, node in (nodes or {}).items()}
 
 
@@ -274,6 +283,15 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def _check_places(run: Run) -> None:
+    image_dir = run.dataset.image_dir.resolve()
+    if run.output_root.resolve().is_relative_to(image_dir):
+        raise SettingsError(
+            f"output_root={run.output_root} lies inside dataset.image_dir, so the next run would"
+            " take its pictures for yours; give another output_root"
+        )
 
 
 def _warn(run: Run) -> None:

@@ -71,7 +71,7 @@ def check_size(base: BaseModel, size: Size) -> None:
 
 
 def buckets(settings: Dataset) -> list[Size]:
-    """The sizes images are sorted into: all multiples of the step whose area fits (kohya's rule)."""
+    """The sizes images are sorted into: multiples of the step whose area fits (kohya's rule)."""
     width, height = settings.size
     area, step = width * height, settings.bucket_reso_steps
     square = math.isqrt(area) // step * step

@@ -47,7 +47,7 @@ class Model(Settings):
         if file.suffix in PICKLED and not self.allow_pickle:
             raise SettingsError(
                 f"model.path={self.path} is a pickled checkpoint, which can run any code when"
-                " loaded; convert it to .safetensors, or set model.allow_pickle=true if you trust it"
+                " loaded; convert it to .safetensors, or trust it by model.allow_pickle=true"
             )
         looks_local = file.suffix in PICKLED | {".safetensors"} or file.is_absolute()
         if (looks_local or self.path.startswith(".")) and not file.exists():
@@ -165,12 +165,7 @@ class BaseModel:
     @property
     def parts(self) -> dict[str, tuple[str, torch.nn.Module]]:
         """What adapters attach to: part -> (prefix of its names in files, module)."""
-        # transformers 5 dropped the text_model. level that files' names have
-        inner = getattr(self.text_encoder, "text_model", self.text_encoder)
-        return {
-            "text_encoder": ("lora_te_text_model", inner),
-            "unet": ("lora_unet", self.unet),
-        }
+        return parts_of(self.text_encoder, self.unet)
 
     @property
     def base_model_version(self) -> str:
@@ -250,8 +245,7 @@ class BaseModel:
             return embeds
         states = self.text_encoder(ids, output_hidden_states=True).hidden_states
         inner = getattr(self.text_encoder, "text_model", self.text_encoder)
-        embeds = inner.final_layer_norm(states[-skip])
-        return embeds
+        return inner.final_layer_norm(states[-skip])
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, embeds: Tensor) -> Tensor:
         """The UNet's prediction (N, C, h, w) at timesteps (N,) under embeddings (N, L, D)."""
@@ -279,7 +273,7 @@ class BaseModel:
         """Compute activations again in the backward pass, for as long as the model lives."""
         self.unet.enable_gradient_checkpointing()
         self.unet.train()  # diffusers checkpoints in training mode only; nothing else differs
-        self.text_encoder.gradient_checkpointing_enable()
+        self.text_encoder.activation_checkpointing_enable()
         self.text_encoder.train()
 
     def dtype(self, precision: Precision) -> torch.dtype:
@@ -289,7 +283,7 @@ class BaseModel:
         return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
 
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """Latents (N, C, H/f, W/f) of pixels (N, 3, H, W) in -1..1: the posterior's mode, scaled."""
+        """Latents (N, C, H/f, W/f) of pixels (N, 3, H, W) in -1..1: the posterior's scaled mode."""
         import torch
 
         with torch.no_grad():
@@ -324,6 +318,15 @@ class BaseModel:
             file.seek(0x100000)
             part = hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
         return {"ss_sd_model_hash": part, "ss_new_sd_model_hash": whole}
+
+
+def parts_of(
+    text_encoder: CLIPTextModel, unet: UNet2DConditionModel
+) -> dict[str, tuple[str, torch.nn.Module]]:
+    """What adapters of this architecture attach to, with the names that kohya gives them."""
+    # transformers 5 dropped the text_model. level that files' names have
+    inner = getattr(text_encoder, "text_model", text_encoder)
+    return {"text_encoder": ("lora_te_text_model", inner), "unet": ("lora_unet", unet)}
 
 
 def weights_hash(module: torch.nn.Module) -> str:

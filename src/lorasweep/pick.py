@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 DRIFT = "val/prior_drift"
 TABLE_LIMIT = 15
+CONTACT_SHEET = "contact_sheet.png"  # beside a run's files, where it draws pictures
 
 README = """\
 # {name}
@@ -155,9 +157,12 @@ def table(result: Pick, limit: int = TABLE_LIMIT) -> Table:
 def summary(result: Pick) -> list[str]:
     """What was picked and where it is now, in lines for a person."""
     who = "your own choice" if result.chosen_by == "person" else f"picked by {result.by}"
+    sheet = result.folder / CONTACT_SHEET
     return [
         f"{result.winner.name}, {who}: {result.folder / result.winner.name}.safetensors",
         f"How to use it: {result.folder / 'README.md'}",
+        *([f"Its run's contact sheet: {sheet}"] if sheet.exists() else []),
+        "Look at everything: lorasweep ui",
     ]
 
 
@@ -242,6 +247,9 @@ def _copy_out(
     tracking.fetch_file(uri, winner, folder / f"{winner.name}.safetensors")
     config = tracking.config_of(uri, winner)
     (folder / "config.yaml").write_text(config)
+    sheet = winner.path.parent / CONTACT_SHEET
+    if sheet.exists():
+        shutil.copyfile(sheet, folder / CONTACT_SHEET)
     (folder / "README.md").write_text(_readme(winner, config, by, chosen_by))
     return folder
 

@@ -16,9 +16,6 @@ BACKGROUND = "#ececec"  # so that a white picture still shows its edge
 INK = "#222222"
 
 Row = TypeVar("Row")
-MAX_ROWS = 12
-
-Row = TypeVar("Row")
 
 
 def contact_sheet(

@@ -86,7 +86,7 @@ def run_pack(runs: Sequence[Run]) -> Iterator[EpochReport | Failure]:
             judge = _Judge(base, runs, images, clock)
             training = first.trainer.start(
                 base,
-                [_training_run(run) for run in runs],
+                [training_run(run) for run in runs],
                 TrainingData(images.train, first.dataset),
             )
         scores, samples = judge.base_model()
@@ -182,7 +182,7 @@ def _images(base: BaseModel, run: Run, data: Path) -> Images:
     return Images(train=split("train"), holdout=split("holdout"))
 
 
-def _training_run(run: Run) -> TrainingRun:
+def training_run(run: Run) -> TrainingRun:
     return TrainingRun(
         name=run.name,
         seed=run.seed,

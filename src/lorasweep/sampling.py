@@ -120,8 +120,8 @@ def _denoise(
     scheduler.set_timesteps(prompts[0].num_inference_steps, device=base.device)
     texts = [prompt.negative for prompt in prompts] + [prompt.text for prompt in prompts]
     guidance = torch.tensor([p.guidance_scale for p in prompts], device=base.device)
-    noise = torch.stack([_noise(base, prompt) for prompt in prompts])
-    latents = (noise * scheduler.init_noise_sigma).to(base.device).repeat(num_runs, 1, 1, 1)
+    start = torch.stack([noise(base, prompt) for prompt in prompts])
+    latents = (start * scheduler.init_noise_sigma).to(base.device).repeat(num_runs, 1, 1, 1)
     with torch.no_grad(), base.computing_with(pack), base.autocast():
         embeds = base.encode_prompt(texts * num_runs)
         for timestep in scheduler.timesteps:
@@ -134,7 +134,8 @@ def _denoise(
     return latents.unflatten(0, (num_runs, num_prompts))
 
 
-def _noise(base: BaseModel, prompt: Prompt) -> Tensor:
+def noise(base: BaseModel, prompt: Prompt) -> Tensor:
+    """The latents (C, h, w) that a prompt's picture starts from: its seed's alone."""
     import torch
 
     factor = base.vae_scale_factor

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from lorasweep.adapters import Site
+from lorasweep.settings import SettingsError
 
 if TYPE_CHECKING:
     import torch
@@ -24,14 +25,18 @@ PRESETS: dict[str, dict[str, tuple[str, ...]]] = {
 """Which blocks' Linear and 1x1 convolutions carry adapters, by part."""
 
 
+def check_targets(targets: str) -> None:
+    """Raise SettingsError unless `targets` names a preset."""
+    if targets not in PRESETS:
+        known = ", ".join(sorted(PRESETS))
+        raise SettingsError(f"adapter.targets={targets}: choose one of {known}")
+
+
 def sites(parts: Mapping[str, tuple[str, torch.nn.Module]], targets: str) -> list[Site]:
     """The sites that `targets` names, in the order text encoder, UNet, and kohya's within.
 
-    `parts` gives for text_encoder and unet the prefix in files and the module. Raises ValueError
-    for an unknown preset.
+    `parts` gives for text_encoder and unet the prefix in files and the module.
     """
-    if targets not in PRESETS:
-        raise ValueError(f"adapter.targets={targets}: choose one of {', '.join(sorted(PRESETS))}")
     return [
         Site(key=f"{prefix}_{path.replace('.', '_')}", part=part, module=module)
         for part, (prefix, root) in parts.items()

@@ -14,6 +14,7 @@ from pydantic import PositiveFloat, PositiveInt
 
 from lorasweep import rng
 from lorasweep.adapters import Adapter, Dropout, Site
+from lorasweep.adapters.keys import check_targets
 from lorasweep.settings import Probability
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ class LoRA(Adapter):
     rank_dropout: Probability
     module_dropout: Probability
     scale_weight_norms: PositiveFloat | None
+
+    def __post_init__(self) -> None:
+        check_targets(self.targets)
 
     @property
     def drops(self) -> bool:

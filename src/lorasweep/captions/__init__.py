@@ -5,7 +5,6 @@ A new one is a frozen dataclass of settings that follows `Captioner`, and a YAML
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -16,8 +15,6 @@ from pydantic import Field
 from lorasweep.captions.cache import CaptionCache
 from lorasweep.dataset import ImageFile
 from lorasweep.settings import SettingsError
-
-logger = logging.getLogger(__name__)
 
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 """auto (CUDA where there is one), cpu, cuda, or one of several: cuda:1."""

@@ -95,12 +95,12 @@ class Sidecar(Settings):
     def _missing(self, names: list[str]) -> CaptionerError:
         if self.jsonl is None:
             return CaptionerError(
-                f"suffix={self.suffix}: no caption for {listed(names)}; put NAME{self.suffix} beside "
-                "each, or set suffix to the end that your files' names have"
+                f"suffix={self.suffix}: no caption for {listed(names)}; put NAME{self.suffix} "
+                "beside each, or set suffix to the end that your files' names have"
             )
         return CaptionerError(
-            f"jsonl={self.jsonl}: no line for {listed(names)}; add one for each, with file = its path "
-            "relative to dataset.image_dir"
+            f"jsonl={self.jsonl}: no line for {listed(names)}; add one for each, with file = "
+            "its path relative to dataset.image_dir"
         )
 
 

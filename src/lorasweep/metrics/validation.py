@@ -85,18 +85,14 @@ def _even_choice(
     settings: Validation, num_images: int, timesteps: list[int], count: int, split: str
 ) -> list[tuple[int, int, int]]:
     """`count` cells in which images, timesteps and noises each appear equally often (+-1)."""
-    draw = rng.python_random(settings.seed, "tuples", split)
-    offset = draw.randrange(len(timesteps))
-    rounds = len(timesteps) * num_images
-    return [
-        (
-            number // rounds % settings.num_noises,
-            number % num_images,
-            # each pass over the images moves every image on to another timestep
-            timesteps[(number + number // num_images + offset) % len(timesteps)],
-        )
-        for number in range(count)
-    ]
+    offset = rng.python_random(settings.seed, "tuples", split).randrange(len(timesteps))
+    cells = []
+    for number in range(count):
+        turn, image = divmod(number, num_images)
+        # each turn over the images moves every image on to another timestep
+        timestep = timesteps[(image + turn + offset) % len(timesteps)]
+        cells.append((turn // len(timesteps) % settings.num_noises, image, timestep))
+    return cells
 
 
 class _Validator:

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 
-THUMBNAIL = (256, 256)  # pixels; the size of MLflow's own
+THUMBNAIL = 256  # pixels at most, as MLflow's own
+ENLARGED = 128  # pixels at most to which smaller pictures are enlarged
 MAX_PARAM = 6000  # characters, MLflow's limits
 MAX_TAG = 8000
 MAX_KEY = 250
@@ -229,14 +230,25 @@ def points(step: int, metrics: Mapping[str, float]) -> list[Point]:
 def _save_sample(folder: Path, key: str, step: int, image: Image.Image) -> None:
     """Save under the names that `MlflowClient.log_image(key=, step=)` gives.
 
-    Its own call costs 17 ms a picture, and only one at a time; this one 1 ms.
+    Its own call costs 17 ms a picture of 64x64; this one 1.5 ms.
     """
     safe = re.sub(r"[^a-zA-Z0-9_\-.~ ]", "_", key.replace("/", "~"))[:MAX_SAMPLE_KEY]
     stem = f"{safe}+step+{step}+timestamp+{_now()}+{uuid.uuid4()}"
     image.save(folder / f"{stem}.png", compress_level=1)
+    _thumbnail(image).save(folder / f"{stem}+compressed.webp", method=0)
+
+
+def _thumbnail(image: Image.Image) -> Image.Image:
+    """What MLflow's pages show, at its natural size: so small pictures are enlarged."""
+    from PIL import Image
+
+    factor = ENLARGED // max(image.size)
+    if factor > 1:
+        size = (image.width * factor, image.height * factor)
+        return image.convert("RGB").resize(size, Image.Resampling.NEAREST)
     small = image.copy()
-    small.thumbnail(THUMBNAIL)
-    small.save(folder / f"{stem}+compressed.webp", method=0)
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    return small
 
 
 def _metrics(points: Sequence[Point], model_id: str | None = None) -> list[Metric]:

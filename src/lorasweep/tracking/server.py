@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
-import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from lorasweep.tracking.reading import Candidate
 from lorasweep.tracking.store import TrackingError, create_store, is_server, open_experiment
+from lorasweep.tracking.view import VIEW_KEY, save_view
 
 DEFAULT_PORT = 5000
 TRAINING_VIEW = "workflowType=machine_learning"  # else MLflow shows its pages for language models
@@ -18,7 +20,8 @@ TRAINING_VIEW = "workflowType=machine_learning"  # else MLflow shows its pages f
 def serve(uri: str, experiment: str, artifacts: Path | None, port: int = DEFAULT_PORT) -> int:
     """Show the store in MLflow's own pages, on this machine only, until interrupted.
 
-    Returns the server's exit code. Raises TrackingError when the port is taken.
+    This process becomes the server; it returns only when the store is behind one already. Raises
+    TrackingError when the port is taken.
     """
     if is_server(uri):
         print(f"This project is tracked on a server: open {experiment_page(uri, experiment)}")
@@ -27,14 +30,15 @@ def serve(uri: str, experiment: str, artifacts: Path | None, port: int = DEFAULT
     create_store(uri, experiment, artifacts)
     print(f"MLflow starts, which takes some seconds: {experiment_page(uri, experiment, port)}")
     print("Stop it with Ctrl-C.", flush=True)
-    return _run_server(uri, artifacts, port)
+    return _become_server(uri, artifacts, port)
 
 
 def experiment_page(uri: str, experiment: str, port: int = DEFAULT_PORT) -> str:
-    """Address of the experiment's runs with all their curves and sample cards."""
+    """Address of the experiment's runs, with their curves and pictures as they are now."""
     _, experiment_id = open_experiment(uri, experiment)
     root = _server(uri, port)
-    return f"{root}/#/experiments/{experiment_id}/runs?{TRAINING_VIEW}&compareRunsMode=CHART"
+    address = f"{root}/#/experiments/{experiment_id}/runs?{TRAINING_VIEW}&compareRunsMode=CHART"
+    return f"{address}&viewStateShareKey={VIEW_KEY}" if save_view(uri, experiment) else address
 
 
 def page(uri: str, candidate: Candidate, port: int = DEFAULT_PORT) -> str:
@@ -45,7 +49,9 @@ def page(uri: str, candidate: Candidate, port: int = DEFAULT_PORT) -> str:
 
 
 def _server(uri: str, port: int) -> str:
-    return uri.rstrip("/") if is_server(uri) else f"http://127.0.0.1:{port}"
+    """The root of the pages' addresses, without the user name and password of the URI."""
+    local = f"http://127.0.0.1:{port}"
+    return re.sub(r"//[^/@]*@", "//", uri).rstrip("/") if is_server(uri) else local
 
 
 def _check_port(port: int) -> None:
@@ -60,16 +66,15 @@ def _check_port(port: int) -> None:
             ) from None
 
 
-def _run_server(uri: str, artifacts: Path | None, port: int) -> int:
+def _become_server(uri: str, artifacts: Path | None, port: int) -> NoReturn:
+    """Replace this process by MLflow's, so that signals reach it and nothing is left behind."""
     command = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--backend-store-uri", uri, "--workers", "1"]
+    command += ["--workers", "1"]
     if artifacts is not None:
         command += ["--artifacts-destination", artifacts.as_uri()]
-    # the job runner is for evaluations: 8 processes and 1.3 GB that training has no use for
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with subprocess.Popen(command, env=environment) as server:
-        try:
-            return server.wait()
-        except KeyboardInterrupt:
-            server.terminate()
-            return 0
+    ours = {
+        "MLFLOW_BACKEND_STORE_URI": uri,  # not an argument: it may hold a password
+        # runs evaluations: 8 processes and 1.3 GB that training has no use for
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }
+    os.execve(sys.executable, command, {**os.environ, **ours})

@@ -104,13 +104,15 @@ def open_experiment(uri: str, experiment: str) -> tuple[MlflowClient, str]:
 
 
 def client_of(uri: str) -> MlflowClient:
+    """MLflow's client of the store; TrackingError when it can't be opened."""
     quieten_mlflow()
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     try:
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
-    except MlflowException as error:
+    except (MlflowException, SQLAlchemyError) as error:
         raise _unreachable(uri, error) from error
 
 
@@ -120,6 +122,7 @@ def sqlite_path(uri: str) -> Path | None:
 
 
 def is_server(uri: str) -> bool:
+    """Is the store behind an MLflow server?"""
     return urlsplit(uri).scheme in ("http", "https")
 
 
@@ -136,7 +139,8 @@ def quieten_mlflow() -> None:
     # by default a dead server is tried for four minutes
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    for name in ("mlflow.store.db.utils", "alembic"):  # a line for each table and migration
+    # a line for each migration, and "Waiting up to 300 seconds" for what is there at once
+    for name in ("mlflow.store.db.utils", "alembic", "mlflow.store.model_registry.abstract_store"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 

@@ -110,6 +110,7 @@ class Writer:
 def _explained(failure: BaseException) -> TrackingError:
     if isinstance(failure, TrackingError):
         return failure
-    error = TrackingError(f"MLflow could not be written: {public_uri(str(failure))}")
+    reason = public_uri(str(failure).partition("\n")[0]) or type(failure).__name__
+    error = TrackingError(f"MLflow could not be written: {reason}")
     error.__cause__ = failure
     return error

@@ -20,8 +20,7 @@ _PRECISION = {"fp32": "no", "fp16": "fp16", "bf16": "bf16"}
 
 
 def kohya_metadata(training: NativeTraining, state: RunState) -> dict[str, str]:
-    """All entries but the hashes, which the writer adds. Options we don't have say None or False,
-    as kohya writes for one that is off."""
+    """All entries but the hashes, which the writer adds; options we don't have are left out."""
     values = {
         **_run(training, state),
         **_data(training),
@@ -54,7 +53,6 @@ def _run(training: NativeTraining, state: RunState) -> dict[str, object]:
         "ss_gradient_accumulation_steps": settings.gradient_accumulation_steps,
         "ss_gradient_checkpointing": settings.gradient_checkpointing,
         "ss_mixed_precision": _PRECISION[settings.precision],
-        "ss_full_fp16": False,
         "ss_noise_offset": run.noise_offset or None,
         "ss_min_snr_gamma": run.min_snr_gamma,
         "ss_loss_type": "l2",

@@ -1,0 +1,30 @@
+# make run: the demo, from nothing.  make test: lint, types and tests.  Both set .venv up first.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: run test lint ui clean
+.DEFAULT_GOAL := run
+
+.venv/ready: constraints.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt hatchling editables
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	touch .venv/ready
+
+run: .venv/ready
+	$(BIN)/lorasweep train -m +sweeps=demo
+	$(BIN)/lorasweep pick
+
+test: .venv/ready lint
+	$(BIN)/pytest -m "not slow"
+
+lint: .venv/ready
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+ui: .venv/ready
+	$(BIN)/lorasweep ui
+
+clean:
+	rm -rf .venv outputs

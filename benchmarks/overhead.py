@@ -1,0 +1,96 @@
+"""What of a demo sweep's time is the harness's own: `python -m benchmarks.overhead`.
+
+Runs `lorasweep train -m +sweeps=demo` in a temporary folder and compares what the runs' own clock
+(seconds.json) says of training, scoring and sampling with the wall time of `run_pack`, from the
+first image read to the last byte logged. Start-up (imports, Hydra) comes before. The target: the
+harness and tracking take at most 2 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from unittest.mock import patch
+
+from benchmarks.common import show
+from lorasweep import cli, launcher
+from lorasweep.config import Run
+from lorasweep.run import EpochReport, Failure, run_pack
+
+TARGET = 0.02
+
+
+def main() -> None:
+    """Run the sweep and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings to change")
+    overrides = parser.parse_args().overrides
+    stopwatch = _Stopwatch()
+    timed = patch.object(launcher, "run_pack", stopwatch.run_pack)
+    with tempfile.TemporaryDirectory() as name, timed:
+        places = [f"output_root={name}", f"cache_dir={name}/cache"]
+        cli.main(["train", "-m", "+sweeps=demo", *places, *overrides])
+        clocks = [json.loads(path.read_text()) for path in stopwatch.clocks]
+    _print(stopwatch, clocks)
+
+
+class _Stopwatch:
+    """Times the packs as the launcher runs them."""
+
+    def __init__(self) -> None:
+        self.wall = 0.0  # seconds of all packs
+        self.tracking_cpu = 0.0  # seconds of the thread that writes to MLflow
+        self.clocks: list[Path] = []  # one a pack: its runs share theirs
+
+    def run_pack(self, runs: Sequence[Run]) -> Iterator[EpochReport | Failure]:
+        begun = time.perf_counter()
+        spent = 0.0
+        for report in run_pack(runs):
+            spent = _tracking_cpu()
+            yield report
+        self.wall += time.perf_counter() - begun
+        self.tracking_cpu += spent
+        self.clocks.append(runs[-1].output_dir / "seconds.json")
+
+
+def _tracking_cpu() -> float:
+    """CPU seconds of the tracking thread so far; it writes behind the training."""
+    for thread in threading.enumerate():
+        if thread.name == "tracking" and thread.ident is not None:
+            return time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
+    return 0.0
+
+
+def _print(stopwatch: _Stopwatch, clocks: Sequence[dict[str, float]]) -> None:
+    parts = {
+        name: sum(clock.get(name, 0.0) for clock in clocks)
+        for name in ("prepare", "train", "score", "sample")
+    }
+    rest = stopwatch.wall - sum(parts.values())
+    rows = {**parts, "everything else": rest, "run_pack": stopwatch.wall}
+    show(
+        "A demo sweep's wall time",
+        ["what", "seconds", "share", "target"],
+        [
+            [
+                name,
+                f"{seconds:.2f}",
+                f"{seconds / stopwatch.wall:.1%}",
+                f"<= {TARGET:.0%}" if name == "everything else" else "",
+            ]
+            for name, seconds in rows.items()
+        ],
+    )
+    print(
+        f"Of the CPU, the thread that writes to MLflow took {stopwatch.tracking_cpu:.2f} s behind"
+        f" the training, {stopwatch.tracking_cpu / stopwatch.wall:.1%} of the wall time."
+    )
+
+
+if __name__ == "__main__":
+    main()

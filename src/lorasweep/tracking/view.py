@@ -1,0 +1,139 @@
+"""How MLflow's page of an experiment looks when `lorasweep ui` opens it.
+
+Left alone, MLflow makes a card for each metric and each prompt, by alphabet, and writes all params
+of a run (some seventy) above each picture, which pushes it out of sight. So we store a view, as
+the page's own *Share* button does: scores first, then one table of pictures, prompts by runs,
+with one slider for the epoch, then training. Its JSON is not documented; seen in MLflow 3.17.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import zlib
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
+
+from lorasweep.tracking.store import PICKED_TAG, SWEEP_TAG, open_experiment
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+VIEW_KEY = "lorasweep"  # in the page's address
+VIEW_TAG = f"mlflow.sharedViewState.{VIEW_KEY}"
+FIRST = ("val/loss_rel", "val/gap", "val/prior_drift")
+MAX_RUNS = 200
+MAX_TAG = 20_000  # characters of an experiment's tag
+MAX_COLUMNS = 8
+
+
+def save_view(uri: str, experiment: str) -> bool:
+    """Fit the view to what is logged now; False when there is nothing to show yet."""
+    client, experiment_id = open_experiment(uri, experiment)
+    runs = client.search_runs([experiment_id], max_results=MAX_RUNS)
+    if not runs:
+        return False
+    metrics = sorted({key for run in runs for key in run.data.metrics})
+    packed = _packed(_view(metrics, _sample_keys(client, runs), _searched_params(runs)))
+    if len(packed) > MAX_TAG:
+        return False
+    client.set_experiment_tag(experiment_id, VIEW_TAG, packed)
+    return True
+
+
+def _view(metrics: Sequence[str], samples: Sequence[str], params: Iterable[str]) -> dict[str, Any]:
+    scores = [key for key in metrics if not key.startswith("train/")]
+    ends = tuple(key for key in scores if key.endswith(("_lo", "_hi")))  # of intervals
+    ordered = [key for key in FIRST if key in scores]
+    ordered += [key for key in scores if key not in ordered and key not in ends]
+    training = [key for key in metrics if key.startswith("train/")]
+    columns = [f"params.`{key}`" for key in params] + [f"metrics.`{key}`" for key in ordered[:3]]
+    return {
+        "selectedColumns": [*columns, f"tags.`{PICKED_TAG}`", f"tags.`{SWEEP_TAG}`"],
+        "compareRunSections": [
+            _section("scores", columns=3, height=340),
+            _section("pictures", columns=1, height=900),
+            _section("training", columns=3, height=300),
+            _section("intervals", columns=3, height=300, display=False),
+            # here MLflow adds a card for each prompt on its own
+            _section("samples", columns=3, height=300, display=False),
+        ],
+        "compareRunCharts": [
+            *(_curve(key, "scores") for key in ordered),
+            *([_pictures(samples)] if samples else []),
+            *(_curve(key, "training") for key in training),
+            *(_curve(key, "intervals") for key in ends),
+        ],
+        "isAccordionReordered": True,
+    }
+
+
+def _section(name: str, *, columns: int, height: int, display: bool = True) -> dict[str, Any]:
+    return {
+        "uuid": name,
+        "name": name,
+        "display": display,
+        "isReordered": True,
+        "deleted": False,
+        "isGenerated": False,
+        "columns": columns,
+        "cardHeight": height,
+    }
+
+
+def _curve(metric: str, section: str) -> dict[str, Any]:
+    return {
+        **_chart(metric, "LINE", section),
+        "displayName": metric.partition("/")[2],
+        "metricKey": metric,
+        "selectedMetricKeys": [metric],
+        "lineSmoothness": 0,
+        "scaleType": "linear",
+        "xAxisScaleType": "linear",
+        "xAxisKey": "step",
+        "selectedXAxisMetricKey": "",
+        "yAxisKey": "metric",
+        "yAxisExpressions": [],
+        "range": {},
+        "ignoreOutliers": False,
+    }
+
+
+def _pictures(samples: Sequence[str]) -> dict[str, Any]:
+    card = _chart("pictures", "IMAGE", "pictures")
+    return {**card, "imageKeys": list(samples), "step": 0, "showRunParams": False}
+
+
+def _chart(uuid: str, kind: str, section: str) -> dict[str, Any]:
+    return {
+        "uuid": uuid,
+        "type": kind,
+        "runsCountToCompare": 10,
+        "metricSectionId": section,
+        "deleted": False,
+        "isGenerated": False,
+    }
+
+
+def _sample_keys(client: MlflowClient, runs: Sequence[Run]) -> list[str]:
+    """Prompts of the newest run that has pictures."""
+    for run in runs:
+        names = [unquote(file.path) for file in client.list_artifacts(run.info.run_id, "images")]
+        keys = {name.removeprefix("images/").partition("+step+")[0] for name in names}
+        if keys:
+            return sorted(key.replace("~", "/") for key in keys)
+    return []
+
+
+def _searched_params(runs: Sequence[Run]) -> list[str]:
+    """Params in which the runs of the newest sweep differ."""
+    sweep = runs[0].data.tags.get(SWEEP_TAG)
+    params = [run.data.params for run in runs if run.data.tags.get(SWEEP_TAG) == sweep]
+    keys = sorted({key for one in params for key in one})
+    return [key for key in keys if len({one.get(key) for one in params}) > 1][:MAX_COLUMNS]
+
+
+def _packed(view: dict[str, Any]) -> str:
+    return "deflate;" + base64.b64encode(zlib.compress(json.dumps(view).encode(), 9)).decode()

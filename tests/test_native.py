@@ -1,0 +1,261 @@
+"""The native trainer: a run in a pack is the same run alone, whatever its neighbours do."""
+
+import logging
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lorasweep import checkpoint, folders, latents
+from lorasweep.run import training_run, write_folders
+from lorasweep.trainers import TrainerError, TrainingData
+from lorasweep.trainers.batches import epoch_batches
+
+
+@pytest.fixture
+def data(make_run, base):
+    return load(make_run(), base)
+
+
+def load(run, base):
+    arms = folders.read(write_folders(run) / "train")
+    return TrainingData(latents.encode(base, arms, run.dataset, run.cache_dir), run.dataset)
+
+
+def train(base, data, *runs):
+    """Train to the end: losses by run, the last checkpoint by run, failures by run."""
+    losses, last, failures = {}, {}, {}
+    training = runs[0].trainer.start(base, [training_run(run) for run in runs], data)
+    for epoch in training:
+        for name, steps in epoch.steps.items():
+            losses.setdefault(name, []).extend(values["train/loss"] for _, values in steps)
+        last.update({one.run: one for one in epoch.checkpoints})
+        failures.update(epoch.failures)
+    return losses, last, failures
+
+
+def tensors(one):
+    return checkpoint.read(one.path)[0]
+
+
+def relative_difference(a, b):
+    squared = sum(float((a[name] - b[name]).square().sum()) for name in a)
+    return math.sqrt(squared / sum(float(tensor.square().sum()) for tensor in b.values()))
+
+
+MIXED = [
+    ("adapter.rank=4", "optimizer.unet_lr=1e-3", "seed=1"),
+    ("adapter.rank=16", "optimizer.unet_lr=3e-4", "lr_scheduler=cosine", "seed=2"),
+    ("adapter.rank=8", "optimizer.unet_lr=2e-3", "trainer.noise_offset=0.1", "seed=3"),
+]
+
+
+def test_a_run_in_a_pack_is_the_run_alone(make_run, base, data):
+    runs = [
+        make_run(*overrides, "trainer.max_train_epochs=3", number=number)
+        for number, overrides in enumerate(MIXED)
+    ]
+    losses, last, _ = train(base, data, *runs)
+    for run in runs:
+        alone_losses, alone_last, _ = train(base, data, run)
+        assert losses[run.name] == pytest.approx(alone_losses[run.name], rel=1e-5)
+        difference = relative_difference(tensors(last[run.name]), tensors(alone_last[run.name]))
+        assert difference < 1e-5
+
+
+def test_a_neighbour_that_turns_nan_is_stopped_alone(make_run, base, data, tmp_path):
+    healthy = make_run("adapter.rank=4", number=0)
+    doomed = make_run("adapter.rank=8", "optimizer.unet_lr=1e30", number=1)
+    losses, last, failures = train(base, data, doomed, healthy)
+    assert list(failures) == [doomed.name]
+    assert "its earlier checkpoints stand" in failures[doomed.name]
+    assert any(item.path.name in failures[doomed.name] for item in data.items)
+    alone_losses, alone_last, _ = train(base, data, healthy)
+    assert losses[healthy.name] == pytest.approx(alone_losses[healthy.name], rel=1e-5)
+    difference = relative_difference(tensors(last[healthy.name]), tensors(alone_last[healthy.name]))
+    assert difference < 1e-5
+
+
+def test_a_neighbour_that_leaves_early_changes_nothing(make_run, base, data):
+    short = make_run("trainer.max_train_epochs=1", "adapter.rank=16", number=0)
+    dropped = make_run("trainer.max_train_epochs=3", "adapter.rank=2", number=1)
+    long = make_run("trainer.max_train_epochs=3", "adapter.rank=4", number=2)
+    training = long.trainer.start(base, [training_run(r) for r in (short, dropped, long)], data)
+    seen, losses = [], []
+    for epoch in training:
+        seen.append([one.run for one in epoch.checkpoints])
+        losses += [values["train/loss"] for _, values in epoch.steps[long.name]]
+        if len(seen) == 2:
+            training.drop(dropped.name)
+    assert [len(names) for names in seen] == [3, 2, 1]
+    alone, _, _ = train(base, data, long)
+    assert losses == pytest.approx(alone[long.name], rel=1e-5)
+
+
+def test_out_of_memory_splits_the_pack_and_loses_nothing(make_run, base, data, monkeypatch, caplog):
+    runs = [make_run(f"seed={n}", "adapter.rank=4", number=n) for n in range(3)]
+    expected = {run.name: train(base, data, run)[0][run.name] for run in runs}
+    calls = {"count": 0}
+    forward = type(base.unet).forward
+
+    def limited(self, sample, *args, **kwargs):
+        calls["count"] += 1
+        if sample.shape[0] > 6 and calls["count"] > 3:  # two runs of batch 3 fit
+            raise torch.OutOfMemoryError("CUDA out of memory (made by the test)")
+        return forward(self, sample, *args, **kwargs)
+
+    monkeypatch.setattr(type(base.unet), "forward", limited)
+    with caplog.at_level(logging.WARNING):
+        losses, last, _ = train(base, data, *runs)
+    assert "out of memory with 3 runs: they go on as two packs" in caplog.text
+    for run in runs:
+        assert losses[run.name] == pytest.approx(expected[run.name], rel=1e-5)
+        assert last[run.name].epoch == 2
+
+
+def test_out_of_memory_alone_says_what_to_try(make_run, base, data, monkeypatch):
+    def fails(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory (made by the test)")
+
+    monkeypatch.setattr(type(base.unet), "forward", fails)
+    with pytest.raises(TrainerError, match=r"trainer\.gradient_checkpointing=true"):
+        train(base, data, make_run())
+
+
+def test_each_epoch_leaves_a_file_with_kohyas_name_and_metadata(make_run, base, data):
+    run = make_run("adapter.rank=4", "trainer.save_dtype=fp16")
+    _, last, _ = train(base, data, run)
+    files = sorted(path.name for path in run.output_dir.glob("*.safetensors"))
+    assert files == [f"{run.name}-000001.safetensors", f"{run.name}-000002.safetensors"]
+    weights, metadata = checkpoint.read(last[run.name].path)
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
+    assert metadata["ss_epoch"] == "2"
+    assert metadata["ss_network_dim"] == "4"
+    assert metadata["ss_network_alpha"] == "2.0"
+    # 4 images in 3 arms, batch 3, 2 epochs
+    assert metadata["ss_steps"] == metadata["ss_max_train_steps"] == "8"
+    content = last[run.name].path.read_bytes()
+    assert metadata["sshs_model_hash"] == checkpoint.model_hash(content)
+
+
+def test_text_encoder_lr_zero_leaves_the_text_encoder_alone(make_run, base, data, monkeypatch):
+    encoded = []
+    encode = type(base).encode_prompt
+    monkeypatch.setattr(
+        type(base), "encode_prompt", lambda self, p: encoded.append(len(p)) or encode(self, p)
+    )
+    _, last, _ = train(base, data, make_run("optimizer.text_encoder_lr=0"))
+    (weights,) = [tensors(one) for one in last.values()]
+    assert all(name.startswith("lora_unet") for name in weights)
+    assert sum(encoded) == len({item.caption for item in data.items})  # each caption once
+
+
+def test_accumulated_gradients_are_averaged(make_run, base, data):
+    """With a tiny learning rate two plain steps move twice as far as one of two micro steps."""
+    overrides = (
+        "adapter.rank=4",
+        "optimizer=sgd",
+        "optimizer.args.momentum=0",
+        "optimizer.unet_lr=1e-6",
+        "optimizer.text_encoder_lr=1e-6",
+        "optimizer.max_grad_norm=0",
+        "trainer.batch_size=1",
+        "trainer.max_train_epochs=1",
+    )
+    two_steps = make_run(*overrides, number=0)
+    one_step = make_run(*overrides, "trainer.gradient_accumulation_steps=2", number=1)
+    twice = replace(data, items=[replace(data.items[0], repeats=2)])
+    (far,) = train(base, twice, two_steps)[1].values()
+    losses, near, _ = train(base, twice, one_step)
+    assert len(losses[one_step.name]) == 1
+    assert (near[one_step.name].step, far.step) == (1, 2)
+    ups = {name: tensor for name, tensor in tensors(far).items() if "lora_up" in name}
+    doubled = {name: 2 * tensors(near[one_step.name])[name] for name in ups}
+    assert relative_difference(doubled, ups) < 1e-3
+
+
+def test_gradient_checkpointing_changes_memory_not_results(make_run, base, data):
+    plain, _, _ = train(base, data, make_run("adapter.rank=4", "adapter.rank_dropout=0.3"))
+    fresh = make_run().model.load()
+    run = make_run(
+        "adapter.rank=4", "adapter.rank_dropout=0.3", "trainer.gradient_checkpointing=true"
+    )
+    saved, _, _ = train(fresh, data, run)
+    assert saved[run.name] == pytest.approx(plain[run.name], rel=1e-5)
+
+
+def test_bf16_trains_close_to_fp32_with_fp32_adapters(make_run, base, data):
+    exact, _, _ = train(base, data, make_run("adapter.rank=4"))
+    run = make_run("adapter.rank=4", "trainer.precision=bf16")
+    rough, last, _ = train(run.model.load(precision="bf16"), data, run)
+    assert rough[run.name] == pytest.approx(exact[run.name], rel=0.05)  # 8 bits of mantissa
+    assert {tensor.dtype for tensor in tensors(last[run.name]).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("trainer.min_snr_gamma=5",),
+        ("dataset.shuffle_caption=true", "dataset.keep_tokens=1", "dataset.flip_aug=true"),
+        ("dataset.caption_dropout_rate=0.5",),
+        ("adapter.scale_weight_norms=0.01",),
+        ("model.clip_skip=2",),
+        ("optimizer=sgd",),
+        ("lr_scheduler=polynomial", "lr_scheduler.warmup=0.5"),
+    ],
+)
+def test_options_train_and_change_the_result(overrides, make_run, base, data):
+    (plain,) = train(base, data, make_run())[1].values()
+    run = make_run(*overrides, number=1)
+    own_base = run.model.load() if run.model != base.settings else base
+    losses, last, _ = train(own_base, load(run, own_base), run)
+    assert all(math.isfinite(loss) for loss in losses[run.name])
+    assert relative_difference(tensors(last[run.name]), tensors(plain)) > 1e-4
+
+
+def test_weight_norms_are_kept_below_the_limit(make_run, base, data):
+    run = make_run("adapter.rank=4", "adapter.scale_weight_norms=0.01")
+    _, last, _ = train(base, data, run)
+    from lorasweep.run import load_pack
+
+    pack = load_pack(base, [last[run.name].path])
+    assert max(float(delta.norm()) for _, delta in pack.delta_weights(0)) <= 0.01 * (1 + 1e-5)
+
+
+def test_an_epoch_holds_every_image_repeats_times_in_kohyas_number_of_steps(data):
+    items = [replace(item, repeats=10) for item in data.items[:10]]
+    batches = epoch_batches(items, 3, run_seed=0, data_seed=0, epoch=1)
+    assert len(batches) == 34  # kohya: 10 images x 10 repeats, batch 3
+    counts = [sum(batch.count(index) for batch in batches) for index in range(10)]
+    assert counts == [10] * 10
+
+
+def test_buckets_meet_in_the_same_order_for_every_run_seed(data):
+    items = [replace(item, bucket=(64, 64 + 32 * (n % 2))) for n, item in enumerate(data.items)]
+
+    def shapes(seed):
+        batches = epoch_batches(items, 2, run_seed=seed, data_seed=0, epoch=1)
+        assert all(len({items[i].bucket for i in batch}) == 1 for batch in batches)
+        return [(len(batch), items[batch[0]].bucket) for batch in batches]
+
+    assert shapes(1) == shapes(2)
+
+
+def test_runs_with_buckets_share_a_pack(make_run, base):
+    options = (
+        "dataset.enable_bucket=true",
+        "dataset.min_bucket_reso=32",
+        "dataset.max_bucket_reso=128",
+        "dataset.bucket_reso_steps=32",
+    )
+    runs = [make_run(*options, f"seed={n}", "adapter.rank=4", number=n) for n in range(2)]
+    data = load(runs[0], base)
+    wide = [
+        replace(item, bucket=(64, 32), latents=item.latents[:, :8]) if n % 3 == 0 else item
+        for n, item in enumerate(data.items)
+    ]
+    data = replace(data, items=wide)
+    losses, _, _ = train(base, data, *runs)
+    alone, _, _ = train(base, data, runs[1])
+    assert losses[runs[1].name] == pytest.approx(alone[runs[1].name], rel=1e-5)
