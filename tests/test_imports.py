@@ -10,7 +10,7 @@ import lorasweep
 PACKAGE = Path(lorasweep.__file__).parent
 
 LEVELS = [
-    {"settings", "rng", "images"},
+    {"settings", "rng", "images", "progress"},
     {"dataset", "folders", "checkpoint"},
     {"captions", "models", "adapters", "optimizers"},
     {"latents", "sampling", "metrics"},

@@ -25,6 +25,8 @@ Settings are Hydra overrides (KEY=VALUE); `lorasweep train --cfg job` shows them
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command; mistakes of the user end with one line and exit code 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    # threads that wait by spinning make every step several times slower where a core is shared
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         if argv[:1] == ["train"]:  # Hydra reads the rest, its own flags included
             train(argv[1:])

@@ -142,7 +142,7 @@ def build_run(
         cache_dir=Path(values["cache_dir"]).expanduser().absolute(),
         captions=_group(values.get("captions"), "captions"),
         metrics=_group(values.get("metrics"), "metrics"),
-        config_yaml=OmegaConf.to_yaml(cfg),
+        config_yaml=OmegaConf.to_yaml(cfg, resolve=True),
         params=_flat(values),
         overrides=tuple(overrides),
         **{key: build(values[key], key) for key in _COMPONENTS},

@@ -82,6 +82,7 @@ def run_pack(runs: Sequence[Run]) -> Iterator[EpochReport | Failure]:
         logs = {run.name: tracker.open_run(_new_run(run, data)) for run in runs}
         with clock("prepare"):
             base = first.model.load(resolve_device(first.trainer.device), first.trainer.precision)
+            tracker.ready()  # a store that can't be written ends here, before any training
             images = _images(base, first, data)
             judge = _Judge(base, runs, images, clock)
             training = first.trainer.start(

@@ -17,12 +17,12 @@ from lorasweep import checkpoint
 from lorasweep.adapters.pack import Pack
 from lorasweep.checkpoint import Checkpoint
 from lorasweep.models import BaseModel, Precision
+from lorasweep.progress import Bar
 from lorasweep.settings import Settings
 from lorasweep.trainers import Epoch, TrainerError, TrainingData, TrainingRun
 from lorasweep.trainers.batches import Batch, epoch_batches, steps_per_epoch
 from lorasweep.trainers.loss import PackLoss
 from lorasweep.trainers.metadata import kohya_metadata
-from lorasweep.trainers.progress import Bar
 from lorasweep.trainers.state import RunState
 
 log = logging.getLogger(__name__)

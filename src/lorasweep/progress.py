@@ -1,7 +1,8 @@
-"""The bar of a pack: epoch, step, loss, speed and the time left. Silent when nobody watches."""
+"""What a person sees while it works: log lines, and above them the bar of a pack."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from types import TracebackType
 
@@ -9,8 +10,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
+class PrintHandler(logging.Handler):
+    """Prints log lines to the stdout of the moment, which a bar redirects to above itself."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), flush=True)
+
+
 class Bar:
-    """Shows the training of one pack on a terminal."""
+    """The training of one pack: epoch, step, loss, speed, time left. Only on a terminal."""
 
     def __init__(self) -> None:
         self._progress = Progress(
