@@ -39,8 +39,8 @@ def test_scores_in_a_pack_are_those_alone(name, base, run, images, pack):
     together = scorer.score(pack)
     for index in range(2):
         (alone,) = scorer.score(pack.select([index]))
-        assert together[index] == pytest.approx(alone, rel=1e-4, abs=1e-5)
-    assert together[0] != pytest.approx(together[1], rel=1e-3)
+        assert together[index].scores == pytest.approx(alone.scores, rel=1e-4, abs=1e-5)
+    assert together[0].scores != pytest.approx(together[1].scores, rel=1e-3)
 
 
 def test_the_base_scores_one_against_itself_without_drift(base, run, images):
@@ -55,16 +55,20 @@ def test_an_adapter_that_changes_nothing_scores_like_the_base(base, run, images,
 
     both = frozenset({"text_encoder", "unet"})
     untrained = Pack.new(base.parts, [(make_run("adapter.rank=2").adapter, 0, both)])
-    (scores,) = run.metrics["validation"].prepare(base, images).score(untrained)
-    assert scores["val/loss_rel"] == pytest.approx(1, abs=1e-6)
-    assert scores["val/loss_rel_lo"] == pytest.approx(1, abs=1e-6)
-    assert scores["val/gap"] == pytest.approx(0, abs=1e-6)
+    (scored,) = run.metrics["validation"].prepare(base, images).score(untrained)
+    assert scored.scores["val/loss_rel"] == pytest.approx(1, abs=1e-6)
+    assert scored.scores["val/loss_rel_lo"] == pytest.approx(1, abs=1e-6)
+    assert scored.scores["val/gap"] == pytest.approx(0, abs=1e-6)
     (drift,) = run.metrics["prior_drift"].prepare(base, images).score(untrained)
-    assert drift["val/prior_drift"] == pytest.approx(0, abs=1e-9)
+    assert drift.scores["val/prior_drift"] == pytest.approx(0, abs=1e-9)
 
 
 def test_every_arm_has_a_score_and_the_interval_holds_the_value(base, run, images, pack):
-    for scores in run.metrics["validation"].prepare(base, images).score(pack):
+    for scored in run.metrics["validation"].prepare(base, images).score(pack):
+        scores = scored.scores
+        terms = scored.terms["val/loss_rel"]
+        assert len(terms) == 2  # one a held-out image
+        assert sum(terms) / 2 == pytest.approx(scores["val/loss_rel"])
         assert {f"val/loss_rel_{arm}" for arm in ("empty", "wd", "kosmos")} <= set(scores)
         assert scores["val/loss_rel_lo"] <= scores["val/loss_rel"] <= scores["val/loss_rel_hi"]
         assert all(math.isfinite(value) for value in scores.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,9 @@ sampling: {prompts: ["a rocket --w 64 --s 9", a house]}
 """
 
 
-def candidate(epoch: int, run: str = "a", **scores: float) -> Candidate:
+def candidate(
+    epoch: int, run: str = "a", terms: Sequence[float] = (), **scores: float
+) -> Candidate:
     named = {f"val/{key}": value for key, value in scores.items()}
     return Candidate(
         name=f"{run}-e{epoch:03d}",
@@ -32,6 +35,7 @@ def candidate(epoch: int, run: str = "a", **scores: float) -> Candidate:
         epoch=epoch,
         path=Path(f"/{run}/{epoch}.safetensors"),
         scores=named,
+        terms={BY: terms},
         run_id="r",
         model_id=f"m-{run}-{epoch}",
         experiment_id="1",
@@ -60,6 +64,23 @@ def test_within_the_interval_of_the_smallest_the_lowest_drift_wins() -> None:
         candidate(4, loss_rel=0.74, prior_drift=0.5),
     ]
     assert epochs(picking.rank(found, BY)) == [2, 4, 3, 1]
+
+
+def test_checkpoints_are_compared_image_by_image() -> None:
+    """Images differ widely, but the first checkpoint is worse on every one of them."""
+    hard_and_easy = [0.2, 0.4, 0.6, 0.8, 1.0, 1.2]
+    best = candidate(3, terms=hard_and_easy, loss_rel=0.7, loss_rel_hi=1.0, prior_drift=0.9)
+    worse = candidate(
+        1, terms=[term + 0.1 for term in hard_and_easy], loss_rel=0.8, prior_drift=0.1
+    )
+    noise = [0.02, -0.02, 0.02, -0.02, 0.02, -0.01]
+    like = candidate(
+        2,
+        terms=[a + b for a, b in zip(hard_and_easy, noise, strict=True)],
+        loss_rel=0.7017,
+        prior_drift=0.5,
+    )
+    assert epochs(picking.rank([worse, like, best], BY)) == [2, 3, 1]
 
 
 def test_of_equal_drift_the_earlier_epoch_wins() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import re
 import shutil
 from collections.abc import Iterable, Sequence
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 DRIFT = "val/prior_drift"
 TABLE_LIMIT = 15
+BOOTSTRAP = 1000
 CONTACT_SHEET = "contact_sheet.png"  # beside a run's files, where it draws pictures
 
 README = """\
@@ -123,9 +125,9 @@ def rank(candidates: Iterable[Candidate], by: str) -> list[Candidate]:
     """Candidates with the best first, by a score of which smaller is better.
 
     The scores are measured on few images, so the smallest is partly luck. As in the
-    one-standard-error rule (Breiman et al., 1984), all whose score lies within the interval of
-    the smallest one (`<by>_hi`) count as equal to it, and among them the most modest comes first:
-    the lowest `val/prior_drift`, then the earlier epoch. The rest follow by their score.
+    one-standard-error rule (Breiman et al., 1984), all that can't be told from the smallest one
+    (`ties`) count as equal to it, and among them the most modest comes first: the lowest
+    `val/prior_drift`, then the earlier epoch. The rest follow by their score.
     """
     by_score = sorted(candidates, key=lambda one: (one.scores[by], one.epoch))
     tied = [one for one in by_score if ties(one, by_score[0], by)]
@@ -134,9 +136,24 @@ def rank(candidates: Iterable[Candidate], by: str) -> list[Candidate]:
 
 
 def ties(candidate: Candidate, smallest: Candidate, by: str) -> bool:
-    """Is the candidate's score within the interval of the smallest one?"""
+    """Does the 95 % interval of the candidate's distance to the smallest score hold zero?
+
+    Both were scored on the same images and noise, so they are compared image by image: how much
+    images differ among themselves, which makes each score's own interval wide, drops out. Where a
+    score's terms are not known, the candidate must lie within the smallest one's own interval.
+    """
+    ours, best = candidate.terms.get(by), smallest.terms.get(by)
+    if ours and best and len(ours) == len(best):
+        return _lower_bound([a - b for a, b in zip(ours, best, strict=True)]) <= 0
     limit = smallest.scores.get(f"{by}_hi", smallest.scores[by])
     return candidate.scores[by] <= max(limit, smallest.scores[by])
+
+
+def _lower_bound(terms: Sequence[float]) -> float:
+    """2.5 % quantile of the terms' mean, by bootstrap."""
+    draw = random.Random(0)
+    means = sorted(sum(draw.choices(terms, k=len(terms))) / len(terms) for _ in range(BOOTSTRAP))
+    return means[BOOTSTRAP // 40]
 
 
 def table(result: Pick, limit: int = TABLE_LIMIT) -> Table:
@@ -172,7 +189,7 @@ def _title(result: Pick) -> str:
 
 
 def _caption(result: Pick, limit: int) -> str:
-    lines = ["≈ within the interval of the smallest score; of these the lowest drift is picked."]
+    lines = ["≈ can't be told from the smallest score; of these, the least drift wins."]
     if len(result.ranked) > limit:
         lines.append(f"{len(result.ranked) - limit} more are in MLflow (`lorasweep ui`).")
     return "\n".join([*lines, *result.left_out])

@@ -19,7 +19,7 @@ from lorasweep import captions, checkpoint, dataset, folders, latents, report, s
 from lorasweep.adapters.pack import Pack
 from lorasweep.checkpoint import Checkpoint
 from lorasweep.config import Run
-from lorasweep.metrics import Images, Scores
+from lorasweep.metrics import Images, Scored, Scores, Terms
 from lorasweep.models import BaseModel, resolve_device
 from lorasweep.tracking import NewRun, RunLog, Tracker
 from lorasweep.trainers import Epoch, Training, TrainingData, TrainingRun
@@ -40,6 +40,7 @@ class EpochReport:
     run: str
     checkpoint: Checkpoint
     scores: Scores
+    terms: Terms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,15 +123,15 @@ def _judged(
     if not checkpoints:
         return
     judged = judge.checkpoints(checkpoints)
-    for one, (scores, samples) in zip(checkpoints, judged, strict=True):
-        logs[one.run].log_epoch(one, scores, samples)
+    for one, (scored, samples) in zip(checkpoints, judged, strict=True):
+        logs[one.run].log_epoch(one, scored.scores, samples, scored.terms)
     shown = ", ".join(
-        f"{one.run} {scores.get('val/loss_rel', math.nan):.3f}"
-        for one, (scores, _) in zip(checkpoints, judged, strict=True)
+        f"{one.run} {scored.scores.get('val/loss_rel', math.nan):.3f}"
+        for one, (scored, _) in zip(checkpoints, judged, strict=True)
     )
     log.info("epoch %d, val/loss_rel: %s", checkpoints[0].epoch, shown)
-    for one, (scores, _) in zip(checkpoints, judged, strict=True):
-        yield EpochReport(run=one.run, checkpoint=one, scores=scores)
+    for one, (scored, _) in zip(checkpoints, judged, strict=True):
+        yield EpochReport(run=one.run, checkpoint=one, scores=scored.scores, terms=scored.terms)
 
 
 def write_folders(run: Run) -> Path:
@@ -219,16 +220,13 @@ class _Judge:
             self._save(run, 0, images)
         return scores, self._named(images)
 
-    def checkpoints(self, checkpoints: Sequence[Checkpoint]) -> list[tuple[Scores, Samples]]:
+    def checkpoints(self, checkpoints: Sequence[Checkpoint]) -> list[tuple[Scored, Samples]]:
         """Scores and pictures of each checkpoint."""
         with self.clock("score"):
             pack = load_pack(self.base, [one.path for one in checkpoints])
             by_scorer = [scorer.score(pack) for scorer in self.scorers]
-        scores = [
-            {name: value for scores in by_scorer for name, value in scores[index].items()}
-            for index in range(len(checkpoints))
-        ]
-        return list(zip(scores, self._draw(pack, checkpoints), strict=True))
+        merged = [_merged([of_all[n] for of_all in by_scorer]) for n in range(len(checkpoints))]
+        return list(zip(merged, self._draw(pack, checkpoints), strict=True))
 
     def _draw(self, pack: Pack, checkpoints: Sequence[Checkpoint]) -> list[Samples]:
         due = [self.sampling.due(one.epoch) for one in checkpoints]
@@ -269,6 +267,14 @@ class _Judge:
         _sample_dir(run).mkdir(parents=True, exist_ok=True)
         for number, image in enumerate(images):
             image.save(_sample_path(run, epoch, number))
+
+
+def _merged(parts: Sequence[Scored]) -> Scored:
+    """What all metrics say of one checkpoint."""
+    return Scored(
+        scores={name: value for part in parts for name, value in part.scores.items()},
+        terms={name: values for part in parts for name, values in part.terms.items()},
+    )
 
 
 def _sample_dir(run: Run) -> Path:

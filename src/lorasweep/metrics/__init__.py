@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from lorasweep.adapters.pack import Pack
@@ -12,6 +12,17 @@ from lorasweep.models import BaseModel
 
 Scores = Mapping[str, float]
 """Name (val/loss_rel) to value."""
+
+Terms = Mapping[str, Sequence[float]]
+"""Name to what a score is the mean of, in an order that is the same for all checkpoints."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What one metric says of one checkpoint; terms let `pick` compare checkpoints in pairs."""
+
+    scores: Scores
+    terms: Terms = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +39,7 @@ class Scorer(Protocol):
     def baseline(self) -> Scores:
         """The bare base model's own scores, where curves begin."""
 
-    def score(self, pack: Pack) -> list[Scores]:
+    def score(self, pack: Pack) -> list[Scored]:
         """Scores of each checkpoint in the pack, in its order."""
 
 

@@ -11,7 +11,7 @@ from pydantic import PositiveInt
 
 from lorasweep import rng
 from lorasweep.adapters.pack import Pack
-from lorasweep.metrics import Images, Scorer, Scores
+from lorasweep.metrics import Images, Scored, Scorer, Scores
 from lorasweep.models import BaseModel
 from lorasweep.settings import Settings, SettingsError
 
@@ -69,7 +69,7 @@ class _Drift:
     def baseline(self) -> Scores:
         return {"val/prior_drift": 0.0}
 
-    def score(self, pack: Pack) -> list[Scores]:
+    def score(self, pack: Pack) -> list[Scored]:
         import torch
 
         base, num_runs = self.base, len(pack)
@@ -88,4 +88,4 @@ class _Drift:
                 squared = (prediction - before).square().mean((1, 2, 3))
                 distances.append(squared.view(num_runs, -1).cpu())
         means = torch.cat(distances, dim=1).mean(dim=1).tolist()
-        return [{"val/prior_drift": mean} for mean in means]
+        return [Scored({"val/prior_drift": mean}) for mean in means]

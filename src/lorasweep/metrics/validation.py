@@ -17,7 +17,7 @@ from pydantic import PositiveInt
 from lorasweep import rng
 from lorasweep.adapters.pack import Pack
 from lorasweep.latents import Item
-from lorasweep.metrics import Images, Scorer, Scores
+from lorasweep.metrics import Images, Scored, Scorer, Scores
 from lorasweep.models import BaseModel
 from lorasweep.settings import Settings
 
@@ -107,10 +107,13 @@ class _Validator:
     def baseline(self) -> Scores:
         return self._scores(self.base_holdout, self.base_probe)
 
-    def score(self, pack: Pack) -> list[Scores]:
+    def score(self, pack: Pack) -> list[Scored]:
         holdout = self._losses(pack, self.holdout)
         probe = self._losses(pack, self.probe)
-        return [self._scores(h, p) for h, p in zip(holdout, probe, strict=True)]
+        return [
+            Scored(self._scores(h, p), {"val/loss_rel": self._terms(h)})
+            for h, p in zip(holdout, probe, strict=True)
+        ]
 
     def _scores(self, holdout: Tensor, probe: Tensor) -> Scores:
         relative = float(holdout.sum() / self.base_holdout.sum())
@@ -133,18 +136,28 @@ class _Validator:
         on each other, and both models' losses on one draw are paired."""
         import torch
 
-        num_images = max(t.image for t in self.holdout) + 1
-        image = torch.tensor([t.image for t in self.holdout])
-        ours = torch.zeros(num_images).index_add(0, image, losses)
-        bases = torch.zeros(num_images).index_add(0, image, self.base_holdout)
+        ours, bases = self._by_image(losses), self._by_image(self.base_holdout)
         draw = rng.generator(self.settings.seed, "bootstrap")
-        shape = (self.settings.num_bootstrap, num_images)
-        chosen = torch.randint(num_images, shape, generator=draw)
+        shape = (self.settings.num_bootstrap, len(ours))
+        chosen = torch.randint(len(ours), shape, generator=draw)
         ratios = ours[chosen].sum(1) / bases[chosen].sum(1)
         if not bool(ratios.isfinite().all()):
             return float("nan"), float("nan")
         low, high = ratios.quantile(torch.tensor([0.025, 0.975])).tolist()
         return low, high
+
+    def _terms(self, losses: Tensor) -> list[float]:
+        """Each image's part in val/loss_rel, which is their mean."""
+        ours, bases = self._by_image(losses), self._by_image(self.base_holdout)
+        terms: list[float] = (ours * len(ours) / bases.sum()).tolist()
+        return terms
+
+    def _by_image(self, losses: Tensor) -> Tensor:
+        """Losses summed over each image's tuples."""
+        import torch
+
+        image = torch.tensor([t.image for t in self.holdout])
+        return torch.zeros(int(image.max()) + 1).index_add(0, image, losses)
 
     def _losses(self, pack: Pack | None, chosen: Sequence[Tuple]) -> Tensor:
         """Losses (K, N) of each checkpoint, or of the bare base, on the tuples."""

@@ -23,6 +23,7 @@ from lorasweep.tracking.store import (
     REASON_TAG,
     RUN_TAG,
     SWEEP_TAG,
+    TERMS_TAG,
 )
 from lorasweep.tracking.writer import Store
 
@@ -135,6 +136,7 @@ class Epoch:
     scores: Sequence[Point]
     samples: Mapping[str, Image.Image]
     upload: bool
+    terms: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def write(self, store: Store) -> None:
         run_id = self.run.id.result()
@@ -157,6 +159,9 @@ class Epoch:
             EPOCH_TAG: str(checkpoint.epoch),
             PATH_TAG: str(checkpoint.path.resolve()),
         }
+        terms = json.dumps({name: [round(x, 7) for x in of] for name, of in self.terms.items()})
+        if len(terms) <= MAX_TAG:  # without them, pick falls back to the score's own interval
+            tags[TERMS_TAG] = terms
         model = store.client.create_logged_model(
             store.experiment_id,
             name=re.sub(r"""[/:.%"']""", "_", checkpoint.name),  # what MLflow refuses in a name

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +18,7 @@ from lorasweep.tracking.store import (
     PICKED_TAG,
     RUN_TAG,
     SWEEP_TAG,
+    TERMS_TAG,
     Tracking,
     TrackingError,
     client_of,
@@ -39,6 +41,8 @@ class Candidate:
     epoch: int
     path: Path
     scores: Mapping[str, float]
+    terms: Mapping[str, Sequence[float]]
+    """What scores are means of, in the same order for all checkpoints of a sweep."""
     run_id: str
     model_id: str
     experiment_id: str
@@ -153,6 +157,7 @@ def _candidate(model: LoggedModel) -> Candidate:
         epoch=int(model.tags[EPOCH_TAG]),
         path=Path(model.tags[PATH_TAG]),
         scores={metric.key: metric.value for metric in model.metrics or []},
+        terms=json.loads(model.tags.get(TERMS_TAG, "{}")),
         run_id=model.source_run_id,
         model_id=model.model_id,
         experiment_id=model.experiment_id,

@@ -27,6 +27,7 @@ PATH_TAG = "lorasweep.path"
 PICKED_TAG = "lorasweep.picked"
 CHOSEN_BY_TAG = "lorasweep.chosen_by"
 REASON_TAG = "lorasweep.reason"
+TERMS_TAG = "lorasweep.terms"
 
 
 class TrackingError(RuntimeError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -99,12 +99,14 @@ class RunLog:
         checkpoint: Checkpoint,
         scores: Mapping[str, float],
         samples: Mapping[str, Image.Image],
+        terms: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
         """Log a checkpoint with its scores and pictures, and the steps since the one before.
 
+        `terms` are what scores are means of, by which `pick` compares checkpoints in pairs.
         The pictures must not be changed afterwards: they are encoded on the writing thread.
         """
-        self._put_epoch(checkpoint.epoch, checkpoint, scores, samples)
+        self._put_epoch(checkpoint.epoch, checkpoint, scores, samples, terms)
 
     def log_file(self, path: Path, artifact_dir: str | None = None) -> None:
         """Add a finished file to the run's artifacts; it is read later, on the writing thread."""
@@ -130,11 +132,19 @@ class RunLog:
         checkpoint: Checkpoint | None,
         scores: Mapping[str, float],
         samples: Mapping[str, Image.Image],
+        terms: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
         points, scored = self._take_points(), operations.points(epoch, scores)
         self._writer.put(
             operations.Epoch(
-                self._run, epoch, checkpoint, points, scored, dict(samples), self._upload
+                self._run,
+                epoch,
+                checkpoint,
+                points,
+                scored,
+                dict(samples),
+                self._upload,
+                terms or {},
             )
         )
 
