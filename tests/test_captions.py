@@ -99,7 +99,7 @@ def test_every_option_defines_arms_with_repeats():
         for name, group in arms.items()
     }
     assert repeats == {
-        "demo": {"wd": 1, "kosmos": 1},
+        "demo": {"empty": 1, "wd": 1, "kosmos": 1},
         "empty": {"empty": 10},
         "kosmos2": {"kosmos": 10},
         "sidecar": {"sidecar": 10},

@@ -80,6 +80,11 @@ def test_alpha_follows_the_rank(make_run):
         ("name='a b'", "name=a b: use letters"),
         ("seed=one", "seed=one: must be a whole number"),
         ("captions=[]", "captions is empty"),
+        ("optimizer.type=adamw", "torch.optim has no class adamw"),
+        ("optimizer.args.weight_decay=-1", "optimizer.args: AdamW refuses them"),
+        ("lr_scheduler.power=2", "lr_scheduler.power=2 has no effect on constant"),
+        ("sampling.scheduler=Euler", "diffusers has no such scheduler"),
+        ("trainer.device=gpu", "trainer.device=gpu: give auto, cpu, cuda"),
         ("optimizer.type=No.Such", "package No is not installed"),
         ("lr_scheduler.warmup=2.5", "lr_scheduler.warmup=2.5: give a whole number of steps"),
         ("adapter.rank=[1", "adapter.rank=[1: can't be read"),
@@ -89,8 +94,8 @@ def test_alpha_follows_the_rank(make_run):
 def test_a_mistake_is_one_line_that_names_the_key(override, says, make_run):
     with pytest.raises((HydraException, SettingsError)) as caught:
         run = make_run(override)
-        run.optimizer.check()
         dataset.find(run.dataset)
+        run.check()
     line = config.explain(caught.value)
     assert line is not None
     assert says in line
@@ -100,6 +105,13 @@ def test_a_mistake_is_one_line_that_names_the_key(override, says, make_run):
 def test_both_learning_rates_zero_would_train_nothing(make_run):
     with pytest.raises(SettingsError, match="nothing would be trained"):
         make_run("optimizer.unet_lr=0", "optimizer.text_encoder_lr=0")
+
+
+def test_a_part_without_adapters_or_learning_rate_is_said(make_run, caplog):
+    make_run("adapter.targets=unet-only")
+    assert "optimizer.text_encoder_lr has no effect" in caplog.text
+    with pytest.raises(SettingsError, match=r"adapts the unet only, whose learning rate is 0"):
+        make_run("adapter.targets=unet-only", "optimizer.unet_lr=0")
 
 
 def test_alpha_above_rank_is_a_warning(make_run, caplog):
@@ -116,7 +128,13 @@ def test_image_dir_must_be_given():
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["train", "experiment=demo", "adapter.rank=four"], ["train", "adapter=lara"]],
+    [
+        ["--help"],
+        ["train", "experiment=demo", "adapter.rank=four"],
+        ["train", "adapter=lara"],
+        ["train", "dataset.image_dir=nowhere"],
+        ["train", "-m", "adapter=lara,lora"],
+    ],
 )
 def test_answers_that_need_no_work_import_nothing_heavy(arguments):
     script = (

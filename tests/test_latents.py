@@ -63,6 +63,8 @@ def test_without_upscaling_a_bucket_is_the_image_cut_to_the_steps(settings):
     small = bucketed(settings, bucket_no_upscale=True)
     assert latents.bucket_of((300, 200), small) == (256, 192)
     assert latents.bucket_of((1024, 512), small)[0] < 1024
+    # rounding errors must not cost a step
+    assert {latents.bucket_of((side, side), small) for side in range(513, 1000)} == {(512, 512)}
     with pytest.raises(ValueError, match=r"too small for dataset\.bucket_reso_steps=64"):
         latents.bucket_of((300, 50), small)
 

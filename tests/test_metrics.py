@@ -43,13 +43,6 @@ def test_scores_in_a_pack_are_those_alone(name, base, run, images, pack):
     assert together[0].scores != pytest.approx(together[1].scores, rel=1e-3)
 
 
-def test_the_base_scores_one_against_itself_without_drift(base, run, images):
-    for name, expected in {"validation": 1.0, "prior_drift": 0.0}.items():
-        baseline = run.metrics[name].prepare(base, images).baseline()
-        key = {"validation": "val/loss_rel", "prior_drift": "val/prior_drift"}[name]
-        assert baseline[key] == expected
-
-
 def test_an_adapter_that_changes_nothing_scores_like_the_base(base, run, images, make_run):
     from lorasweep.adapters.pack import Pack
 

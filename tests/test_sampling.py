@@ -19,10 +19,10 @@ def difference(a, b):
 
 
 def test_options_of_a_prompt_line_override_the_settings(make_run):
-    line = "a cat --n a dog --w 96 --h 70 --d 7 --l 3.5 --s 4"
+    line = "a cat --n a dog --w 96 --h 70 --d 7 --l 3.5 --s 4000"
     settings = make_run(f"sampling.prompts=['{line}',plain]").sampling
     first, second = settings.resolve((64, 64), 32)
-    assert first == sampling.Prompt("a cat", "a dog", 96, 64, 7, 3.5, 4)
+    assert first == sampling.Prompt("a cat", "a dog", 96, 64, 7, 3.5, 1000)
     assert (second.text, second.width, second.seed) == ("plain", 64, 1)
 
 
@@ -62,6 +62,13 @@ def test_seed_and_adapter_change_the_picture(base, settings, make_run):
     assert difference(bare, sampling.render(base, pack, prompts, settings)[0][0]) > 10
 
 
+def test_a_sampler_that_adds_noise_repeats_its_picture(base, make_run):
+    settings = make_run("sampling.scheduler=EulerAncestralDiscreteScheduler").sampling
+    prompts = settings.resolve((64, 64), 4)
+    one, two = (sampling.render(base, None, prompts, settings)[0][0] for _ in range(2))
+    assert difference(one, two) == 0
+
+
 def test_due_epochs(make_run):
     settings = make_run("sampling.every_n_epochs=3").sampling
     assert [epoch for epoch in range(8) if settings.due(epoch)] == [0, 3, 6]
@@ -81,7 +88,7 @@ def test_diffusers_draws_the_same_picture_from_the_file(base, make_run, tmp_path
     )
 
     pipeline = StableDiffusionPipeline.from_pretrained(
-        base.settings.path, use_safetensors=True, torch_dtype=base.unet.dtype
+        base.settings.path, use_safetensors=True, dtype=base.unet.dtype
     )
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)

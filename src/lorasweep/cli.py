@@ -113,15 +113,17 @@ def _job(cfg: Any) -> None:
 
 
 def _run_alone(cfg: Any, hydra_cfg: Any) -> None:
+    from lorasweep import dataset
     from lorasweep.config import build_run, job_identity
 
     run = build_run(cfg, **job_identity(hydra_cfg))
-    run.optimizer.check()
+    dataset.find(run.dataset)
+    run.check()
     from lorasweep.run import Failure, RunError, run_pack
 
-    for report in run_pack([run]):
-        if isinstance(report, Failure):
-            raise RunError(report.reason)
+    failures = [report.reason for report in run_pack([run]) if isinstance(report, Failure)]
+    if failures:
+        raise RunError(failures[0])
 
 
 def _caption(arguments: argparse.Namespace) -> int:
@@ -191,18 +193,10 @@ def _tracking(overrides: Sequence[str], config_dir: Path | None) -> tuple[Any, A
 
 
 def _exit(error: Exception) -> NoReturn:
-    line = _one_line(error)
+    from lorasweep.config import one_line
+
+    line = one_line(error)
     if line is None:
         raise error
     print(f"lorasweep: {line}", file=sys.stderr)
     sys.exit(2)
-
-
-def _one_line(error: Exception) -> str | None:
-    """What the user is told; None for an error of ours, which keeps its traceback."""
-    from lorasweep.config import explain
-
-    line = explain(error)
-    if line is None and type(error).__module__.startswith("lorasweep"):
-        return str(error)
-    return line

@@ -55,6 +55,11 @@ class Run:
     params: Mapping[str, Any]
     overrides: Sequence[str]
 
+    def check(self) -> None:
+        """Raise SettingsError for what can be known to be wrong before any work."""
+        self.optimizer.check()
+        self.sampling.check()
+
     def can_share_pack(self, other: Run) -> bool:
         """Can both train together? Base, data, batches and what is scored must be the same."""
         return self._shared() == other._shared()
@@ -137,7 +142,7 @@ def build_run(
         name=_name(values["name"], number),
         seed=_integer(values["seed"], "seed"),
         sweep=sweep,
-        output_root=Path(values["output_root"]).absolute(),
+        output_root=Path(values["output_root"]).expanduser().absolute(),
         output_dir=output_dir.absolute(),
         cache_dir=Path(values["cache_dir"]).expanduser().absolute(),
         captions=_group(values.get("captions"), "captions"),
@@ -148,6 +153,7 @@ def build_run(
         **{key: build(values[key], key) for key in _COMPONENTS},
     )
     _check_places(run)
+    _check_parts(run)
     _warn(run)
     return run
 
@@ -166,6 +172,14 @@ def job_identity(hydra_cfg: DictConfig) -> dict[str, Any]:
         "sweep": f"{folder.parent.name}-{folder.name}",
         "number": number,
     }
+
+
+def one_line(error: Exception) -> str | None:
+    """What a person is told of an error; None for one of ours, which keeps its traceback."""
+    line = explain(error)
+    if line is None and type(error).__module__.startswith("lorasweep"):
+        return str(error)
+    return line
 
 
 def explain(error: Exception) -> str | None:
@@ -291,6 +305,24 @@ def _check_places(run: Run) -> None:
         raise SettingsError(
             f"output_root={run.output_root} lies inside dataset.image_dir, so the next run would"
             " take its pictures for yours; give another output_root"
+        )
+
+
+def _check_parts(run: Run) -> None:
+    from lorasweep.adapters.keys import PRESETS
+
+    adapted = set(PRESETS[run.adapter.targets])
+    trained = run.optimizer.trained_parts
+    if not adapted & trained:
+        raise SettingsError(
+            f"adapter.targets={run.adapter.targets} adapts the {' and '.join(sorted(adapted))}"
+            f" only, whose learning rate is 0; set optimizer.{min(adapted)}_lr"
+        )
+    for part in sorted(trained - adapted):
+        log.warning(
+            "optimizer.%s_lr has no effect: adapter.targets=%s has no adapters there",
+            part,
+            run.adapter.targets,
         )
 
 

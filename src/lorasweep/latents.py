@@ -14,6 +14,7 @@ from lorasweep import checkpoint
 from lorasweep.dataset import Dataset, open_image
 from lorasweep.folders import Arm
 from lorasweep.models import BaseModel
+from lorasweep.settings import SettingsError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -41,7 +42,8 @@ class Item:
 def encode(base: BaseModel, arms: Sequence[Arm], settings: Dataset, cache_dir: Path) -> list[Item]:
     """Every image of every arm with its latents; equal images are encoded once.
 
-    Raises ValueError for a resolution that the model can't take or an image too small for a bucket.
+    Raises SettingsError for a resolution that the model can't take, or an image too small for a
+    bucket.
     """
     check_size(base, settings.size)
     encoder = _Encoder(base, settings, cache_dir)
@@ -61,10 +63,10 @@ def encode(base: BaseModel, arms: Sequence[Arm], settings: Dataset, cache_dir: P
 
 
 def check_size(base: BaseModel, size: Size) -> None:
-    """Raise ValueError unless the model can compute width and height exactly."""
+    """Raise SettingsError unless the model can compute width and height exactly."""
     multiple = base.vae_scale_factor
     if any(side % multiple or side < base.size_multiple for side in size):
-        raise ValueError(
+        raise SettingsError(
             f"dataset.resolution={list(size)}: this model needs multiples of {multiple}"
             f" of at least {base.size_multiple} pixels"
         )
@@ -81,7 +83,7 @@ def buckets(settings: Dataset) -> list[Size]:
         if other >= settings.min_bucket_reso:
             sizes |= {(side, other), (other, side)}
     if not sizes:
-        raise ValueError(
+        raise SettingsError(
             f"dataset.min_bucket_reso={settings.min_bucket_reso}: no bucket fits into"
             f" {width}x{height}; lower it or raise dataset.resolution"
         )
@@ -89,7 +91,7 @@ def buckets(settings: Dataset) -> list[Size]:
 
 
 def bucket_of(size: Size, settings: Dataset) -> Size:
-    """The bucket that an image of `size` goes to. Raises ValueError if it fits none."""
+    """The bucket that an image of `size` goes to. Raises SettingsError if it fits none."""
     if not settings.enable_bucket:
         return settings.size
     width, height = size
@@ -97,9 +99,10 @@ def bucket_of(size: Size, settings: Dataset) -> Size:
         area = settings.size[0] * settings.size[1]
         shrink = min(1.0, math.sqrt(area / (width * height)))
         step = settings.bucket_reso_steps
-        bucket = (int(width * shrink) // step * step, int(height * shrink) // step * step)
+        # rounded as kohya does, or a side of 512 that comes out as 511.99 would fall to 448
+        bucket = (round(width * shrink) // step * step, round(height * shrink) // step * step)
         if min(bucket) < step:
-            raise ValueError(
+            raise SettingsError(
                 f"an image of {width}x{height} is too small for dataset.bucket_reso_steps={step}"
                 " with dataset.bucket_no_upscale=true; lower the steps or allow upscaling"
             )
@@ -143,8 +146,8 @@ class _Encoder:
         if digest not in self._buckets:
             try:
                 self._buckets[digest] = bucket_of(open_image(path).size, self.settings)
-            except ValueError as error:
-                raise ValueError(f"{path.name}: {error}") from None
+            except SettingsError as error:
+                raise SettingsError(f"{path.name}: {error}") from None
             check_size(self.base, self._buckets[digest])
         return self._buckets[digest]
 
@@ -164,7 +167,7 @@ class _Encoder:
         from safetensors.torch import load, save
 
         bucket = self.bucket(path)
-        depends = repr((self._digest(path), self.base.vae_identity, bucket, flip, "mode", 1))
+        depends = repr((self._digest(path), self.base.vae_identity, bucket, flip))
         file = self.folder / f"{hashlib.sha256(depends.encode()).hexdigest()}.safetensors"
         if file.exists():
             try:

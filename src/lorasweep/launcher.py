@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from lorasweep import config as configs
+from lorasweep import dataset
 from lorasweep.config import Run, build_run, job_identity
 from lorasweep.run import Failure, RunError, run_pack
 
@@ -44,8 +46,10 @@ def launch(
         _job(config, config_loader, list(overrides), initial_job_idx + index)
         for index, overrides in enumerate(job_overrides)
     ]
+    for settings in dict.fromkeys(job.run.dataset for job in jobs):
+        dataset.find(settings)
     for job in jobs:
-        job.run.optimizer.check()
+        job.run.check()
         _save_hydra_files(job)
     reasons: dict[str, str] = {}
     packs = group([job.run for job in jobs], max_pack)
@@ -101,8 +105,11 @@ def _train(pack: Sequence[Run]) -> dict[str, str]:
     try:
         reports = [report for report in run_pack(pack) if isinstance(report, Failure)]
     except Exception as error:  # whatever broke this pack, the other packs must still train
-        log.exception("a pack failed")
-        return {run.name: f"{type(error).__name__}: {error}" for run in pack}
+        reason = configs.one_line(error)
+        if reason is None:
+            log.exception("a pack failed")
+            reason = f"{type(error).__name__}: {error}"
+        return {run.name: reason for run in pack}
     return {failure.run: failure.reason for failure in reports}
 
 

@@ -44,13 +44,16 @@ class Model(Settings):
 
     def __post_init__(self) -> None:
         file = Path(self.path)
-        if file.suffix in PICKLED and not self.allow_pickle:
+        pickled = file.suffix.lower() in PICKLED
+        if file.is_file():  # anything but safetensors may be a pickle, whatever its name
+            pickled = file.suffix.lower() != ".safetensors"
+        if pickled and not self.allow_pickle:
             raise SettingsError(
                 f"model.path={self.path} is a pickled checkpoint, which can run any code when"
                 " loaded; convert it to .safetensors, or trust it by model.allow_pickle=true"
             )
-        looks_local = file.suffix in PICKLED | {".safetensors"} or file.is_absolute()
-        if (looks_local or self.path.startswith(".")) and not file.exists():
+        looks_local = file.suffix.lower() in PICKLED | {".safetensors"} or file.is_absolute()
+        if (looks_local or self.path.startswith((".", "~"))) and not file.exists():
             raise SettingsError(
                 f"model.path={self.path}: no such file or folder; give a diffusers folder, a"
                 " .safetensors file, a hub id, or model=embedded for the demo's model"
@@ -75,7 +78,7 @@ class Model(Settings):
 
         where = {"pretrained_model_name_or_path": self.path, "revision": self.revision}
         safe = None if self.allow_pickle else True
-        weights: dict[str, Any] = {**where, "use_safetensors": safe, "torch_dtype": dtype}
+        weights: dict[str, Any] = {**where, "use_safetensors": safe, "dtype": dtype}
         unet, vae = diffusers.UNet2DConditionModel, diffusers.AutoencoderKL
         try:
             self._check_architecture()
@@ -85,13 +88,11 @@ class Model(Settings):
                 ),
                 "text_encoder": CLIPTextModel.from_pretrained(**weights, subfolder="text_encoder"),
                 "unet": unet.from_pretrained(**weights, subfolder="unet"),
-                "vae": vae.from_pretrained(
-                    **{**weights, "torch_dtype": torch.float32}, subfolder="vae"
-                ),
+                "vae": vae.from_pretrained(**{**weights, "dtype": torch.float32}, subfolder="vae"),
                 "scheduler": diffusers.DDPMScheduler.load_config(**where, subfolder="scheduler"),
             }
         except OSError as error:
-            raise ModelError(_not_found(self.path, error)) from None
+            raise ModelError(_not_found("model.path", self.path, error)) from None
 
     def _check_architecture(self) -> None:
         from diffusers import DiffusionPipeline
@@ -104,7 +105,10 @@ class Model(Settings):
             )
 
     def _from_file(self, dtype: torch.dtype) -> dict[str, Any]:
+        import torch
         from diffusers import StableDiffusionPipeline
+        from diffusers.loaders.single_file_utils import SingleFileComponentError
+        from safetensors import SafetensorError
 
         if self.config is None:
             raise ModelError(
@@ -118,10 +122,17 @@ class Model(Settings):
                 local_files_only=Path(self.config).is_dir(),
                 safety_checker=None,
                 feature_extractor=None,
-                torch_dtype=dtype,
+                torch_dtype=torch.float32,  # the VAE's are not to be rounded
             )
         except OSError as error:
-            raise ModelError(_not_found(self.config, error)) from None
+            raise ModelError(_not_found("model.config", self.config, error)) from None
+        except (SafetensorError, SingleFileComponentError, ValueError, RuntimeError) as error:
+            first = str(error).splitlines()[0]
+            raise ModelError(
+                f"model.path={self.path} is not a whole Stable Diffusion 1.x checkpoint: {first}"
+            ) from None
+        pipeline.unet.to(dtype)
+        pipeline.text_encoder.to(dtype)
         names = ("tokenizer", "text_encoder", "unet", "vae")
         components = {name: getattr(pipeline, name) for name in names}
         return {**components, "scheduler": dict(pipeline.scheduler.config)}
@@ -231,10 +242,20 @@ class BaseModel:
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Token ids (N, L), padded and cut to the text encoder's length."""
         tokens = self.tokenizer(
-            list(prompts), padding="max_length", truncation=True, return_tensors="pt"
+            list(prompts),
+            padding="max_length",
+            max_length=self._max_length,
+            truncation=True,
+            return_tensors="pt",
         )
         ids: Tensor = tokens.input_ids.to(self.device)
         return ids
+
+    @property
+    def _max_length(self) -> int:
+        """Tokens of a prompt; a tokenizer without a limit of its own takes the text encoder's."""
+        positions = int(self.text_encoder.config.max_position_embeddings)
+        return min(positions, int(self.tokenizer.model_max_length))
 
     def encode_prompt(self, prompts: Sequence[str]) -> Tensor:
         """Prompt embeddings (N, L, D) from the layer that clip_skip names."""
@@ -296,16 +317,16 @@ class BaseModel:
         import torch
         from PIL import Image
 
-        with torch.no_grad():
+        with torch.no_grad():  # one at a time: the VAE takes gigabytes at 512 px
             scaled = latents.float() / self.vae.config.scaling_factor
-            pixels = self.vae.decode(scaled).sample
+            pixels = torch.cat([self.vae.decode(one[None]).sample for one in scaled])
         values = (pixels.nan_to_num() / 2 + 0.5).clamp(0, 1).mul(255).round().byte()
         return [Image.fromarray(picture) for picture in values.permute(0, 2, 3, 1).cpu().numpy()]
 
     @cached_property
     def vae_identity(self) -> str:
-        """sha256 over the VAE's weights: what cached latents depend on."""
-        return weights_hash(self.vae)
+        """sha256 over the VAE's weights, and its scale: what cached latents depend on."""
+        return f"{weights_hash(self.vae)} {self.vae.config.scaling_factor}"
 
     @cached_property
     def file_hashes(self) -> dict[str, str]:
@@ -338,6 +359,14 @@ def weights_hash(module: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """torch has a class for it; the CPU's allocator, cuBLAS and cuDNN only say so."""
+    import torch
+
+    texts = ("can't allocate memory", "not enough memory", "_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(t in str(error) for t in texts)
+
+
 def resolve_device(device: str) -> str:
     """`auto` is CUDA where there is a device, else the CPU. Raises SettingsError for no device."""
     import torch
@@ -348,6 +377,10 @@ def resolve_device(device: str) -> str:
         raise SettingsError(
             f"trainer.device={device}: no CUDA device was found; use trainer.device=auto or cpu"
         )
+    index = int(device.partition(":")[2] or 0)
+    if device.startswith("cuda") and index >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise SettingsError(f"trainer.device={device}: there are {count} CUDA devices, from cuda:0")
     return device
 
 
@@ -369,9 +402,9 @@ def _weight_dtype(device: str, precision: Precision) -> torch.dtype:
     return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
 
 
-def _not_found(path: str, error: OSError) -> str:
+def _not_found(key: str, path: str, error: OSError) -> str:
     first = str(error).splitlines()[0]
     return (
-        f"model.path={path} can't be loaded: {first} Give a diffusers folder or a .safetensors"
+        f"{key}={path} can't be loaded: {first} Give a diffusers folder or a .safetensors"
         " file on this machine, a hub id that can be reached, or model=embedded"
     )

@@ -42,7 +42,14 @@ class Optimizer(Settings):
         """Raise SettingsError unless the optimiser can be made, before anything else is done."""
         import torch
 
-        self.create({part: [torch.nn.Parameter(torch.zeros(1))] for part in self.trained_parts})
+        parameters = {part: [torch.nn.Parameter(torch.zeros(1))] for part in self.trained_parts}
+        optimizer = self.create(parameters)
+        for (parameter,) in parameters.values():
+            parameter.grad = torch.zeros(1)
+        try:
+            optimizer.step()
+        except (RuntimeError, ValueError) as error:  # some check their settings only here
+            raise SettingsError(f"optimizer.type={self.type} refuses to step: {error}") from None
 
     def create(
         self, parameters: Mapping[str, Sequence[torch.nn.Parameter]]
@@ -59,14 +66,14 @@ class Optimizer(Settings):
         ]
         try:
             created: torch.optim.Optimizer = self._class()(groups, **self.args)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise SettingsError(f"optimizer.args: {self.type} refuses them: {error}") from None
         return created
 
     def _class(self) -> Any:
         module_name, _, name = self.type.rpartition(".")
         try:
-            return getattr(importlib.import_module(module_name or "torch.optim"), name)
+            found = getattr(importlib.import_module(module_name or "torch.optim"), name)
         except ImportError:
             package = module_name.partition(".")[0].replace("_", "-")
             raise SettingsError(
@@ -74,9 +81,13 @@ class Optimizer(Settings):
                 f" pip install {package}, or optimizer=adamw"
             ) from None
         except AttributeError:
+            found = None
+        if not isinstance(found, type):
             raise SettingsError(
-                f"optimizer.type={self.type}: {module_name or 'torch.optim'} has no {name}"
-            ) from None
+                f"optimizer.type={self.type}: {module_name or 'torch.optim'} has no class"
+                f" {name}; upper and lower case count, as in optimizer.type=AdamW"
+            )
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +100,13 @@ class LRScheduler(Settings):
     power: PositiveFloat
 
     def __post_init__(self) -> None:
+        unused = {"num_cycles": "cosine_with_restarts", "power": "polynomial"}
+        for name, needed in unused.items():
+            if getattr(self, name) != 1 and self.type != needed:
+                raise SettingsError(
+                    f"lr_scheduler.{name}={getattr(self, name):g} has no effect on"
+                    f" {self.type}; use lr_scheduler={needed} or set it to 1"
+                )
         if self.warmup >= 1 and self.warmup != int(self.warmup):
             raise SettingsError(
                 f"lr_scheduler.warmup={self.warmup}: give a whole number of steps, or a fraction"

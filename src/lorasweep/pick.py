@@ -7,7 +7,7 @@ import random
 import re
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -108,6 +108,7 @@ def pick(
     chosen_by: Literal["rule", "person"] = "person" if by_person else "rule"
     folder = _copy_out(uri, winner, output_root / "picked", by, chosen_by)
     upload = None if settings.upload == "none" else folder
+    settings = replace(settings, registered_model=_registered_model(folder, settings))
     version = tracking.record_choice(uri, settings, winner, chosen_by=chosen_by, upload=upload)
     return Pick(
         winner=winner,
@@ -269,6 +270,14 @@ def _copy_out(
         shutil.copyfile(sheet, folder / CONTACT_SHEET)
     (folder / "README.md").write_text(_readme(winner, config, by, chosen_by))
     return folder
+
+
+def _registered_model(folder: Path, settings: Tracking) -> str:
+    """The name that the winner's own run was to be registered under."""
+    import yaml  # type: ignore[import-untyped]
+
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    return str(_at(config, "tracking", "registered_model") or settings.registered_model)
 
 
 def _readme(winner: Candidate, config_yaml: str, by: str, chosen_by: str) -> str:

@@ -20,7 +20,7 @@ from lorasweep.adapters.pack import Pack
 from lorasweep.checkpoint import Checkpoint
 from lorasweep.config import Run
 from lorasweep.metrics import Images, Scored, Scores, Terms
-from lorasweep.models import BaseModel, resolve_device
+from lorasweep.models import BaseModel, is_out_of_memory, resolve_device
 from lorasweep.tracking import NewRun, RunLog, Tracker
 from lorasweep.trainers import Epoch, Training, TrainingData, TrainingRun
 
@@ -78,11 +78,13 @@ def run_pack(runs: Sequence[Run]) -> Iterator[EpochReport | Failure]:
     """
     first, clock = runs[0], Clock()
     with clock("prepare"):
+        device = resolve_device(first.trainer.device)
         data = write_folders(first)
     with Tracker(first.tracking, first.output_root) as tracker:
-        logs = {run.name: tracker.open_run(_new_run(run, data)) for run in runs}
+        texts = captions_used(first, data)
+        logs = {run.name: tracker.open_run(_new_run(run, data, texts)) for run in runs}
         with clock("prepare"):
-            base = first.model.load(resolve_device(first.trainer.device), first.trainer.precision)
+            base = first.model.load(device, first.trainer.precision)
             tracker.ready()  # a store that can't be written ends here, before any training
             images = _images(base, first, data)
             judge = _Judge(base, runs, images, clock)
@@ -160,8 +162,24 @@ def load_pack(base: BaseModel, files: Sequence[Path]) -> Pack:
     return Pack.from_files(base.parts, [checkpoint.read(path)[0] for path in files])
 
 
-def _new_run(run: Run, data: Path) -> NewRun:
+def captions_used(run: Run, data: Path) -> str:
+    """The folders' captions as they are now, edited ones too, as JSON: split, folder, file."""
+    found = {
+        split: {
+            f"{arm.repeats}_{arm.name}": {item.path.name: item.caption for item in arm.items}
+            for arm in folders.read(data / split, run.dataset.caption_extension)
+        }
+        for split in ("train", "holdout")
+        if (data / split).is_dir()
+    }
+    return json.dumps(found, indent=1, ensure_ascii=False)
+
+
+def _new_run(run: Run, data: Path, texts: str) -> NewRun:
     manifest = data / "manifest.json"
+    used = run.output_dir / "captions.json"
+    used.parent.mkdir(parents=True, exist_ok=True)
+    used.write_text(texts)
     return NewRun(
         name=run.name,
         sweep=run.sweep,
@@ -170,7 +188,7 @@ def _new_run(run: Run, data: Path) -> NewRun:
         overrides=run.overrides,
         manifest=manifest,
         image_dir=run.dataset.image_dir,
-        dataset_digest=hashlib.sha256(manifest.read_bytes()).hexdigest(),
+        dataset_digest=hashlib.sha256(manifest.read_bytes() + texts.encode()).hexdigest(),
         tags={"lorasweep.output_dir": str(run.output_dir), "lorasweep.folders": str(data)},
     )
 
@@ -207,7 +225,7 @@ class _Judge:
         self.runs = {run.name: run for run in runs}
         prepared = (metric.prepare(base, images) for metric in first.metrics.values())
         self.scorers = [scorer for scorer in prepared if scorer is not None]
-        self.prompts = self.sampling.resolve(first.dataset.size, base.size_multiple)
+        self.prompts = self.sampling.resolve(first.dataset.size, base.vae_scale_factor)
 
     def base_model(self) -> tuple[Scores, Samples]:
         """The bare base's own scores and pictures: epoch 0 of every run."""
@@ -221,7 +239,17 @@ class _Judge:
         return scores, self._named(images)
 
     def checkpoints(self, checkpoints: Sequence[Checkpoint]) -> list[tuple[Scored, Samples]]:
-        """Scores and pictures of each checkpoint."""
+        """Scores and pictures of each checkpoint; out of memory, of one half after the other."""
+        try:
+            return self._judge(checkpoints)
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or len(checkpoints) == 1:
+                raise
+        middle = len(checkpoints) // 2
+        log.warning("out of memory with %d checkpoints: fewer are scored at once", len(checkpoints))
+        return self.checkpoints(checkpoints[:middle]) + self.checkpoints(checkpoints[middle:])
+
+    def _judge(self, checkpoints: Sequence[Checkpoint]) -> list[tuple[Scored, Samples]]:
         with self.clock("score"):
             pack = load_pack(self.base, [one.path for one in checkpoints])
             by_scorer = [scorer.score(pack) for scorer in self.scorers]
@@ -290,6 +318,7 @@ def _finish(run: Run, run_log: RunLog, sheet: Path | None, clock: Clock) -> None
     if sheet is not None:
         run_log.log_file(sheet)
         log.info("%s: contact sheet %s", run.name, sheet)
+    run_log.log_file(run.output_dir / "captions.json")
     timing = run.output_dir / "seconds.json"
     timing.write_text(json.dumps(clock.seconds, indent=1))
     run_log.log_file(timing)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from lorasweep import rng
 from lorasweep.adapters.pack import Pack
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _OPTIONS = {"n": str, "w": int, "h": int, "d": int, "l": float, "s": int}
 """kohya's options of a prompt line that we understand."""
+_MIN_SIDE, _MAX_STEPS = 64, 1000  # as kohya clamps them
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Sampling(Settings):
     every_n_epochs: NonNegativeInt
     width: PositiveInt | None
     height: PositiveInt | None
-    num_inference_steps: PositiveInt
+    num_inference_steps: Annotated[int, Field(ge=1, le=1000)]
     guidance_scale: PositiveFloat
     negative_prompt: str
     seed: int
@@ -54,6 +56,16 @@ class Sampling(Settings):
     def __post_init__(self) -> None:
         for line in self.prompts:
             _parse(line)
+
+    def check(self) -> None:
+        """Raise SettingsError unless the sampler exists, before any work."""
+        import diffusers
+
+        if not hasattr(diffusers, self.scheduler) or not self.scheduler.endswith("Scheduler"):
+            raise SettingsError(
+                f"sampling.scheduler={self.scheduler}: diffusers has no such scheduler; give e.g."
+                " DDIMScheduler, EulerDiscreteScheduler or DPMSolverMultistepScheduler"
+            )
 
     def due(self, epoch: int) -> bool:
         """Are pictures drawn after this epoch? The bare base, epoch 0, is always drawn."""
@@ -70,11 +82,13 @@ class Sampling(Settings):
                 Prompt(
                     text=text,
                     negative=str(options.get("n", self.negative_prompt)),
-                    width=max(multiple, width // multiple * multiple),
-                    height=max(multiple, height // multiple * multiple),
+                    width=max(_MIN_SIDE, width // multiple * multiple),
+                    height=max(_MIN_SIDE, height // multiple * multiple),
                     seed=int(options.get("d", self.seed + number)),
                     guidance_scale=float(options.get("l", self.guidance_scale)),
-                    num_inference_steps=int(options.get("s", self.num_inference_steps)),
+                    num_inference_steps=min(
+                        max(1, int(options.get("s", self.num_inference_steps))), _MAX_STEPS
+                    ),
                 )
             )
         return prompts
@@ -118,6 +132,9 @@ def _denoise(
     num_runs, num_prompts = 1 if pack is None else len(pack), len(prompts)
     scheduler = base.sampler(scheduler_name)
     scheduler.set_timesteps(prompts[0].num_inference_steps, device=base.device)
+    # samplers that add noise draw it from each picture's own stream
+    draws = [rng.generator(prompt.seed, "sampler") for _ in range(num_runs) for prompt in prompts]
+    extra = {"generator": draws} if "generator" in signature(scheduler.step).parameters else {}
     texts = [prompt.negative for prompt in prompts] + [prompt.text for prompt in prompts]
     guidance = torch.tensor([p.guidance_scale for p in prompts], device=base.device)
     start = torch.stack([noise(base, prompt) for prompt in prompts])
@@ -130,7 +147,7 @@ def _denoise(
             prediction = base.predict(rows, timestep.expand(len(rows)), embeds).float()
             without, with_text = prediction.unflatten(0, (num_runs, 2, -1)).unbind(1)
             guided = without + guidance[:, None, None, None] * (with_text - without)
-            latents = scheduler.step(guided.flatten(0, 1), timestep, latents).prev_sample
+            latents = scheduler.step(guided.flatten(0, 1), timestep, latents, **extra).prev_sample
     return latents.unflatten(0, (num_runs, num_prompts))
 
 

@@ -161,26 +161,28 @@ class LoRAStack:
         if dropout is not None:
             tokens = hidden.reshape(num_runs, x.shape[0] // num_runs, -1, hidden.shape[-1])
             hidden = self._drop(tokens, dropout).reshape(hidden.shape)
-        return self._add(y.reshape(num_runs, -1, y.shape[-1]), hidden, self.up).reshape(y.shape)
+        up, scale = self._scaled_up()
+        return (
+            y.reshape(num_runs, -1, y.shape[-1]).baddbmm(hidden, up, alpha=scale).reshape(y.shape)
+        )
 
     def _forward_conv(self, x: Tensor, y: Tensor, num_runs: int, dropout: Dropout | None) -> Tensor:
         rows = x.shape[0] // num_runs
         down = self.down.repeat_interleave(rows, 0)  # (K * rows, rank, in)
-        up = self.up.mT.repeat_interleave(rows, 0)
         hidden = down.bmm(x.flatten(2))  # (K * rows, rank, H * W)
         if dropout is not None:
             tokens = hidden.mT.unflatten(0, (num_runs, rows))
             hidden = self._drop(tokens, dropout).flatten(0, 1).mT
-        return self._add(y.flatten(2), up, hidden).reshape(y.shape)
+        up, scale = self._scaled_up()
+        up = up.mT.repeat_interleave(rows, 0)
+        return y.flatten(2).baddbmm(up, hidden, alpha=scale).reshape(y.shape)
 
-    def _add(self, y: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        """y + scale * left @ right, with each run's own scale."""
+    def _scaled_up(self) -> tuple[Tensor, float]:
+        """`up`, and what its products are still to be multiplied by; one scale for all is free."""
         scales = self.scales
         if len(set(scales)) == 1:
-            return y.baddbmm(left, right, alpha=scales[0])
-        repeats = y.shape[0] // len(scales)
-        scale = left.new_tensor(scales).repeat_interleave(repeats)[:, None, None]
-        return y.baddbmm(left * scale, right)
+            return self.up, scales[0]
+        return self.up * self.up.new_tensor(scales)[:, None, None], 1.0
 
     def _drop(self, hidden: Tensor, dropout: Dropout) -> Tensor:
         """kohya's three dropouts on the rank activations (K, rows, tokens, rank)."""

@@ -17,6 +17,7 @@ from lorasweep import rng
 from lorasweep.adapters import Adapter, Dropout, Site, Stack
 from lorasweep.adapters.keys import by_site, every_site, sites
 from lorasweep.adapters.lora import LoRAStack
+from lorasweep.checkpoint import CheckpointError
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +73,7 @@ class Pack:
     def from_files(cls, parts: Parts, files: Sequence[Mapping[str, Tensor]]) -> Pack:
         """Adapters as files hold them, in the given order.
 
-        Raises ValueError for tensors of another type than ours or names that match no module.
+        Raises CheckpointError for tensors of another type than ours or names that match no module.
         """
         known = every_site(parts)
         loaded = [_checked(by_site(file), known) for file in files]
@@ -215,18 +216,18 @@ def _checked(
 ) -> dict[str, dict[str, Tensor]]:
     for key, tensors in file.items():
         if key not in known:
-            raise ValueError(f"{key}: the base model has no such module")
+            raise CheckpointError(f"{key}: the base model has no such module")
         if set(tensors) != {"lora_down.weight", "lora_up.weight", "alpha"}:
-            raise ValueError(f"{key}: {', '.join(sorted(tensors))} is not a standard LoRA's")
+            raise CheckpointError(f"{key}: {', '.join(sorted(tensors))} is not a standard LoRA's")
         _check_shapes(key, tensors, known[key].weight)
     return file
 
 
 def _check_shapes(key: str, tensors: Mapping[str, Tensor], weight: Tensor) -> None:
     down, up = tensors["lora_down.weight"], tensors["lora_up.weight"]
-    fits = down.shape[1] == weight.shape[1] and up.shape[0] == weight.shape[0]
-    if not fits or down.shape[0] != up.shape[1]:
-        raise ValueError(
+    fits = down[0].numel() == weight[0].numel() and up.shape[0] == weight.shape[0]
+    if not fits or down.shape[0] != up[0].numel() or weight[0, 0].numel() > 1:
+        raise CheckpointError(
             f"{key}: factors {tuple(up.shape)} x {tuple(down.shape)} don't fit the base model's"
             f" {tuple(weight.shape)}"
         )

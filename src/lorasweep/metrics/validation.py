@@ -181,9 +181,12 @@ class _Validator:
 
     def _embeds(self, num_runs: int, captions: Sequence[str]) -> dict[str, Tensor]:
         """Each caption's embeddings by all runs: (K, L, D)."""
-        embeds = self.base.encode_prompt(list(captions) * num_runs)
-        by_run = embeds.unflatten(0, (num_runs, len(captions)))
-        return {caption: by_run[:, number] for number, caption in enumerate(captions)}
+        size, embeds = max(1, self.settings.batch_size // num_runs), {}
+        for start in range(0, len(captions), size):
+            part = captions[start : start + size]
+            by_run = self.base.encode_prompt(list(part) * num_runs).unflatten(0, (num_runs, -1))
+            embeds.update({caption: by_run[:, number] for number, caption in enumerate(part)})
+        return embeds
 
     def _batch(self, num_runs: int, batch: Sequence[Tuple], embeds: dict[str, Tensor]) -> Tensor:
         import torch

@@ -30,7 +30,7 @@ class PackLoss:
     def backward(
         self, pack: Pack, states: Sequence[RunState], batches: Sequence[Batch]
     ) -> list[float]:
-        """Add each run's gradients of its batch; its loss, divided by the accumulation steps."""
+        """Add each run's gradients of its batch, divided by the accumulation steps; its loss."""
         import torch
 
         latents = torch.cat([self._latents(s, b) for s, b in zip(states, batches, strict=True)])
@@ -46,9 +46,10 @@ class PackLoss:
                 noise_pred = self.base.predict(noisy_latents, timesteps, embeds)
             target = self.base.training_target(latents, noise, timesteps)
             per_sample = (noise_pred.float() - target).square().mean(dim=(1, 2, 3))
-            losses = self._weighted(per_sample, timesteps, states) / self.accumulation
+            losses = self._weighted(per_sample, timesteps, states)
+            shares = losses / self.accumulation
             total = torch.stack(
-                [state.scaler.scale(loss) for state, loss in zip(states, losses, strict=True)]
+                [state.scaler.scale(share) for state, share in zip(states, shares, strict=True)]
             ).sum()
             total.backward()
         for state in states:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorasweep.latents import Item
+from lorasweep.trainers.batches import steps_per_epoch
 
 if TYPE_CHECKING:
     from lorasweep.trainers.native import NativeTraining
@@ -72,8 +73,7 @@ def _data(training: NativeTraining) -> dict[str, object]:
     return {
         "ss_num_train_images": sum(item.repeats for item in items),
         "ss_num_reg_images": 0,
-        "ss_num_batches_per_epoch": training.steps_per_epoch
-        * training.settings.gradient_accumulation_steps,
+        "ss_num_batches_per_epoch": steps_per_epoch(items, training.settings.batch_size),
         "ss_batch_size_per_device": training.settings.batch_size,
         "ss_total_batch_size": training.settings.batch_size,
         "ss_resolution": f"({width}, {height})",

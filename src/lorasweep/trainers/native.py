@@ -7,25 +7,35 @@ same result in a pack as alone, to float rounding. Options with kohya's names me
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from lorasweep import checkpoint
 from lorasweep.adapters.pack import Pack
 from lorasweep.checkpoint import Checkpoint
-from lorasweep.models import BaseModel, Precision
+from lorasweep.models import BaseModel, Precision, is_out_of_memory
 from lorasweep.progress import Bar
-from lorasweep.settings import Settings
+from lorasweep.settings import Settings, SettingsError
 from lorasweep.trainers import Epoch, TrainerError, TrainingData, TrainingRun
 from lorasweep.trainers.batches import Batch, epoch_batches, steps_per_epoch
 from lorasweep.trainers.loss import PackLoss
 from lorasweep.trainers.metadata import kohya_metadata
 from lorasweep.trainers.state import RunState
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 log = logging.getLogger(__name__)
+
+_LEFT = (
+    "the checkpoints of the epochs before it stand. Try a lower learning rate, or precision bf16"
+    " or fp32"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +51,10 @@ class NativeTrainer(Settings):
     noise_offset: NonNegativeFloat
     min_snr_gamma: PositiveFloat | None
     device: str
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise SettingsError(f"trainer.device={self.device}: give auto, cpu, cuda or cuda:1")
 
     def start(
         self, base: BaseModel, runs: Sequence[TrainingRun], data: TrainingData
@@ -118,13 +132,15 @@ class NativeTraining:
 
     def _epoch_or_split(self, bar: Bar) -> Epoch | None:
         """One epoch; when memory runs out None, with the pack halved and back at its start."""
-        before, snapshots = self._members, [state.snapshot() for state in self._members.states]
+        before = self._members
+        can_split = len(before.states) > 1
+        snapshots = [state.snapshot() for state in before.states if can_split]
         try:
             return self._epoch(bar)
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
-            if len(before.states) == 1:
+            if not can_split:
                 raise TrainerError(_no_memory(before.states[0].run, self.settings)) from None
         log.warning("out of memory with %d runs: they go on as two packs", len(before.states))
         before.bind()
@@ -162,6 +178,7 @@ class NativeTraining:
                 break
         for state in self._members.states:
             state.num_epochs += 1
+        failures.update(self._drop_overflown())
         checkpoints = [self._write(index) for index in range(len(self._members.states))]
         return Epoch(checkpoints=checkpoints, steps=steps, failures=failures)
 
@@ -172,7 +189,8 @@ class NativeTraining:
         losses = [0.0] * len(members.states)
         for batches in micro_batches:
             values = self._loss.backward(members.pack, members.states, batches)
-            losses = [total + value for total, value in zip(losses, values, strict=True)]
+            shares = [value / len(micro_batches) for value in values]
+            losses = [total + share for total, share in zip(losses, shares, strict=True)]
         records = []
         for index, state in enumerate(members.states):
             rates = state.rates()
@@ -198,22 +216,34 @@ class NativeTraining:
         return (
             f"{state.run.name}: loss {record['train/loss']:g} with gradient norm"
             f" {record['train/grad_norm']:g} in epoch {state.num_epochs + 1}, step"
-            f" {state.num_steps}, on {', '.join(images)}; its earlier checkpoints stand."
-            " Try a lower learning rate, or precision bf16 or fp32"
+            f" {state.num_steps}, on {', '.join(images)}; {_LEFT}"
         )
+
+    def _drop_overflown(self) -> dict[str, str]:
+        """Stop the runs whose weights no file could hold: run -> why."""
+        failures = {}
+        for index, state in enumerate(self._members.states):
+            if not all(bool(t.isfinite().all()) for t in self._file_tensors(index).values()):
+                state.is_finite = False
+                failures[state.run.name] = (
+                    f"{state.run.name}: weights beyond {self.settings.save_dtype} after epoch"
+                    f" {state.num_epochs}; {_LEFT}"
+                )
+        self._keep(lambda state: state.is_finite)
+        return failures
 
     def _write(self, index: int) -> Checkpoint:
         state = self._members.states[index]
         run, epoch = state.run, state.num_epochs
         path = checkpoint.checkpoint_path(run.output_dir, run.name, epoch)
+        tensors = {name: t.cpu() for name, t in self._file_tensors(index).items()}
+        checkpoint.write(path, tensors, kohya_metadata(self, state))
+        return Checkpoint(path=path, run=run.name, epoch=epoch, step=state.num_steps)
+
+    def _file_tensors(self, index: int) -> dict[str, Tensor]:
         dtype = self.base.dtype(self.settings.save_dtype)
         tensors = self._members.pack.file_tensors(index)
-        checkpoint.write(
-            path,
-            {name: tensor.to("cpu", dtype) for name, tensor in tensors.items()},
-            kohya_metadata(self, state),
-        )
-        return Checkpoint(path=path, run=run.name, epoch=epoch, step=state.num_steps)
+        return {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
     def _keep(self, wanted: Callable[[RunState], bool]) -> None:
         members = self._members
@@ -226,13 +256,6 @@ class NativeTraining:
 def _kind(run: TrainingRun) -> tuple[str, ...]:
     """What runs must share to be stacked together."""
     return (type(run.adapter).__name__, run.adapter.targets, *sorted(run.optimizer.trained_parts))
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """CUDA raises a class of its own; the CPU's allocator only says so."""
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
 
 
 def _no_memory(run: TrainingRun, settings: NativeTrainer) -> str:

@@ -13,6 +13,7 @@ from lorasweep.models import BaseModel
 from lorasweep.trainers import TrainingRun
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 Views = Mapping[str, Sequence["Tensor"]]
@@ -48,9 +49,8 @@ class RunState:
         self.optimizer = run.optimizer.create(self.parameters)
         num_steps = run.max_train_epochs * steps_per_epoch
         self.lr_scheduler = run.lr_scheduler.create(self.optimizer, num_steps)
-        self.scaler = torch.amp.GradScaler(
-            torch.device(base.device).type, enabled=base.precision == "fp16"
-        )
+        self._device_type = torch.device(base.device).type
+        self.scaler = self._new_scaler(enabled=base.precision == "fp16")
         self.num_epochs = 0  # finished ones
         self.num_steps = 0
         self.num_micro_steps = 0
@@ -81,23 +81,26 @@ class RunState:
         self.scaler.unscale_(self.optimizer)
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        # a scaled fp16 gradient may overflow: the scaler skips that step and scales less
-        overflow_is_normal = self.scaler.is_enabled()
-        self.is_finite = math.isfinite(loss) and (overflow_is_normal or bool(norm.isfinite()))
+        # a scaled fp16 gradient may overflow: the scaler skips that step and scales less;
+        # but one that overflows at no scale at all is lost
+        overflow_is_normal = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
+        grads_are_finite = bool(norm.isfinite())
+        self.is_finite = math.isfinite(loss) and (overflow_is_normal or grads_are_finite)
         if self.is_finite:
             limit = self.run.optimizer.max_grad_norm
-            if limit > 0:
+            if limit > 0 and grads_are_finite:
                 torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            self.lr_scheduler.step()
+            if grads_are_finite:  # a skipped step is none
+                self.lr_scheduler.step()
         return float(norm)
 
     def snapshot(self) -> Snapshot:
-        """A copy of all that a step changes."""
+        """A copy of all that a step changes, in the computer's memory."""
         return Snapshot(
-            parameters=[p.detach().clone() for p in self._all_parameters()],
-            optimizer=copy.deepcopy(self.optimizer.state_dict()),
+            parameters=[_to_cpu(p.detach()) for p in self._all_parameters()],
+            optimizer=_to_cpu(self.optimizer.state_dict()),
             lr_scheduler=copy.deepcopy(self.lr_scheduler.state_dict()),
             scaler=copy.deepcopy(self.scaler.state_dict()),
             num_steps=self.num_steps,
@@ -110,9 +113,28 @@ class RunState:
             parameter.data.copy_(value)
         self.optimizer.load_state_dict(snapshot.optimizer)
         self.lr_scheduler.load_state_dict(snapshot.lr_scheduler)
+        self.scaler = self._new_scaler(enabled=self.scaler.is_enabled())  # forgets a begun step
         self.scaler.load_state_dict(snapshot.scaler)
         self.num_steps, self.num_micro_steps = snapshot.num_steps, snapshot.num_micro_steps
         self.is_finite = True
 
+    def _new_scaler(self, *, enabled: bool) -> torch.amp.GradScaler:
+        import torch
+
+        return torch.amp.GradScaler(self._device_type, enabled=enabled)
+
     def _all_parameters(self) -> list[Any]:
         return [p for parameters in self.parameters.values() for p in parameters]
+
+
+def _to_cpu(value: Any) -> Any:
+    """A deep copy with every tensor in the computer's memory."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _to_cpu(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_to_cpu(item) for item in value]
+    return copy.deepcopy(value)

@@ -1,0 +1,89 @@
+"""The main job of one pack: its reports, its folders, and what it does when something breaks."""
+
+import json
+import logging
+
+import pytest
+import torch
+
+from lorasweep.run import EpochReport, run_pack, write_folders
+
+
+def reports(*runs):
+    return [report for report in run_pack(runs) if isinstance(report, EpochReport)]
+
+
+def test_every_checkpoint_is_reported_once_with_scores(make_run):
+    runs = [make_run("adapter.rank=2", f"seed={n}", number=n) for n in range(2)]
+    found = reports(*runs)
+    assert [(r.run, r.checkpoint.epoch) for r in found] == [
+        ("demo-0", 1),
+        ("demo-1", 1),
+        ("demo-0", 2),
+        ("demo-1", 2),
+    ]
+    assert all(r.checkpoint.path.exists() for r in found)
+    assert found[0].scores["val/loss_rel"] != found[1].scores["val/loss_rel"]
+    seconds = json.loads((runs[0].output_dir / "seconds.json").read_text())
+    assert set(seconds) == {"prepare", "train", "score", "sample"}
+
+
+def test_scoring_out_of_memory_goes_on_with_fewer_at_once(make_run, monkeypatch, caplog):
+    from diffusers import UNet2DConditionModel
+
+    runs = [make_run("adapter.rank=2", f"seed={n}", number=n) for n in range(2)]
+    expected = {(r.run, r.checkpoint.epoch): r.scores["val/loss_rel"] for r in reports(*runs)}
+    forward = UNet2DConditionModel.forward
+
+    def limited(self, sample, *args, **kwargs):
+        if not torch.is_grad_enabled() and sample.shape[0] > 6:
+            raise torch.OutOfMemoryError("CUDA out of memory (made by the test)")
+        return forward(self, sample, *args, **kwargs)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", limited)
+    with caplog.at_level(logging.WARNING):
+        found = {(r.run, r.checkpoint.epoch): r.scores["val/loss_rel"] for r in reports(*runs)}
+    assert "fewer are scored at once" in caplog.text
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_edited_caption_is_trained_on_and_logged(make_run):
+    run = make_run("trainer.max_train_epochs=1")
+    folder = write_folders(run) / "train" / "1_wd"
+    (file, *_) = sorted(folder.glob("*.txt"))
+    file.write_text("a caption of my own\n")
+    (report,) = reports(run)
+    used = json.loads((run.output_dir / "captions.json").read_text())
+    assert "a caption of my own" in used["train"]["1_wd"].values()
+    from lorasweep.checkpoint import read_metadata
+
+    assert "a caption of my own" in read_metadata(report.checkpoint.path)["ss_tag_frequency"]
+
+
+def test_the_users_folder_is_left_as_it_was(make_run, tmp_path):
+    from PIL import Image
+
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for number in range(6):
+        Image.new("RGB", (80, 64), (40 * number, 100, 90)).save(mine / f"{number}.png")
+        (mine / f"{number}.txt").write_text(f"colour {number}")
+    before = {
+        p.name: (p.read_bytes(), p.stat().st_mtime_ns, p.stat().st_nlink) for p in mine.iterdir()
+    }
+    output_root = tmp_path / "elsewhere"
+    run = make_run(
+        f"dataset.image_dir={mine}",
+        f"output_root={output_root}",
+        "captions=[empty,sidecar]",
+        "captions.empty.repeats=1",
+        "captions.sidecar.repeats=2",
+        "trainer.max_train_epochs=1",
+    )
+    assert len(reports(run)) == 1
+    after = {
+        p.name: (p.read_bytes(), p.stat().st_mtime_ns, p.stat().st_nlink) for p in mine.iterdir()
+    }
+    assert after == before
+    (data,) = [p for p in (output_root / "datasets").iterdir() if p.is_dir()]
+    assert {p.name for p in (data / "train").iterdir()} == {"1_empty", "2_sidecar"}
