@@ -36,7 +36,7 @@ def test_scoring_out_of_memory_goes_on_with_fewer_at_once(make_run, monkeypatch,
     forward = UNet2DConditionModel.forward
 
     def limited(self, sample, *args, **kwargs):
-        if not torch.is_grad_enabled() and sample.shape[0] > 6:
+        if not torch.is_grad_enabled() and sample.shape[0] > 8:
             raise torch.OutOfMemoryError("CUDA out of memory (made by the test)")
         return forward(self, sample, *args, **kwargs)
 

@@ -163,9 +163,8 @@ def table(result: Pick, limit: int = TABLE_LIMIT) -> Table:
 
     score = result.by.rpartition("/")[2]
     shown = Table(title=_title(result), caption=_caption(result, limit), caption_justify="left")
-    for header in ("rank", "run", "epoch", f"{score} [lo, hi]", "gap", "drift", "file"):
-        left = header in ("run", "file")
-        shown.add_column(header, justify="left" if left else "right", overflow="fold")
+    for header in ("rank", "run", "epoch", f"{score} [lo, hi]", "gap", "drift"):
+        shown.add_column(header, justify="left" if header == "run" else "right", overflow="fold")
     for number, candidate in _rows(result, limit):
         is_winner = candidate.model_id == result.winner.model_id
         shown.add_row(*_cells(result, number, candidate), style="bold green" if is_winner else None)
@@ -209,11 +208,10 @@ def _cells(result: Pick, number: int, candidate: Candidate) -> list[str]:
     return [
         f"≈ {number}" if ties(candidate, smallest, by) else str(number),
         _link(candidate.run, tracking.page(result.uri, candidate)),
-        str(candidate.epoch),
+        _link(str(candidate.epoch), candidate.path.as_uri()),
         _short(scores[by]) + _escaped(interval if f"{by}_hi" in scores else ""),
         _short(scores.get("val/gap")),
         _short(scores.get(DRIFT), "#.3g"),
-        _link(candidate.path.name, candidate.path.as_uri()),
     ]
 
 
