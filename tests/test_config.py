@@ -136,7 +136,7 @@ def test_image_dir_must_be_given():
         ["train", "-m", "adapter=lara,lora"],
     ],
 )
-def test_answers_that_need_no_work_import_nothing_heavy(arguments):
+def test_answers_that_need_no_work_import_nothing_heavy(arguments, tmp_path):
     script = (
         "import sys\nfrom lorasweep.cli import main\n"
         f"try: main({arguments!r})\n"
@@ -144,7 +144,8 @@ def test_answers_that_need_no_work_import_nothing_heavy(arguments):
         "heavy = {'torch', 'mlflow', 'diffusers', 'transformers', 'optuna', 'numpy'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert result.stdout.splitlines()[-1] == "[]", result.stderr
 
 
