@@ -80,7 +80,11 @@ def test_checkpoints_are_compared_image_by_image() -> None:
         loss_rel=0.7017,
         prior_drift=0.5,
     )
-    assert epochs(picking.rank([worse, like, best], BY)) == [2, 3, 1]
+    # second by its score, but worse on every image: no tie, although a larger score is one
+    near = candidate(
+        4, terms=[term + 0.001 for term in hard_and_easy], loss_rel=0.701, prior_drift=0.0
+    )
+    assert epochs(picking.rank([worse, like, near, best], BY)) == [2, 3, 4, 1]
 
 
 def test_of_equal_drift_the_earlier_epoch_wins() -> None:

@@ -131,9 +131,12 @@ def rank(candidates: Iterable[Candidate], by: str) -> list[Candidate]:
     `val/prior_drift`, then the earlier epoch. The rest follow by their score.
     """
     by_score = sorted(candidates, key=lambda one: (one.scores[by], one.epoch))
-    tied = [one for one in by_score if ties(one, by_score[0], by)]
-    modest = sorted(tied, key=lambda one: (one.scores.get(DRIFT, math.inf), one.epoch))
-    return modest + by_score[len(tied) :]
+    tied = [ties(one, by_score[0], by) for one in by_score]
+    modest = sorted(
+        (one for one, is_tied in zip(by_score, tied, strict=True) if is_tied),
+        key=lambda one: (one.scores.get(DRIFT, math.inf), one.epoch),
+    )
+    return modest + [one for one, is_tied in zip(by_score, tied, strict=True) if not is_tied]
 
 
 def ties(candidate: Candidate, smallest: Candidate, by: str) -> bool:
