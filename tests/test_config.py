@@ -130,6 +130,7 @@ def test_image_dir_must_be_given():
     "arguments",
     [
         ["--help"],
+        ["train", "--help"],
         ["train", "experiment=demo", "adapter.rank=four"],
         ["train", "adapter=lara"],
         ["train", "dataset.image_dir=nowhere"],

@@ -218,7 +218,7 @@ def test_without_a_name_the_newest_sweep_is_picked_from(store: Store) -> None:
     ("choice", "message"),
     [
         ({"sweep": "gird"}, "there is no sweep gird; there are: alone, grid"),
-        ({"run": "three", "epoch": 1}, "there is no run three in this sweep; there are: one, two"),
+        ({"run": "three", "epoch": 1}, "there is no run three in sweep grid; there are: one, two"),
         ({"run": "one", "epoch": 9}, "there is no checkpoint of epoch 9; there are: 1, 2, 3"),
         ({"by": "val/los"}, "no checkpoint has a finite val/los"),
     ],

@@ -22,6 +22,27 @@ Settings are Hydra overrides (KEY=VALUE); `lorasweep train --cfg job` shows them
 """
 
 
+_WORDS = "DIR: folder of images; SWEEP: name of another sweep; KEY=VALUE: settings to change"
+_TRAIN_HELP = """\
+usage: lorasweep train [-m] [--cfg job] [--config-dir DIR] [GROUP=OPTION | KEY=VALUE ...]
+
+Train one run, or with -m one for every combination of values given with commas.
+
+  lorasweep train experiment=demo
+  lorasweep train dataset.image_dir=photos captions=[empty,sidecar] adapter.rank=16
+  lorasweep train -m dataset.image_dir=photos adapter.rank=4,8,16 optimizer.unet_lr=1e-4,3e-4
+  lorasweep train -m +sweeps=demo
+
+  -m                take commas as a sweep; runs that can share a base model train together
+  --cfg job         print the settings and train nothing: every KEY, and what the run would use
+  --config-dir DIR  folder of your own options (DIR/adapter/mine.yaml is adapter=mine)
+  --hydra-help      Hydra's further flags
+
+Groups and their options:
+{options}
+"""
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command; mistakes of the user end with one line and exit code 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -29,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         if argv[:1] == ["train"]:  # Hydra reads the rest, its own flags included
+            if {"-h", "--help"} & set(argv):
+                print(_train_help())
+                return
             train(argv[1:])
             return
         arguments = _parser().parse_args(argv)
@@ -50,14 +74,24 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add(commands, "train", "", "train one run, or with -m a sweep of them (a Hydra app)")
     _add(commands, "caption", "DIR ", "caption a folder of images into kohya's folders", _caption)
-    pick = _add(commands, "pick", "[SWEEP] ", "choose the best checkpoint of a sweep", _pick)
-    pick.add_argument("--run", help="your own choice: name of the run")
-    pick.add_argument("--epoch", type=int, help="your own choice: its epoch")
+    pick = _add(
+        commands, "pick", "[SWEEP] ", "choose the best checkpoint of the newest sweep", _pick
+    )
+    pick.add_argument("--run", help="only this run's; together with --epoch it is your own choice")
+    pick.add_argument("--epoch", type=int, help="only this epoch's checkpoints")
     pick.add_argument("--limit", type=int, default=15, help="rows of the table (default 15)")
     ui = _add(commands, "ui", "", "show MLflow's pages for this project, on localhost", _ui)
     ui.add_argument("--port", type=int, default=5000, help="port to listen on (default 5000)")
     _add(commands, "doctor", "", "check devices, disk, models, weights and tracking", _doctor)
     return parser
+
+
+def _train_help() -> str:
+    """Ours, for Hydra's own lists every folder on its search path."""
+    from lorasweep.config import groups
+
+    options = "\n".join(f"  {name:16}{', '.join(found)}" for name, found in groups().items())
+    return _TRAIN_HELP.format(options=options)
 
 
 def _add(
@@ -70,7 +104,7 @@ def _add(
     """A command that takes `words` and overrides (with a `=`), in any order."""
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
     parser.set_defaults(command=command)
-    parser.add_argument("words", nargs="*", metavar=f"{words}KEY=VALUE", help="settings to change")
+    parser.add_argument("words", nargs="*", metavar=f"{words}KEY=VALUE", help=_WORDS)
     parser.add_argument("--config-dir", type=Path, help="folder of your own options")
     return parser
 
@@ -135,6 +169,7 @@ def _caption(arguments: argparse.Namespace) -> int:
     from lorasweep.run import write_folders
 
     print(f"Captions are in {write_folders(run)}")
+    print("Edit them there: training with the same dataset and captions settings takes them so.")
     return 0
 
 

@@ -93,6 +93,13 @@ def _data_dir(name: str) -> Path:
     return installed if installed.is_dir() else PACKAGE.parents[1] / name
 
 
+def groups() -> dict[str, list[str]]:
+    """The groups of conf/ and sweeps/, with the names of their options."""
+    folders = [*sorted(path for path in conf_dir().iterdir() if path.is_dir()), sweeps_dir()]
+    found = {folder.name: sorted(p.stem for p in folder.glob("*.yaml")) for folder in folders}
+    return {name: options for name, options in found.items() if options}
+
+
 def register_resolvers() -> None:
     """What conf/ may say in `${…}` beyond OmegaConf's own."""
     resolvers = {

@@ -377,6 +377,7 @@ def _images(run: Run) -> Finding:
     settings = run.dataset
     try:
         num_found = len(dataset.find(settings))
+        dataset.select(settings)  # opens those that would be drawn, as train does
     except SettingsError as error:
         return _from_error("dataset.image_dir", error)
     wanted = settings.num_images + settings.num_holdout

@@ -249,7 +249,11 @@ def _choose(
     of_run = [one for one in candidates if run in (None, one.run)]
     if not of_run:
         runs = _listed(sorted({one.run for one in candidates}))
-        raise PickError(f"there is no run {run} in this sweep; there are: {runs}")
+        sweep = candidates[0].sweep
+        raise PickError(
+            f"there is no run {run} in sweep {sweep}; there are: {runs}. Another sweep is named"
+            " before --run"
+        )
     fitting = [one for one in of_run if epoch in (None, one.epoch)]
     if not fitting:
         epochs = _listed([str(number) for number in sorted({one.epoch for one in of_run})])

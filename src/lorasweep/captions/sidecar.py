@@ -100,7 +100,8 @@ class Sidecar(Settings):
             )
         return CaptionerError(
             f"jsonl={self.jsonl}: no line for {listed(names)}; add one for each, with file = "
-            "its path relative to dataset.image_dir"
+            "its path relative to dataset.image_dir, or use captions=[empty,sidecar] for .txt "
+            "files beside the images"
         )
 
 
