@@ -102,6 +102,21 @@ def test_a_mistake_is_one_line_that_names_the_key(override, says, make_run):
     assert "\n" not in line
 
 
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["dataset.min_bucket_reso=32"], "no effect without dataset.enable_bucket=true"),
+        (
+            ["sampling.every_n_epochs=0", "sampling.seed=4"],
+            "sampling.seed has no effect without sampling.every_n_epochs=1",
+        ),
+    ],
+)
+def test_an_override_that_nothing_reads_is_refused(overrides, says, make_run):
+    with pytest.raises(SettingsError, match=says):
+        make_run(*overrides)
+
+
 def test_both_learning_rates_zero_would_train_nothing(make_run):
     with pytest.raises(SettingsError, match="nothing would be trained"):
         make_run("optimizer.unet_lr=0", "optimizer.text_encoder_lr=0")

@@ -161,6 +161,7 @@ def build_run(
     )
     _check_places(run)
     _check_parts(run)
+    _check_used(run)
     _warn(run)
     return run
 
@@ -331,6 +332,23 @@ def _check_parts(run: Run) -> None:
             part,
             run.adapter.targets,
         )
+
+
+def _check_used(run: Run) -> None:
+    """Refuse overrides that nothing in this run reads; a file's values may wait for their turn."""
+    unused: dict[str, str] = {}
+    if not run.dataset.enable_bucket:
+        names = ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps")
+        unused.update({f"dataset.{name}": "dataset.enable_bucket=true" for name in names})
+    if run.sampling.every_n_epochs == 0:
+        names = ("prompts", "width", "height", "num_inference_steps", "guidance_scale", "seed")
+        unused.update({f"sampling.{name}": "sampling.every_n_epochs=1" for name in names})
+    for override in run.overrides:
+        key = override.partition("=")[0].lstrip("+")
+        if key in unused:
+            raise SettingsError(
+                f"{key} has no effect without {unused[key]}; set that or leave it out"
+            )
 
 
 def _warn(run: Run) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -80,22 +81,22 @@ class Stack(Protocol):
         """Scale run `index`'s factors so that its delta's norm is at most `maximum`."""
 
 
-class Adapter(Settings):
+class Adapter(Settings, ABC):
     """Settings of one type of adapter, and how its tensors begin."""
 
     targets: str
     scale_weight_norms: float | None
 
+    @abstractmethod
     def initial(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
         """New fp32 tensors for a site, as files hold them; the delta they make is zero."""
-        raise NotImplementedError
 
+    @abstractmethod
     def stack(
         self, site: Site, runs: Sequence[tuple[Adapter | None, Mapping[str, Tensor]]]
     ) -> Stack:
         """Stack the tensors of several runs of this type on one site."""
-        raise NotImplementedError
 
+    @abstractmethod
     def metadata(self) -> dict[str, str]:
         """kohya's ss_network_* entries."""
-        raise NotImplementedError
