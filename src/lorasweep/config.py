@@ -334,15 +334,21 @@ def _check_parts(run: Run) -> None:
         )
 
 
+_BUCKETING = [f"dataset.{name}_reso" for name in ("min_bucket", "max_bucket")]
+_BUCKETING += ["dataset.bucket_reso_steps"]
+_DRAWING = [
+    f"sampling.{name}"
+    for name in ("prompts", "width", "height", "num_inference_steps", "guidance_scale", "seed")
+]
+
+
 def _check_used(run: Run) -> None:
     """Refuse overrides that nothing in this run reads; a file's values may wait for their turn."""
     unused: dict[str, str] = {}
     if not run.dataset.enable_bucket:
-        names = ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps")
-        unused.update({f"dataset.{name}": "dataset.enable_bucket=true" for name in names})
+        unused |= dict.fromkeys(_BUCKETING, "dataset.enable_bucket=true")
     if run.sampling.every_n_epochs == 0:
-        names = ("prompts", "width", "height", "num_inference_steps", "guidance_scale", "seed")
-        unused.update({f"sampling.{name}": "sampling.every_n_epochs=1" for name in names})
+        unused |= dict.fromkeys(_DRAWING, "sampling.every_n_epochs=1")
     for override in run.overrides:
         key = override.partition("=")[0].lstrip("+")
         if key in unused:
