@@ -94,7 +94,7 @@ def test_padded_ranks_stay_zero_and_out_of_files(base, make_run):
     pack = trained(base, (small, 0), (large, 1))
     downs = [t for name, t in pack.file_tensors(0).items() if "lora_down" in name]
     assert {t.shape[0] for t in downs} == {2}
-    assert all(bool((stack.down[0, 2:] == 0).all()) for stack in pack.groups[0].stacks)
+    assert all(bool((entry.stack.down[0, 2:] == 0).all()) for entry in pack.entries)
 
 
 def test_runs_of_different_targets_share_a_pack(base, make_run):
@@ -148,11 +148,11 @@ def test_dropout_keeps_the_expected_strength(base, make_run):
     """Survivors are scaled up: over many draws the delta is that without dropout."""
     adapter = make_run("adapter.rank=8", "adapter.rank_dropout=0.5").adapter
     pack = trained(base, (adapter, 0))
-    site, stack = pack.groups[0].sites[0], pack.groups[0].stacks[0]
+    site, stack = pack.entries[0].site, pack.entries[0].stack
     x, y = torch.randn(1, 4, site.weight.shape[1]), torch.zeros(1, 4, site.weight.shape[0])
     from lorasweep.adapters import Dropout
 
-    draws = [stack.forward(x, y, Dropout([0], [step], 0)) for step in range(2000)]
+    draws = [stack.forward(x, y, Dropout([0], [step], "site")) for step in range(2000)]
     expected = stack.forward(x, y, None)
     error = (torch.stack(draws).mean(0) - expected).norm() / expected.norm()
     assert error < 0.1  # 2,000 draws of 8 channels: a standard error of some percent

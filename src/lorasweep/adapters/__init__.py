@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -22,6 +22,8 @@ class Site:
     """Its name in files, kohya's: lora_unet_down_blocks_0_attentions_0_proj_in."""
     part: str
     """unet or text_encoder: which learning rate drives it."""
+    path: str
+    """The module's dotted path in its part: down_blocks.0.attentions.0.proj_in."""
     module: torch.nn.Module
     """A Linear or Conv2d with `weight`."""
 
@@ -45,12 +47,28 @@ class Dropout:
     """The seeds of the pack's runs, in row order."""
     steps: Sequence[int]
     """The micro step each of them is at."""
-    site: int
-    """Index of the module, so that no two modules share a draw."""
+    site: str
+    """The module's key, so that no two modules share a draw."""
+
+
+Tensors = Mapping[str, "Tensor"]
+"""A site's tensors by their names below its key, as files hold them."""
 
 
 class Stack(Protocol):
-    """The adapters of K runs on one site, computed at once."""
+    """The adapters of K neighbouring runs on one site, computed at once."""
+
+    @classmethod
+    def layout(cls, adapter: Adapter | None, tensors: Tensors) -> Hashable:
+        """What runs must have in common on a site to be stacked."""
+
+    @classmethod
+    def check(cls, site: Site, tensors: Tensors) -> None:
+        """Raise CheckpointError unless a file's tensors are whole and fit the site."""
+
+    @classmethod
+    def of(cls, site: Site, members: Sequence[tuple[Adapter | None, Tensors]]) -> Stack:
+        """Stack runs of equal layout, copying; an adapter of None is read from a file."""
 
     @property
     def drops(self) -> bool:
@@ -66,10 +84,7 @@ class Stack(Protocol):
         """Run `index`'s own part of each leaf's gradient, in the same order."""
 
     def file_tensors(self, index: int) -> dict[str, Tensor]:
-        """Run `index`'s tensors as a file holds them, by name below the site's key."""
-
-    def select(self, indices: Sequence[int]) -> Stack:
-        """A stack of these runs alone, with copies of their tensors."""
+        """Run `index`'s tensors as a file holds them; `of` makes the same stack from them."""
 
     def forward(self, x: Tensor, y: Tensor, dropout: Dropout | None) -> Tensor:
         """The base's output `y` plus the delta of each run on its own rows of `x`."""
@@ -90,12 +105,6 @@ class Adapter(Settings, ABC):
     @abstractmethod
     def initial(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
         """New fp32 tensors for a site, as files hold them; the delta they make is zero."""
-
-    @abstractmethod
-    def stack(
-        self, site: Site, runs: Sequence[tuple[Adapter | None, Mapping[str, Tensor]]]
-    ) -> Stack:
-        """Stack the tensors of several runs of this type on one site."""
 
     @abstractmethod
     def metadata(self) -> dict[str, str]:

@@ -38,7 +38,7 @@ def sites(parts: Mapping[str, tuple[str, torch.nn.Module]], targets: str) -> lis
     `parts` gives for text_encoder and unet the prefix in files and the module.
     """
     return [
-        Site(key=f"{prefix}_{path.replace('.', '_')}", part=part, module=module)
+        Site(key=f"{prefix}_{path.replace('.', '_')}", part=part, path=path, module=module)
         for part, (prefix, root) in parts.items()
         for path, module in _members(root, PRESETS[targets].get(part, ()))
     ]
@@ -49,7 +49,7 @@ def every_site(parts: Mapping[str, tuple[str, torch.nn.Module]]) -> dict[str, Si
     import torch
 
     return {
-        key: Site(key=key, part=part, module=module)
+        key: Site(key=key, part=part, path=path, module=module)
         for part, (prefix, root) in parts.items()
         for path, module in root.named_modules()
         if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)

@@ -6,15 +6,16 @@ delta(x) = alpha / rank * up(down(x)) on Linear and 1x1 convolutions.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pydantic import PositiveFloat, PositiveInt
 
 from lorasweep import rng
-from lorasweep.adapters import Adapter, Dropout, Site
+from lorasweep.adapters import Adapter, Dropout, Site, Tensors
 from lorasweep.adapters.keys import check_targets
+from lorasweep.checkpoint import CheckpointError
 from lorasweep.settings import Probability
 
 if TYPE_CHECKING:
@@ -57,12 +58,6 @@ class LoRA(Adapter):
             "alpha": torch.tensor(float(self.alpha)),
         }
 
-    def stack(
-        self, site: Site, runs: Sequence[tuple[Adapter | None, Mapping[str, Tensor]]]
-    ) -> LoRAStack:
-        """Zero-pad the ranks to the largest and stack."""
-        return LoRAStack.of(site, runs)
-
     def metadata(self) -> dict[str, str]:
         """kohya's ss_network_* entries."""
         return {
@@ -86,18 +81,35 @@ class LoRAStack:
     is_conv: bool
 
     @classmethod
-    def of(
-        cls, site: Site, runs: Sequence[tuple[Adapter | None, Mapping[str, Tensor]]]
-    ) -> LoRAStack:
-        """Stack file tensors; shapes are (rank, in[, 1, 1]) and (out, rank[, 1, 1])."""
+    def layout(cls, adapter: Adapter | None, tensors: Tensors) -> Hashable:
+        return cls.__name__
+
+    @classmethod
+    def check(cls, site: Site, tensors: Tensors) -> None:
+        if set(tensors) != {"lora_down.weight", "lora_up.weight", "alpha"}:
+            raise CheckpointError(
+                f"{site.key}: {', '.join(sorted(tensors))} is not a standard LoRA's"
+            )
+        weight = site.weight
+        down, up = tensors["lora_down.weight"], tensors["lora_up.weight"]
+        fits = down[0].numel() == weight[0].numel() and up.shape[0] == weight.shape[0]
+        if not fits or down.shape[0] != up[0].numel() or weight[0, 0].numel() > 1:
+            raise CheckpointError(
+                f"{site.key}: factors {tuple(up.shape)} x {tuple(down.shape)} don't fit the base"
+                f" model's {tuple(weight.shape)}"
+            )
+
+    @classmethod
+    def of(cls, site: Site, members: Sequence[tuple[Adapter | None, Tensors]]) -> LoRAStack:
+        """Zero-pad the ranks; shapes are (rank, in[, 1, 1]) and (out, rank[, 1, 1])."""
         import torch
 
-        tensors = [run for _, run in runs]
+        tensors = [run for _, run in members]
         ranks = tuple(run["lora_down.weight"].shape[0] for run in tensors)
         out_features, in_features = site.weight.shape[:2]
         device = site.weight.device
-        down = torch.zeros(len(runs), max(ranks), in_features, device=device)
-        up = torch.zeros(len(runs), max(ranks), out_features, device=device)
+        down = torch.zeros(len(members), max(ranks), in_features, device=device)
+        up = torch.zeros(len(members), max(ranks), out_features, device=device)
         for index, (run, rank) in enumerate(zip(tensors, ranks, strict=True)):
             down[index, :rank] = run["lora_down.weight"].flatten(1)
             up[index, :rank] = run["lora_up.weight"].flatten(1).mT
@@ -106,7 +118,7 @@ class LoRAStack:
             up=up,
             alphas=tuple(float(run["alpha"]) for run in tensors),
             ranks=ranks,
-            adapters=tuple(adapter for adapter, _ in runs),
+            adapters=tuple(adapter for adapter, _ in members),
             is_conv=site.is_conv,
         )
 
@@ -135,18 +147,6 @@ class LoRAStack:
             "lora_up.weight": up.mT.reshape(*up.mT.shape, *kernel),
             "alpha": torch.tensor(self.alphas[index]),
         }
-
-    def select(self, indices: Sequence[int]) -> LoRAStack:
-        ranks = tuple(self.ranks[index] for index in indices)
-        rows = list(indices)
-        return LoRAStack(
-            down=self.down.detach()[rows, : max(ranks)].clone(),
-            up=self.up.detach()[rows, : max(ranks)].clone(),
-            alphas=tuple(self.alphas[index] for index in indices),
-            ranks=ranks,
-            adapters=tuple(self.adapters[index] for index in indices),
-            is_conv=self.is_conv,
-        )
 
     @property
     def scales(self) -> tuple[float, ...]:

@@ -6,7 +6,7 @@ at once, and every site adds each run's delta to that run's own rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,9 +14,9 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from lorasweep import rng
-from lorasweep.adapters import Adapter, Dropout, Site, Stack
+from lorasweep.adapters import Adapter, Dropout, Site, Stack, Tensors
 from lorasweep.adapters.keys import by_site, every_site, sites
-from lorasweep.adapters.lora import LoRAStack
+from lorasweep.adapters.kinds import stack_class
 from lorasweep.checkpoint import CheckpointError
 
 if TYPE_CHECKING:
@@ -28,73 +28,79 @@ Parts = Mapping[str, tuple[str, "torch.nn.Module"]]
 
 
 @dataclass(frozen=True)
-class Group:
-    """Consecutive runs `start` to `stop` that adapt the same sites in the same way."""
+class Member:
+    """One run's adapter: what it is of, and its tensors by site key and name below it."""
+
+    adapter: Adapter | None  # None: read from a file, not to be trained
+    seed: int
+    tensors: Mapping[str, Tensors]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Neighbouring runs `start` to `stop` whose adapters on one site are computed together."""
 
     start: int
     stop: int
-    sites: Sequence[Site]
-    stacks: Sequence[Stack]
+    site: Site
+    stack: Stack
 
 
 class Pack:
     """The adapters of K runs on one base. `attached` makes the base compute with them."""
 
-    def __init__(self, groups: Sequence[Group], seeds: Sequence[int]) -> None:
-        self.groups = list(groups)
-        self.seeds = list(seeds)
+    def __init__(self, known: Mapping[str, Site], members: Sequence[Member]) -> None:
+        """Stack the members' tensors, copied; `known` are the base's sites by key.
+
+        Raises CheckpointError for tensors of no known type.
+        """
+        self.known = known
+        self.adapters = [member.adapter for member in members]
+        self.seeds = [member.seed for member in members]
+        self.entries = [entry for site in known.values() for entry in _stacked(site, members)]
 
     @classmethod
     def new(cls, parts: Parts, runs: Sequence[tuple[Adapter, int, frozenset[str]]]) -> Pack:
         """Fresh adapters for runs given as (adapter, seed, parts to train).
 
-        Runs of the same kind must be neighbours. Each site's tensors are drawn from the run's seed
-        and the site's name, so they are the same whatever else is in the pack.
+        Each site's tensors are drawn from the run's seed and the site's name, so they are the same
+        whatever else is in the pack.
         """
-        groups, start = [], 0
-        for kind, members in groupby(runs, key=lambda run: (type(run[0]), run[0].targets, run[2])):
-            group_sites = [site for site in sites(parts, kind[1]) if site.part in kind[2]]
-            adapters = list(members)
-            stacks = [
-                adapters[0][0].stack(
-                    site,
-                    [
-                        (adapter, adapter.initial(site, rng.generator(seed, "init", site.key)))
-                        for adapter, seed, _ in adapters
-                    ],
-                )
-                for site in group_sites
-            ]
-            groups.append(Group(start, start + len(adapters), group_sites, stacks))
-            start += len(adapters)
-        return cls(groups, [seed for _, seed, _ in runs])
+        members = [
+            Member(
+                adapter,
+                seed,
+                {
+                    site.key: adapter.initial(site, rng.generator(seed, "init", site.key))
+                    for site in sites(parts, adapter.targets)
+                    if site.part in trained
+                },
+            )
+            for adapter, seed, trained in runs
+        ]
+        return cls(every_site(parts), members)
 
     @classmethod
     def from_files(cls, parts: Parts, files: Sequence[Mapping[str, Tensor]]) -> Pack:
-        """Adapters as files hold them, in the given order.
+        """Adapters as files hold them, in the given order, of whatever types.
 
-        Raises CheckpointError for tensors of another type than ours or names that match no module.
+        Raises CheckpointError for tensors of no known type, or that fit no module.
         """
         known = every_site(parts)
-        loaded = [_checked(by_site(file), known) for file in files]
-        groups, start = [], 0
-        for keys, members in groupby(loaded, key=frozenset):
-            group_files = list(members)
-            group_sites = [site for key, site in known.items() if key in keys]
-            stacks = [
-                LoRAStack.of(site, [(None, file[site.key]) for file in group_files])
-                for site in group_sites
-            ]
-            groups.append(Group(start, start + len(group_files), group_sites, stacks))
-            start += len(group_files)
-        return cls(groups, [0] * len(loaded))
+        members = [Member(None, 0, by_site(file)) for file in files]
+        for member in members:
+            for key, tensors in member.tensors.items():
+                if key not in known:
+                    raise CheckpointError(f"{key}: the base model has no such module")
+                stack_class(None, known[key], tensors).check(known[key], tensors)
+        return cls(known, members)
 
     def __len__(self) -> int:
         return len(self.seeds)
 
     def leaves(self) -> list[Tensor]:
         """Every stacked tensor of the pack."""
-        return [leaf for g in self.groups for stack in g.stacks for leaf in stack.leaves()]
+        return [leaf for entry in self.entries for leaf in entry.stack.leaves()]
 
     def prepare_gradients(self) -> None:
         """Let every stacked tensor collect a gradient, zero for now."""
@@ -112,56 +118,53 @@ class Pack:
 
     def adapts(self, part: str) -> bool:
         """Does any run adapt `part`?"""
-        return any(site.part == part for group in self.groups for site in group.sites)
+        return any(entry.site.part == part for entry in self.entries)
 
     def views(self, index: int) -> dict[str, list[Tensor]]:
         """Run `index`'s own tensors by part, sharing the stacks' memory."""
-        group = self._group(index)
         views: dict[str, list[Tensor]] = {}
-        for site, stack in zip(group.sites, group.stacks, strict=True):
-            views.setdefault(site.part, []).extend(stack.views(index - group.start))
+        for site, stack, row in self._of(index):
+            views.setdefault(site.part, []).extend(stack.views(row))
         return views
 
     def gradients(self, index: int) -> dict[str, list[Tensor]]:
         """The gradients of `views(index)`, likewise."""
-        group = self._group(index)
         gradients: dict[str, list[Tensor]] = {}
-        for site, stack in zip(group.sites, group.stacks, strict=True):
-            gradients.setdefault(site.part, []).extend(stack.gradients(index - group.start))
+        for site, stack, row in self._of(index):
+            gradients.setdefault(site.part, []).extend(stack.gradients(row))
         return gradients
 
     def file_tensors(self, index: int) -> dict[str, Tensor]:
         """Run `index`'s tensors under the names that files have."""
-        group = self._group(index)
         return {
             f"{site.key}.{name}": tensor
-            for site, stack in zip(group.sites, group.stacks, strict=True)
-            for name, tensor in stack.file_tensors(index - group.start).items()
+            for site, stack, row in self._of(index)
+            for name, tensor in stack.file_tensors(row).items()
         }
 
     def delta_weights(self, index: int) -> Iterator[tuple[Site, Tensor]]:
         """Run `index`'s change of each site's weight, one at a time."""
-        group = self._group(index)
-        for site, stack in zip(group.sites, group.stacks, strict=True):
-            yield site, stack.delta_weight(index - group.start)
+        for site, stack, row in self._of(index):
+            yield site, stack.delta_weight(row)
 
     def limit_norm(self, index: int, maximum: float) -> None:
         """Keep the norm of each of run `index`'s deltas at most `maximum`."""
-        group = self._group(index)
-        for stack in group.stacks:
-            stack.limit_norm(index - group.start, maximum)
+        for _, stack, row in self._of(index):
+            stack.limit_norm(row, maximum)
+
+    def member(self, index: int) -> Member:
+        """Run `index` as what a pack is made of; its tensors may share the stacks' memory."""
+        tensors = {site.key: stack.file_tensors(row) for site, stack, row in self._of(index)}
+        return Member(self.adapters[index], self.seeds[index], tensors)
 
     def select(self, indices: Sequence[int]) -> Pack:
-        """A pack of these runs alone (ascending), with copies of their tensors."""
-        groups: list[Group] = []
-        start = 0
-        for group in self.groups:
-            kept = [index - group.start for index in indices if group.start <= index < group.stop]
-            if kept:
-                stacks = [stack.select(kept) for stack in group.stacks]
-                groups.append(Group(start, start + len(kept), group.sites, stacks))
-                start += len(kept)
-        return Pack(groups, [self.seeds[index] for index in indices])
+        """A pack of these runs alone, with copies of their tensors."""
+        return Pack(self.known, [self.member(index) for index in indices])
+
+    def joined(self, other: Pack) -> Pack:
+        """A pack of this one's runs, then the other's, with copies of their tensors."""
+        packs = ((pack, index) for pack in (self, other) for index in range(len(pack)))
+        return Pack(self.known, [pack.member(index) for pack, index in packs])
 
     @contextmanager
     def attached(self, dropout_steps: Sequence[int] | None = None) -> Iterator[None]:
@@ -170,26 +173,45 @@ class Pack:
         `dropout_steps`, each run's micro step, key the dropouts; without them nothing is dropped.
         The backward pass belongs inside too, for gradient checkpointing computes forward again.
         """
-        by_module: dict[torch.nn.Module, list[tuple[Group, Stack, Dropout | None]]] = {}
-        for group in self.groups:
-            for number, (site, stack) in enumerate(zip(group.sites, group.stacks, strict=True)):
-                dropout = None
-                if dropout_steps is not None and stack.drops:
-                    rows = slice(group.start, group.stop)
-                    dropout = Dropout(self.seeds[rows], dropout_steps[rows], number)
-                by_module.setdefault(site.module, []).append((group, stack, dropout))
+        by_module: dict[torch.nn.Module, list[tuple[Entry, Dropout | None]]] = {}
+        for entry in self.entries:
+            dropout = None
+            if dropout_steps is not None and entry.stack.drops:
+                rows = slice(entry.start, entry.stop)
+                dropout = Dropout(self.seeds[rows], dropout_steps[rows], entry.site.key)
+            by_module.setdefault(entry.site.module, []).append((entry, dropout))
         with ExitStack() as hooks:
-            for module, members in by_module.items():
-                handle = module.register_forward_hook(partial(_add_deltas, members, len(self)))
+            for module, entries in by_module.items():
+                handle = module.register_forward_hook(partial(_add_deltas, entries, len(self)))
                 hooks.callback(handle.remove)
             yield
 
-    def _group(self, index: int) -> Group:
-        return next(group for group in self.groups if group.start <= index < group.stop)
+    def _of(self, index: int) -> Iterator[tuple[Site, Stack, int]]:
+        """Run `index`'s sites, with the stack that holds it and its row there."""
+        for entry in self.entries:
+            if entry.start <= index < entry.stop:
+                yield entry.site, entry.stack, index - entry.start
+
+
+def _stacked(site: Site, members: Sequence[Member]) -> Iterator[Entry]:
+    """Stack the neighbours that adapt a site with the same layout."""
+    having = [index for index, member in enumerate(members) if site.key in member.tensors]
+
+    def layout(place: int) -> tuple[int, type[Stack], Hashable]:
+        index = having[place]
+        member = members[index]
+        kind = stack_class(member.adapter, site, member.tensors[site.key])
+        # neighbours have consecutive indices: their distance to the place is the same
+        return index - place, kind, kind.layout(member.adapter, member.tensors[site.key])
+
+    for (_, kind, _), places in groupby(range(len(having)), layout):
+        indices = [having[place] for place in places]
+        own = [(members[index].adapter, members[index].tensors[site.key]) for index in indices]
+        yield Entry(indices[0], indices[-1] + 1, site, kind.of(site, own))
 
 
 def _add_deltas(
-    members: Sequence[tuple[Group, Stack, Dropout | None]],
+    entries: Sequence[tuple[Entry, Dropout | None]],
     num_runs: int,
     module: torch.nn.Module,
     args: tuple[Tensor, ...],
@@ -200,34 +222,13 @@ def _add_deltas(
     x = args[0]
     rows = x.shape[0] // num_runs
     assert rows * num_runs == x.shape[0], "the batch must hold the same rows for every run"
-    if len(members) == 1 and members[0][0].stop - members[0][0].start == num_runs:
-        _, stack, dropout = members[0]
-        return stack.forward(x, output, dropout)
+    first, dropout = entries[0]
+    if first.stop - first.start == num_runs:
+        return first.stack.forward(x, output, dropout)
     pieces, done = [], 0
-    for group, stack, dropout in members:
-        start, stop = group.start * rows, group.stop * rows
-        pieces += [output[done:start], stack.forward(x[start:stop], output[start:stop], dropout)]
+    for entry, dropout in entries:
+        start, stop = entry.start * rows, entry.stop * rows
+        delta = entry.stack.forward(x[start:stop], output[start:stop], dropout)
+        pieces += [output[done:start], delta]
         done = stop
     return torch.cat([*pieces, output[done:]])
-
-
-def _checked(
-    file: dict[str, dict[str, Tensor]], known: Mapping[str, Site]
-) -> dict[str, dict[str, Tensor]]:
-    for key, tensors in file.items():
-        if key not in known:
-            raise CheckpointError(f"{key}: the base model has no such module")
-        if set(tensors) != {"lora_down.weight", "lora_up.weight", "alpha"}:
-            raise CheckpointError(f"{key}: {', '.join(sorted(tensors))} is not a standard LoRA's")
-        _check_shapes(key, tensors, known[key].weight)
-    return file
-
-
-def _check_shapes(key: str, tensors: Mapping[str, Tensor], weight: Tensor) -> None:
-    down, up = tensors["lora_down.weight"], tensors["lora_up.weight"]
-    fits = down[0].numel() == weight[0].numel() and up.shape[0] == weight.shape[0]
-    if not fits or down.shape[0] != up[0].numel() or weight[0, 0].numel() > 1:
-        raise CheckpointError(
-            f"{key}: factors {tuple(up.shape)} x {tuple(down.shape)} don't fit the base model's"
-            f" {tuple(weight.shape)}"
-        )
