@@ -60,7 +60,7 @@ def test_alpha_follows_the_rank(make_run):
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("adapter=lara", "adapter=lara: there is no such option; choose one of lora"),
+        ("adapter=lara", "adapter=lara: there is no such option; choose one of dora"),
         ("adapter.rnk=4", "adapter.rnk: there is no such setting; did you mean adapter.rank?"),
         ("+adapter.rnk=4", "adapter.rnk: there is no such setting; did you mean adapter.rank?"),
         ("nonsense=4", "nonsense: there is no such setting"),
@@ -68,7 +68,7 @@ def test_alpha_follows_the_rank(make_run):
         ("adapter.rank=four", "adapter.rank=four: must be a valid integer"),
         ("adapter.rank=0", "adapter.rank=0: must be greater than 0"),
         ("adapter.network_dropout=1.5", "adapter.network_dropout=1.5: must be less than 1"),
-        ("adapter.targets=all", "adapter.targets=all: choose one of attn-mlp, unet-only"),
+        ("adapter.targets=all", "adapter.targets=all: choose one of attn-mlp, conv, full"),
         ("trainer.precision=fp8", "trainer.precision=fp8: must be 'fp32', 'fp16' or 'bf16'"),
         ("dataset.caption_extension=.caption", "dataset.caption_extension=.caption"),
         ("dataset.keep_tokens=2", "dataset.keep_tokens=2"),

@@ -127,6 +127,17 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> DictCon
         return hydra_compose("config", [*extra, *overrides])
 
 
+def saved_model(config_file: Path) -> Model:
+    """The base model of a run's own config, as it lies beside its checkpoints."""
+    register_resolvers()
+    try:
+        node = OmegaConf.to_container(OmegaConf.load(config_file).model, resolve=True)
+    except (OmegaConfBaseException, AttributeError) as error:
+        first = str(error).splitlines()[0]
+        raise SettingsError(f"{config_file} names no base model: {first}; give model=…") from None
+    return build(node, "model")  # type: ignore[no-any-return, arg-type]
+
+
 def build_run(
     cfg: DictConfig,
     *,
@@ -317,9 +328,9 @@ def _check_places(run: Run) -> None:
 
 
 def _check_parts(run: Run) -> None:
-    from lorasweep.adapters.keys import PRESETS
+    from lorasweep.adapters.keys import adapted_parts
 
-    adapted = set(PRESETS[run.adapter.targets])
+    adapted = adapted_parts(run.adapter.targets)
     trained = run.optimizer.trained_parts
     if not adapted & trained:
         raise SettingsError(
@@ -358,12 +369,24 @@ def _check_used(run: Run) -> None:
 
 
 def _warn(run: Run) -> None:
-    rank, alpha = getattr(run.adapter, "rank", None), getattr(run.adapter, "alpha", None)
-    if rank is not None and alpha is not None and alpha > rank:
+    adapter, rslora = run.adapter, getattr(run.adapter, "rslora", False)
+    for prefix in ("", "conv_"):
+        rank = getattr(adapter, f"{prefix}rank", None)
+        alpha = getattr(adapter, f"{prefix}alpha", None)
+        if rank is not None and alpha is not None and alpha > rank and not rslora:
+            log.warning(
+                "adapter.%salpha=%g is larger than adapter.%srank=%d, which scales the delta up;"
+                " the guide advises half of the rank: adapter.%salpha=%g",
+                prefix,
+                alpha,
+                prefix,
+                rank,
+                prefix,
+                rank / 2,
+            )
+    if getattr(adapter, "init", None) == "pissa" and run.trainer.save_dtype != "fp32":
         log.warning(
-            "adapter.alpha=%g is larger than adapter.rank=%d, which scales the delta up; the guide"
-            " advises half of the rank: adapter.alpha=%g",
-            alpha,
-            rank,
-            rank / 2,
+            "trainer.save_dtype=%s rounds adapter.init=pissa's factors, which are as large as the"
+            " base's weights; keep the file exact by trainer.save_dtype=fp32",
+            run.trainer.save_dtype,
         )

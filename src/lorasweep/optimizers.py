@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
+from lorasweep.adapters import Site
+from lorasweep.adapters.blocks import BlockWeights, block_index, joined
 from lorasweep.settings import Settings, SettingsError
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ class Optimizer(Settings):
     type: str
     unet_lr: NonNegativeFloat
     text_encoder_lr: NonNegativeFloat
+    block_lr_weights: BlockWeights | None
     max_grad_norm: NonNegativeFloat
     args: dict[str, Any]
 
@@ -31,12 +34,41 @@ class Optimizer(Settings):
                 "optimizer.unet_lr and optimizer.text_encoder_lr are both 0, so nothing would be"
                 " trained; give one of them, e.g. optimizer.unet_lr=1e-4"
             )
+        if self.block_lr_weights is not None and self.unet_lr == 0:
+            raise SettingsError(
+                "optimizer.block_lr_weights multiply optimizer.unet_lr, which is 0; set it or leave"
+                " them out"
+            )
 
     @property
     def trained_parts(self) -> frozenset[str]:
         """text_encoder and unet, where their learning rate is not zero."""
         rates = {"text_encoder": self.text_encoder_lr, "unet": self.unet_lr}
         return frozenset(part for part, rate in rates.items() if rate > 0)
+
+    @property
+    def bare_blocks(self) -> frozenset[int]:
+        """The UNet's blocks, by kohya's number, that are not trained: their weight is 0."""
+        weights = self.block_lr_weights.all if self.block_lr_weights is not None else ()
+        return frozenset(index for index, weight in enumerate(weights) if weight == 0)
+
+    def group_of(self, site: Site) -> str:
+        """The group of a site's parameters: its part, or unet_x0.5 where a weight multiplies."""
+        index = block_index(site)
+        if self.block_lr_weights is None or index is None:
+            return site.part
+        return _weighted(self.block_lr_weights.all[index])
+
+    def network_args(self) -> dict[str, str]:
+        """kohya's network_args of the weights by block."""
+        weights = self.block_lr_weights
+        if weights is None:
+            return {}
+        return {
+            "down_lr_weight": joined(weights.down),
+            "mid_lr_weight": joined([weights.mid]),
+            "up_lr_weight": joined(weights.up),
+        }
 
     def check(self) -> None:
         """Raise SettingsError unless the optimiser can be made, before anything else is done."""
@@ -54,21 +86,27 @@ class Optimizer(Settings):
     def create(
         self, parameters: Mapping[str, Sequence[torch.nn.Parameter]]
     ) -> torch.optim.Optimizer:
-        """The optimiser with a group a part, the text encoder's first as kohya has it.
+        """The optimiser with a group for each name of `group_of`, the text encoder's first.
 
-        Raises SettingsError if the class is not installed or refuses its arguments.
+        That is kohya's order. Raises SettingsError if the class is not installed or refuses its
+        arguments.
         """
-        rates = {"text_encoder": self.text_encoder_lr, "unet": self.unet_lr}
         groups = [
-            {"params": list(parameters[part]), "lr": rate, "name": part}
-            for part, rate in rates.items()
-            if parameters.get(part)
+            {"params": list(parameters[name]), "lr": rate, "name": name}
+            for name, rate in self._rates().items()
+            if parameters.get(name)
         ]
         try:
             created: torch.optim.Optimizer = self._class()(groups, **self.args)
         except (TypeError, ValueError) as error:
             raise SettingsError(f"optimizer.args: {self.type} refuses them: {error}") from None
         return created
+
+    def _rates(self) -> dict[str, float]:
+        """The learning rate of every group there may be."""
+        weights = self.block_lr_weights.all if self.block_lr_weights is not None else ()
+        by_block = {_weighted(weight): self.unet_lr * weight for weight in sorted(set(weights))}
+        return {"text_encoder": self.text_encoder_lr, "unet": self.unet_lr, **by_block}
 
     def _class(self) -> Any:
         module_name, _, name = self.type.rpartition(".")
@@ -88,6 +126,10 @@ class Optimizer(Settings):
                 f" {name}; upper and lower case count, as in optimizer.type=AdamW"
             )
         return found
+
+
+def _weighted(weight: float) -> str:
+    return "unet" if weight == 1 else f"unet_x{weight}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lorasweep.settings import Settings
 
@@ -33,10 +33,44 @@ class Site:
         return self.weight.dim() == 4
 
     @property
+    def has_kernel(self) -> bool:
+        """Is it a convolution with a kernel larger than 1x1?"""
+        return self.is_conv and self.weight[0, 0].numel() > 1
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Does each position of the output depend on that of the input alone?"""
+        if not self.is_conv:
+            return True
+        geometry = self.geometry
+        plain = geometry["stride"] == (1, 1) and geometry["padding"] in ((0, 0), "valid")
+        return plain and geometry["groups"] == 1 and not self.has_kernel
+
+    @property
     def weight(self) -> Tensor:
-        """The module's frozen weight: (out, in) or (out, in, kh, kw)."""
+        """The module's frozen weight: (out, in) or (out, in / groups, kh, kw)."""
         weight: Tensor = self.module.weight  # type: ignore[assignment]
         return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The module's frozen bias (out,), if it has one."""
+        bias: Tensor | None = self.module.bias  # type: ignore[assignment]
+        return bias
+
+    @property
+    def geometry(self) -> dict[str, Any]:
+        """Stride, padding, dilation and groups of a convolution, as conv2d takes them."""
+        names = ("stride", "padding", "dilation", "groups")
+        return {name: getattr(self.module, name) for name in names}
+
+    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
+        """What the module would compute of `x` with this weight and no bias."""
+        from torch.nn import functional
+
+        if self.is_conv:
+            return functional.conv2d(x, weight, **self.geometry)
+        return functional.linear(x, weight)
 
 
 @dataclass(frozen=True)
@@ -99,8 +133,16 @@ class Stack(Protocol):
 class Adapter(Settings, ABC):
     """Settings of one type of adapter, and how its tensors begin."""
 
-    targets: str
+    targets: str | tuple[str, ...]
     scale_weight_norms: float | None
+
+    def carries(self, site: Site) -> bool:
+        """Can this type adapt the site? One that `targets` names and it can't is reported."""
+        return True
+
+    def wants(self, site: Site) -> bool:
+        """Is the site to have an adapter, by further settings such as the ranks by block?"""
+        return True
 
     @abstractmethod
     def initial(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:

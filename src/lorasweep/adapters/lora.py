@@ -5,18 +5,22 @@ delta(x) = alpha / rank * up(down(x)) on Linear and 1x1 convolutions.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from fractions import Fraction
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import PositiveFloat
 
 from lorasweep import rng
 from lorasweep.adapters import Adapter, Dropout, Site, Tensors
-from lorasweep.adapters.keys import check_targets
+from lorasweep.adapters.blocks import Ranked
+from lorasweep.adapters.keys import WITH_KERNELS, check_targets, lycoris_preset
+from lorasweep.adapters.starts import start
 from lorasweep.checkpoint import CheckpointError
-from lorasweep.settings import Probability
+from lorasweep.settings import Probability, SettingsError
 
 if TYPE_CHECKING:
     import torch
@@ -24,61 +28,116 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRA(Adapter):
+class LoRA(Ranked, Adapter):
     """Settings of a standard LoRA; names and meanings are kohya's."""
 
-    rank: PositiveInt
-    alpha: PositiveFloat
-    targets: str
+    targets: str | tuple[str, ...]
+    init: Literal["kaiming", "orthogonal", "pissa"]
+    rslora: bool
     network_dropout: Probability
     rank_dropout: Probability
     module_dropout: Probability
     scale_weight_norms: PositiveFloat | None
 
+    algo: ClassVar[str] = "lora"
+    """LyCORIS's name of the type."""
+
     def __post_init__(self) -> None:
         check_targets(self.targets)
+        self._check_kernels()
+        odd = [rank for rank in self.all_ranks if rank % 2]
+        if self.init == "orthogonal" and odd:
+            raise SettingsError(
+                f"adapter.init=orthogonal needs even ranks, not {odd[0]}: half of the rank is for"
+                " each factor"
+            )
+        if self.init == "pissa" and (self.drops or self.scale_weight_norms is not None):
+            raise SettingsError(
+                "adapter.init=pissa starts from weights that dropouts and scale_weight_norms would"
+                " cut away; set those to 0 and null, or adapter.init=kaiming"
+            )
+
+    def _check_kernels(self) -> None:
+        if self.targets in WITH_KERNELS:
+            raise SettingsError(
+                f"adapter.targets={self.targets} names convolutions larger than 1x1, which this"
+                " type does not adapt; use adapter=locon"
+            )
 
     @property
     def drops(self) -> bool:
         """Is anything dropped in training?"""
         return self.network_dropout > 0 or self.rank_dropout > 0 or self.module_dropout > 0
 
+    @property
+    def num_trained(self) -> Fraction:
+        """Which share of a file's rank is trained: half with pissa, whose rest undoes its start."""
+        return Fraction(1, 2) if self.init == "pissa" else Fraction(1)
+
+    def carries(self, site: Site) -> bool:
+        """Linear and 1x1 convolutions."""
+        return not site.has_kernel
+
+    def scale_at(self, site: Site) -> float:
+        """alpha / rank, or with rslora alpha / sqrt(rank) (arXiv 2312.03732)."""
+        scale = super().scale_at(site)
+        return scale * math.sqrt(self.alpha / scale) if self.rslora else scale
+
     def initial(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
-        """Down is uniform in +-1/sqrt(fan_in) (kaiming_uniform_ with a=sqrt(5)), up is zero."""
+        """Factors as `starts` draws them; alpha makes any program's alpha / rank our scale."""
         import torch
 
-        out_features, in_features = site.weight.shape[:2]
-        bound = 1 / math.sqrt(site.weight[0].numel())
-        down = torch.rand(self.rank, in_features, generator=generator) * 2 * bound - bound
-        up = torch.zeros(out_features, self.rank)
-        kernel = (1, 1) if site.is_conv else ()
+        scale = self.scale_at(site)
+        down, up = start(self.init, site.weight, self.rank_at(site), scale, generator)
         return {
-            "lora_down.weight": down.reshape(*down.shape, *kernel),
-            "lora_up.weight": up.reshape(*up.shape, *kernel),
-            "alpha": torch.tensor(float(self.alpha)),
+            "lora_down.weight": down.reshape(len(down), *site.weight.shape[1:]),
+            "lora_up.weight": up.reshape(*up.shape, *[1] * (site.weight.dim() - 2)),
+            "alpha": torch.tensor(scale * len(down)),
         }
 
     def metadata(self) -> dict[str, str]:
         """kohya's ss_network_* entries."""
+        doubled = int(1 / self.num_trained)
+        args = self.network_args()
+        entry = json.dumps({**args, "dropout": self.network_dropout or None})  # kohya adds it
         return {
-            "ss_network_module": "networks.lora",
-            "ss_network_dim": str(self.rank),
-            "ss_network_alpha": str(float(self.alpha)),
+            "ss_network_module": "lycoris.kohya" if "algo" in args else "networks.lora",
+            "ss_network_dim": str(doubled * self.rank),
+            "ss_network_alpha": str(doubled * float(self.alpha)),
             "ss_network_dropout": str(self.network_dropout or None),
             "ss_scale_weight_norms": str(self.scale_weight_norms),
+            **({"ss_network_args": entry} if args else {}),
         }
+
+    def network_args(self) -> dict[str, str]:
+        """The further settings as kohya's network_args; algo among them means LyCORIS's network."""
+        args = {**self.block_args(), **self._dropout_args()}
+        if self.is_kohyas:
+            return args
+        rs_lora = {"rs_lora": "True"} if self.rslora else {}
+        return {"algo": self.algo, "preset": lycoris_preset(self.targets), **rs_lora, **args}
+
+    @property
+    def is_kohyas(self) -> bool:
+        """Could kohya's own networks.lora have been told to make this network?"""
+        return isinstance(self.targets, str) and self.targets != "full" and not self.rslora
+
+    def _dropout_args(self) -> dict[str, str]:
+        rates = {"rank_dropout": self.rank_dropout, "module_dropout": self.module_dropout}
+        return {name: str(rate) for name, rate in rates.items() if rate > 0}
 
 
 @dataclass(frozen=True)
 class LoRAStack:
     """K LoRAs on one site. A padded rank has zero rows, which stay zero: nobody updates them."""
 
-    down: Tensor  # (K, rank_max, in)
+    down: Tensor  # (K, rank_max, in), a kernel's (K, rank_max, in / groups * kh * kw)
     up: Tensor  # (K, rank_max, out), transposed so that a run's own part is contiguous
     alphas: tuple[float, ...]
     ranks: tuple[int, ...]
+    trained: tuple[int, ...]  # how many of the ranks, the first; pissa's others stand still
     adapters: tuple[Adapter | None, ...]  # None: read from a file, not to be trained
-    is_conv: bool
+    site: Site
 
     @classmethod
     def layout(cls, adapter: Adapter | None, tensors: Tensors) -> Hashable:
@@ -93,7 +152,7 @@ class LoRAStack:
         weight = site.weight
         down, up = tensors["lora_down.weight"], tensors["lora_up.weight"]
         fits = down[0].numel() == weight[0].numel() and up.shape[0] == weight.shape[0]
-        if not fits or down.shape[0] != up[0].numel() or weight[0, 0].numel() > 1:
+        if not fits or down.shape[0] != up[0].numel():
             raise CheckpointError(
                 f"{site.key}: factors {tuple(up.shape)} x {tuple(down.shape)} don't fit the base"
                 f" model's {tuple(weight.shape)}"
@@ -101,15 +160,14 @@ class LoRAStack:
 
     @classmethod
     def of(cls, site: Site, members: Sequence[tuple[Adapter | None, Tensors]]) -> LoRAStack:
-        """Zero-pad the ranks; shapes are (rank, in[, 1, 1]) and (out, rank[, 1, 1])."""
+        """Zero-pad the ranks; shapes are (rank, in[, kh, kw]) and (out, rank[, 1, 1])."""
         import torch
 
         tensors = [run for _, run in members]
         ranks = tuple(run["lora_down.weight"].shape[0] for run in tensors)
-        out_features, in_features = site.weight.shape[:2]
-        device = site.weight.device
-        down = torch.zeros(len(members), max(ranks), in_features, device=device)
-        up = torch.zeros(len(members), max(ranks), out_features, device=device)
+        weight = site.weight
+        down = torch.zeros(len(members), max(ranks), weight[0].numel(), device=weight.device)
+        up = torch.zeros(len(members), max(ranks), weight.shape[0], device=weight.device)
         for index, (run, rank) in enumerate(zip(tensors, ranks, strict=True)):
             down[index, :rank] = run["lora_down.weight"].flatten(1)
             up[index, :rank] = run["lora_up.weight"].flatten(1).mT
@@ -118,8 +176,12 @@ class LoRAStack:
             up=up,
             alphas=tuple(float(run["alpha"]) for run in tensors),
             ranks=ranks,
+            trained=tuple(
+                int(rank * adapter.num_trained) if isinstance(adapter, LoRA) else rank
+                for rank, (adapter, _) in zip(ranks, members, strict=True)
+            ),
             adapters=tuple(adapter for adapter, _ in members),
-            is_conv=site.is_conv,
+            site=site,
         )
 
     @property
@@ -130,23 +192,28 @@ class LoRAStack:
         return [self.down, self.up]
 
     def views(self, index: int) -> list[Tensor]:
-        rank = self.ranks[index]
+        rank = self.trained[index]
         return [leaf.detach()[index, :rank] for leaf in self.leaves()]
 
     def gradients(self, index: int) -> list[Tensor]:
-        rank = self.ranks[index]
+        rank = self.trained[index]
         return [leaf.grad[index, :rank] for leaf in self.leaves() if leaf.grad is not None]
 
     def file_tensors(self, index: int) -> dict[str, Tensor]:
         import torch
 
-        down, up = self.views(index)
-        kernel = (1, 1) if self.is_conv else ()
+        down, up = self.factors(index)
+        shape = self.site.weight.shape
         return {
-            "lora_down.weight": down.reshape(*down.shape, *kernel),
-            "lora_up.weight": up.mT.reshape(*up.mT.shape, *kernel),
+            "lora_down.weight": down.reshape(len(down), *shape[1:]),
+            "lora_up.weight": up.mT.reshape(*up.mT.shape, *[1] * (len(shape) - 2)),
             "alpha": torch.tensor(self.alphas[index]),
         }
+
+    def factors(self, index: int) -> tuple[Tensor, Tensor]:
+        """Run `index`'s whole down (rank, in) and up (rank, out), sharing their memory."""
+        rank = self.ranks[index]
+        return self.down.detach()[index, :rank], self.up.detach()[index, :rank]
 
     @property
     def scales(self) -> tuple[float, ...]:
@@ -155,7 +222,7 @@ class LoRAStack:
 
     def forward(self, x: Tensor, y: Tensor, dropout: Dropout | None) -> Tensor:
         num_runs = len(self.ranks)
-        if self.is_conv:
+        if self.site.is_conv:
             return self._forward_conv(x, y, num_runs, dropout)
         hidden = x.reshape(num_runs, -1, x.shape[-1]).bmm(self.down.mT)  # (K, rows * tokens, rank)
         if dropout is not None:
@@ -195,9 +262,8 @@ class LoRAStack:
         return hidden * torch.stack(masks)
 
     def delta_weight(self, index: int) -> Tensor:
-        down, up = self.views(index)
-        delta = up.mT @ down * self.scales[index]
-        return delta[..., None, None] if self.is_conv else delta
+        down, up = self.factors(index)
+        return (up.mT @ down * self.scales[index]).reshape(self.site.weight.shape)
 
     def limit_norm(self, index: int, maximum: float) -> None:
         """kohya's scale_weight_norms: both factors take the square root of the correction."""
@@ -221,13 +287,11 @@ def _mask(
     if not adapter.drops:
         return mask
     device = hidden.device
-    draw = rng.generator(
-        dropout.seeds[index], "dropout", dropout.steps[index], dropout.site, device=str(device)
-    )
+    draw = _draw(dropout, index, device)
     rows, tokens, _ = hidden.shape
     own = mask[..., :rank]
     if adapter.module_dropout > 0:
-        own *= torch.rand(1, generator=draw, device=device) >= adapter.module_dropout
+        own *= _module_kept(adapter, draw)
     if adapter.network_dropout > 0:
         keep = torch.rand(rows, tokens, rank, generator=draw, device=device)
         own *= (keep >= adapter.network_dropout) / (1 - adapter.network_dropout)
@@ -235,3 +299,27 @@ def _mask(
         keep = torch.rand(rows, 1, rank, generator=draw, device=device)
         own *= (keep >= adapter.rank_dropout) / (1 - adapter.rank_dropout)
     return mask
+
+
+def modules_kept(adapters: Sequence[Adapter | None], dropout: Dropout, like: Tensor) -> Tensor:
+    """Which runs' adapters are computed on the site at all, (K,) of 0 and 1 beside `like`."""
+    import torch
+
+    kept = [
+        _module_kept(adapter, _draw(dropout, index, like.device))
+        if isinstance(adapter, LoRA)
+        else torch.ones(1, device=like.device)
+        for index, adapter in enumerate(adapters)
+    ]
+    return torch.cat(kept).to(like)
+
+
+def _module_kept(adapter: LoRA, draw: torch.Generator) -> Tensor:
+    import torch
+
+    return torch.rand(1, generator=draw, device=draw.device) >= adapter.module_dropout
+
+
+def _draw(dropout: Dropout, index: int, device: torch.device) -> torch.Generator:
+    seed, step = dropout.seeds[index], dropout.steps[index]
+    return rng.generator(seed, "dropout", step, dropout.site, device=str(device))

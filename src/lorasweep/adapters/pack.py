@@ -6,7 +6,7 @@ at once, and every site adds each run's delta to that run's own rows.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from lorasweep import rng
 from lorasweep.adapters import Adapter, Dropout, Site, Stack, Tensors
-from lorasweep.adapters.keys import by_site, every_site, sites
+from lorasweep.adapters.blocks import block_index
+from lorasweep.adapters.keys import Parts, by_site, every_site, sites
 from lorasweep.adapters.kinds import stack_class
 from lorasweep.checkpoint import CheckpointError
 
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-Parts = Mapping[str, tuple[str, "torch.nn.Module"]]
-"""text_encoder and unet: the prefix of their names in files, and the module."""
+
+def _part(site: Site) -> str:
+    return site.part
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,17 @@ class Pack:
         self.entries = [entry for site in known.values() for entry in _stacked(site, members)]
 
     @classmethod
-    def new(cls, parts: Parts, runs: Sequence[tuple[Adapter, int, frozenset[str]]]) -> Pack:
+    def new(
+        cls,
+        parts: Parts,
+        runs: Sequence[tuple[Adapter, int, frozenset[str]]],
+        bare_blocks: Sequence[frozenset[int]] | None = None,
+    ) -> Pack:
         """Fresh adapters for runs given as (adapter, seed, parts to train).
 
-        Each site's tensors are drawn from the run's seed and the site's name, so they are the same
-        whatever else is in the pack.
+        `bare_blocks` are the blocks of the UNet (`block_index`) that each run leaves without. Each
+        site's tensors are drawn from the run's seed and the site's name, so they are the same
+        whatever else is in the pack. Raises SettingsError for targets that match nothing.
         """
         members = [
             Member(
@@ -72,11 +80,14 @@ class Pack:
                 seed,
                 {
                     site.key: adapter.initial(site, rng.generator(seed, "init", site.key))
-                    for site in sites(parts, adapter.targets)
-                    if site.part in trained
+                    for site in sites(parts, adapter.targets, adapter.carries)
+                    if site.part in trained and block_index(site) not in bare
+                    if adapter.wants(site)
                 },
             )
-            for adapter, seed, trained in runs
+            for (adapter, seed, trained), bare in zip(
+                runs, bare_blocks or [frozenset()] * len(runs), strict=True
+            )
         ]
         return cls(every_site(parts), members)
 
@@ -120,18 +131,20 @@ class Pack:
         """Does any run adapt `part`?"""
         return any(entry.site.part == part for entry in self.entries)
 
-    def views(self, index: int) -> dict[str, list[Tensor]]:
-        """Run `index`'s own tensors by part, sharing the stacks' memory."""
+    def views(self, index: int, group: Callable[[Site], str] = _part) -> dict[str, list[Tensor]]:
+        """Run `index`'s own tensors by their site's group, sharing the stacks' memory."""
         views: dict[str, list[Tensor]] = {}
         for site, stack, row in self._of(index):
-            views.setdefault(site.part, []).extend(stack.views(row))
+            views.setdefault(group(site), []).extend(stack.views(row))
         return views
 
-    def gradients(self, index: int) -> dict[str, list[Tensor]]:
-        """The gradients of `views(index)`, likewise."""
+    def gradients(
+        self, index: int, group: Callable[[Site], str] = _part
+    ) -> dict[str, list[Tensor]]:
+        """The gradients of `views(index, group)`, likewise."""
         gradients: dict[str, list[Tensor]] = {}
         for site, stack, row in self._of(index):
-            gradients.setdefault(site.part, []).extend(stack.gradients(row))
+            gradients.setdefault(group(site), []).extend(stack.gradients(row))
         return gradients
 
     def file_tensors(self, index: int) -> dict[str, Tensor]:

@@ -95,24 +95,27 @@ def to_peft(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A LoRA or DoRA of kohya's names under PEFT's, which diffusers loads; scales are folded in.
 
     Magnitudes must be of outputs, (out, 1) or (out, 1, 1, 1). The scale goes into lora_B in fp32
-    and is rounded back to the file's type.
+    and is rounded back to the file's type; raises CheckpointError where that overflows.
     """
     found: dict[str, Tensor] = {}
     for key, site in by_site(tensors).items():
         name = peft_path(key)
         down, up = site["lora_down.weight"], site["lora_up.weight"]
         found[f"{name}.lora_A.weight"] = down
-        found[f"{name}.lora_B.weight"] = (up.float() * scale_of(site)).to(up.dtype)
+        scaled = (up.float() * scale_of(site)).to(up.dtype)
+        if not bool(scaled.isfinite().all()):
+            raise CheckpointError(f"{key}: scaled by alpha / rank it is too large for {up.dtype}")
+        found[f"{name}.lora_B.weight"] = scaled
         if "dora_scale" in site:
             magnitude = site["dora_scale"].flatten()
             is_conv = down.dim() == 4
             shape = (1, -1, 1, 1) if is_conv else (-1,)
-            found[f"{name}.lora_magnitude_vector"] = magnitude.reshape(shape)
+            found[f"{name}.lora_magnitude_vector.weight"] = magnitude.reshape(shape)
     return found
 
 
 def peft_path(key: str) -> str:
-    """unet.down_blocks.0.… of lora_unet_down_blocks_0_…. Raises CheckpointError if it can't tell."""
+    """unet.down_blocks.0.… of lora_unet_down_blocks_0_…; raises CheckpointError for others."""
     prefix = next((p for p in sorted(_PARTS, reverse=True) if key.startswith(f"{p}_")), None)
     if prefix is None:
         raise CheckpointError(f"{shown(key)} is no name of Stable Diffusion's modules")
@@ -209,7 +212,7 @@ def _names(pattern: str, path: str) -> bool:
 
 
 def _number(values: Mapping[str, Any], name: str) -> float | None:
-    value = values[name] if name in values else None
+    value = values.get(name)  # PEFT's config is not ours: any of its entries may be missing
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):

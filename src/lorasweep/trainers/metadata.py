@@ -14,6 +14,7 @@ from lorasweep.latents import Item
 from lorasweep.trainers.batches import steps_per_epoch
 
 if TYPE_CHECKING:
+    from lorasweep.trainers import TrainingRun
     from lorasweep.trainers.native import NativeTraining
     from lorasweep.trainers.state import RunState
 
@@ -25,7 +26,7 @@ def kohya_metadata(training: NativeTraining, state: RunState) -> dict[str, str]:
     values = {
         **_run(training, state),
         **_data(training),
-        **state.run.adapter.metadata(),
+        **_network(state.run),
         **training.base.file_hashes,
     }
     return {**_modelspec(training, state), **{key: str(value) for key, value in values.items()}}
@@ -65,6 +66,16 @@ def _run(training: NativeTraining, state: RunState) -> dict[str, object]:
         "ss_zero_terminal_snr": bool(base.scheduler_config.get("rescale_betas_zero_snr", False)),
         "ss_training_comment": None,
     }
+
+
+def _network(run: TrainingRun) -> dict[str, str]:
+    """The adapter's entries; kohya keeps the optimiser's weights by block among their args."""
+    entries = run.adapter.metadata()
+    weights = run.optimizer.network_args()
+    if weights:
+        args = {**json.loads(entries.get("ss_network_args", "{}")), **weights}
+        entries["ss_network_args"] = json.dumps(args)
+    return entries
 
 
 def _data(training: NativeTraining) -> dict[str, object]:

@@ -74,7 +74,8 @@ class _Members:
         """Point each run's parameters and gradients at its part of the stacks."""
         self.pack.prepare_gradients()
         for index, state in enumerate(self.states):
-            state.bind(self.pack.views(index), self.pack.gradients(index))
+            group = state.run.optimizer.group_of
+            state.bind(self.pack.views(index, group), self.pack.gradients(index, group))
 
     def select(self, indices: Sequence[int]) -> _Members:
         """These members alone."""
@@ -99,10 +100,12 @@ class NativeTraining:
         )
         ordered = sorted(runs, key=_kind)  # runs of one kind are neighbours and share a stack
         pack = Pack.new(
-            base.parts, [(run.adapter, run.seed, run.optimizer.trained_parts) for run in ordered]
+            base.parts,
+            [(run.adapter, run.seed, run.optimizer.trained_parts) for run in ordered],
+            [run.optimizer.bare_blocks for run in ordered],
         )
         states = [
-            RunState(run, pack.views(index), self.steps_per_epoch, base)
+            RunState(run, pack.views(index, run.optimizer.group_of), self.steps_per_epoch, base)
             for index, run in enumerate(ordered)
         ]
         self._loss = PackLoss(base, data, settings.gradient_accumulation_steps)
@@ -255,7 +258,8 @@ class NativeTraining:
 
 def _kind(run: TrainingRun) -> tuple[str, ...]:
     """What runs must share to be stacked together."""
-    return (type(run.adapter).__name__, run.adapter.targets, *sorted(run.optimizer.trained_parts))
+    parts = sorted(run.optimizer.trained_parts)
+    return (type(run.adapter).__name__, str(run.adapter.targets), *parts)
 
 
 def _no_memory(run: TrainingRun, settings: NativeTrainer) -> str:

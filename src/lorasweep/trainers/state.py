@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Views = Mapping[str, Sequence["Tensor"]]
-"""Part -> a run's tensors in it."""
+"""Group of the optimiser (`Optimizer.group_of`) -> a run's tensors in it."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class RunState:
         self.run = run
         self.session_id = rng.key_seed(run.seed, "session", run.name) % 2**32
         self.parameters = {
-            part: [torch.nn.Parameter(view, requires_grad=False) for view in tensors]
-            for part, tensors in views.items()
+            group: [torch.nn.Parameter(view, requires_grad=False) for view in tensors]
+            for group, tensors in views.items()
         }
         self.optimizer = run.optimizer.create(self.parameters)
         num_steps = run.max_train_epochs * steps_per_epoch
@@ -58,17 +58,22 @@ class RunState:
 
     def bind(self, views: Views, gradients: Views) -> None:
         """Let the parameters be these tensors, with these gradients."""
-        for part, parameters in self.parameters.items():
+        for group, parameters in self.parameters.items():
             for parameter, view, gradient in zip(
-                parameters, views[part], gradients[part], strict=True
+                parameters, views[group], gradients[group], strict=True
             ):
                 parameter.data = view
                 parameter.grad = gradient
 
     def rates(self) -> dict[str, float]:
-        """The learning rates of the next step, by part."""
+        """The learning rates of the next step, by part and by weight of a block.
+
+        lr_unet is that of a weight of 1, also where no block has it.
+        """
         rates = {"train/lr_unet": 0.0, "train/lr_text_encoder": 0.0}
         for group in self.optimizer.param_groups:
+            name, _, weight = group["name"].partition("_x")
+            rates[f"train/lr_{name}"] = float(group["lr"]) / float(weight or 1)
             rates[f"train/lr_{group['name']}"] = float(group["lr"])
         return rates
 

@@ -1,0 +1,152 @@
+"""LoCon: LoRA on convolutions of any kernel, with kohya's names (conv_dim, conv_alpha).
+
+delta(x) = alpha / rank * up(down(x)), where down is a convolution of the module's kernel, stride,
+padding and dilation to `rank` channels, and up is 1x1 (LyCORIS, arXiv 2309.14859, section 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from lorasweep.adapters import Adapter, Dropout, Site, Stack, Tensors
+from lorasweep.adapters.blocks import ConvRanked
+from lorasweep.adapters.deltas import low_rank_delta
+from lorasweep.adapters.keys import WITH_KERNELS
+from lorasweep.adapters.lora import LoRA, LoRAStack
+from lorasweep.checkpoint import CheckpointError
+from lorasweep.settings import SettingsError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoCon(ConvRanked, LoRA):
+    """Settings of a LoCon: those of a LoRA, and conv_rank, conv_alpha for larger kernels."""
+
+    algo: ClassVar[str] = "locon"
+
+    def __post_init__(self) -> None:
+        self.check_conv_rank()
+        super().__post_init__()
+
+    def _check_kernels(self) -> None:
+        if self.targets in WITH_KERNELS and self.conv_rank is None:
+            raise SettingsError(
+                f"adapter.targets={self.targets} names convolutions larger than 1x1, so"
+                " adapter.conv_rank and adapter.conv_alpha must be given"
+            )
+
+    def network_args(self) -> dict[str, str]:
+        if self.targets in ("attn-mlp", "unet-only") or self.conv_rank is None:
+            return super().network_args()
+        doubled = int(1 / self.num_trained)
+        rank, alpha = doubled * self.conv_rank, doubled * float(self.conv_alpha or 0)
+        return {**super().network_args(), "conv_dim": str(rank), "conv_alpha": str(alpha)}
+
+
+@dataclass(frozen=True)
+class LoConStack(LoRAStack):
+    """K LoCons on one convolution. The runs' kernels are the groups of one convolution.
+
+    Beside a loop over the runs that is one launch for all of them, and on the CPU 1.5 to 8 times as
+    fast for K >= 8.
+    """
+
+    def forward(self, x: Tensor, y: Tensor, dropout: Dropout | None) -> Tensor:
+        num_runs, groups = len(self.ranks), int(self.site.geometry["groups"])
+        rank = self.down.shape[1]
+        hidden = self._down(x, num_runs, groups).flatten(-2)  # (K, rows * groups, rank, H * W)
+        if dropout is not None:
+            hidden = self._drop(hidden.mT, dropout).mT
+        up, scale = self._scaled_up()
+        up = up.mT.reshape(num_runs, 1, groups, -1, rank)
+        up = up.expand(-1, hidden.shape[1] // groups, -1, -1, -1).reshape(-1, *up.shape[-2:])
+        flat = y.reshape(len(up), up.shape[1], -1)
+        return flat.baddbmm(up, hidden.flatten(0, 1), alpha=scale).reshape(y.shape)
+
+    def _down(self, x: Tensor, num_runs: int, groups: int) -> Tensor:
+        """Each run's own rows through its kernels: (K, rows * groups, rank, H, W)."""
+        from torch.nn import functional
+
+        kernels = self.down.reshape(-1, *self.site.weight.shape[1:])
+        rows = x.reshape(num_runs, -1, x.shape[1] // groups, *x.shape[2:])
+        geometry = {**self.site.geometry, "groups": num_runs}
+        hidden = functional.conv2d(rows.transpose(0, 1).flatten(1, 2), kernels, **geometry)
+        return hidden.unflatten(1, (num_runs, -1)).transpose(0, 1)
+
+
+@dataclass(frozen=True)
+class TuckerStack:
+    """LoCons in LyCORIS's Tucker form (lora_mid.weight) on one convolution: for reading only."""
+
+    site: Site
+    tensors: tuple[dict[str, Tensor], ...]
+
+    @classmethod
+    def layout(cls, adapter: Adapter | None, tensors: Tensors) -> Hashable:
+        return cls.__name__
+
+    @classmethod
+    def check(cls, site: Site, tensors: Tensors) -> None:
+        names = {"lora_down.weight", "lora_mid.weight", "lora_up.weight", "alpha"}
+        if set(tensors) != names:
+            raise CheckpointError(f"{site.key}: {', '.join(sorted(tensors))} is no Tucker LoCon's")
+        down, mid, up = (tensors[f"lora_{name}.weight"] for name in ("down", "mid", "up"))
+        shape = (up.shape[0], down[0].numel(), *mid.shape[2:])
+        inner = (up[0].numel(), down.shape[0])
+        if mid.dim() != 4 or shape != tuple(site.weight.shape) or inner != tuple(mid.shape[:2]):
+            raise CheckpointError(
+                f"{site.key}: a Tucker LoCon of {shape} doesn't fit the base model's"
+                f" {tuple(site.weight.shape)}"
+            )
+
+    @classmethod
+    def of(cls, site: Site, members: Sequence[tuple[Adapter | None, Tensors]]) -> TuckerStack:
+        device = site.weight.device
+        return cls(
+            site,
+            tuple(
+                {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
+                for _, tensors in members
+            ),
+        )
+
+    @property
+    def drops(self) -> bool:
+        return False
+
+    def leaves(self) -> list[Tensor]:
+        return []
+
+    def views(self, index: int) -> list[Tensor]:
+        return []
+
+    def gradients(self, index: int) -> list[Tensor]:
+        return []
+
+    def file_tensors(self, index: int) -> dict[str, Tensor]:
+        return dict(self.tensors[index])
+
+    def forward(self, x: Tensor, y: Tensor, dropout: Dropout | None) -> Tensor:
+        import torch
+
+        rows = x.chunk(len(self.tensors))
+        deltas = [self.site.apply(own, self.delta_weight(i)) for i, own in enumerate(rows)]
+        return y + torch.cat(deltas)
+
+    def delta_weight(self, index: int) -> Tensor:
+        return low_rank_delta(self.tensors[index], self.site.weight.shape)
+
+    def limit_norm(self, index: int, maximum: float) -> None:
+        norm = self.delta_weight(index).norm()
+        self.tensors[index]["lora_up.weight"].mul_(maximum / norm.clamp(min=maximum))
+
+
+def lora_stack(site: Site, tensors: Tensors) -> type[Stack]:
+    """The class that computes the tensors of a LoRA or LoCon on a site."""
+    if "lora_mid.weight" in tensors:
+        return TuckerStack
+    return LoRAStack if site.is_pointwise else LoConStack

@@ -1,0 +1,185 @@
+"""LoHa: the Hadamard product of two low-rank products (FedPara, arXiv 2108.06098).
+
+delta = alpha / rank * (w1_a w1_b) * (w2_a w2_b), elementwise: its rank is up to rank^2. Names and
+the start are LyCORIS's (arXiv 2309.14859).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lorasweep.adapters import Adapter, Dropout, Site, Tensors
+from lorasweep.adapters.by_weight import ByWeight, kept_channels, shrink
+from lorasweep.checkpoint import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+NAMES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+"""The factors: a (out, rank), b (rank, in * kh * kw)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoHa(ByWeight):
+    """Settings of a LoHa."""
+
+    def initial(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
+        """LyCORIS's start: b's have deviation 1, w1_a 0.1, and w2_a is zero."""
+        import torch
+
+        rank, weight = self.rank_at(site), site.weight
+        out_features, in_values = weight.shape[0], weight[0].numel()
+        return {
+            "hada_w1_a": 0.1 * torch.randn(out_features, rank, generator=generator),
+            "hada_w1_b": torch.randn(rank, in_values, generator=generator),
+            "hada_w2_a": torch.zeros(out_features, rank),
+            "hada_w2_b": torch.randn(rank, in_values, generator=generator),
+            "alpha": torch.tensor(self.alpha_at(site)),
+        }
+
+    def metadata(self) -> dict[str, str]:
+        """kohya's ss_network_* entries."""
+        return self.kohya_metadata("loha")
+
+
+@dataclass(frozen=True)
+class LoHaStack:
+    """K LoHas on one site. A padded rank has zero rows in both factors, so its gradient is zero."""
+
+    factors: tuple[Tensor, ...]  # as NAMES: a's transposed (K, rank_max, out), b's (K, rank_max, n)
+    alphas: tuple[float, ...]
+    ranks: tuple[int, ...]
+    adapters: tuple[Adapter | None, ...]  # None: read from a file, not to be trained
+    site: Site
+
+    @classmethod
+    def layout(cls, adapter: Adapter | None, tensors: Tensors) -> Hashable:
+        return cls.__name__
+
+    @classmethod
+    def check(cls, site: Site, tensors: Tensors) -> None:
+        if set(tensors) != {*NAMES, "alpha"}:
+            raise CheckpointError(f"{site.key}: {', '.join(sorted(tensors))} is not a plain LoHa's")
+        weight = site.weight
+        for a, b in (
+            (tensors[NAMES[0]], tensors[NAMES[1]]),
+            (tensors[NAMES[2]], tensors[NAMES[3]]),
+        ):
+            rank = tensors[NAMES[1]].shape[0]
+            if a.shape != (weight.shape[0], rank) or b.flatten(1).shape != (
+                rank,
+                weight[0].numel(),
+            ):
+                raise CheckpointError(
+                    f"{site.key}: factors {tuple(a.shape)} x {tuple(b.shape)} don't fit the base"
+                    f" model's {tuple(weight.shape)}"
+                )
+
+    @classmethod
+    def of(cls, site: Site, members: Sequence[tuple[Adapter | None, Tensors]]) -> LoHaStack:
+        """Zero-pad the ranks."""
+        runs = [run for _, run in members]
+        ranks = tuple(run[NAMES[1]].shape[0] for run in runs)
+        own = [[_rank_first(name, run[name]) for run in runs] for name in NAMES]
+        return cls(
+            factors=tuple(padded(tensors, site.weight.device) for tensors in own),
+            alphas=tuple(float(run["alpha"]) for run in runs),
+            ranks=ranks,
+            adapters=tuple(adapter for adapter, _ in members),
+            site=site,
+        )
+
+    @property
+    def drops(self) -> bool:
+        return any(isinstance(adapter, ByWeight) and adapter.drops for adapter in self.adapters)
+
+    def leaves(self) -> list[Tensor]:
+        return list(self.factors)
+
+    def views(self, index: int) -> list[Tensor]:
+        rank = self.ranks[index]
+        return [leaf.detach()[index, :rank] for leaf in self.factors]
+
+    def gradients(self, index: int) -> list[Tensor]:
+        rank = self.ranks[index]
+        return [leaf.grad[index, :rank] for leaf in self.factors if leaf.grad is not None]
+
+    def file_tensors(self, index: int) -> dict[str, Tensor]:
+        import torch
+
+        views = zip(NAMES, self.views(index), strict=True)
+        factors = {name: _rank_first(name, view) for name, view in views}  # its own inverse
+        return {**factors, "alpha": torch.tensor(self.alphas[index])}
+
+    def forward(self, x: Tensor, y: Tensor, dropout: Dropout | None) -> Tensor:
+        import torch
+        from torch.utils.checkpoint import checkpoint
+
+        gains = self._gains(dropout)
+        if not torch.is_grad_enabled():
+            return self._compute(x, y, gains, *self.factors)
+        # The products of the factors are as large as the base's weight, for every run: they are
+        # computed again in the backward pass, site by site, rather than all kept until then.
+        output = checkpoint(
+            self._compute,
+            x,
+            y,
+            gains,
+            *self.factors,
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+        assert isinstance(output, torch.Tensor)
+        return output
+
+    def _gains(self, dropout: Dropout | None) -> Tensor:
+        """alpha / rank of each run, times what of its output channels is kept: (K, 1, out or 1)."""
+        leaf = self.factors[0]
+        scales = [alpha / rank for alpha, rank in zip(self.alphas, self.ranks, strict=True)]
+        gains = leaf.new_tensor(scales)[:, None, None]
+        if dropout is None:
+            return gains
+        kept = kept_channels(self.adapters, leaf.shape[-1], dropout, str(leaf.device))
+        return gains * kept[:, None]
+
+    def _compute(self, x: Tensor, y: Tensor, gains: Tensor, *factors: Tensor) -> Tensor:
+        import torch
+
+        w1_a, w1_b, w2_a, w2_b = factors
+        delta = (w1_a * gains).mT.bmm(w1_b) * w2_a.mT.bmm(w2_b)  # (K, out, in * kh * kw)
+        num_runs = len(self.ranks)
+        if not self.site.is_conv:
+            inputs = x.reshape(num_runs, -1, x.shape[-1])
+            own = y.reshape(num_runs, -1, y.shape[-1])
+            return own.baddbmm(inputs, delta.mT).reshape(y.shape)
+        kernels = delta.reshape(num_runs, *self.site.weight.shape)
+        runs = zip(x.chunk(num_runs), kernels, strict=True)
+        return y + torch.cat([self.site.apply(rows, kernel) for rows, kernel in runs])
+
+    def delta_weight(self, index: int) -> Tensor:
+        w1_a, w1_b, w2_a, w2_b = self.views(index)
+        delta = (w1_a.mT @ w1_b) * (w2_a.mT @ w2_b) * (self.alphas[index] / self.ranks[index])
+        return delta.reshape(self.site.weight.shape)
+
+    def limit_norm(self, index: int, maximum: float) -> None:
+        """All four factors take the fourth root of the correction."""
+        shrink(self.views(index), self.delta_weight(index).norm(), maximum)
+
+
+def padded(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Copies of (rank, n) tensors stacked to (K, rank_max, n), zero where a rank is smaller."""
+    import torch
+
+    most = max(tensor.shape[0] for tensor in tensors)
+    stacked = torch.zeros(len(tensors), most, tensors[0].shape[1], device=device)
+    for index, tensor in enumerate(tensors):
+        stacked[index, : tensor.shape[0]] = tensor
+    return stacked
+
+
+def _rank_first(name: str, tensor: Tensor) -> Tensor:
+    """a's between (out, rank) in files and (rank, out) here; b's are flat kernels."""
+    return tensor.mT if name.endswith("_a") else tensor.flatten(1)

@@ -1,0 +1,158 @@
+"""Any further algorithm of the lycoris-lora package (arXiv 2309.14859), by its own forward.
+
+An optional extra. Such runs train in packs like all others, but each is computed by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pydantic import PositiveFloat
+
+from lorasweep.adapters import Adapter, Dropout, Site, Tensors
+from lorasweep.adapters.blocks import ConvRanked
+from lorasweep.adapters.by_weight import check_kernels, lycoris_metadata
+from lorasweep.adapters.lycoris_module import (
+    check_algorithm,
+    check_file,
+    delta,
+    new_module,
+    outcome,
+    reloaded,
+    saved,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from torch.nn import Module
+
+_BISECTIONS = 25
+
+
+@dataclass(frozen=True, kw_only=True)
+class LyCORIS(ConvRanked, Adapter):
+    """Settings of one of LyCORIS's algorithms; `args` are its own arguments by its own names.
+
+    Raises SettingsError without the package, and for what its release can't train and reload.
+    """
+
+    algo: str
+    targets: str | tuple[str, ...]
+    args: Mapping[str, bool | int | float | str] | None
+    scale_weight_norms: PositiveFloat | None
+
+    def __post_init__(self) -> None:
+        check_kernels(self, self.targets)
+        check_algorithm(self.algo, self.args or {})
+
+    def initial(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
+        """As LyCORIS starts it, from the generator's seed."""
+        return saved(self._module(site, generator.initial_seed()))
+
+    def starts(self, site: Site) -> dict[str, float]:
+        """The parameters that start as a constant, and that constant: there the delta is zero."""
+        module = self._module(site, 0)
+        fresh = {name: p.detach().flatten() for name, p in module.named_parameters()}
+        return {name: float(p[0]) for name, p in fresh.items() if bool((p == p[0]).all())}
+
+    def _module(self, site: Site, seed: int) -> Module:
+        import torch
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            rank, alpha = self.rank_at(site), self.alpha_at(site)
+            return new_module(site, self.algo, rank, alpha, self.args or {})
+
+    def metadata(self) -> dict[str, str]:
+        """kohya's ss_network_* entries."""
+        return {
+            **lycoris_metadata(self, self.algo, self.targets, self.args or {}),
+            "ss_scale_weight_norms": str(self.scale_weight_norms),
+        }
+
+
+@dataclass(frozen=True)
+class LycorisStack:
+    """One run's module on one site: LyCORIS computes no more than that at once."""
+
+    site: Site
+    module: Module
+    parameters: Mapping[str, Tensor]
+    """The trained tensors by LyCORIS's names, each (1, ...); the module's share their memory."""
+    adapter: Adapter | None  # None: read from a file, not to be trained
+
+    @classmethod
+    def layout(cls, adapter: Adapter | None, tensors: Tensors) -> Hashable:
+        return object()  # equal to no other: every run is a stack of its own
+
+    @classmethod
+    def check(cls, site: Site, tensors: Tensors) -> None:
+        check_file(site, tensors)
+
+    @classmethod
+    def of(cls, site: Site, members: Sequence[tuple[Adapter | None, Tensors]]) -> LycorisStack:
+        ((adapter, tensors),) = members
+        module = reloaded(site, tensors)
+        parameters = {}
+        for name, parameter in module.named_parameters():
+            parameters[name] = parameter.detach().clone()[None]
+            parameter.requires_grad_(False)
+            parameter.data = parameters[name][0]
+        return cls(site=site, module=module, parameters=parameters, adapter=adapter)
+
+    @property
+    def drops(self) -> bool:
+        return False
+
+    def leaves(self) -> list[Tensor]:
+        return list(self.parameters.values())
+
+    def views(self, index: int) -> list[Tensor]:
+        return [leaf.detach()[index] for leaf in self.leaves()]
+
+    def gradients(self, index: int) -> list[Tensor]:
+        return [leaf.grad[index] for leaf in self.leaves() if leaf.grad is not None]
+
+    def file_tensors(self, index: int) -> dict[str, Tensor]:
+        return saved(self.module)
+
+    def forward(self, x: Tensor, y: Tensor, dropout: Dropout | None) -> Tensor:
+        own = {name: leaf[0] for name, leaf in self.parameters.items()}
+        return outcome(self.module, x, y, own)
+
+    def delta_weight(self, index: int) -> Tensor:
+        import torch
+
+        with torch.no_grad():
+            return delta(self.module, self.site)
+
+    def limit_norm(self, index: int, maximum: float) -> None:
+        """Move what starts as a constant back towards it, until the delta's norm is `maximum`.
+
+        Where the delta is linear in them one step is exact; else (OFT) the share is bisected.
+        """
+        norm = float(self.delta_weight(index).norm())
+        if norm <= maximum:
+            return
+        assert isinstance(self.adapter, LyCORIS)
+        constants = self.adapter.starts(self.site)
+        moved = {name: self.parameters[name].detach() for name in constants}
+        trained = {name: tensor.clone() for name, tensor in moved.items()}
+
+        def norm_at(share: float) -> float:
+            for name, tensor in moved.items():
+                tensor.copy_(constants[name] + share * (trained[name] - constants[name]))
+            return float(self.delta_weight(index).norm())
+
+        low, high = 0.0, 1.0
+        share = maximum / norm
+        for _ in range(_BISECTIONS):
+            found = norm_at(share)
+            if abs(found - maximum) < 1e-6 * maximum:
+                return
+            low, high = (share, high) if found < maximum else (low, share)
+            share = (low + high) / 2
+        norm_at(low)
