@@ -6,7 +6,6 @@ File format and metadata: kohya sd-scripts' (`ss_*`, `sshs_*` keys); hashes are 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import struct
 import tempfile
@@ -15,15 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorasweep import header
+from lorasweep.header import CheckpointError
+
 if TYPE_CHECKING:
     import torch
 
+__all__ = ["CheckpointError"]  # raised here, and caught by this name
+
 LEGACY_HASH_OFFSET = 0x100000
 LEGACY_HASH_SIZE = 0x10000
-
-
-class CheckpointError(ValueError):
-    """A LoRA file that can't be used; the message says which and why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,25 +88,29 @@ def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors and metadata of a LoRA file. Raises CheckpointError on a missing, cut or NaN file."""
     from safetensors import SafetensorError, safe_open
 
-    if path.suffix != ".safetensors":
-        raise CheckpointError(f"{path}: only .safetensors files are read; convert it first")
+    metadata = header.read(path).metadata
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
     except SafetensorError as error:
         raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from None
-    bad = [key for key, value in tensors.items() if not bool(value.isfinite().all())]
+    bad = [key for key, value in tensors.items() if not bool(value.float().isfinite().all())]
     if bad:
         raise CheckpointError(f"{path} holds values that are not finite, first in {bad[0]}")
     return tensors, metadata
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata alone, without reading the tensors or importing torch."""
+    """The metadata alone, without the tensors and without torch. Raises CheckpointError."""
+    return header.read(path).metadata
+
+
+def data_hash(path: Path) -> str:
+    """`model_hash` of a file on disk, read piece by piece."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
         (header_size,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(header_size))
-    return dict(header.get("__metadata__", {}))
+        file.seek(8 + header_size)
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
-from lorasweep import captions, checkpoint, dataset, folders, latents, report, sampling
+from lorasweep import captions, dataset, folders, latents, lora_file, report, sampling
 from lorasweep.adapters.pack import Pack
 from lorasweep.checkpoint import Checkpoint
 from lorasweep.config import Run
@@ -159,7 +159,7 @@ def write_folders(run: Run) -> Path:
 
 def load_pack(base: BaseModel, files: Sequence[Path]) -> Pack:
     """Written LoRA files, ready to be attached to the base. Raises ValueError for a bad one."""
-    return Pack.from_files(base.parts, [checkpoint.read(path)[0] for path in files])
+    return Pack.from_files(base.parts, [lora_file.read(path).tensors for path in files])
 
 
 def captions_used(run: Run, data: Path) -> str:

@@ -1,0 +1,57 @@
+"""Files and folders that appear whole, under their name, or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class TargetError(ValueError):
+    """The place to write to is taken; the message says how to go on."""
+
+
+@contextmanager
+def staged(target: Path, overwrite: bool) -> Iterator[Path]:
+    """A path beside `target`, of the same name, to write a file or folder at and to check it.
+
+    It is renamed to `target` at the end; after an error nothing is left of it. An existing target
+    stays until then. Raises TargetError at once for one that is not to be overwritten.
+    """
+    check_free(target, overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    room = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        place = room / target.name
+        yield place
+        _flush(place)
+        if target.exists():
+            target.rename(room / "old")  # a folder can't be replaced in one step
+        place.rename(target)
+    finally:
+        shutil.rmtree(room)
+
+
+def check_free(target: Path, overwrite: bool) -> None:
+    """Raise TargetError if something lies at `target` that is not to be overwritten."""
+    if target.exists() and not overwrite:
+        raise TargetError(f"{target} exists already: give another path, or --overwrite")
+    if target.is_dir() and overwrite and not _is_ours(target):
+        raise TargetError(f"{target} is a folder, but not a diffusers model's: give another path")
+
+
+def _is_ours(folder: Path) -> bool:
+    """Overwriting deletes a folder, so it must be what would be written there."""
+    return (folder / "model_index.json").is_file() or not any(folder.iterdir())
+
+
+def _flush(place: Path) -> None:
+    """Readable by all and on the disk, before the rename makes it count."""
+    for path in place.rglob("*") if place.is_dir() else [place]:
+        if path.is_file():
+            path.chmod(0o644)  # safetensors writes for its owner alone
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
