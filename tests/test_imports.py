@@ -10,14 +10,14 @@ import lorasweep
 PACKAGE = Path(lorasweep.__file__).parent
 
 LEVELS = [
-    {"settings", "rng", "images", "progress"},
-    {"dataset", "folders", "checkpoint"},
-    {"captions", "models", "adapters", "optimizers"},
+    {"settings", "rng", "images", "progress", "staging"},
+    {"dataset", "folders", "checkpoint", "header"},
+    {"captions", "models", "adapters", "optimizers", "lora_file"},
     {"latents", "sampling", "metrics"},
     {"trainers"},
     {"tracking", "report"},
     {"config"},
-    {"run", "pick", "doctor"},
+    {"run", "pick", "doctor", "export"},
     {"launcher"},
     {"cli"},
 ]

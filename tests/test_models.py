@@ -3,14 +3,15 @@
 import pytest
 import torch
 
+from lorasweep.export import sd_files
 from lorasweep.models import ModelError, resolve_device
 from lorasweep.settings import SettingsError
-from sd_single_file import write_single_file
 from test_adapters import predict
 
 
 def test_a_single_file_gives_the_same_predictions_as_the_folder(base, make_run, tmp_path):
-    file = write_single_file(base, tmp_path / "model.safetensors")
+    file = tmp_path / "model.safetensors"
+    sd_files.write_file(sd_files.read(base.settings.path), file)
     model = make_run(f"model.path={file}", f"model.config={base.settings.path}").model
     loaded = model.load()
     assert torch.equal(predict(loaded, None), predict(base, None))
@@ -21,7 +22,8 @@ def test_a_single_file_gives_the_same_predictions_as_the_folder(base, make_run, 
 
 
 def test_a_single_file_without_configs_says_what_it_needs(base, make_run, tmp_path):
-    file = write_single_file(base, tmp_path / "model.safetensors")
+    file = tmp_path / "model.safetensors"
+    sd_files.write_file(sd_files.read(base.settings.path), file)
     with pytest.raises(ModelError, match=r"model\.config is null"):
         make_run(f"model.path={file}", "model.config=null").model.load()
 

@@ -1,4 +1,4 @@
-"""The command line: `lorasweep train | caption | pick | ui | doctor`."""
+"""The command line: `lorasweep train | caption | pick | export | convert | ui | doctor`."""
 
 from __future__ import annotations
 
@@ -18,9 +18,13 @@ Settings are Hydra overrides (KEY=VALUE); `lorasweep train --cfg job` shows them
   lorasweep train experiment=guide dataset.image_dir=DIR  the guide's recipe on your images
   lorasweep train -m dataset.image_dir=DIR adapter.rank=4,8,16 optimizer.unet_lr=1e-4,3e-4
   lorasweep pick                                          choose among the last sweep's checkpoints
+  lorasweep export RUN --to merged                        the base model with the LoRA in it
   lorasweep ui                                            look at everything in MLflow
 """
 
+
+PRECISIONS = ("fp32", "fp16", "bf16")
+EXPORTS = ("merged", "diffusers-lora", "offline-lora")
 
 _WORDS = "DIR: folder of images; SWEEP: name of another sweep; KEY=VALUE: settings to change"
 _TRAIN_HELP = """\
@@ -55,12 +59,24 @@ def main(argv: Sequence[str] | None = None) -> None:
                 return
             train(argv[1:])
             return
-        arguments = _parser().parse_args(argv)
+        arguments = _parsed(argv)
         sys.exit(arguments.command(arguments))
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
         _exit(error)
+
+
+def _parsed(argv: Sequence[str]) -> argparse.Namespace:
+    """argparse takes words up to the first option only; ours may stand anywhere."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    takes_words = "words" in arguments
+    if unknown := [word for word in rest if word.startswith("-") or not takes_words]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if takes_words:
+        arguments.words += rest
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -80,10 +96,73 @@ def _parser() -> argparse.ArgumentParser:
     pick.add_argument("--run", help="only this run's; together with --epoch it is your own choice")
     pick.add_argument("--epoch", type=int, help="only this epoch's checkpoints")
     pick.add_argument("--limit", type=int, default=15, help="rows of the table (default 15)")
+    _add_export(commands)
+    convert = _add(
+        commands, "convert", "SOURCE TARGET ", "diffusers folder <-> single .safetensors", _convert
+    )
+    convert.add_argument("--config", help="folder or hub id of a single file's configs, tokenizer")
+    convert.add_argument("--dtype", choices=PRECISIONS, help="precision (default: as it is)")
+    convert.add_argument("--overwrite", action="store_true", help="replace an existing TARGET")
     ui = _add(commands, "ui", "", "show MLflow's pages for this project, on localhost", _ui)
     ui.add_argument("--port", type=int, default=5000, help="port to listen on (default 5000)")
+    _add_file_commands(commands)
     _add(commands, "doctor", "", "check devices, disk, models, weights and tracking", _doctor)
     return parser
+
+
+def _add_export(commands: Any) -> None:
+    export = _add(commands, "export", "CHECKPOINT|RUN ", "take a LoRA to other programs", _export)
+    export.add_argument(
+        "--to",
+        required=True,
+        choices=EXPORTS,
+        help="merged: the whole model with the LoRA in it; diffusers-lora: for load_lora_weights;"
+        " offline-lora: for generic diffusion feature",
+    )
+    export.add_argument("--out", type=Path, help="where to; ending in .safetensors: a single file")
+    export.add_argument("--strength", type=float, default=1.0, help="1 (default) is as trained")
+    export.add_argument(
+        "--with",
+        dest="others",
+        action="append",
+        default=[],
+        metavar="FILE=WEIGHT",
+        help="merge a further LoRA too; may be given several times",
+    )
+    export.add_argument("--rank", type=int, help="of the approximation, where one is needed")
+    export.add_argument("--dtype", choices=PRECISIONS, help="precision (default: the base's)")
+    export.add_argument("--overwrite", action="store_true", help="replace what is there")
+
+
+def _add_file_commands(commands: Any) -> None:
+    """What reads and makes LoRA files; they take words and flags, no settings."""
+    info = commands.add_parser("info", help="say what a LoRA file is, whoever wrote it")
+    info.set_defaults(command=_info)
+    info.add_argument("file", type=Path, help="a .safetensors file of kohya, LyCORIS, diffusers …")
+    info.add_argument("--json", action="store_true", help="as JSON")
+    resize = commands.add_parser("resize", help="give a LoRA file another rank")
+    resize.set_defaults(command=_resize)
+    resize.add_argument("file", type=Path, help="a LoRA, LoCon, DoRA, LoHa or LoKr")
+    resize.add_argument("--rank", type=int, help="the new rank; with --energy, the largest")
+    resize.add_argument("--energy", type=float, help="share to keep; each module gets its own rank")
+    resize.add_argument("--out", type=Path, help="file to write (default: beside, NAME-resized)")
+    resize.add_argument("--overwrite", action="store_true", help="replace the file to write")
+    _add_extract(commands)
+
+
+def _add_extract(commands: Any) -> None:
+    extract = commands.add_parser("extract", help="make a LoRA of the difference of two models")
+    extract.set_defaults(command=_extract)
+    extract.add_argument("tuned", help="the tuned model: a diffusers folder, a file, or a hub id")
+    extract.add_argument("base", help="the model it was tuned from")
+    extract.add_argument("--rank", type=int, required=True, help="rank of the LoRA")
+    extract.add_argument("--conv-rank", type=int, help="of 3x3 convolutions (default: --rank)")
+    extract.add_argument(
+        "--targets", default="attn-mlp", help="attn-mlp (default), unet-only, full"
+    )
+    extract.add_argument("--config", help="for single files: diffusers folder or hub id of configs")
+    extract.add_argument("--out", type=Path, required=True, help="file to write, .safetensors")
+    extract.add_argument("--overwrite", action="store_true", help="replace the file to write")
 
 
 def _train_help() -> str:
@@ -193,6 +272,106 @@ def _pick(arguments: argparse.Namespace) -> int:
     for line in pick.summary(result):
         console.print(line, soft_wrap=True, highlight=False)
     return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from lorasweep import export
+    from lorasweep.export import origin
+    from lorasweep.settings import SettingsError
+
+    words, overrides = _split(arguments, at_most=1)
+    if not words:
+        raise SettingsError("export what? Give a .safetensors file or a run's name")
+    found = origin.find(words[0], overrides, arguments.config_dir)
+    _say(found.lines)
+    done = export.export(
+        found,
+        arguments.to,
+        out=arguments.out,
+        strength=arguments.strength,
+        others=arguments.others,
+        rank=arguments.rank,
+        precision=arguments.dtype,
+        overwrite=arguments.overwrite,
+    )
+    _say([f"Written: {done.path}", *done.lines])
+    return 0
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from lorasweep.config import compose
+    from lorasweep.export import convert
+    from lorasweep.settings import SettingsError
+
+    words, overrides = _split(arguments, at_most=2)
+    if len(words) != 2:
+        raise SettingsError("convert needs SOURCE and TARGET: one ends in .safetensors")
+    cfg = compose(["dataset.image_dir=lorasweep", *overrides], arguments.config_dir)
+    done = convert.convert(
+        words[0],
+        Path(words[1]),
+        config=arguments.config or cfg.model.config,
+        precision=arguments.dtype,
+        overwrite=arguments.overwrite,
+    )
+    _say([f"Written: {done.path}", *done.lines])
+    return 0
+
+
+def _say(lines: Sequence[str]) -> None:
+    for line in lines:
+        print(line, flush=True)
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from lorasweep.lora_file import info
+
+    found = info.inspect(arguments.file)
+    if arguments.json:
+        print(found.as_json())
+    else:
+        info.show(found, Console())
+    return 0
+
+
+def _resize(arguments: argparse.Namespace) -> int:
+    from lorasweep.lora_file import resize
+
+    source: Path = arguments.file
+    target = arguments.out or source.with_name(f"{source.stem}-resized.safetensors")
+    result = resize.resize(
+        source, target, arguments.rank, arguments.energy, overwrite=arguments.overwrite
+    )
+    print("\n".join(result.lines()))
+    return 0
+
+
+def _extract(arguments: argparse.Namespace) -> int:
+    from lorasweep.lora_file import extract
+    from lorasweep.staging import check_free
+
+    extract.check_ranks(arguments.rank, arguments.conv_rank)
+    check_free(arguments.out, arguments.overwrite)
+    tuned, base = (
+        _base_model(path, arguments.config) for path in (arguments.tuned, arguments.base)
+    )
+    result = extract.extract(
+        tuned, base, arguments.out, arguments.rank, arguments.conv_rank, arguments.targets
+    )
+    print("\n".join(result.lines()))
+    return 0
+
+
+def _base_model(path: str, config: str | None) -> Any:
+    """A model by its path alone, with the options of conf/model/sd15."""
+    from lorasweep.config import compose
+    from lorasweep.settings import build
+
+    configs = [f"model.config={_quoted(config)}"] if config else []
+    overrides = ["dataset.image_dir=lorasweep", "model=sd15", f"model.path={_quoted(path)}"]
+    return build(compose([*overrides, *configs]).model, "model").load()
 
 
 def _ui(arguments: argparse.Namespace) -> int:

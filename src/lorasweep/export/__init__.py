@@ -1,0 +1,229 @@
+"""Take a LoRA with you: merged into its base model, or as generic diffusion feature loads it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorasweep import checkpoint
+from lorasweep.adapters.pack import Pack
+from lorasweep.export import check as export_check
+from lorasweep.export import sd_files
+from lorasweep.export.check import TEXT_TO_IMAGE, TOLERANCES, ExportError, Weighted
+from lorasweep.export.convert import is_file, load, reader, schedule, write
+from lorasweep.export.sd_layout import prefixed
+from lorasweep.models import Model, Precision
+from lorasweep.staging import staged
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lorasweep.export.origin import Origin
+    from lorasweep.export.sd_files import WholeModel
+    from lorasweep.models import BaseModel
+
+Loras = Sequence[tuple[Path, float]]
+"""LoRA files and the weight of each one's delta; 1 is as trained."""
+
+IMG2IMG = "StableDiffusionImg2ImgPipeline"
+"""What generic diffusion feature loads SD1.5 with (its feature/components/models.py)."""
+ITS_BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+"""What it attaches LoRA files to."""
+PASTE = (
+    "from diffusion_feature import FeatureExtractor",
+    'df = FeatureExtractor(layer="feature/configs/config_15_practical.json", version="1-5",'
+    ' device="cuda", img_size=512, {arguments})',
+)
+V_NOTE = (
+    "The model predicts v, which a single file can't say: tell your program (A1111: a .yaml beside"
+    " it; ComfyUI: the node ModelSamplingDiscrete; kohya: --v_parameterization)"
+)
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written, and what a person is told of it."""
+
+    path: Path
+    lines: tuple[str, ...]
+
+
+def export(
+    origin: Origin,
+    to: str,
+    *,
+    out: Path | None = None,
+    strength: float = 1.0,
+    others: Sequence[str] = (),
+    rank: int | None = None,
+    precision: Precision | None = None,
+    overwrite: bool = False,
+) -> Export:
+    """Export a LoRA `to` merged, diffusers-lora or offline-lora, as the command line asks.
+
+    Without `out` it goes to `origin.exports`. `others` are further LoRAs, FILE=WEIGHT. Raises
+    ExportError for what has no effect there, and what the exports themselves raise.
+    """
+    target = out or origin.exports / _default_name(origin.name, to)
+    loras = [(origin.path, strength), *(_weighted(text) for text in others)]
+    if rank is not None and (to == "merged" or (to == "offline-lora" and not is_file(target))):
+        raise ExportError("--rank has no effect: a whole model is exact and has no rank")
+    if to == "merged":
+        return merged(origin.model, loras, target, precision=precision, overwrite=overwrite)
+    if precision is not None and is_file(target):
+        raise ExportError("--dtype has no effect on a LoRA file: it keeps the checkpoint's")
+    if to == "offline-lora":
+        return offline_lora(
+            origin.model, loras, target, rank=rank, precision=precision, overwrite=overwrite
+        )
+    if not is_file(target):
+        raise ExportError(f"--out {target}: a LoRA file's name ends in .safetensors")
+    return _lora_file(origin.model, loras, target, rank, overwrite)
+
+
+def merged(
+    base: Model,
+    loras: Loras,
+    target: Path,
+    *,
+    precision: Precision | None = None,
+    overwrite: bool = False,
+) -> Export:
+    """Write the base model with the LoRAs added: W + sum of weight * delta, computed in fp32.
+
+    A `target` ending in .safetensors is a single file in the original layout, any other a diffusers
+    folder. Tensors keep the base's type unless a `precision` is given. Every delta is that of the
+    bare weights, so the order of several LoRAs doesn't matter. The picture of what was written must
+    be that of the attached LoRAs; raises ExportError otherwise, TargetError for a taken target.
+    """
+    return _merged(base, loras, target, precision, overwrite)
+
+
+def offline_lora(
+    base: Model,
+    loras: Loras,
+    target: Path,
+    *,
+    rank: int | None = None,
+    precision: Precision | None = None,
+    overwrite: bool = False,
+) -> Export:
+    """Write what generic diffusion feature (arXiv 2410.03558) loads, with the lines to paste.
+
+    A `target` ending in .safetensors is a LoRA file that diffusers loads, for `offline_lora` and
+    `offline_lora_filename`; it is attached to SD1.5 then. Any other is a whole model folder, for
+    `offline_lora` alone. Raises as `merged` and `diffusers_lora` do.
+    """
+    if is_file(target):
+        return _offline_file(base, loras, target, rank, overwrite)
+    export = _merged(base, loras, target, precision, overwrite, IMG2IMG)
+    arguments = f"offline_lora={str(target.absolute())!r}"
+    return replace(export, lines=(*export.lines, *_paste(arguments)))
+
+
+def merge(
+    base: BaseModel, model: WholeModel, adapters: Weighted, precision: Precision | None = None
+) -> WholeModel:
+    """The model's tensors with the sum of all weighted deltas added in fp32, rounded once.
+
+    `base` is the same model, loaded and bare: a DoRA's delta depends on its weights.
+    """
+    result = model.cast(precision)
+    weights = {part: dict(tensors) for part, tensors in result.weights.items()}
+    for site, members in export_check.stacks_by_site(adapters):
+        path = prefixed(site.path) if site.part == "text_encoder" else site.path
+        name = f"{path}.weight"
+        total = model.weights[site.part][name].float()
+        for stack, weight in members:
+            total = total + weight * stack.delta_weight(0).float()
+        weights[site.part][name] = _finite(total.to(weights[site.part][name].dtype), site.key)
+    return replace(result, weights=weights)
+
+
+def attachable(base: BaseModel, loras: Loras) -> Weighted:
+    """The LoRA files as packs of one on this base. Raises CheckpointError for a misfit."""
+    return [
+        (Pack.from_files(base.parts, [checkpoint.read(path)[0]]), weight) for path, weight in loras
+    ]
+
+
+def _merged(
+    settings: Model,
+    loras: Loras,
+    target: Path,
+    precision: Precision | None,
+    overwrite: bool,
+    kind: str = TEXT_TO_IMAGE,
+) -> Export:
+    with export_check.quiet(), staged(target, overwrite) as place:
+        model = sd_files.read(settings.path, settings.config, settings.revision)
+        base = load(settings, model)
+        adapters = attachable(base, loras)
+        bare, before = export_check.draw(base), export_check.draw(base, adapters)
+        whole = merge(base, model, adapters, precision)
+        written, read_back = write(whole, place, settings.prediction_type, kind)
+        after = export_check.draw_with(written, base, scheduler_config=schedule(base, place))
+        tolerance = TOLERANCES[sd_files.precision_of(whole)]
+        agreement = export_check.compare(before, after, bare, tolerance)
+        line = export_check.require(agreement, reader(place, kind))
+    picture = target.with_name(f"{target.name}-check.png")
+    export_check.side_by_side(picture, bare, before, after)
+    notes = [V_NOTE] if is_file(target) and base.prediction_type == "v_prediction" else []
+    return Export(target, (*model.notes, *notes, read_back, line, f"Side by side: {picture}"))
+
+
+def _offline_file(
+    base: Model, loras: Loras, target: Path, rank: int | None, overwrite: bool
+) -> Export:
+    written = _lora_file(base, loras, target, rank, overwrite)
+    folder, name = str(target.absolute().parent), target.name
+    arguments = f"offline_lora={folder!r}, offline_lora_filename={name!r}"
+    note = (
+        f"With a file, generic diffusion feature takes {ITS_BASE} as the base; this LoRA's is"
+        f" {base.path}. A whole model folder (--out without .safetensors) holds its own base."
+    )
+    notes = () if base.path == ITS_BASE else (note,)
+    return Export(target, (*written.lines, *notes, *_paste(arguments)))
+
+
+def _lora_file(
+    base: Model, loras: Loras, target: Path, rank: int | None, overwrite: bool
+) -> Export:
+    from lorasweep.export.lora import diffusers_lora
+
+    (source, strength), *others = loras
+    if others or strength != 1:
+        raise ExportError(
+            "a LoRA file holds one LoRA, as trained: --strength and --with need a whole model"
+            " (--to merged, or --to offline-lora with --out FOLDER)"
+        )
+    with export_check.quiet():
+        written = diffusers_lora(source, target, base.load(), rank, overwrite=overwrite)
+    return Export(target, tuple(written.lines))
+
+
+def _default_name(name: str, to: str) -> str:
+    return f"{name}-diffusers.safetensors" if to == "diffusers-lora" else f"{name}-{to}"
+
+
+def _weighted(text: str) -> tuple[Path, float]:
+    """FILE=WEIGHT of the command line."""
+    file, _, weight = text.rpartition("=")
+    try:
+        return Path(file), float(weight)
+    except ValueError:
+        raise ExportError(f"--with {text}: give FILE=WEIGHT, e.g. other.safetensors=0.5") from None
+
+
+def _paste(arguments: str) -> list[str]:
+    return ["", *(line.format(arguments=arguments) for line in PASTE)]
+
+
+def _finite(weight: Tensor, key: str) -> Tensor:
+    if not bool(weight.isfinite().all()):
+        raise ExportError(
+            f"{key}: the merged weight is too large for {weight.dtype}; give --dtype fp32 or bf16"
+        )
+    return weight

@@ -1,0 +1,130 @@
+"""A LoRA file that diffusers' `load_lora_weights` takes and draws right, from one of any type."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorasweep import checkpoint, lora_file
+from lorasweep.adapters import peft
+from lorasweep.adapters.pack import Pack
+from lorasweep.export import check as export_check
+from lorasweep.export.check import TOLERANCES, Agreement, ExportError, Tolerance
+from lorasweep.export.to_diffusers import REMEDY, How, convert
+from lorasweep.header import shown
+from lorasweep.lora_file import LoRAFile, svd
+from lorasweep.staging import staged
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from lorasweep.models import BaseModel
+
+
+@dataclass(frozen=True)
+class DiffusersFile:
+    """A written file and what a person is told of it."""
+
+    path: Path
+    how: How
+    loss: svd.Loss | None
+    """Of the approximated modules; None where every module is exact."""
+    agreement: Agreement | None
+    """Of pictures drawn before and after; None without a base model."""
+
+    @property
+    def lines(self) -> list[str]:
+        """What was done, its error, and whether the pictures agree."""
+        told = {
+            "as it is": "diffusers reads the file as it is: copied",
+            "converted": "Converted exactly, to the names of PEFT",
+            "approximated": "Approximated by SVD",
+        }[self.how]
+        if self.loss is not None:
+            told += (
+                f": relative error of the change of the weights {self.loss.error:.2%}, worst"
+                f" {self.loss.worst_error:.2%} ({self.loss.worst_site})"
+            )
+        check = "Not checked by a picture: no base model was given"
+        if self.agreement is not None:
+            check = self.agreement.line("diffusers' load_lora_weights")
+        return [told, check]
+
+
+def diffusers_lora(
+    source: Path,
+    target: Path,
+    base_model: BaseModel | None,
+    rank: int | None,
+    *,
+    overwrite: bool = False,
+) -> DiffusersFile:
+    """Write `source` so that diffusers draws with it what our own adapters draw.
+
+    `rank` allows an approximation of what has no exact form. With a base model a picture is drawn
+    before and after. Raises TargetError for a taken target, and ExportError, naming the remedy, for
+    what can't be exported or is read otherwise by diffusers; nothing is written then.
+    """
+    file = lora_file.read(source)
+    with staged(target, overwrite) as place:
+        try:
+            tensors, how, loss = convert(file, base_model, rank)
+        except ExportError as error:
+            raise ExportError(f"{source}: {error}") from None
+        checkpoint.write(place, tensors, _metadata(file, how))
+        agreement = None if base_model is None else _check(file, place, base_model, how)
+    return DiffusersFile(target, how, loss, agreement)
+
+
+def _metadata(file: LoRAFile, how: How) -> dict[str, str]:
+    """The source's; its description of PEFT's config would contradict the folded scales."""
+    stale = ("sshs_", peft.METADATA_KEY)
+    carried = {key: value for key, value in file.metadata.items() if not key.startswith(stale)}
+    if how == "as it is":
+        return carried
+    return {**carried, "ss_training_comment": f"{how} for diffusers from {file.path.name}"}
+
+
+def _check(file: LoRAFile, written: Path, base: BaseModel, how: How) -> Agreement:
+    """Compare the source's picture with the one that diffusers draws.
+
+    Raises ExportError where they must agree and don't: an approximation must still be read as it
+    was written.
+    """
+    with export_check.quiet():
+        bare, after = export_check.draw(base), _draw_written(written, base)
+        before = _draw(file, base)
+        agreement = export_check.compare(before, after, bare, _tolerance(file))
+        must = agreement
+        if how == "approximated":
+            itself = _draw(lora_file.read(written), base)
+            must = export_check.compare(itself, after, bare, _tolerance(file))
+    if not must.holds:
+        raise ExportError(f"{file.path}: {must.line('diffusers')} Nothing was written; {REMEDY}")
+    return agreement
+
+
+def _draw(file: LoRAFile, base: BaseModel) -> Image.Image:
+    pack = Pack.from_files(base.parts, [file.tensors])
+    return export_check.draw(base, [(pack, 1.0)])
+
+
+def _draw_written(path: Path, base: BaseModel) -> Image.Image:
+    """The picture that diffusers draws with a LoRA file; the base is as before afterwards."""
+    pipeline = export_check.pipeline_of(base)
+    try:
+        pipeline.load_lora_weights(str(path.parent), weight_name=path.name, use_safetensors=True)
+        return export_check.draw_with(pipeline, base)
+    except (ValueError, RuntimeError, KeyError) as error:
+        cause = shown(str(error).splitlines()[0])
+        raise ExportError(f"diffusers can't load it ({cause}): {REMEDY}") from None
+    finally:
+        pipeline.unload_lora_weights()
+
+
+def _tolerance(file: LoRAFile) -> Tolerance:
+    """By the type that the folded scales are rounded to."""
+    largest = max(file.tensors.values(), key=lambda tensor: tensor.numel())
+    names = {"torch.float16": "fp16", "torch.bfloat16": "bf16"}
+    return TOLERANCES[names.get(str(largest.dtype), "fp32")]

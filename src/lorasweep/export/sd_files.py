@@ -1,0 +1,258 @@
+"""Reading and writing a whole Stable Diffusion 1.x model: diffusers folder or single file.
+
+Only safetensors are read. Tensors keep their type and their bits.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorasweep.export.sd_layout import PREFIXES, Layout, Weights, modern_vae_name, prefixed
+from lorasweep.models import ModelError, Precision
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+FILES = {
+    "text_encoder": "model.safetensors",
+    "unet": "diffusion_pytorch_model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+}
+"""A folder's weights by part."""
+_COPIED = ("scheduler", "tokenizer")
+_NOT_NEEDED = {"safety_checker", "feature_extractor", "image_encoder"}
+_IGNORED = {
+    r"model_ema\.|first_stage_model\.model_ema\.": "EMA copies of weights",
+    r"alphas_|betas$|sqrt_|log_one_minus|posterior_|logvar$|lvlb_weights$|scale_fac": "noise"
+    " schedule",
+    r".*\.position_ids$": "position ids",
+    r"cond_stage_model\.(logit_scale|text_projection|transformer\.text_projection)": "CLIP's"
+    " projection, which no picture needs",
+    r"first_stage_model\.loss\.": "loss of the VAE's training",
+}
+"""What real files hold beside the model, by pattern, and what it is."""
+_OTHERS = {
+    "conditioner.embedders.": "an SDXL checkpoint: SDXL comes later",
+    "cond_stage_model.model.": "a Stable Diffusion 2 checkpoint: only 1.x is supported",
+    "lora_unet_": "a LoRA, not a whole model",
+    "model.diffusion_model.double_blocks.": "a Flux checkpoint: only Stable Diffusion 1.x is"
+    " supported",
+}
+"""Names that tell other models, and what is said of them."""
+
+
+@dataclass(frozen=True)
+class WholeModel:
+    """A model's tensors, and the diffusers folder that holds its configs and its tokenizer."""
+
+    weights: Weights
+    configs: Path
+    layout: Layout
+    notes: tuple[str, ...] = ()
+    """What was knowingly left out in reading, in words for a person."""
+
+    def cast(self, precision: Precision | None) -> WholeModel:
+        """The same in another precision; None keeps each tensor as it is."""
+        if precision is None:
+            return self
+        dtype = _dtype(precision)
+        return replace(
+            self,
+            weights={
+                part: {name: tensor.to(dtype) for name, tensor in tensors.items()}
+                for part, tensors in self.weights.items()
+            },
+        )
+
+
+def read(source: str, config: str | None = None, revision: str | None = None) -> WholeModel:
+    """Read a diffusers folder, a hub id, or a single file with `config`'s configs (folder or id).
+
+    Raises ModelError in one line for another architecture, a missing or misshapen tensor, a pickle.
+    Tensors that no part of the model needs are left out, with a warning unless they are known.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return _read_file(path, config)
+    folder = local_folder(source, revision, "model.path", weights=True)
+    layout = _layout(folder)
+    weights: dict[str, dict[str, Tensor]] = {}
+    leftover: list[str] = []
+    for part in FILES:
+        found = {_modern(part, name): tensor for name, tensor in _load_part(folder, part).items()}
+        weights[part] = {name: found[name] for name in layout.shapes[part] if name in found}
+        leftover += [f"{part}/{name}" for name in found if name not in weights[part]]
+    layout.check(weights)
+    return WholeModel(weights, folder, layout, _leftover_notes(folder, leftover))
+
+
+def write_file(model: WholeModel, path: Path) -> None:
+    """Write the original single-file layout."""
+    _save(path, model.layout.to_original(model.weights))
+
+
+def write_folder(
+    model: WholeModel, folder: Path, scheduler: Mapping[str, Any] | None = None
+) -> None:
+    """Write a diffusers folder, without safety checker; `scheduler` changes its config."""
+    for part, name in FILES.items():
+        _save(folder / part / name, model.weights[part])
+        # for a user who asks for no type: diffusers takes fp32, transformers 5 the config's
+        changes = {"dtype": "float32"} if part == "text_encoder" else {}
+        _copy_json(model.configs / part / "config.json", folder, changes, drop={"torch_dtype"})
+    for part in _COPIED:
+        for file in sorted((model.configs / part).iterdir()):
+            (folder / part).mkdir(exist_ok=True)
+            shutil.copyfile(file, folder / part / file.name)
+    if scheduler:
+        _copy_json(model.configs / "scheduler" / "scheduler_config.json", folder, dict(scheduler))
+    index = _index(model.configs)
+    dropped: dict[str, Any] = {name: [None, None] for name in _NOT_NEEDED & set(index)}
+    content = {**index, **dropped, "requires_safety_checker": False}
+    (folder / "model_index.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def precision_of(model: WholeModel) -> Precision:
+    """The coarsest type among a model's tensors."""
+    found = {tensor.dtype for tensors in model.weights.values() for tensor in tensors.values()}
+    order: tuple[Precision, ...] = ("bf16", "fp16", "fp32")
+    return next((name for name in order if _dtype(name) in found), "fp32")
+
+
+def local_folder(source: str, revision: str | None, key: str, *, weights: bool) -> Path:
+    """A diffusers folder on this machine: `source` itself, or the copy of a hub id.
+
+    Without `weights` only configs and tokenizer are fetched. Raises ModelError, which names `key`.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or source.startswith((".", "~")) or folder.suffix == ".safetensors":
+        raise ModelError(f"{key}={source}: no such file or folder")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    patterns = ["*.json", "*.txt", *(f"{part}/{name}" for part, name in FILES.items() if weights)]
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+    except (OSError, HFValidationError) as error:
+        first = (str(error).splitlines() or ["no answer"])[0]
+        raise ModelError(
+            f"{key}={source} can't be had: {first} Give a diffusers folder on this machine, or a"
+            " hub id that can be reached"
+        ) from None
+
+
+def _read_file(path: Path, config: str | None) -> WholeModel:
+    if config is None:
+        raise ModelError(
+            f"{path} is a single file, which holds no configs and no tokenizer: give the folder or"
+            " the hub id of a diffusers model that has them (model.config, or --config of convert)"
+        )
+    tensors = _load(path)
+    for mark, what in _OTHERS.items():
+        if any(name.startswith(mark) for name in tensors):
+            raise ModelError(f"{path} is {what}")
+    if not any(name.startswith(PREFIXES["unet"]) for name in tensors):
+        raise ModelError(f"{path} holds no {PREFIXES['unet']}* tensors: it is not a whole model")
+    configs = local_folder(config, None, "model.config", weights=False)
+    layout = _layout(configs)
+    weights, leftover = layout.to_diffusers(tensors)
+    layout.check(weights)
+    return WholeModel(weights, configs, layout, _leftover_notes(path, leftover))
+
+
+def _layout(folder: Path) -> Layout:
+    name = _index(folder).get("_class_name")
+    if name != "StableDiffusionPipeline":
+        later = "SDXL comes later" if "XL" in str(name) else "only StableDiffusionPipeline is read"
+        raise ModelError(f"{folder} is a {name}: {later}")
+    for part in _COPIED:
+        if not (folder / part).is_dir():
+            raise ModelError(f"{folder} has no {part}: give a whole diffusers folder")
+    return Layout.of(folder)
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    path = folder / "model_index.json"
+    try:
+        index: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError):
+        raise ModelError(f"{folder} is not a diffusers folder: no model_index.json") from None
+    return index
+
+
+def _load_part(folder: Path, part: str) -> Mapping[str, Tensor]:
+    path = folder / part / FILES[part]
+    if not path.is_file():
+        raise ModelError(
+            f"{path} is missing; only safetensors in one piece are read, not pickles (.bin) or"
+            " variants"
+        )
+    return _load(path)
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if path.suffix != ".safetensors":
+        raise ModelError(f"{path}: only .safetensors files are read, for others can run any code")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ModelError(f"{path} is not a whole safetensors file: {error}") from None
+
+
+def _modern(part: str, name: str) -> str:
+    rename: Mapping[str, Callable[[str], str]] = {"vae": modern_vae_name, "text_encoder": prefixed}
+    return rename[part](name) if part in rename else name
+
+
+def _leftover_notes(source: Path, names: Sequence[str]) -> tuple[str, ...]:
+    """Nothing is silent: a tensor that isn't carried over is counted, or named in a warning."""
+    reasons = {
+        name: next((why for mark, why in _IGNORED.items() if re.match(mark, name)), None)
+        for name in names
+    }
+    unknown = sorted(name for name, why in reasons.items() if why is None)
+    if unknown:
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        log.warning("%s: not known and left out: %s%s", source, ", ".join(unknown[:5]), more)
+    counts = Counter(why for why in reasons.values() if why is not None)
+    return tuple(f"Left out: {count} x {why}" for why, count in counts.items())
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(whole, path, metadata={"format": "pt"})
+
+
+def _copy_json(
+    source: Path, folder: Path, changes: Mapping[str, Any], drop: Iterable[str] = ()
+) -> None:
+    """Copy a part's config below `folder`, some of its entries changed."""
+    content = json.loads(source.read_text())
+    kept = {key: value for key, value in content.items() if not (changes and key in drop)}
+    target = folder / source.parent.name / source.name
+    target.write_text(json.dumps({**kept, **changes}, indent=2, sort_keys=True) + "\n")
+
+
+def _dtype(precision: Precision) -> torch.dtype:
+    import torch
+
+    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
