@@ -107,6 +107,10 @@ def test_a_mistake_is_one_line_that_names_the_key(override, says, make_run):
     [
         (["dataset.min_bucket_reso=32"], "no effect without dataset.enable_bucket=true"),
         (
+            ["adapter=locon", "adapter.targets=attn-mlp", "adapter.conv_rank=4"],
+            "adapter.conv_rank has no effect without adapter.targets=full",
+        ),
+        (
             ["sampling.every_n_epochs=0", "sampling.seed=4"],
             "sampling.seed has no effect without sampling.every_n_epochs=1",
         ),

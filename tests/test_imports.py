@@ -29,6 +29,7 @@ HOMES = {
     "mlflow": {"tracking"},
     "optuna": set(),
     "onnxruntime": {"captions", "doctor"},
+    "lycoris": {"adapters"},
 }
 
 

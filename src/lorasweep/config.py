@@ -347,6 +347,7 @@ def _check_parts(run: Run) -> None:
 
 _BUCKETING = [f"dataset.{name}_reso" for name in ("min_bucket", "max_bucket")]
 _BUCKETING += ["dataset.bucket_reso_steps"]
+_KERNELS = ["adapter.conv_rank", "adapter.conv_alpha"]
 _DRAWING = [
     f"sampling.{name}"
     for name in ("prompts", "width", "height", "num_inference_steps", "guidance_scale", "seed")
@@ -360,6 +361,8 @@ def _check_used(run: Run) -> None:
         unused |= dict.fromkeys(_BUCKETING, "dataset.enable_bucket=true")
     if run.sampling.every_n_epochs == 0:
         unused |= dict.fromkeys(_DRAWING, "sampling.every_n_epochs=1")
+    if run.adapter.targets in ("attn-mlp", "unet-only"):
+        unused |= dict.fromkeys(_KERNELS, "adapter.targets=full (or conv)")
     for override in run.overrides:
         key = override.partition("=")[0].lstrip("+")
         if key in unused:

@@ -15,7 +15,7 @@ from pydantic import PositiveFloat
 from lorasweep import rng
 from lorasweep.adapters import Adapter, Dropout
 from lorasweep.adapters.blocks import ConvRanked
-from lorasweep.adapters.keys import WITH_KERNELS, check_targets
+from lorasweep.adapters.keys import WITH_KERNELS, check_targets, lycoris_preset
 from lorasweep.settings import Probability, SettingsError
 
 if TYPE_CHECKING:
@@ -63,10 +63,9 @@ def lycoris_metadata(
     adapter: ConvRanked, algo: str, targets: str | tuple[str, ...], own: Mapping[str, object]
 ) -> dict[str, str]:
     """kohya's ss_network_* entries of a LyCORIS network; its arguments are JSON of texts."""
-    named = targets if isinstance(targets, str) else " ".join(targets)
     arguments = {
         "algo": algo,
-        "preset": "unet-transformer-only" if named == "unet-only" else named,
+        "preset": lycoris_preset(targets),
         "conv_dim": adapter.conv_rank or 0,
         "conv_alpha": adapter.conv_alpha or 0.0,
         **adapter.block_args(),

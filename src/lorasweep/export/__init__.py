@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorasweep import checkpoint
+from lorasweep import lora_file
 from lorasweep.adapters.pack import Pack
 from lorasweep.export import check as export_check
 from lorasweep.export import sd_files
@@ -145,7 +145,8 @@ def merge(
 def attachable(base: BaseModel, loras: Loras) -> Weighted:
     """The LoRA files as packs of one on this base. Raises CheckpointError for a misfit."""
     return [
-        (Pack.from_files(base.parts, [checkpoint.read(path)[0]]), weight) for path, weight in loras
+        (Pack.from_files(base.parts, [lora_file.read(path).tensors]), weight)
+        for path, weight in loras
     ]
 
 

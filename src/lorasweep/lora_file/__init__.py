@@ -213,20 +213,13 @@ def _writer(names: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Writer:
         wrapped = any(name.startswith("base_model.model.") for name in names)
         return "PEFT" if wrapped else "diffusers"
     module = metadata.get("ss_network_module", "")
-    if "lorasweep_version" in metadata or _is_ours(metadata):
+    if "lorasweep_version" in metadata:
         return "lorasweep"
     if module.startswith("lycoris") or _is_lycoris(names):
         return "LyCORIS"
     if all(name.startswith("lora_") for name in names):
         return "kohya"
     return "unknown"
-
-
-def _is_ours(metadata: Mapping[str, str]) -> bool:
-    """We write kohya's entries, but those of its own version and commit."""
-    theirs = {"ss_sd_scripts_commit_hash", "modelspec.implementation_version"}
-    ours = {"ss_network_module", "ss_session_id", "modelspec.implementation"}
-    return ours <= set(metadata) and not theirs & set(metadata)
 
 
 def _is_lycoris(names: Mapping[str, Tensor]) -> bool:

@@ -69,7 +69,7 @@ def extract(
         delta = theirs[site.key].weight.float() - site.weight.float()
         if not bool(delta.any()):
             continue
-        own = conv_rank or rank if _is_kxk(site) else rank
+        own = conv_rank or rank if site.has_kernel else rank
         found = svd.of_matrix(delta.flatten(1))
         tensors |= _named(site, found, own, dtype)
         kept[site.key] = (found.squared(own), found.squared())
@@ -88,16 +88,9 @@ def check_ranks(rank: int, conv_rank: int | None) -> None:
 
 
 def _chosen(base: BaseModel, targets: str) -> list[Site]:
-    if targets in PRESETS:
-        return sites(base.parts, targets)
-    if targets != "full":
-        known = ", ".join(sorted({*PRESETS, "full"}))
-        raise ModelError(f"--targets {targets}: choose one of {known}")
-    return list(every_site(base.parts).values())
-
-
-def _is_kxk(site: Site) -> bool:
-    return site.weight.dim() == 4 and site.weight[0, 0].numel() > 1
+    if targets not in PRESETS:
+        raise ModelError(f"--targets {targets}: choose one of {', '.join(sorted(PRESETS))}")
+    return sites(base.parts, targets)
 
 
 def _named(

@@ -41,6 +41,7 @@ def targets_of(sites: Iterable[str]) -> str:
     presets = {
         frozenset({"text encoder", "transformer blocks"}): "attn-mlp",
         frozenset({"transformer blocks"}): "unet-only",
+        frozenset({"text encoder", "transformer blocks", "convolutions"}): "conv",
         frozenset({"text encoder", "transformer blocks", "convolutions", "outer modules"}): "full",
     }
     return presets.get(frozenset(kinds), " + ".join(sorted(kinds)))

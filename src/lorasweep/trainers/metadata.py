@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorasweep import __version__
 from lorasweep.latents import Item
 from lorasweep.trainers.batches import steps_per_epoch
 
@@ -65,6 +66,7 @@ def _run(training: NativeTraining, state: RunState) -> dict[str, object]:
         "ss_sd_model_name": Path(base.settings.path).name,
         "ss_zero_terminal_snr": bool(base.scheduler_config.get("rescale_betas_zero_snr", False)),
         "ss_training_comment": None,
+        "lorasweep_version": __version__,
     }
 
 
