@@ -224,3 +224,41 @@ def test_words_and_options_may_stand_in_any_order(lora, tmp_path, monkeypatch):
 
 
 DONE = Export(Path("x"), ())
+
+
+def test_a_config_beside_a_file_can_name_no_class_and_trust_no_pickle(lora, tmp_path):
+    """A file may come from anywhere, and so may what lies beside it."""
+    file = tmp_path / "theirs.safetensors"
+    file.write_bytes(lora().read_bytes())
+    mark = tmp_path / "ran"
+    config_file = tmp_path / "config.yaml"
+    config_file.write_text(f"model: {{_target_: subprocess.getoutput, cmd: 'touch {mark}'}}")
+    with pytest.raises(ValueError, match="model.path is missing"):
+        origin.find(str(file), [])
+    pickle = tmp_path / "evil.ckpt"
+    pickle.write_bytes(b"not to be loaded")
+    values = "revision: null, config: null, clip_skip: 1, prediction_type: null"
+    config_file.write_text(f"model: {{path: {pickle}, allow_pickle: true, {values}}}")
+    with pytest.raises(ValueError, match="pickled"):
+        origin.find(str(file), [])
+    assert not mark.exists()
+
+
+def test_what_was_overwritten_comes_back_when_the_last_step_fails(tmp_path, monkeypatch):
+    from lorasweep.staging import staged
+
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "model_index.json").write_text("old")
+    rename = Path.rename
+
+    def full(self, to):
+        if self.parent.name.startswith(".model.") and self.name == "model":
+            raise OSError("no space left on device")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(OSError, match="no space"), staged(target, overwrite=True) as place:
+        place.mkdir()
+    assert (target / "model_index.json").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -51,6 +51,7 @@ HOSTILE = {
     "header nested without end": (content(b"[" * 200_000, DATA), "not JSON"),
     "header a list": (content([1], DATA), "not a JSON object"),
     "metadata not texts": (content({"__metadata__": {"a": 1}}), "__metadata__"),
+    "a number of 5,000 digits": (content(b'{"a":' + b"1" * 5000 + b"}"), "not JSON"),
     "a name twice": (content(TWICE, b"\x00" * 4), "twice"),
     "cut": (content(WHOLE, DATA[:-8]), "claims 60 bytes of data, the file has 52"),
     "more data than claimed": (content(WHOLE, DATA + b"x"), "the file has 61"),

@@ -96,7 +96,9 @@ def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from None
     bad = [key for key, value in tensors.items() if not bool(value.float().isfinite().all())]
     if bad:
-        raise CheckpointError(f"{path} holds values that are not finite, first in {bad[0]}")
+        raise CheckpointError(
+            f"{path} holds values that are not finite, first in {header.shown(bad[0])}"
+        )
     return tensors, metadata
 
 

@@ -146,6 +146,8 @@ def _add_file_commands(commands: Any) -> None:
     resize.add_argument("--rank", type=int, help="the new rank; with --energy, the largest")
     resize.add_argument("--energy", type=float, help="share to keep; each module gets its own rank")
     resize.add_argument("--out", type=Path, help="file to write (default: beside, NAME-resized)")
+    resize.add_argument("--model", help="base model, to draw a picture before and after")
+    resize.add_argument("--config", help="for a single file: diffusers folder or hub id of configs")
     resize.add_argument("--overwrite", action="store_true", help="replace the file to write")
     _add_extract(commands)
 
@@ -158,7 +160,7 @@ def _add_extract(commands: Any) -> None:
     extract.add_argument("--rank", type=int, required=True, help="rank of the LoRA")
     extract.add_argument("--conv-rank", type=int, help="of 3x3 convolutions (default: --rank)")
     extract.add_argument(
-        "--targets", default="attn-mlp", help="attn-mlp (default), unet-only, full"
+        "--targets", default="attn-mlp", help="attn-mlp (default), conv, full, unet-only"
     )
     extract.add_argument("--config", help="for single files: diffusers folder or hub id of configs")
     extract.add_argument("--out", type=Path, required=True, help="file to write, .safetensors")
@@ -337,6 +339,9 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _resize(arguments: argparse.Namespace) -> int:
+    from lorasweep import lora_file
+    from lorasweep.adapters.pack import Pack
+    from lorasweep.export import check
     from lorasweep.lora_file import resize
 
     source: Path = arguments.file
@@ -345,15 +350,21 @@ def _resize(arguments: argparse.Namespace) -> int:
         source, target, arguments.rank, arguments.energy, overwrite=arguments.overwrite
     )
     print("\n".join(result.lines()))
+    if arguments.model is None:
+        print("Not checked by a picture: --model PATH, the base model, draws one before and after")
+        return 0
+    base = _base_model(arguments.model, arguments.config)
+    pack = Pack.from_files(base.parts, [lora_file.read(source).tensors])
+    print(check.approximation(check.draw(base, [(pack, 1.0)]), base, target))
     return 0
 
 
 def _extract(arguments: argparse.Namespace) -> int:
-    from lorasweep.lora_file import extract
-    from lorasweep.staging import check_free
+    from lorasweep.export import check
+    from lorasweep.lora_file import check_target, extract
 
     extract.check_ranks(arguments.rank, arguments.conv_rank)
-    check_free(arguments.out, arguments.overwrite)
+    check_target(arguments.out, arguments.overwrite)
     tuned, base = (
         _base_model(path, arguments.config) for path in (arguments.tuned, arguments.base)
     )
@@ -361,6 +372,7 @@ def _extract(arguments: argparse.Namespace) -> int:
         tuned, base, arguments.out, arguments.rank, arguments.conv_rank, arguments.targets
     )
     print("\n".join(result.lines()))
+    print(check.approximation(check.draw(tuned), base, arguments.out))
     return 0
 
 

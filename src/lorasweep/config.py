@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lorasweep.settings import SettingsError, build, unknown_key
+from lorasweep.settings import SettingsError, build, build_class, unknown_key
 
 if TYPE_CHECKING:
     from lorasweep.adapters import Adapter
@@ -127,15 +127,22 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> DictCon
         return hydra_compose("config", [*extra, *overrides])
 
 
-def saved_model(config_file: Path) -> Model:
-    """The base model of a run's own config, as it lies beside its checkpoints."""
+def saved_model(config_file: Path, *, trusted: bool) -> Model:
+    """The base model of a run's config; one that came with a file may name no class, no pickle."""
+    from lorasweep.models import Model
+
     register_resolvers()
     try:
         node = OmegaConf.to_container(OmegaConf.load(config_file).model, resolve=True)
     except (OmegaConfBaseException, AttributeError) as error:
         first = str(error).splitlines()[0]
         raise SettingsError(f"{config_file} names no base model: {first}; give model=…") from None
-    return build(node, "model")  # type: ignore[no-any-return, arg-type]
+    if not isinstance(node, dict):
+        raise SettingsError(f"{config_file} names no base model; give model=…")
+    node.pop("_target_", None)
+    if not trusted:
+        node["allow_pickle"] = False
+    return build_class(Model, node, "model")  # type: ignore[no-any-return, arg-type]
 
 
 def build_run(

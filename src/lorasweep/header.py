@@ -72,7 +72,9 @@ def _text(path: Path) -> tuple[bytes, int]:
 def _parsed(text: bytes) -> dict[str, Any]:
     try:
         parsed = json.loads(text.decode(), object_pairs_hook=_unique)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+    except _Lie:
+        raise
+    except (ValueError, RecursionError):  # not JSON, not UTF-8, or a number of 5,000 digits
         raise _Lie("its header is not JSON") from None
     if not isinstance(parsed, dict):
         raise _Lie("its header is not a JSON object")
@@ -80,11 +82,11 @@ def _parsed(text: bytes) -> dict[str, Any]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in found if names.count(name) > 1)
-        raise _Lie(f"its header names {shown(twice)} twice")
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise _Lie(f"its header names {shown(name)} twice")
+        found[name] = value
     return found
 
 

@@ -74,7 +74,8 @@ class Optimizer(Settings):
         """Raise SettingsError unless the optimiser can be made, before anything else is done."""
         import torch
 
-        parameters = {part: [torch.nn.Parameter(torch.zeros(1))] for part in self.trained_parts}
+        groups = [name for name, rate in self._rates().items() if rate > 0]
+        parameters = {group: [torch.nn.Parameter(torch.zeros(1))] for group in groups}
         optimizer = self.create(parameters)
         for (parameter,) in parameters.values():
             parameter.grad = torch.zeros(1)

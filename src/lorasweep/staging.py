@@ -28,9 +28,7 @@ def staged(target: Path, overwrite: bool) -> Iterator[Path]:
         place = room / target.name
         yield place
         _flush(place)
-        if target.exists():
-            target.rename(room / "old")  # a folder can't be replaced in one step
-        place.rename(target)
+        _replace(target, place, room / "old")
     finally:
         shutil.rmtree(room)
 
@@ -46,6 +44,19 @@ def check_free(target: Path, overwrite: bool) -> None:
 def _is_ours(folder: Path) -> bool:
     """Overwriting deletes a folder, so it must be what would be written there."""
     return (folder / "model_index.json").is_file() or not any(folder.iterdir())
+
+
+def _replace(target: Path, place: Path, old: Path) -> None:
+    """A folder can't be replaced in one step: what was there comes back if the second fails."""
+    if not target.is_dir():
+        place.replace(target)
+        return
+    target.rename(old)
+    try:
+        place.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
 
 
 def _flush(place: Path) -> None:

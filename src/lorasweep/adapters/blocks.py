@@ -115,11 +115,11 @@ class Ranked(Settings):
         blocks = self.block_ranks.all if self.block_ranks is not None else ()
         return {rank for rank in (self.rank, *blocks) if rank > 0}
 
-    def block_args(self) -> dict[str, str]:
-        """kohya's network_args of the ranks by block."""
+    def block_args(self, times: int = 1) -> dict[str, str]:
+        """kohya's network_args of the ranks by block, of files with `times` the rank."""
         if self.block_ranks is None:
             return {}
-        ranks = self.block_ranks.all
+        ranks = [times * rank for rank in self.block_ranks.all]
         alphas = [self.alpha * rank / self.rank for rank in ranks]
         return {"block_dims": joined(ranks), "block_alphas": joined(alphas)}
 
@@ -159,15 +159,15 @@ class ConvRanked(Ranked):
         """Every rank that a site may have, 0 left out."""
         return super().all_ranks | ({self.conv_rank} if self.conv_rank else set())
 
-    def block_args(self) -> dict[str, str]:
-        """kohya's network_args of the ranks by block."""
+    def block_args(self, times: int = 1) -> dict[str, str]:
+        """kohya's network_args of the ranks by block, of files with `times` the rank."""
         if self.block_ranks is None or not self.conv_rank:
-            return super().block_args()
-        ranks = [self.conv_rank if rank else 0 for rank in self.block_ranks.all]
+            return super().block_args(times)
+        ranks = [times * self.conv_rank if rank else 0 for rank in self.block_ranks.all]
         return {
-            **super().block_args(),
+            **super().block_args(times),
             "conv_block_dims": joined(ranks),
-            "conv_block_alphas": joined([self.conv_alpha or 0.0] * len(ranks)),
+            "conv_block_alphas": joined([times * (self.conv_alpha or 0.0)] * len(ranks)),
         }
 
 

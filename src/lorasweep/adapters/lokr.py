@@ -205,7 +205,7 @@ class LoKrStack:
             kept = kept.repeat_interleave(x.shape[0] // len(self.ranks), 0)  # (K * rows, out)
             between = [1] * (delta.dim() - 2)
             shape = (-1, channels, *between) if is_conv else (-1, *between, channels)
-            delta = delta * kept.reshape(shape)
+            delta = delta * kept.reshape(shape).to(delta.dtype)
         return y + delta
 
     def _linear(self, x: Tensor, y: Tensor) -> Tensor:

@@ -111,7 +111,7 @@ class LoRA(Ranked, Adapter):
 
     def network_args(self) -> dict[str, str]:
         """The further settings as kohya's network_args; algo among them means LyCORIS's network."""
-        args = {**self.block_args(), **self._dropout_args()}
+        args = {**self.block_args(int(1 / self.num_trained)), **self._dropout_args()}
         if self.is_kohyas:
             return args
         rs_lora = {"rs_lora": "True"} if self.rslora else {}

@@ -50,7 +50,8 @@ class LyCORIS(ConvRanked, Adapter):
 
     def initial(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
         """As LyCORIS starts it, from the generator's seed."""
-        return saved(self._module(site, generator.initial_seed()))
+        fresh = saved(self._module(site, generator.initial_seed()))
+        return {name: tensor.float() for name, tensor in fresh.items()}  # full's has the base's type
 
     def starts(self, site: Site) -> dict[str, float]:
         """The parameters that start as a constant, and that constant: there the delta is zero."""
@@ -94,11 +95,13 @@ class LycorisStack:
 
     @classmethod
     def of(cls, site: Site, members: Sequence[tuple[Adapter | None, Tensors]]) -> LycorisStack:
+        import torch
+
         ((adapter, tensors),) = members
         module = reloaded(site, tensors)
         parameters = {}
         for name, parameter in module.named_parameters():
-            parameters[name] = parameter.detach().clone()[None]
+            parameters[name] = parameter.detach().to(torch.float32, copy=True)[None]
             parameter.requires_grad_(False)
             parameter.data = parameters[name][0]
         return cls(site=site, module=module, parameters=parameters, adapter=adapter)

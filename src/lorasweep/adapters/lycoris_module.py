@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +92,7 @@ def saved(module: Module) -> dict[str, Tensor]:
 
 def reloaded(site: Site, tensors: Tensors) -> Module:
     """The module of a file's tensors, by LyCORIS's loader. Raises CheckpointError if it can't."""
+    import torch
     from lycoris.modules import FullModule, get_module, make_module
 
     named = {f"{site.key}.{name}": tensor.cpu() for name, tensor in tensors.items()}
@@ -103,6 +105,8 @@ def reloaded(site: Site, tensors: Tensors) -> Module:
         raise CheckpointError(f"{site.key}: LyCORIS can't load it: {error}") from None
     if isinstance(module, FullModule):
         module._org_weight = [site.weight.detach()]  # instead of a copy of the base's
+        diff = tensors["diff"].detach().to(torch.float32, copy=True)  # not in the base's type
+        module.weight = torch.nn.Parameter(diff, requires_grad=False)
     shapes = {name: tensor.shape for name, tensor in saved(module).items()}
     if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
         raise CheckpointError(
@@ -124,10 +128,13 @@ def outcome(
 def delta(module: Module, site: Site) -> Tensor:
     """What the module's forward adds to the site's weight, read off its answers to one-hot inputs.
 
-    Its `get_diff_weight` isn't asked: for LoHa and LoKr that has the scale twice.
+    In fp32, whatever the base's type. Its `get_diff_weight` isn't asked: for LoHa and LoKr that has the scale twice.
     """
     import torch
 
+    if site.weight.dtype != torch.float32:
+        site = _in_fp32(site)
+        module = reloaded(site, saved(module))
     weight = site.weight
     rows = weight[0].numel()
     geometry: Any = module.kw_dict
@@ -230,6 +237,14 @@ def _trial_sites() -> Iterator[Site]:
         ("a 3x3 convolution", nn.Conv2d(144, 256, 3, stride=2, padding=1)),
     ):
         yield Site(key=key, part="unet", path=key, module=module)
+
+
+def _in_fp32(site: Site) -> Site:
+    from torch import nn
+
+    module = _stand_in(site)
+    module.weight = nn.Parameter(site.weight.detach().float(), requires_grad=False)
+    return replace(site, module=module)
 
 
 def _stand_in(site: Site) -> Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,6 +68,8 @@ def export(
     ExportError for what has no effect there, and what the exports themselves raise.
     """
     target = out or origin.exports / _default_name(origin.name, to)
+    if not math.isfinite(strength):
+        raise ExportError(f"--strength {strength}: give a number")
     loras = [(origin.path, strength), *(_weighted(text) for text in others)]
     if rank is not None and (to == "merged" or (to == "offline-lora" and not is_file(target))):
         raise ExportError("--rank has no effect: a whole model is exact and has no rank")

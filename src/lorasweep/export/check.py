@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorasweep import report
+from lorasweep import lora_file, report
 from lorasweep.adapters import Site, Stack
 from lorasweep.adapters.pack import Pack
 from lorasweep.export.sd_layout import Weights, prefixed
@@ -82,11 +82,23 @@ class Agreement:
     def line(self, reader: str) -> str:
         """What a person is told; `reader` names the library and call that read the result."""
         verdict = "agree" if self.holds else "DISAGREE"
+        allowed = f"allowed are {self.tolerance.mean:g} and {self.tolerance.largest}"
         return (
-            f"The pictures before and after {verdict}: drawn by {reader}, pixels differ by"
-            f" {self.mean:.3f} of 255 on average, {self.largest} at most; allowed are"
-            f" {self.tolerance.mean:g} and {self.tolerance.largest}.{_effect(self.effect)}"
+            f"The pictures before and after {verdict}: drawn by {reader}, {self._distance};"
+            f" {allowed}.{_effect(self.effect)}"
         )
+
+    def approximate_line(self, reader: str) -> str:
+        """What a person is told of a result that is no copy; drawn by `reader`."""
+        close = "close" if self.effect is None or self.mean <= self.effect / 4 else "NOT CLOSE"
+        return (
+            f"The pictures before and after are {close}: drawn by {reader},"
+            f" {self._distance}.{_effect(self.effect)}"
+        )
+
+    @property
+    def _distance(self) -> str:
+        return f"pixels differ by {self.mean:.3f} of 255 on average, {self.largest} at most"
 
 
 def draw(base: BaseModel, adapters: Weighted = (), prompt: str = PROMPT) -> Image.Image:
@@ -144,6 +156,13 @@ def compare(
         effect=None if bare is None else float(_levels(before, bare).mean()),
         tolerance=tolerance,
     )
+
+
+def approximation(before: Image.Image, base: BaseModel, written: Path) -> str:
+    """The line on a LoRA file that approximates what drew `before`, drawn on its base."""
+    pack = Pack.from_files(base.parts, [lora_file.read(written).tensors])
+    agreement = compare(before, draw(base, [(pack, 1.0)]), draw(base))
+    return agreement.approximate_line("the base with the written LoRA")
 
 
 def require(agreement: Agreement, reader: str) -> str:

@@ -48,7 +48,9 @@ class DiffusersFile:
             )
         check = "Not checked by a picture: no base model was given"
         if self.agreement is not None:
-            check = self.agreement.line("diffusers' load_lora_weights")
+            is_exact = self.how != "approximated"
+            line = self.agreement.line if is_exact else self.agreement.approximate_line
+            check = line("diffusers' load_lora_weights")
         return [told, check]
 
 

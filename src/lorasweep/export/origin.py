@@ -43,7 +43,7 @@ def find(word: str, overrides: Sequence[str], config_dir: Path | None = None) ->
     """
     cfg = config.compose([*_NEEDED, *overrides], config_dir)
     lines: list[str] = []
-    if word.endswith(".safetensors") or Path(word).exists():
+    if word.endswith(".safetensors") or Path(word).is_file():
         path, model = Path(word), None
     else:
         path, model, lines = _of_run(word, cfg)
@@ -86,7 +86,7 @@ def _of_run(name: str, cfg: Any) -> tuple[Path, Model, list[str]]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.yaml"
         file.write_text(tracking.config_of(uri, chosen))
-        model = config.saved_model(file)
+        model = config.saved_model(file, trusted=True)
     lines = [f"{chosen.name} of sweep {chosen.sweep}, {why}: {path}", f"Its base: {model.path}"]
     return path, model, lines
 
@@ -107,7 +107,7 @@ def _trained_on(path: Path) -> tuple[Model, str]:
     metadata = checkpoint.read_metadata(path)
     for file in (path.parent / "config.yaml", path.parent / ".hydra" / "config.yaml"):
         if file.is_file():
-            model = config.saved_model(file)
+            model = config.saved_model(file, trusted=False)
             return model, f"Base model, of {file}: {model.path}"
     named = metadata.get("ss_sd_model_name", "")
     for option in config.groups()["model"]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lorasweep.adapters import peft
 from lorasweep.adapters.deltas import Tensors, algorithm, has_magnitude, low_rank_delta
+from lorasweep.adapters.dora import DoRAStack
 from lorasweep.adapters.keys import every_site
 from lorasweep.export.check import ExportError
 from lorasweep.header import shown
@@ -99,7 +100,11 @@ def _approximated(
             f" by a LoRA (--rank 64), or {REMEDY}"
         )
     if has_magnitude(tensors):
-        found = svd.of_matrix(_change(key, tensors, module).flatten(1))
+        if module is None:
+            raise ExportError(f"{shown(key)} has magnitudes, which need the base model: give it")
+        DoRAStack.check(module, tensors)
+        change = DoRAStack.of(module, [(None, tensors)]).delta_weight(0)
+        found = svd.of_matrix(change.flatten(1))
     else:
         found = svd.spectrum(tensors)
     shape = file.shape(key) if module is None else tuple(module.weight.shape)
@@ -111,19 +116,6 @@ def _approximated(
         "alpha": torch.tensor(float(rank)),
     }
     return site, (found.squared(rank), found.squared())
-
-
-def _change(key: str, tensors: Tensors, module: Site | None) -> Tensor:
-    """What DoRA's decomposition (arXiv 2402.09353) adds to the base's weight, in fp32."""
-    import torch
-
-    if module is None:
-        raise ExportError(f"{shown(key)} has magnitudes, which need the base model: give it")
-    weight = module.weight.float()
-    summed = weight + low_rank_delta(tensors, weight.shape)
-    dims = tuple(d for d in range(weight.dim()) if d != (0 if _of_outputs(tensors) else 1))
-    norms = torch.linalg.vector_norm(summed, dim=dims, keepdim=True)
-    return summed * (tensors["dora_scale"].float().reshape(norms.shape) / norms) - weight
 
 
 def _described(tensors: Tensors) -> str:
@@ -159,7 +151,7 @@ def _own_magnitude(key: str, site: Tensors, module: Site | None) -> Tensor:
         )
     weight = module.weight.float()
     summed = weight + low_rank_delta(site, weight.shape)
-    return summed.flatten(1).norm(dim=1).to(svd.dtype_of(site))
+    return summed.flatten(1).norm(dim=1)
 
 
 def _padded(site: Tensors, rank: int) -> dict[str, Tensor]:

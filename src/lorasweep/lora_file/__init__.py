@@ -15,6 +15,7 @@ from lorasweep.adapters import peft
 from lorasweep.adapters.deltas import algorithm, has_magnitude, low_rank_delta, rank_of
 from lorasweep.adapters.keys import by_site
 from lorasweep.header import CheckpointError, shown
+from lorasweep.staging import TargetError, check_free
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,6 +101,13 @@ class LoRAFile:
                 raise CheckpointError(f"{shown(key)}: the file doesn't tell what its base is")
             is_conv = self.text_width < 1024
         return (*found, 1, 1) if is_conv else found
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    """Raise TargetError unless a LoRA file may be written at `target`, and read again."""
+    if target.suffix != ".safetensors":
+        raise TargetError(f"{target}: give a name that ends in .safetensors")
+    check_free(target, overwrite)
 
 
 def read(path: Path) -> LoRAFile:

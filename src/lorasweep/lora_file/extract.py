@@ -14,7 +14,6 @@ from lorasweep.lora_file import MAX_RANK, svd
 from lorasweep.models import BaseModel, ModelError
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 
@@ -53,7 +52,6 @@ def extract(
     rank: int,
     conv_rank: int | None = None,
     targets: str = "attn-mlp",
-    dtype: torch.dtype | None = None,
 ) -> Extracted:
     """Write a LoRA of `rank` (3x3 convolutions: `conv_rank`) that turns `base` into `tuned`.
 
@@ -71,7 +69,7 @@ def extract(
             continue
         own = conv_rank or rank if site.has_kernel else rank
         found = svd.of_matrix(delta.flatten(1))
-        tensors |= _named(site, found, own, dtype)
+        tensors |= _named(site, found, own)
         kept[site.key] = (found.squared(own), found.squared())
     if not kept:
         raise ModelError("the two models have the same weights in all targets: nothing to extract")
@@ -93,17 +91,14 @@ def _chosen(base: BaseModel, targets: str) -> list[Site]:
     return sites(base.parts, targets)
 
 
-def _named(
-    site: Site, found: svd.Spectrum, rank: int, dtype: torch.dtype | None
-) -> dict[str, Tensor]:
+def _named(site: Site, found: svd.Spectrum, rank: int) -> dict[str, Tensor]:
     import torch
 
     down, up = found.factors(rank, tuple(site.weight.shape), pad=True)
-    dtype = dtype or torch.float32
     return {
-        f"{site.key}.lora_down.weight": down.to(dtype),
-        f"{site.key}.lora_up.weight": up.to(dtype).contiguous(),
-        f"{site.key}.alpha": torch.tensor(float(rank), dtype=dtype),
+        f"{site.key}.lora_down.weight": down,
+        f"{site.key}.lora_up.weight": up.contiguous(),
+        f"{site.key}.alpha": torch.tensor(float(rank)),
     }
 
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from lorasweep import __version__, checkpoint, lora_file
 from lorasweep.header import CheckpointError
 from lorasweep.lora_file import LoRAFile, svd
-from lorasweep.staging import check_free
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,7 +54,7 @@ def resize(
     whose change is no sum with the weight (OFT, IA3, …), TargetError for a taken target.
     """
     _check(rank, energy)
-    check_free(target, overwrite)
+    lora_file.check_target(target, overwrite)
     file = lora_file.read(source)
     unfit = {kind for kind in file.algorithms.values() if kind not in RESIZABLE}
     if unfit:

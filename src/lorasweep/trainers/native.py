@@ -244,9 +244,13 @@ class NativeTraining:
         return Checkpoint(path=path, run=run.name, epoch=epoch, step=state.num_steps)
 
     def _file_tensors(self, index: int) -> dict[str, Tensor]:
+        """DoRA's magnitudes stay fp32: as large as the base's norms, they'd round the change."""
         dtype = self.base.dtype(self.settings.save_dtype)
         tensors = self._members.pack.file_tensors(index)
-        return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        return {
+            name: tensor if name.endswith(".dora_scale") else tensor.to(dtype)
+            for name, tensor in tensors.items()
+        }
 
     def _keep(self, wanted: Callable[[RunState], bool]) -> None:
         members = self._members
