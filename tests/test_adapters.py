@@ -1,10 +1,12 @@
 """What every type of adapter must hold, over all of conf/adapter."""
 
+import json
 from copy import deepcopy
 
 import pytest
 import torch
 
+import test_native
 from conftest import options
 from lorasweep import checkpoint
 from lorasweep.adapters import Dropout, Site
@@ -107,9 +109,16 @@ def test_a_saved_file_loads_to_the_same_predictions(adapter, base, tmp_path):
     assert torch.equal(predict(base, loaded), predict(base, pack))
 
 
-def test_in_a_pack_each_run_computes_as_alone(adapter, base, make_run):
-    other = make_run("adapter.rank=9", "adapter.alpha=2").adapter
-    pack = trained(base, (adapter, 0), (other, 1), (adapter, 2))
+@pytest.mark.parametrize("name", TYPES)
+def test_in_a_pack_each_run_computes_as_alone(name, base, make_run):
+    """Two of one type and of different ranks, which share stacks, and one of another type."""
+    targets = [] if name == "lora" else [KERNELS]
+    small = make_run(f"adapter={name}", "adapter.rank=4", *targets).adapter
+    large = make_run(f"adapter={name}", "adapter.rank=9", "adapter.alpha=2", *targets).adapter
+    other = make_run(f"adapter={'lora' if name == 'loha' else 'loha'}", "adapter.rank=2").adapter
+    pack = trained(base, (small, 0), (large, 1), (other, 2))
+    shared = [entry.site for entry in pack.entries if (entry.start, entry.stop) == (0, 2)]
+    assert {site.has_kernel for site in shared} >= ({False} if name == "lora" else {True, False})
     together = predict(base, pack, runs=3).unflatten(0, (3, 2))
     for index in range(3):
         alone = predict(base, pack.select([index]))
@@ -192,6 +201,20 @@ def test_rslora_is_a_larger_alpha_in_files(base, make_run):
     site = Pack.new(base.parts, [(plain, 0, BOTH)]).entries[0].site
     alphas = [float(a.initial(site, torch.Generator())["alpha"]) for a in (plain, scaled)]
     assert alphas == [8.0, 8.0 * 4]  # the square root of 16
+
+
+def test_pissas_doubled_rank_is_in_the_metadata_of_each_block(make_run):
+    blocks = "adapter.block_ranks={down: 4, mid: 0, up: 2}"
+    overrides = ["adapter=locon", "adapter.rank=4", "adapter.conv_rank=6", blocks]
+    plain, pissa = (
+        make_run(*overrides, f"adapter.init={init}").adapter.metadata()
+        for init in ("kaiming", "pissa")
+    )
+    assert (plain["ss_network_dim"], pissa["ss_network_dim"]) == ("4", "8")
+    before, after = (json.loads(metadata["ss_network_args"]) for metadata in (plain, pissa))
+    for name in ("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas"):
+        doubled = [2 * float(value) for value in before[name].split(",")]
+        assert [float(value) for value in after[name].split(",")] == doubled
 
 
 @pytest.mark.parametrize(
@@ -362,3 +385,33 @@ def test_a_file_that_does_not_fit_is_refused_with_the_reason(change, says, base,
     pack = Pack.new(base.parts, [(make_run("adapter.rank=4").adapter, 0, BOTH)])
     with pytest.raises(ValueError, match=says):
         Pack.from_files(base.parts, [change(pack.file_tensors(0))])
+
+
+FEW = ("dataset.num_images=2", "trainer.max_train_epochs=1", "adapter.rank=4", UNET)
+
+
+def test_runs_of_all_types_train_together_as_alone(base, make_run):
+    runs = [make_run(f"adapter={name}", *FEW, number=n) for n, name in enumerate(TYPES)]
+    data = test_native.load(runs[0], base)
+    losses, last, _ = test_native.train(base, data, *runs)
+    for run in runs:
+        alone_losses, alone, _ = test_native.train(base, data, run)
+        assert losses[run.name] == pytest.approx(alone_losses[run.name], rel=1e-5)
+        difference = test_native.relative_difference(
+            test_native.tensors(last[run.name]), test_native.tensors(alone[run.name])
+        )
+        assert difference < 1e-5
+
+
+def test_half_precision_files_of_dora_round_its_delta_no_more_than_its_factors(base, make_run):
+    files = []
+    for dtype in ("fp32", "bf16"):
+        run = make_run("adapter=dora", *FEW, f"trainer.save_dtype={dtype}")
+        _, last, _ = test_native.train(base, test_native.load(run, base), run)
+        files.append(test_native.tensors(last[run.name]))
+    assert {t.dtype for n, t in files[1].items() if ".lora_" in n} == {torch.bfloat16}
+    exact, rounded = (
+        {site.key: delta for site, delta in Pack.from_files(base.parts, [file]).delta_weights(0)}
+        for file in files
+    )
+    assert test_native.relative_difference(rounded, exact) < 0.01  # bf16 has 8 bits of mantissa

@@ -1,6 +1,7 @@
 """What diffusers loads gives what the file's own formula gives, for every type, or is refused."""
 
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -97,7 +98,7 @@ def write(base, tmp_path):
     def write(make, where=is_attention_or_mlp, dtype=torch.float32):
         draw = torch.Generator().manual_seed(0)
         tensors = {
-            f"{key}.{name}": tensor.to(dtype)
+            f"{key}.{name}": tensor if dtype is None else tensor.to(dtype)
             for key, site in every_site(base.parts).items()
             if where(site)
             for name, tensor in make(site, draw).items()
@@ -196,6 +197,40 @@ def test_the_error_that_is_told_of_an_approximation_is_true(make, rank, base, wr
         whole += float(change.square().sum())
     assert loss.error == pytest.approx((lost / whole) ** 0.5, abs=1e-3)
     assert 0.01 < loss.error < loss.worst_error < 1
+
+
+def test_weights_without_a_norm_are_approximated_as_they_are_computed(base, write):
+    """Dead inputs: 0 / 0 of the paper's formula is 0 of ours."""
+    own = replace(base, unet=deepcopy(base.unet))
+    for site in every_site(own.parts).values():
+        if is_key(site) and site.part == "unet":
+            site.weight[:, 0] = 0
+
+    def make(site, draw):
+        tensors = dora_of_inputs(site, draw)
+        tensors["lora_down.weight"][:, 0] = 0
+        return tensors
+
+    tensors, how, _ = to_diffusers.convert(lora_file.read(write(make, is_key)), own, 12)
+    assert how == "approximated"
+    assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+
+
+def test_magnitudes_in_fp32_beside_half_precision_are_loaded_as_they_are(base, write, tmp_path):
+    def make(site, draw):
+        tensors = dora_here_and_there(site, draw)
+        return {
+            name: tensor if name == "dora_scale" else tensor.to(torch.bfloat16)
+            for name, tensor in tensors.items()
+        }
+
+    source = write(make, is_key, dtype=None)
+    tensors, _, _ = to_diffusers.convert(lora_file.read(source), base, None)
+    checkpoint.write(tmp_path / "out.safetensors", tensors, {})
+    assert {t.dtype for n, t in tensors.items() if "magnitude" in n} == {torch.float32}
+    expected, bare = merged(base, source), predict(base.unet, base.text_encoder)
+    lost = (loaded(base, tmp_path / "out.safetensors") - expected).norm() / (expected - bare).norm()
+    assert lost < 0.01  # the folded scales are rounded to bf16's 8 bits
 
 
 def test_an_approximation_says_so_and_is_read_as_it_was_written(base, write, tmp_path):

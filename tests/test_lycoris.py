@@ -4,6 +4,8 @@ Its merge isn't asked: in 4.1.3 that applies alpha / rank twice for LoHa and LoK
 """
 
 import json
+from copy import deepcopy
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -111,6 +113,83 @@ def test_forward_and_gradients_are_lycoris_own(overrides, site):
         assert ours == pytest.approx(
             sum(float(p.grad.square().sum()) for p in parameters), rel=1e-4
         )
+
+
+def in_type(site, dtype):
+    """The site with its weights rounded to bf16, held in `dtype`."""
+    return replace(site, module=deepcopy(site.module).to(torch.bfloat16).to(dtype))
+
+
+def stacked(chosen, site, tensors):
+    return stack_class(chosen, site, tensors).of(site, [(chosen, tensors)])
+
+
+def backward(stack, dropout=None):
+    """The output, and all gradients in one."""
+    for leaf in stack.leaves():
+        leaf.requires_grad_(True)
+    x = batch(stack.site)[0].to(stack.site.weight.dtype)
+    y = stack.site.module(x)
+    output = stack.forward(x, y, dropout)
+    assert output.dtype == y.dtype
+    (output.float() * torch.linspace(-1, 1, y.numel()).reshape(y.shape)).sum().backward()
+    return output.detach(), torch.cat([gradient.flatten() for gradient in stack.gradients(0)])
+
+
+def rounding(ours, exact):
+    return float((ours - exact).norm() / exact.norm())
+
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+"""Of the base's weights, in bf16 autocast."""
+
+
+@DTYPES
+@pytest.mark.parametrize(("overrides", "site"), CASES)
+def test_in_half_precision_it_computes_the_same_to_rounding(overrides, site, dtype):
+    chosen = adapter(*overrides)
+    if not chosen.carries(site):
+        return
+    exact = trained(chosen, in_type(site, torch.float32))
+    tensors = exact.file_tensors(0)
+    stack = stacked(chosen, in_type(site, dtype), tensors)
+    expected, by_exact = backward(exact)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, gradient = backward(stack)
+    assert gradient.dtype == torch.float32
+    assert rounding(output, expected) < 0.02  # bf16 has 8 bits of mantissa
+    assert rounding(gradient, by_exact) < 0.05
+
+
+@pytest.mark.parametrize(("overrides", "site"), CASES)
+def test_on_a_half_precision_base_tensors_and_deltas_stay_fp32(overrides, site):
+    chosen = adapter(*overrides)
+    if not chosen.carries(site):
+        return
+    exact = trained(chosen, in_type(site, torch.float32))
+    tensors, half = exact.file_tensors(0), in_type(site, torch.bfloat16)
+    fresh = chosen.initial(half, torch.Generator().manual_seed(0))
+    assert {tensor.dtype for tensor in fresh.values()} == {torch.float32}
+    stack = stacked(chosen, half, tensors)
+    again = stack.file_tensors(0)
+    assert all(torch.equal(again[name], tensors[name]) for name in tensors)
+    assert torch.allclose(stack.delta_weight(0), exact.delta_weight(0), atol=1e-5)
+    limit = float(exact.delta_weight(0).norm()) / 2
+    stack.limit_norm(0, limit)
+    assert float(stack.delta_weight(0).norm()) == pytest.approx(limit, rel=1e-3)
+    rounded = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
+    assert {leaf.dtype for leaf in stacked(None, half, rounded).leaves()} == {torch.float32}
+
+
+@DTYPES
+@pytest.mark.parametrize("kind", ["Linear", "3x3"])
+@pytest.mark.parametrize("name", ["locon", "dora", "loha", "lokr"])
+def test_dropout_keeps_the_type_of_the_activations(name, kind, dtype):
+    chosen = adapter(f"adapter={name}", "adapter.rank_dropout=0.5", "adapter.module_dropout=0.1")
+    stack = trained(chosen, in_type(SITES[kind], dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        output, _ = backward(stack, Dropout([0], [0], "site"))
+    assert output.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("kind", list(SITES))

@@ -124,7 +124,8 @@ class DoRAStack:
         nothing = torch.zeros_like(y)
         if self.on_output:
             rows = self._by_row(excess, y)
-            plain = y if self.site.bias is None else y - self.site.bias.reshape(_channels(y))
+            bias = self.site.bias
+            plain = y if bias is None else y - bias.to(y.dtype).reshape(_channels(y))
             return y + rows * plain + (1 + rows) * self.inner.forward(x, nothing, dropout)
         rows = self._by_row(excess, x)
         delta = self.inner.forward(x + rows * x, nothing, dropout)

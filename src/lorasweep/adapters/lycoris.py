@@ -51,7 +51,8 @@ class LyCORIS(ConvRanked, Adapter):
     def initial(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
         """As LyCORIS starts it, from the generator's seed."""
         fresh = saved(self._module(site, generator.initial_seed()))
-        return {name: tensor.float() for name, tensor in fresh.items()}  # full's has the base's type
+        # full's difference comes in the base's type
+        return {name: tensor.float() for name, tensor in fresh.items()}
 
     def starts(self, site: Site) -> dict[str, float]:
         """The parameters that start as a constant, and that constant: there the delta is zero."""

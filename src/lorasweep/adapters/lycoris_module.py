@@ -128,7 +128,8 @@ def outcome(
 def delta(module: Module, site: Site) -> Tensor:
     """What the module's forward adds to the site's weight, read off its answers to one-hot inputs.
 
-    In fp32, whatever the base's type. Its `get_diff_weight` isn't asked: for LoHa and LoKr that has the scale twice.
+    In fp32, whatever the base's type. Its `get_diff_weight` isn't asked: for LoHa and LoKr that has
+    the scale twice.
     """
     import torch
 
