@@ -233,7 +233,7 @@ def test_a_config_beside_a_file_can_name_no_class_and_trust_no_pickle(lora, tmp_
     mark = tmp_path / "ran"
     config_file = tmp_path / "config.yaml"
     config_file.write_text(f"model: {{_target_: subprocess.getoutput, cmd: 'touch {mark}'}}")
-    with pytest.raises(ValueError, match="model.path is missing"):
+    with pytest.raises(ValueError, match=r"model\.path is missing"):
         origin.find(str(file), [])
     pickle = tmp_path / "evil.ckpt"
     pickle.write_bytes(b"not to be loaded")

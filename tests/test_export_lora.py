@@ -148,7 +148,12 @@ def loaded(base, path):
         pipeline.unload_lora_weights()
 
 
+def is_query(site):
+    return site.key.endswith(("_attn2_to_k", "_q_proj"))
+
+
 EXACT = {
+    "own patterns": (lora, is_query, "converted"),
     "lora": (lora, is_attention_or_mlp, "as it is"),
     "lora everywhere": (lora, everywhere, "as it is"),
     "mixed ranks and alphas": (mixed, everywhere, "converted"),
@@ -269,6 +274,7 @@ def test_half_precision_stays_half_and_agrees(base, write, tmp_path):
         (dora_of_inputs, None, True, "DoRA of inputs"),
         (dora_of_inputs, 8, False, "need the base model"),
         (dora_here_and_there, None, False, "needs the base model"),
+        (lora, 8, True, "--rank has no effect"),
         (lambda site, draw: {"oft_blocks": torch.ones(2, 2, 2)}, 8, True, "OFT.*merged"),
     ],
 )

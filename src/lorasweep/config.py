@@ -222,6 +222,9 @@ def explain(error: Exception) -> str | None:
     message = str(error)
     if missing := re.search(r"[Mm]issing mandatory value: ([\w.]+)", message):
         return _explain_missing(missing[1])
+    if "Ambiguous value for argument" in message:
+        override = message.partition("'")[2].partition("'")[0]
+        return f"{override}: several values make a sweep; train it by lorasweep train -m …"
     if option := re.search(r"Could not find '(.+?)/([^/']+)'", message):
         group, name = option.groups()
         return f"{group}={name}: there is no such option; choose one of {_options(group)}"
@@ -242,6 +245,9 @@ def _explain_key(key: str) -> str:
     """Why `key` can't be overridden: the group has no such setting, or there is no such group."""
     group, _, rest = key.partition(".")
     files = list((conf_dir() / group).glob("*.yaml")) if rest else []
+    having = {file.stem for file in files if rest in _yaml_keys(file)}
+    if having:
+        return f"{key}: only {group}={' or '.join(sorted(having))} has it; choose one of them too"
     known = {f"{group}.{name}" for file in files for name in _yaml_keys(file)}
     return unknown_key(key, sorted(known or _KEYS))
 

@@ -12,7 +12,7 @@ from lorasweep.adapters.pack import Pack
 from lorasweep.export import check as export_check
 from lorasweep.export.check import TOLERANCES, Agreement, ExportError, Tolerance
 from lorasweep.export.to_diffusers import REMEDY, How, convert
-from lorasweep.header import shown
+from lorasweep.header import CheckpointError, shown
 from lorasweep.lora_file import LoRAFile, svd
 from lorasweep.staging import staged
 
@@ -44,7 +44,8 @@ class DiffusersFile:
         if self.loss is not None:
             told += (
                 f": relative error of the change of the weights {self.loss.error:.2%}, worst"
-                f" {self.loss.worst_error:.2%} ({self.loss.worst_site})"
+                f" {self.loss.worst_error:.2%} ({self.loss.worst_site}); kept energy"
+                f" {self.loss.total:.2%}. A larger --rank keeps more"
             )
         check = "Not checked by a picture: no base model was given"
         if self.agreement is not None:
@@ -74,9 +75,24 @@ def diffusers_lora(
             tensors, how, loss = convert(file, base_model, rank)
         except ExportError as error:
             raise ExportError(f"{source}: {error}") from None
+        if base_model is not None:
+            _check_fit(file, base_model)
+        if rank is not None and loss is None:
+            raise ExportError(f"--rank has no effect on {source}, which diffusers can hold exactly")
         checkpoint.write(place, tensors, _metadata(file, how))
         agreement = None if base_model is None else _check(file, place, base_model, how)
     return DiffusersFile(target, how, loss, agreement)
+
+
+def _check_fit(file: LoRAFile, base: BaseModel) -> None:
+    """Raise ExportError for a LoRA of another base, before any library is asked."""
+    try:
+        Pack.from_files(base.parts, [file.tensors])
+    except CheckpointError as error:
+        raise ExportError(
+            f"{file.path}: {error}. Is it of another base than {base.settings.path}? Give the one"
+            " it was trained on by model=OPTION or model.path=FOLDER"
+        ) from None
 
 
 def _metadata(file: LoRAFile, how: How) -> dict[str, str]:

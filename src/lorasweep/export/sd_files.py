@@ -149,8 +149,8 @@ def local_folder(source: str, revision: str | None, key: str, *, weights: bool) 
     except (OSError, HFValidationError) as error:
         first = (str(error).splitlines() or ["no answer"])[0]
         raise ModelError(
-            f"{key}={source} can't be had: {first} Give a diffusers folder on this machine, or a"
-            " hub id that can be reached"
+            f"{key}={source}: no such file or folder, and as a hub id it can't be had ({first});"
+            " give a diffusers folder or a .safetensors file on this machine"
         ) from None
 
 

@@ -57,11 +57,14 @@ def diffusers_reads(file: LoRAFile) -> bool:
     """Does diffusers read kohya's names of this file right?
 
     Only of plain LoRAs, and only if all have one alpha: diffusers 0.42 looks others up under names
-    that no module has, and takes the most common one instead.
+    that no module has, and takes the most common one instead. It knows kohya's text encoder by an
+    out_proj or the MLP.
     """
     sites = file.sites.values()
     plain = all(set(s) == {"lora_down.weight", "lora_up.weight", "alpha"} for s in sites)
-    return plain and len({float(site["alpha"]) for site in sites}) == 1
+    text = [key for key in file.sites if key.startswith("lora_te")]
+    known = not text or any(key.endswith(("_out_proj", "_fc1", "_fc2")) for key in text)
+    return plain and known and len({float(site["alpha"]) for site in sites}) == 1
 
 
 def _exact(tensors: Tensors) -> dict[str, Tensor] | None:
