@@ -8,7 +8,7 @@ from hydra.errors import HydraException
 
 from conftest import options
 from lorasweep import config, dataset
-from lorasweep.settings import SettingsError
+from lorasweep.settings import SettingsError, unknown_key
 
 GROUPS = ["model", "adapter", "optimizer", "lr_scheduler", "trainer", "sampling", "tracking"]
 
@@ -63,6 +63,18 @@ def test_alpha_follows_the_rank(make_run):
         ("adapter=lara", "adapter=lara: there is no such option; choose one of dora"),
         ("adapter.rnk=4", "adapter.rnk: there is no such setting; did you mean adapter.rank?"),
         ("+adapter.rnk=4", "adapter.rnk: there is no such setting; did you mean adapter.rank?"),
+        ("adapter.conv_rank=4", "only adapter=dora, locon, loha, lokr, lycoris have it"),
+        ("adapter.algo=glora", "only adapter=lycoris has it"),
+        ("+adapter.rank=4", "adapter.rank is there already: change it without the +"),
+        ("adapter=lora,loha", "several values make a sweep; train it by lorasweep train -m"),
+        (
+            "adapter.block_ranks={down: 4, middle: 8}",
+            "block_ranks.middle: there is no such setting; did you mean adapter.block_ranks.mid?",
+        ),
+        (
+            "adapter.block_ranks={down: [4, 4, 4], mid: 8, up: 4}",
+            "adapter.block_ranks.down=[4, 4, 4]: give one number or 12",
+        ),
         ("nonsense=4", "nonsense: there is no such setting"),
         ("+nonsense=4", "nonsense: there is no such setting"),
         ("adapter.rank=four", "adapter.rank=four: must be a valid integer"),
@@ -119,6 +131,10 @@ def test_a_mistake_is_one_line_that_names_the_key(override, says, make_run):
 def test_an_override_that_nothing_reads_is_refused(overrides, says, make_run):
     with pytest.raises(SettingsError, match=says):
         make_run(*overrides)
+
+
+def test_a_key_is_never_suggested_instead_of_itself():
+    assert "mean a.rank?" in unknown_key("a.conv_rank", ["a.conv_rank", "a.rank"])
 
 
 def test_both_learning_rates_zero_would_train_nothing(make_run):

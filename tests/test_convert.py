@@ -162,6 +162,14 @@ def test_a_hub_id_that_cannot_be_reached_is_one_line():
     assert "\n" not in str(caught.value)
 
 
+def test_messages_name_what_the_command_line_gave(single, tmp_path):
+    with pytest.raises(ModelError, match=r"SOURCE=\S+gone\.safetensors: no such file"):
+        convert(str(tmp_path / "gone.safetensors"), tmp_path / "copy", config=None)
+    for config, says in {None: "by --config", "/nowhere": "--config=/nowhere: no such"}.items():
+        with pytest.raises(ModelError, match=says):
+            convert(str(single), tmp_path / "copy", config=config)
+
+
 def test_two_files_or_two_folders_are_refused(embedded, single, tmp_path):
     with pytest.raises(ExportError, match="both a single file"):
         convert(str(single), tmp_path / "copy.safetensors", config=embedded)

@@ -145,6 +145,12 @@ def test_a_weak_lora_that_is_lost_is_no_rounding():
     assert "too little for a picture to tell" in unseen.line("x")
 
 
+def test_a_larger_rank_is_advised_only_where_it_is_needed():
+    far = export_check.Agreement(3.0, 9, effect=3.0, tolerance=EXACT)
+    assert "NOT CLOSE" in far.approximate_line("x") and "larger --rank" in far.approximate_line("x")
+    assert "--rank" not in replace(far, mean=0.5).approximate_line("x")
+
+
 @pytest.mark.parametrize(
     ("to", "words", "says"),
     [
@@ -233,7 +239,7 @@ def test_a_config_beside_a_file_can_name_no_class_and_trust_no_pickle(lora, tmp_
     mark = tmp_path / "ran"
     config_file = tmp_path / "config.yaml"
     config_file.write_text(f"model: {{_target_: subprocess.getoutput, cmd: 'touch {mark}'}}")
-    with pytest.raises(ValueError, match=r"model\.path is missing"):
+    with pytest.raises(ValueError, match=r"model\.cmd: there is no such setting"):
         origin.find(str(file), [])
     pickle = tmp_path / "evil.ckpt"
     pickle.write_bytes(b"not to be loaded")

@@ -152,8 +152,13 @@ def is_query(site):
     return site.key.endswith(("_attn2_to_k", "_q_proj"))
 
 
+def is_query_or_mlp(site):
+    return site.key.endswith(("_q_proj", "_fc1"))
+
+
 EXACT = {
     "own patterns": (lora, is_query, "converted"),
+    "attention beside an MLP": (lora, is_query_or_mlp, "converted"),
     "lora": (lora, is_attention_or_mlp, "as it is"),
     "lora everywhere": (lora, everywhere, "as it is"),
     "mixed ranks and alphas": (mixed, everywhere, "converted"),
@@ -286,6 +291,19 @@ def test_what_cannot_be_right_is_refused(make, rank, base_given, says, base, wri
         )
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["source.safetensors"]
+
+
+def test_a_lora_of_another_base_is_told_before_diffusers_is_asked(
+    base, write, tmp_path, monkeypatch
+):
+    def narrower(site, draw):
+        return {**lora(site, draw), "lora_down.weight": normal(draw, 4, 3)}
+
+    monkeypatch.setattr(export_lora, "convert", None)
+    with pytest.raises(ExportError, match="trained on by model=") as caught:
+        source = write(narrower, lambda site: site.path.endswith("to_k"))
+        export_lora.diffusers_lora(source, tmp_path / "out.safetensors", base, 8)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_file_that_diffusers_reads_otherwise_never_leaves_the_house(

@@ -107,6 +107,21 @@ def test_types_are_told_from_the_names_of_tensors(type_, described):
     assert described(TYPES[type_]).type == type_
 
 
+GLORA = {"a1": (8, 2), "a2": (2, 8), "b1": (4, 2), "b2": (2, 8)}
+RANKS = {
+    "2": {f"{ONE}.{name}.weight": torch.ones(shape) for name, shape in GLORA.items()},
+    "full": TYPES["full difference"],
+    "-": {**TYPES["OFT"], f"{ONE}.alpha": torch.tensor(0.0)},
+}
+
+
+@pytest.mark.parametrize("rank", RANKS)
+def test_a_rank_is_told_where_the_tensors_have_one(rank, described):
+    found = described(RANKS[rank])
+    assert found.ranks == {"unet": {rank: 1}}
+    assert found.alphas == {"-" if rank == "-" else "none": 1}
+
+
 @pytest.mark.parametrize(
     ("width", "base"), [(768, "Diffusion 1"), (1024, "Diffusion 2"), (2048, "SDXL"), (128, "embed")]
 )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lorasweep import checkpoint, header, lora_file
+from lorasweep import checkpoint, cli, header, lora_file
 from lorasweep.adapters import peft
 from lorasweep.adapters.keys import every_site, sites
 from lorasweep.checkpoint import CheckpointError
@@ -130,6 +130,24 @@ def test_the_file_that_the_hostile_ones_are_made_from_is_read(tmp_path):
     path = tmp_path / "a.safetensors"
     path.write_bytes(content(WHOLE, DATA))
     assert lora_file.read(path).algorithms == {KEY: "lora"}
+
+
+def test_a_lora_given_as_a_whole_model_is_told_by_its_names(tmp_path, capsys):
+    names = {"lora": "lora_unet_x.alpha", "peft": "unet.x.lora_A.weight"}
+    for name, tensor in names.items():
+        save_file({tensor: torch.ones(1)}, tmp_path / f"{name}.safetensors")
+    for name in ("lora", "peft"):
+        with pytest.raises(CheckpointError, match="is a LoRA, not a whole model"):
+            lora_file.refuse_as_model(tmp_path / f"{name}.safetensors")
+    positions = {"text_model.embeddings.position_ids": torch.arange(77)[None]}
+    save_file(positions, tmp_path / "model.safetensors")  # whole models hold integers too
+    (tmp_path / "cut.safetensors").write_bytes(b"cut")  # the model's loader tells of it
+    for name in ("model", "cut", "nowhere"):
+        lora_file.refuse_as_model(tmp_path / f"{name}.safetensors")
+    command = ["extract", str(tmp_path / "lora.safetensors"), "base", "--rank=4"]
+    with pytest.raises(SystemExit):
+        cli.main([*command, "--out", str(tmp_path / "out.safetensors")])
+    assert "not a whole model" in capsys.readouterr().err
 
 
 def test_alpha_may_be_missing_or_a_whole_number(tmp_path):

@@ -26,7 +26,14 @@ Settings are Hydra overrides (KEY=VALUE); `lorasweep train --cfg job` shows them
 PRECISIONS = ("fp32", "fp16", "bf16")
 EXPORTS = ("merged", "diffusers-lora", "offline-lora")
 
-_WORDS = "DIR: folder of images; SWEEP: name of another sweep; KEY=VALUE: settings to change"
+_SETTINGS = "KEY=VALUE: settings to change"
+_WORDS = {
+    "caption": "DIR: folder of images",
+    "pick": "SWEEP: name of another sweep",
+    "export": "a LoRA's .safetensors file, a run's name, or a checkpoint's (RUN-e012)",
+    "convert": "SOURCE: a diffusers folder, hub id or .safetensors file; TARGET: what to write, a"
+    " name in .safetensors for a file",
+}
 _TRAIN_HELP = """\
 usage: lorasweep train [-m] [--cfg job] [--config-dir DIR] [GROUP=OPTION | KEY=VALUE ...]
 
@@ -185,7 +192,8 @@ def _add(
     """A command that takes `words` and overrides (with a `=`), in any order."""
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
     parser.set_defaults(command=command)
-    parser.add_argument("words", nargs="*", metavar=f"{words}KEY=VALUE", help=_WORDS)
+    told = "; ".join(filter(None, (_WORDS.get(name), _SETTINGS)))
+    parser.add_argument("words", nargs="*", metavar=f"{words}KEY=VALUE", help=told)
     parser.add_argument("--config-dir", type=Path, help="folder of your own options")
     return parser
 
@@ -378,9 +386,11 @@ def _extract(arguments: argparse.Namespace) -> int:
 
 def _base_model(path: str, config: str | None) -> Any:
     """A model by its path alone, with the options of conf/model/sd15."""
+    from lorasweep import lora_file
     from lorasweep.config import compose
     from lorasweep.settings import build
 
+    lora_file.refuse_as_model(Path(path))
     configs = [f"model.config={_quoted(config)}"] if config else []
     overrides = ["dataset.image_dir=lorasweep", "model=sd15", f"model.path={_quoted(path)}"]
     return build(compose([*overrides, *configs]).model, "model").load()

@@ -228,6 +228,8 @@ def explain(error: Exception) -> str | None:
     if option := re.search(r"Could not find '(.+?)/([^/']+)'", message):
         group, name = option.groups()
         return f"{group}={name}: there is no such option; choose one of {_options(group)}"
+    if there := re.search(r"An item is already at '(.+?)'", message):
+        return f"{there[1]} is there already: change it without the +, by {there[1]}=VALUE"
     if key := re.search(
         r"Could not (?:override|append to config|delete from config)[^']*'(.+?)'", message
     ):
@@ -247,7 +249,8 @@ def _explain_key(key: str) -> str:
     files = list((conf_dir() / group).glob("*.yaml")) if rest else []
     having = {file.stem for file in files if rest in _yaml_keys(file)}
     if having:
-        return f"{key}: only {group}={' or '.join(sorted(having))} has it; choose one of them too"
+        have = "have" if len(having) > 1 else "has"
+        return f"{key}: only {group}={', '.join(sorted(having))} {have} it; choose that too"
     known = {f"{group}.{name}" for file in files for name in _yaml_keys(file)}
     return unknown_key(key, sorted(known or _KEYS))
 

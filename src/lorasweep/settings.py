@@ -7,10 +7,10 @@ A component is a frozen dataclass that derives from `Settings`: its fields' type
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, cast, get_args, get_type_hints
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -59,21 +59,40 @@ def locate(path: str, key: str) -> Any:
 
 
 def _explain(error: ValidationError, cls: type, key: str) -> str:
-    first = error.errors()[0]
+    unknown = ("unexpected_keyword_argument", "extra_forbidden")
+    # a misspelt name says more than that the right one is missing
+    first = min(error.errors(), key=lambda one: one["type"] not in unknown)
     where = ".".join([key, *(str(part) for part in first["loc"] if part != cls.__name__)])
     if first["type"] == "value_error":  # raised by a __post_init__, which names its own key
         return str(first["ctx"]["error"])
-    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return unknown_key(where, [f"{key}.{field.name}" for field in fields(cls)])
+    if first["type"] in unknown:
+        parent = where.rpartition(".")[0]
+        return unknown_key(where, [f"{parent}.{name}" for name in _names(cls, first["loc"])])
     if first["type"] in ("missing", "missing_argument"):
         return f"{where} is missing: give it as {where}=VALUE"
+    if first["type"] in ("too_short", "too_long"):
+        return f"{where}={first['input']}: give one number or {_length(first['ctx'])}"
     message = first["msg"].removeprefix("Input ").replace("should be", "must be")
     return f"{where}={first['input']}: {message[0].lower()}{message[1:]}"
 
 
+def _names(cls: type, loc: Sequence[int | str]) -> list[str]:
+    """The settings of the class that `loc` leads to; its last part is the unknown one."""
+    for part in loc[:-1]:
+        found = get_type_hints(cls).get(str(part))
+        nested = [one for one in (found, *get_args(found)) if is_dataclass(one)]
+        cls = cast("type", nested[0]) if nested else cls
+    return [field.name for field in fields(cls)]
+
+
+def _length(context: Mapping[str, Any]) -> int:
+    """How many values pydantic wants."""
+    return int(next(context[name] for name in ("min_length", "max_length") if name in context))
+
+
 def unknown_key(key: str, known: list[str]) -> str:
     """The one line that refuses a key nobody reads."""
-    close = get_close_matches(key, known, n=1)
+    close = get_close_matches(key, [name for name in known if name != key], n=1)
     parent = key.rpartition(".")[0]
     siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == parent]
     hint = f"did you mean {close[0]}?" if close else f"{parent} has {', '.join(sorted(siblings))}"

@@ -90,10 +90,11 @@ class Agreement:
 
     def approximate_line(self, reader: str) -> str:
         """What a person is told of a result that is no copy; drawn by `reader`."""
-        close = "close" if self.effect is None or self.mean <= self.effect / 4 else "NOT CLOSE"
+        is_close = self.effect is None or self.mean <= self.effect / 4
         return (
-            f"The pictures before and after are {close}: drawn by {reader},"
-            f" {self._distance}.{_effect(self.effect)}"
+            f"The pictures before and after are {'close' if is_close else 'NOT CLOSE'}: drawn by"
+            f" {reader}, {self._distance}.{_effect(self.effect)}"
+            f"{'' if is_close else ' A larger --rank keeps more.'}"
         )
 
     @property

@@ -40,13 +40,13 @@ def convert(
     `precision` is given. What was written is loaded by diffusers and must draw the source's
     picture. Raises ExportError otherwise, ModelError for what can't be read, TargetError.
     """
-    if Path(source).is_file() == is_file(target):
+    if (Path(source).is_file() or is_file(Path(source))) == is_file(target):
         kind = "a single file" if is_file(target) else "a folder"
         raise ExportError(
             f"{source} and {target} are both {kind}: one is to end in .safetensors, the other not"
         )
     with export_check.quiet(), staged(target, overwrite) as place:
-        model = sd_files.read(source, config)
+        model = sd_files.read(source, config, names=("SOURCE", "--config"))
         before = load(_settings(source), model)
         picture = export_check.draw(before)
         written, read_back = write(model.cast(precision), place)

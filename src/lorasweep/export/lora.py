@@ -13,7 +13,7 @@ from lorasweep.export import check as export_check
 from lorasweep.export.check import TOLERANCES, Agreement, ExportError, Tolerance
 from lorasweep.export.to_diffusers import REMEDY, How, convert
 from lorasweep.header import CheckpointError, shown
-from lorasweep.lora_file import LoRAFile, svd
+from lorasweep.lora_file import FACTORED, LoRAFile, svd
 from lorasweep.staging import staged
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class DiffusersFile:
             told += (
                 f": relative error of the change of the weights {self.loss.error:.2%}, worst"
                 f" {self.loss.worst_error:.2%} ({self.loss.worst_site}); kept energy"
-                f" {self.loss.total:.2%}. A larger --rank keeps more"
+                f" {self.loss.total:.2%}"
             )
         check = "Not checked by a picture: no base model was given"
         if self.agreement is not None:
@@ -71,12 +71,12 @@ def diffusers_lora(
     """
     file = lora_file.read(source)
     with staged(target, overwrite) as place:
+        if base_model is not None:
+            _check_fit(file, base_model)
         try:
             tensors, how, loss = convert(file, base_model, rank)
         except ExportError as error:
             raise ExportError(f"{source}: {error}") from None
-        if base_model is not None:
-            _check_fit(file, base_model)
         if rank is not None and loss is None:
             raise ExportError(f"--rank has no effect on {source}, which diffusers can hold exactly")
         checkpoint.write(place, tensors, _metadata(file, how))
@@ -85,9 +85,17 @@ def diffusers_lora(
 
 
 def _check_fit(file: LoRAFile, base: BaseModel) -> None:
-    """Raise ExportError for a LoRA of another base, before any library is asked."""
+    """Raise ExportError for a LoRA of another base, before any library is asked.
+
+    Types that can't be exported are left for what refuses them by name.
+    """
+    held = {
+        name: tensor
+        for name, tensor in file.tensors.items()
+        if file.algorithms[name.partition(".")[0]] in (*FACTORED, "dora", "full")
+    }
     try:
-        Pack.from_files(base.parts, [file.tensors])
+        Pack.from_files(base.parts, [held])
     except CheckpointError as error:
         raise ExportError(
             f"{file.path}: {error}. Is it of another base than {base.settings.path}? Give the one"

@@ -76,16 +76,23 @@ class WholeModel:
         )
 
 
-def read(source: str, config: str | None = None, revision: str | None = None) -> WholeModel:
+def read(
+    source: str,
+    config: str | None = None,
+    revision: str | None = None,
+    names: tuple[str, str] = ("model.path", "model.config"),
+) -> WholeModel:
     """Read a diffusers folder, a hub id, or a single file with `config`'s configs (folder or id).
+
+    Messages call `source` and `config` by these names.
 
     Raises ModelError in one line for another architecture, a missing or misshapen tensor, a pickle.
     Tensors that no part of the model needs are left out, with a warning unless they are known.
     """
     path = Path(source).expanduser()
     if path.is_file():
-        return _read_file(path, config)
-    folder = local_folder(source, revision, "model.path", weights=True)
+        return _read_file(path, config, names[1])
+    folder = local_folder(source, revision, names[0], weights=True)
     layout = _layout(folder)
     weights: dict[str, dict[str, Tensor]] = {}
     leftover: list[str] = []
@@ -148,17 +155,18 @@ def local_folder(source: str, revision: str | None, key: str, *, weights: bool) 
         return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
     except (OSError, HFValidationError) as error:
         first = (str(error).splitlines() or ["no answer"])[0]
+        file = " or a .safetensors file" if weights else ""
         raise ModelError(
             f"{key}={source}: no such file or folder, and as a hub id it can't be had ({first});"
-            " give a diffusers folder or a .safetensors file on this machine"
+            f" give a diffusers folder{file} on this machine"
         ) from None
 
 
-def _read_file(path: Path, config: str | None) -> WholeModel:
+def _read_file(path: Path, config: str | None, key: str) -> WholeModel:
     if config is None:
         raise ModelError(
             f"{path} is a single file, which holds no configs and no tokenizer: give the folder or"
-            " the hub id of a diffusers model that has them (model.config, or --config of convert)"
+            f" the hub id of a diffusers model that has them, by {key}"
         )
     tensors = _load(path)
     for mark, what in _OTHERS.items():
@@ -166,7 +174,7 @@ def _read_file(path: Path, config: str | None) -> WholeModel:
             raise ModelError(f"{path} is {what}")
     if not any(name.startswith(PREFIXES["unet"]) for name in tensors):
         raise ModelError(f"{path} holds no {PREFIXES['unet']}* tensors: it is not a whole model")
-    configs = local_folder(config, None, "model.config", weights=False)
+    configs = local_folder(config, None, key, weights=False)
     layout = _layout(configs)
     weights, leftover = layout.to_diffusers(tensors)
     layout.check(weights)

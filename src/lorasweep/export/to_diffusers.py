@@ -57,13 +57,14 @@ def diffusers_reads(file: LoRAFile) -> bool:
     """Does diffusers read kohya's names of this file right?
 
     Only of plain LoRAs, and only if all have one alpha: diffusers 0.42 looks others up under names
-    that no module has, and takes the most common one instead. It knows kohya's text encoder by an
-    out_proj or the MLP.
+    that no module has, and takes the most common one instead. An out_proj tells it that the text
+    encoder's attention is kohya's; beside an MLP alone it leaves the attention out.
     """
     sites = file.sites.values()
     plain = all(set(s) == {"lora_down.weight", "lora_up.weight", "alpha"} for s in sites)
     text = [key for key in file.sites if key.startswith("lora_te")]
-    known = not text or any(key.endswith(("_out_proj", "_fc1", "_fc2")) for key in text)
+    told = any(key.endswith("_out_proj") for key in text)
+    known = told or all(key.endswith(("_fc1", "_fc2")) for key in text)
     return plain and known and len({float(site["alpha"]) for site in sites}) == 1
 
 

@@ -83,7 +83,8 @@ class Info:
     modules: Mapping[str, int]
     """Number by part: unet, text encoder."""
     ranks: Mapping[str, Mapping[str, int]]
-    """By part: how many modules have which rank; `full` where a matrix isn't factored."""
+    """By part: how many modules have which rank; `full` where a matrix isn't factored, `-` for
+    types without ranks."""
     alphas: Mapping[str, int]
     dtypes: Mapping[str, int]
     """Number of weights by type."""
@@ -204,12 +205,22 @@ def _has_kernel(site: Tensors) -> bool:
 def _ranks(file: LoRAFile) -> dict[str, dict[str, int]]:
     by_part: dict[str, Counter[str]] = {}
     for key, site in file.sites.items():
-        rank = rank_of(site)
-        by_part.setdefault(part_of(key), Counter())["full" if rank is None else str(rank)] += 1
+        by_part.setdefault(part_of(key), Counter())[_rank(site)] += 1
     return {part: dict(counts.most_common()) for part, counts in by_part.items()}
 
 
+def _rank(site: Tensors) -> str:
+    if (rank := rank_of(site)) is not None:
+        return str(rank)
+    for name in ("a2.weight", "q_layer.weight"):  # GLoRA's and T-LoRA's down projections
+        if name in site:
+            return str(site[name].shape[0])
+    return "full" if algorithm(site) in ("full", "lokr") else "-"
+
+
 def _alpha(site: Tensors) -> str:
+    if _rank(site) == "-":
+        return "-"  # LyCORIS writes one all the same: OFT's is another setting
     return f"{float(site['alpha']):g}" if "alpha" in site else "none"
 
 
