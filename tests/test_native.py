@@ -349,3 +349,57 @@ def test_runs_with_buckets_share_a_pack(make_run, base):
     losses, _, _ = train(base, data, *runs)
     alone, _, _ = train(base, data, runs[1])
     assert losses[runs[1].name] == pytest.approx(alone[runs[1].name], rel=1e-5)
+
+
+def test_buckets_keep_their_order_from_epoch_to_epoch(data):
+    """So that a run meets its neighbours' shapes whenever it joined them."""
+    items = [replace(item, bucket=(64, 64 + 32 * (n % 3))) for n, item in enumerate(data.items)]
+    orders = {
+        tuple(items[batch[0]].bucket for batch in batches)
+        for epoch in (1, 2, 3)
+        for batches in [epoch_batches(items, 2, run_seed=epoch, data_seed=0, epoch=epoch)]
+    }
+    assert len(orders) == 1
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [("adapter.rank=16",), ("optimizer.text_encoder_lr=0",), ("optimizer.unet_lr=0",)],
+    ids=["same kind", "unet only", "text encoder only"],
+)
+def test_a_run_that_joins_later_is_the_run_alone(kind, make_run, base, data):
+    first, second = (make_run(f"seed={n}", "adapter.rank=4", number=n) for n in range(2))
+    late = make_run("seed=7", *kind, number=2)
+    training = first.trainer.start(base, [training_run(first), training_run(second)], data)
+    losses, last = {run.name: [] for run in (first, second, late)}, {}
+    for number, epoch in enumerate(training):
+        for name, steps in epoch.steps.items():
+            losses[name] += [values["train/loss"] for _, values in steps]
+        last.update({one.run: one for one in epoch.checkpoints})
+        if number == 0:
+            training.join(training_run(late))
+    files = {name: tensors(one) for name, one in last.items()}
+    assert {one.epoch for one in last.values()} == {2}
+    for run in (first, late):
+        alone_losses, alone_last, _ = train(base, data, run)
+        assert losses[run.name] == pytest.approx(alone_losses[run.name], rel=1e-5)
+        assert relative_difference(files[run.name], tensors(alone_last[run.name])) < 1e-5
+
+
+def test_a_run_that_does_not_fit_alone_leaves_the_others(make_run, base, data, monkeypatch):
+    runs = [make_run(f"seed={n}", f"name=r{n}") for n in range(2)]
+    backward = PackLoss.backward
+
+    def limited(self, pack, states, batches):
+        if "r1" in [state.run.name for state in states]:
+            raise torch.OutOfMemoryError("CUDA out of memory (made by the test)")
+        return backward(self, pack, states, batches)
+
+    monkeypatch.setattr(PackLoss, "backward", limited)
+    training = runs[0].trainer.start(base, [training_run(run) for run in runs], data)
+    monkeypatch.setattr(training, "_members", training._members.select([1, 0]))  # it comes first
+    training._members.bind()
+    epochs = list(training)
+    assert [list(epoch.failures) for epoch in epochs] == [["r1"], [], []]
+    assert [one.run for epoch in epochs for one in epoch.checkpoints] == ["r0", "r0"]
+    assert training.max_runs == 1

@@ -6,7 +6,9 @@ import logging
 import pytest
 import torch
 
-from lorasweep.run import EpochReport, run_pack, write_folders
+from lorasweep import tracking
+from lorasweep.run import EpochReport, Failure, Finished, Session, run_pack, write_folders
+from lorasweep.trainers.native import NativeTraining
 
 
 def reports(*runs):
@@ -87,3 +89,85 @@ def test_the_users_folder_is_left_as_it_was(make_run, tmp_path):
     assert after == before
     (data,) = [p for p in (output_root / "datasets").iterdir() if p.is_dir()]
     assert {p.name for p in (data / "train").iterdir()} == {"1_empty", "2_sidecar"}
+
+
+def mlflow_runs(run, query=""):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(run.tracking.resolve(run.output_root))
+    found = client.search_runs(["1"], query)
+    return {one.info.run_name: one for one in found}, found, client
+
+
+def test_one_leaves_a_pack_and_another_takes_its_place(make_run):
+    runs = [make_run("adapter.rank=2", f"seed={n}", number=n) for n in range(3)]
+    seen = []
+    with Session(runs[0], max_pack=2) as session:
+        for found in session.train(runs[:2]):
+            seen.append([(type(one).__name__, one.run) for one in found])
+            if seen[-1][0] == ("EpochReport", "demo-0") and len(seen) == 2:
+                session.join(runs[2])
+                assert session.drop("demo-1") == Finished(run="demo-1", dropped=True)
+    assert seen == [
+        [("Started", "demo-0"), ("Started", "demo-1")],
+        [("EpochReport", "demo-0"), ("EpochReport", "demo-1")],
+        [("Started", "demo-2")],
+        [("EpochReport", "demo-0"), ("EpochReport", "demo-2"), ("Finished", "demo-0")],
+        [("EpochReport", "demo-2"), ("Finished", "demo-2")],
+    ]
+    logged, every, client = mlflow_runs(runs[0])
+    assert len(every) == 3
+    statuses = {
+        name: (one.info.status, one.data.tags.get("lorasweep.pruned"))
+        for name, one in logged.items()
+    }
+    assert statuses == {
+        "demo-0": ("FINISHED", None),
+        "demo-1": ("KILLED", "true"),
+        "demo-2": ("FINISHED", None),
+    }
+    history = client.get_metric_history(logged["demo-2"].info.run_id, "val/loss_rel")
+    assert [metric.step for metric in history] == [0, 1, 2]
+    assert (runs[2].output_dir / "samples" / "demo-2_e000000_00.png").exists()
+    found = tracking.candidates(runs[0].tracking.resolve(runs[0].output_root), "lorasweep")
+    assert sorted((one.run, one.epoch) for one in found) == [
+        ("demo-0", 1),
+        ("demo-0", 2),
+        ("demo-1", 1),
+        ("demo-2", 1),
+        ("demo-2", 2),
+    ]
+
+
+def test_another_attempt_at_a_run_takes_the_place_of_the_broken_one(make_run):
+    run = make_run("adapter.rank=2", number=0)
+    with pytest.raises(RuntimeError, match="power"), Session(run) as session:
+        for found in session.train([run]):
+            if isinstance(found[0], EpochReport):
+                raise RuntimeError("power cut (made by the test)")
+    assert mlflow_runs(run)[0]["demo-0"].info.status == "FAILED"
+    assert len(reports(run)) == 2
+    logged, every, _ = mlflow_runs(run)
+    assert [one.info.status for one in every] == ["FINISHED"]
+    found = tracking.candidates(run.tracking.resolve(run.output_root), "lorasweep")
+    assert [one.epoch for one in found] == [1, 2]
+    assert {one.run_id for one in found} == {logged["demo-0"].info.run_id}
+
+
+def test_a_run_that_cannot_start_fails_alone(make_run, monkeypatch):
+    runs = [make_run("trainer.max_train_epochs=1", f"seed={n}", number=n) for n in range(2)]
+    join = NativeTraining.join
+
+    def refuse(self, run):
+        if run.name == "demo-0":
+            raise ValueError("demo-0 is not to be (made by the test)")
+        join(self, run)
+
+    monkeypatch.setattr(NativeTraining, "join", refuse)
+    found = list(run_pack(runs))
+    assert Failure(run="demo-0", reason="demo-0 is not to be (made by the test)") in found
+    assert [type(one).__name__ for one in found if one.run == "demo-1"] == [
+        "Started",
+        "EpochReport",
+        "Finished",
+    ]

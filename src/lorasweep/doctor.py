@@ -23,7 +23,7 @@ from urllib.request import Request, urlopen
 
 from lorasweep import __version__, dataset
 from lorasweep.config import Run, build_run
-from lorasweep.models import Precision, resolve_device
+from lorasweep.models import Precision, choose_devices, resolve_device
 from lorasweep.settings import SettingsError
 from lorasweep.tracking import public_uri, sqlite_path
 
@@ -98,7 +98,7 @@ def findings(cfg: DictConfig) -> list[Finding]:
     run, hub = build_run(cfg, output_dir=Path()), _Hub()
     return [
         *_versions(),
-        *_devices(run),
+        *_devices(run, cfg.launcher),
         _optimizer(run),
         _disk("output_root", run.output_root),
         _disk("cache_dir", run.cache_dir),
@@ -169,7 +169,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _devices(run: Run) -> Iterator[Finding]:
+def _devices(run: Run, launcher: DictConfig) -> Iterator[Finding]:
     import torch
 
     for index in range(torch.cuda.device_count()):
@@ -184,6 +184,18 @@ def _devices(run: Run) -> Iterator[Finding]:
         return
     yield _trainer_device(run, device)
     yield _precision(run, device)
+    yield _workers(launcher, run)
+
+
+def _workers(launcher: DictConfig, run: Run) -> Finding:
+    """What a sweep would train on."""
+    asked = launcher.devices if isinstance(launcher.devices, str) else list(launcher.devices)
+    try:
+        devices = choose_devices(asked, run.trainer.device)
+    except SettingsError as error:
+        return _from_error("launcher.devices", error)
+    text = f"a sweep has {len(devices)} worker{'s' if len(devices) > 1 else ''}"
+    return Finding("launcher.devices", f"{text}: {', '.join(devices)}")
 
 
 def _trainer_device(run: Run, device: str) -> Finding:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
+from pydantic import NonNegativeInt, PositiveInt
 
-from lorasweep import config as configs
 from lorasweep import dataset
 from lorasweep.config import Run, build_run, job_identity
-from lorasweep.run import Failure, RunError, run_pack
+from lorasweep.engines import Engine, train_by_jobs
+from lorasweep.fleet import Fleet, choose_devices
+from lorasweep.run import Failure, RunError
+from lorasweep.settings import Settings, SettingsError
 
 if TYPE_CHECKING:
     from hydra.core.utils import JobReturn
@@ -30,12 +33,29 @@ class Job:
     run: Run
 
 
+@dataclass(frozen=True, kw_only=True)
+class Packs(Settings):
+    """Settings of the launcher; conf/config.yaml says what each does."""
+
+    devices: str | tuple[str, ...]
+    max_pack: PositiveInt
+    retries: NonNegativeInt
+    pack_via: Engine | None
+    engine: Mapping[str, Any] | None
+
+    def __post_init__(self) -> None:
+        if self.engine and self.pack_via is None:
+            raise SettingsError(
+                f"launcher.engine.{next(iter(self.engine))} has no effect without launcher.pack_via"
+            )
+
+
 def launch(
     config: DictConfig,
     config_loader: Any,
     job_overrides: Sequence[Sequence[str]],
     initial_job_idx: int,
-    max_pack: int,
+    settings: Packs,
 ) -> list[JobReturn]:
     """Train all jobs and return Hydra's result of each, in their order.
 
@@ -43,23 +63,53 @@ def launch(
     with its reason; the others stand.
     """
     jobs = [
-        _job(config, config_loader, list(overrides), initial_job_idx + index)
+        compose_job(config, config_loader, list(overrides), initial_job_idx + index)
         for index, overrides in enumerate(job_overrides)
     ]
-    for settings in dict.fromkeys(job.run.dataset for job in jobs):
-        dataset.find(settings)
+    for dataset_settings in dict.fromkeys(job.run.dataset for job in jobs):
+        dataset.find(dataset_settings)
     for job in jobs:
         job.run.check()
-        _save_hydra_files(job)
-    reasons: dict[str, str] = {}
-    packs = group([job.run for job in jobs], max_pack)
-    for number, pack in enumerate(packs, start=1):
-        names = ", ".join(run.name for run in pack)
-        log.info("pack %d of %d: %s", number, len(packs), names)
-        reasons.update(_train(pack))
+        save_hydra_files(job)
+    reasons = train([job.run for job in jobs], settings)
     for name, reason in reasons.items():
         log.error("%s failed: %s", name, reason)
     return [_returned(job, reasons.get(job.run.name)) for job in jobs]
+
+
+def train(runs: Sequence[Run], settings: Packs) -> dict[str, str]:
+    """Train runs to their ends, in packs; run -> why it failed."""
+    if settings.pack_via is not None:
+        folder = runs[0].output_dir.parent / ".jobs"
+        packs = group(runs, settings.max_pack)
+        return train_by_jobs(packs, settings.pack_via, settings.engine or {}, folder)
+    (wanted, *others) = dict.fromkeys(run.trainer.device for run in runs)
+    if others:
+        raise SettingsError(
+            f"trainer.device={others[0]}: a sweep's runs share their devices, and others have"
+            f" {wanted}; use launcher.devices"
+        )
+    devices = choose_devices(settings.devices, wanted)
+    with Fleet(devices, settings.max_pack) as fleet:
+        return _train(fleet, {run.name: run for run in runs}, settings.retries)
+
+
+def _train(fleet: Fleet, runs: Mapping[str, Run], retries: int) -> dict[str, str]:
+    reasons: dict[str, str] = {}
+    tried = dict.fromkeys(runs, 0)
+    for run in runs.values():
+        fleet.submit(run)
+    while events := fleet.events():
+        for failure in events:
+            if not isinstance(failure, Failure):
+                continue
+            tried[failure.run] += 1
+            if failure.transient and tried[failure.run] <= retries:
+                log.warning("%s is tried again: %s", failure.run, failure.reason)
+                fleet.submit(runs[failure.run])
+            else:
+                reasons[failure.run] = failure.reason
+    return reasons
 
 
 def group(runs: Sequence[Run], max_pack: int) -> list[list[Run]]:
@@ -75,7 +125,8 @@ def group(runs: Sequence[Run], max_pack: int) -> list[list[Run]]:
     return packs
 
 
-def _job(config: DictConfig, loader: Any, overrides: list[str], number: int) -> Job:
+def compose_job(config: DictConfig, loader: Any, overrides: list[str], number: int) -> Job:
+    """Compose and check one job of a multirun. Raises SettingsError."""
     composed = loader.load_sweep_config(config, overrides)
     with open_dict(composed):
         composed.hydra.job.id = str(number)
@@ -91,26 +142,13 @@ def _own(config: DictConfig) -> DictConfig:
     return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
 
 
-def _save_hydra_files(job: Job) -> None:
+def save_hydra_files(job: Job) -> None:
     """What Hydra's own launchers leave in a job's folder."""
     folder = job.run.output_dir / str(job.config.hydra.output_subdir or ".hydra")
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(_own(job.config), folder / "config.yaml")
     OmegaConf.save(OmegaConf.masked_copy(job.config, ["hydra"]), folder / "hydra.yaml")
     OmegaConf.save(job.config.hydra.overrides.task, folder / "overrides.yaml")
-
-
-def _train(pack: Sequence[Run]) -> dict[str, str]:
-    """Train a pack to its end; run -> why it failed."""
-    try:
-        reports = [report for report in run_pack(pack) if isinstance(report, Failure)]
-    except Exception as error:  # whatever broke this pack, the other packs must still train
-        reason = configs.one_line(error)
-        if reason is None:
-            log.exception("a pack failed")
-            reason = f"{type(error).__name__}: {error}"
-        return {run.name: reason for run in pack}
-    return {failure.run: failure.reason for failure in reports}
 
 
 def _returned(job: Job, reason: str | None) -> JobReturn:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -367,6 +367,29 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(t in str(error) for t in texts)
 
 
+def memory_for(device: str, step: Callable[[], None]) -> int | None:
+    """How many runs fit on a CUDA device, if `step` is what one takes; None: not known (CPU).
+
+    A tenth of what is free is left to the optimisers and to fragments.
+    """
+    import torch
+
+    if torch.device(device).type != "cuda":
+        return None
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(device)
+    free, _ = torch.cuda.mem_get_info(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    try:
+        step()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return 1
+    needed = torch.cuda.max_memory_allocated(device) - before
+    return max(1, int(free * 0.9 / max(needed, 1)))
+
+
 def resolve_device(device: str) -> str:
     """`auto` is CUDA where there is a device, else the CPU. Raises SettingsError for no device."""
     import torch
@@ -382,6 +405,33 @@ def resolve_device(device: str) -> str:
         count = torch.cuda.device_count()
         raise SettingsError(f"trainer.device={device}: there are {count} CUDA devices, from cuda:0")
     return device
+
+
+def choose_devices(devices: str | Sequence[str], trainer_device: str = "auto") -> list[str]:
+    """What `launcher.devices` stands for: auto is every CUDA device, or one worker on the CPU.
+
+    With auto a `trainer.device` of its own is the only one. Raises SettingsError for a device that
+    is not there.
+    """
+    import torch
+
+    if isinstance(devices, str) and devices == "auto":
+        if trainer_device != "auto":
+            return choose_devices([trainer_device])
+        return [f"cuda:{n}" for n in range(torch.cuda.device_count())] or ["cpu"]
+    chosen = [devices] if isinstance(devices, str) else list(devices)
+    known = {"cpu", "cuda", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))}
+    if not torch.cuda.is_available():
+        known = {"cpu"}
+    for device in chosen:
+        if device not in known:
+            raise SettingsError(
+                f"launcher.devices={device}: there is no such device; give auto or some of"
+                f" {', '.join(sorted(known))}"
+            )
+    if not chosen:
+        raise SettingsError("launcher.devices is empty: give auto, cpu or [cuda:0,cuda:1]")
+    return chosen
 
 
 def _quieten() -> None:

@@ -1,13 +1,22 @@
-"""What a person sees while it works: log lines, and above them the bar of a pack."""
+"""What a person sees while it works: log lines, and above them the bars of the packs."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 
 class PrintHandler(logging.Handler):
@@ -17,8 +26,23 @@ class PrintHandler(logging.Handler):
         print(self.format(record), flush=True)
 
 
-class Bar:
-    """The training of one pack: epoch, step, loss, speed, time left. Only on a terminal."""
+@dataclass(frozen=True)
+class Tick:
+    """How far a pack is; plain data, so that a worker process can send it."""
+
+    description: str
+    completed: int
+    total: int
+    loss: float
+    num_runs: int
+
+
+Show = Callable[[Tick], None]
+"""Takes a tick to where a person sees it."""
+
+
+class Screen:
+    """A bar for each pack that trains: epoch, step, loss, speed, time left. Only on a terminal."""
 
     def __init__(self) -> None:
         self._progress = Progress(
@@ -31,10 +55,9 @@ class Bar:
             disable=not Console().is_terminal,
             refresh_per_second=2,
         )
-        self._task = self._progress.add_task("", total=None, loss="", speed="")
-        self._steps_per_epoch = 1
+        self._tasks: dict[str, TaskID] = {}
 
-    def __enter__(self) -> Bar:
+    def __enter__(self) -> Screen:
         self._progress.start()
         return self
 
@@ -46,19 +69,40 @@ class Bar:
     ) -> None:
         self._progress.stop()
 
+    def show(self, tick: Tick, label: str = "") -> None:
+        """Move the bar of the pack that trains on `label`."""
+        if label not in self._tasks:
+            self._tasks[label] = self._progress.add_task("", total=None, loss="", speed="")
+        task = self._tasks[label]
+        speed = self._progress.tasks[self._progress.task_ids.index(task)].speed
+        self._progress.update(
+            task,
+            description=f"{label} {tick.description}".strip(),
+            completed=tick.completed,
+            total=tick.total,
+            loss=f"loss {tick.loss:.4f}",
+            speed=f"{speed:.1f} it/s x {tick.num_runs}" if speed else "",
+        )
+
+
+class Bar:
+    """Counts the steps of one pack for its bar, and says so twice a second at most."""
+
+    def __init__(self, show: Show | None) -> None:
+        self._show = show
+        self._tick = Tick("", 0, 0, 0.0, 0)
+        self._shown = 0.0
+
     def epoch(self, number: int, num_epochs: int, steps_per_epoch: int) -> None:
         """Begin an epoch; the bar spans all of them, so its time left is the pack's."""
-        self._steps_per_epoch = steps_per_epoch
-        self._progress.update(
-            self._task,
-            description=f"epoch {number}/{num_epochs}",
-            completed=(number - 1) * steps_per_epoch,
-            total=num_epochs * steps_per_epoch,
-        )
+        completed, total = (number - 1) * steps_per_epoch, num_epochs * steps_per_epoch
+        self._tick = Tick(f"epoch {number}/{num_epochs}", completed, total, 0.0, 0)
 
     def step(self, losses: Sequence[float]) -> None:
         """One step of every run is done."""
-        task = self._progress.tasks[0]
-        speed = f"{task.speed:.1f} it/s x {len(losses)}" if task.speed else ""
-        loss = f"loss {sum(losses) / len(losses):.4f}"
-        self._progress.update(self._task, advance=1, loss=loss, speed=speed)
+        loss, completed = sum(losses) / len(losses), self._tick.completed + 1
+        self._tick = replace(self._tick, completed=completed, loss=loss, num_runs=len(losses))
+        now = time.monotonic()
+        if self._show is not None and (now - self._shown > 0.5 or completed == self._tick.total):
+            self._show(self._tick)
+            self._shown = now

@@ -6,31 +6,48 @@ import hashlib
 import json
 import logging
 import math
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import TracebackType
 
 from filelock import FileLock
 
-from lorasweep import captions, dataset, folders, latents, lora_file, report, sampling
-from lorasweep.adapters.pack import Pack
+from lorasweep import captions, dataset, folders, latents
 from lorasweep.checkpoint import Checkpoint
 from lorasweep.config import Run
-from lorasweep.metrics import Images, Scored, Scores, Terms
-from lorasweep.models import BaseModel, is_out_of_memory, resolve_device
-from lorasweep.tracking import NewRun, RunLog, Tracker
+from lorasweep.judge import Clock, Judge, load_pack
+from lorasweep.metrics import Images, Scores, Terms
+from lorasweep.models import BaseModel, memory_for, resolve_device
+from lorasweep.progress import Screen, Show
+from lorasweep.tracking import PRUNED_TAG, TRIAL_TAG, NewRun, RunLog, Tracker
 from lorasweep.trainers import Epoch, Training, TrainingData, TrainingRun
 
-if TYPE_CHECKING:
-    from PIL import Image
+__all__ = [
+    "EpochReport",
+    "Failure",
+    "Finished",
+    "Report",
+    "RunError",
+    "Session",
+    "Started",
+    "captions_used",
+    "load_pack",
+    "run_pack",
+    "training_run",
+    "write_folders",
+]
 
 log = logging.getLogger(__name__)
 
-Samples = Mapping[str, "Image.Image"]
-"""Pictures by the key that MLflow shows them under."""
+
+@dataclass(frozen=True, kw_only=True)
+class Started:
+    """A run has joined a pack."""
+
+    run: str
+    device: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,91 +66,237 @@ class Failure:
 
     run: str
     reason: str
+    transient: bool = False
+    """Might it go well another time? A killed worker and memory shared with others are so."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """A run that came to its end, or was dropped before it."""
+
+    run: str
+    dropped: bool
+
+
+Report = Started | EpochReport | Failure | Finished
 
 
 class RunError(RuntimeError):
     """A run of a sweep failed; the message is its reason."""
 
 
-@dataclass
-class Clock:
-    """Seconds of wall time by what they were spent on."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def __call__(self, what: str) -> Iterator[None]:
-        begun = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - begun
-
-
-def run_pack(runs: Sequence[Run]) -> Iterator[EpochReport | Failure]:
+def run_pack(runs: Sequence[Run]) -> Iterator[Report]:
     """Train runs together, yielding a report of every checkpoint once it is scored and logged.
 
     Raises ValueError for what the user must mend (images, captions, model, resolution), before any
     training; a run that fails alone is a Failure, the others go on.
     """
-    first, clock = runs[0], Clock()
-    with clock("prepare"):
-        device = resolve_device(first.trainer.device)
-        data = write_folders(first)
-    with Tracker(first.tracking, first.output_root) as tracker:
-        texts = captions_used(first, data)
-        logs = {run.name: tracker.open_run(_new_run(run, data, texts)) for run in runs}
-        with clock("prepare"):
-            base = first.model.load(device, first.trainer.precision)
-            tracker.ready()  # a store that can't be written ends here, before any training
-            images = _images(base, first, data)
-            judge = _Judge(base, runs, images, clock)
-            training = first.trainer.start(
-                base,
-                [training_run(run) for run in runs],
-                TrainingData(images.train, first.dataset),
+    with Screen() as screen, Session(runs[0], show=screen.show) as session:
+        for reports in session.train(runs):
+            yield from reports
+
+
+class Session:
+    """What runs that can share a pack share: images, base model, baselines, the way to MLflow.
+
+    It lasts from pack to pack, each an iteration of `train`. Between two of its lists of reports,
+    runs may `join` and `drop` out. `max_pack` bounds the runs that train at once, and so does the
+    memory of a CUDA device, measured once.
+    """
+
+    def __init__(
+        self,
+        first: Run,
+        *,
+        max_pack: int | None = None,
+        load: Callable[[Run, str], BaseModel] | None = None,
+        show: Show | None = None,
+    ) -> None:
+        """Draw, caption and write the images of `first`, whose like will be trained."""
+        self.first, self.clock, self.max_pack = first, Clock(), max_pack
+        self._load, self._show = load or load_base, show
+        with self.clock("prepare"):
+            self.device = resolve_device(first.trainer.device)
+            self._folder = write_folders(first)
+        self._captions = captions_used(first, self._folder)
+        self._judge: Judge | None = None
+        self._runs: dict[str, _Member] = {}  # those that train
+        self._waiting: list[_Member] = []
+        self._tracker = Tracker(first.tracking, first.output_root)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Write what waits for MLflow; runs that an error broke off are marked there."""
+        self._tracker.__exit__(kind, error, trace)
+
+    def train(self, runs: Sequence[Run]) -> Iterator[list[Report]]:
+        """Train runs as one pack, and those that join it; what each epoch brought.
+
+        Raises ValueError for what the user must mend, before any training.
+        """
+        for run in runs:
+            self.join(run)
+        if self._judge is None:
+            self._prepare()
+        trainer = self.first.trainer
+        self._training: Training = trainer.start(self._base, [], self._data, self._show)
+        epochs = iter(self._training)
+        while True:
+            while started := self._admit():
+                yield started
+            with self.clock("train"):
+                epoch = next(epochs, None)
+            if epoch is None:
+                return
+            yield self._reports(epoch)
+
+    def join(self, run: Run) -> None:
+        """Train `run` too, from the next epoch on or once there is room."""
+        new = _new_run(run, self._folder, self._captions)
+        self._waiting.append(_Member(run, self._tracker.open_run(new), dict(self.clock.seconds)))
+
+    def drop(self, name: str) -> Finished:
+        """Let a run leave after the epoch it has finished; its checkpoints stand."""
+        waiting = [member for member in self._waiting if member.run.name == name]
+        if not waiting:
+            self._training.drop(name)
+        self._waiting = [member for member in self._waiting if member not in waiting]
+        return self._finish(waiting[0] if waiting else self._runs[name], dropped=True)
+
+    @property
+    def names(self) -> list[str]:
+        """The runs that train or wait to."""
+        return [*self._runs, *(member.run.name for member in self._waiting)]
+
+    @property
+    def max_runs(self) -> int | None:
+        """Runs that can train at once, as far as that is known."""
+        known = (self.max_pack, self._fitting, self._training.max_runs)
+        return min((number for number in known if number is not None), default=None)
+
+    def _prepare(self) -> None:
+        with self.clock("prepare"):
+            self._base = self._load(self.first, self.device)
+            self._tracker.ready()  # a store that can't be written ends here, before any training
+            images = _images(self._base, self.first, self._folder)
+            self._data = TrainingData(images.train, self.first.dataset)
+            self._judge = Judge(self._base, self.first, images, self.clock)
+            self._fitting = self._measure()
+
+    def _measure(self) -> int | None:
+        """Runs that fit into the device's memory; what a step takes grows with K x B."""
+        first = training_run(self._waiting[0].run)
+
+        def step() -> None:
+            self.first.trainer.start(self._base, [first], self._data).probe()
+
+        number = memory_for(self.device, step)
+        if number is not None:
+            log.info("%s has memory for %d runs at once", self.device, number)
+        return number
+
+    def _admit(self) -> list[Report]:
+        """Take in who waits, while there is room; what became of each."""
+        reports: list[Report] = []
+        while self._waiting and (self.max_runs is None or len(self._runs) < self.max_runs):
+            reports.append(self._start(self._waiting.pop(0)))
+        started = [report.run for report in reports if isinstance(report, Started)]
+        if started:
+            log.info("training %s", ", ".join(started))
+        return reports
+
+    def _start(self, member: _Member) -> Report:
+        assert self._judge is not None
+        name = member.run.name
+        try:
+            self._training.join(training_run(member.run))
+        except ValueError as error:  # this run's settings: the others go on
+            member.log.finish("FAILED", str(error))
+            return Failure(run=name, reason=str(error))
+        self._runs[name] = member
+        member.log.log_base(*self._judge.base_model(member.run))
+        return Started(run=name, device=self.device)
+
+    def _reports(self, epoch: Epoch) -> list[Report]:
+        for name, steps in epoch.steps.items():
+            for step, values in steps:
+                self._runs[name].log.log_step(step, values)
+        reports: list[Report] = []
+        for name, reason in epoch.failures.items():
+            self._runs.pop(name).log.finish("FAILED", reason)
+            reports.append(Failure(run=name, reason=reason))
+        reports += self._scored(epoch.checkpoints)
+        for one in epoch.checkpoints:
+            member = self._runs[one.run]
+            if one.epoch == member.run.trainer.max_train_epochs:
+                reports.append(self._finish(member, dropped=False))
+        return reports
+
+    def _scored(self, checkpoints: Sequence[Checkpoint]) -> list[Report]:
+        """Score and draw the checkpoints of an epoch, all at once, and log them."""
+        if not checkpoints:
+            return []
+        assert self._judge is not None
+        runs = {name: member.run for name, member in self._runs.items()}
+        reports: list[Report] = []
+        for one, (scored, samples) in zip(
+            checkpoints, self._judge.checkpoints(checkpoints, runs), strict=True
+        ):
+            self._runs[one.run].log.log_epoch(one, scored.scores, samples, scored.terms)
+            report = EpochReport(
+                run=one.run, checkpoint=one, scores=scored.scores, terms=scored.terms
             )
-        scores, samples = judge.base_model()
-        for run in runs:
-            logs[run.name].log_base(scores, samples)
-        for epoch in _timed(training, clock):
-            for name, steps in epoch.steps.items():
-                for step, values in steps:
-                    logs[name].log_step(step, values)
-            for name, reason in epoch.failures.items():
-                logs[name].finish("FAILED", reason)
-                yield Failure(run=name, reason=reason)
-            yield from _judged(judge, epoch.checkpoints, logs)
-        for run in runs:
-            _finish(run, logs[run.name], judge.contact_sheet(run), clock)
+            reports.append(report)
+        _say(reports)
+        return reports
+
+    def _finish(self, member: _Member, *, dropped: bool) -> Finished:
+        assert self._judge is not None
+        run, run_log = member.run, member.log
+        self._runs.pop(run.name, None)
+        sheet = self._judge.contact_sheet(run)
+        if sheet is not None:
+            run_log.log_file(sheet)
+            log.info("%s: contact sheet %s", run.name, sheet)
+        run_log.log_file(run.output_dir / "captions.json")
+        timing = run.output_dir / "seconds.json"
+        timing.write_text(json.dumps(self.clock.since(member.begun), indent=1))
+        run_log.log_file(timing)
+        if dropped:
+            run_log.tag(PRUNED_TAG, "true")
+        run_log.finish("KILLED" if dropped else "FINISHED")
+        return Finished(run=run.name, dropped=dropped)
 
 
-def _timed(training: Training, clock: Clock) -> Iterator[Epoch]:
-    epochs = iter(training)
-    while True:
-        with clock("train"):
-            epoch = next(epochs, None)
-        if epoch is None:
-            return
-        yield epoch
+@dataclass(frozen=True)
+class _Member:
+    """A run of a session, with its log and the session's clock as it was when the run came."""
+
+    run: Run
+    log: RunLog
+    begun: dict[str, float]
 
 
-def _judged(
-    judge: _Judge, checkpoints: Sequence[Checkpoint], logs: Mapping[str, RunLog]
-) -> Iterator[EpochReport]:
-    """Score and draw the checkpoints of an epoch, all at once, and log them."""
-    if not checkpoints:
-        return
-    judged = judge.checkpoints(checkpoints)
-    for one, (scored, samples) in zip(checkpoints, judged, strict=True):
-        logs[one.run].log_epoch(one, scored.scores, samples, scored.terms)
-    shown = ", ".join(
-        f"{one.run} {scored.scores.get('val/loss_rel', math.nan):.3f}"
-        for one, (scored, _) in zip(checkpoints, judged, strict=True)
-    )
-    log.info("epoch %d, val/loss_rel: %s", checkpoints[0].epoch, shown)
-    for one, (scored, _) in zip(checkpoints, judged, strict=True):
-        yield EpochReport(run=one.run, checkpoint=one, scores=scored.scores, terms=scored.terms)
+def load_base(run: Run, device: str) -> BaseModel:
+    """The run's base model on a device."""
+    return run.model.load(device, run.trainer.precision)
+
+
+def _say(reports: Sequence[Report]) -> None:
+    found = [report for report in reports if isinstance(report, EpochReport)]
+    found.sort(key=lambda report: report.checkpoint.epoch)  # runs that joined are behind
+    for epoch, of_epoch in groupby(found, key=lambda report: report.checkpoint.epoch):
+        shown = ", ".join(
+            f"{report.run} {report.scores.get('val/loss_rel', math.nan):.3f}" for report in of_epoch
+        )
+        log.info("epoch %d, val/loss_rel: %s", epoch, shown)
 
 
 def write_folders(run: Run) -> Path:
@@ -155,11 +318,6 @@ def write_folders(run: Run) -> Path:
     root.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(root.with_name(f".{name}.lock")):
         return folders.write(images, texts, root, run.dataset.caption_extension)
-
-
-def load_pack(base: BaseModel, files: Sequence[Path]) -> Pack:
-    """Written LoRA files, ready to be attached to the base. Raises ValueError for a bad one."""
-    return Pack.from_files(base.parts, [lora_file.read(path).tensors for path in files])
 
 
 def captions_used(run: Run, data: Path) -> str:
@@ -189,17 +347,12 @@ def _new_run(run: Run, data: Path, texts: str) -> NewRun:
         manifest=manifest,
         image_dir=run.dataset.image_dir,
         dataset_digest=hashlib.sha256(manifest.read_bytes() + texts.encode()).hexdigest(),
-        tags={"lorasweep.output_dir": str(run.output_dir), "lorasweep.folders": str(data)},
+        tags={
+            "lorasweep.output_dir": str(run.output_dir),
+            "lorasweep.folders": str(data),
+            **({} if run.number is None else {TRIAL_TAG: str(run.number)}),
+        },
     )
-
-
-def _images(base: BaseModel, run: Run, data: Path) -> Images:
-    def split(name: str) -> list[latents.Item]:
-        folder = data / name
-        arms = folders.read(folder, run.dataset.caption_extension) if folder.is_dir() else []
-        return latents.encode(base, arms, run.dataset, run.cache_dir)
-
-    return Images(train=split("train"), holdout=split("holdout"))
 
 
 def training_run(run: Run) -> TrainingRun:
@@ -216,110 +369,10 @@ def training_run(run: Run) -> TrainingRun:
     )
 
 
-class _Judge:
-    """Scores and draws checkpoints from their files, on the clean base."""
+def _images(base: BaseModel, run: Run, data: Path) -> Images:
+    def split(name: str) -> list[latents.Item]:
+        folder = data / name
+        arms = folders.read(folder, run.dataset.caption_extension) if folder.is_dir() else []
+        return latents.encode(base, arms, run.dataset, run.cache_dir)
 
-    def __init__(self, base: BaseModel, runs: Sequence[Run], images: Images, clock: Clock) -> None:
-        first = runs[0]
-        self.base, self.clock, self.sampling = base, clock, first.sampling
-        self.runs = {run.name: run for run in runs}
-        prepared = (metric.prepare(base, images) for metric in first.metrics.values())
-        self.scorers = [scorer for scorer in prepared if scorer is not None]
-        self.prompts = self.sampling.resolve(first.dataset.size, base.vae_scale_factor)
-
-    def base_model(self) -> tuple[Scores, Samples]:
-        """The bare base's own scores and pictures: epoch 0 of every run."""
-        scores = {name: value for s in self.scorers for name, value in s.baseline().items()}
-        if self.sampling.every_n_epochs == 0:
-            return scores, {}
-        with self.clock("sample"):
-            (images,) = sampling.render(self.base, None, self.prompts, self.sampling)
-        for run in self.runs.values():
-            self._save(run, 0, images)
-        return scores, self._named(images)
-
-    def checkpoints(self, checkpoints: Sequence[Checkpoint]) -> list[tuple[Scored, Samples]]:
-        """Scores and pictures of each checkpoint; out of memory, of one half after the other."""
-        try:
-            return self._judge(checkpoints)
-        except RuntimeError as error:
-            if not is_out_of_memory(error) or len(checkpoints) == 1:
-                raise
-        middle = len(checkpoints) // 2
-        log.warning("out of memory with %d checkpoints: fewer are scored at once", len(checkpoints))
-        return self.checkpoints(checkpoints[:middle]) + self.checkpoints(checkpoints[middle:])
-
-    def _judge(self, checkpoints: Sequence[Checkpoint]) -> list[tuple[Scored, Samples]]:
-        with self.clock("score"):
-            pack = load_pack(self.base, [one.path for one in checkpoints])
-            by_scorer = [scorer.score(pack) for scorer in self.scorers]
-        merged = [_merged([of_all[n] for of_all in by_scorer]) for n in range(len(checkpoints))]
-        return list(zip(merged, self._draw(pack, checkpoints), strict=True))
-
-    def _draw(self, pack: Pack, checkpoints: Sequence[Checkpoint]) -> list[Samples]:
-        due = [self.sampling.due(one.epoch) for one in checkpoints]
-        if not any(due):
-            return [{} for _ in checkpoints]
-        with self.clock("sample"):
-            drawn = sampling.render(self.base, pack, self.prompts, self.sampling)
-        for one, images, is_due in zip(checkpoints, drawn, due, strict=True):
-            if is_due:
-                self._save(self.runs[one.run], one.epoch, images)
-        return [
-            self._named(images) if is_due else {} for images, is_due in zip(drawn, due, strict=True)
-        ]
-
-    def contact_sheet(self, run: Run) -> Path | None:
-        """The run's pictures in one: epochs down, prompts across, the bare base first."""
-        from PIL import Image
-
-        epochs = sorted({int(path.stem.split("_")[-2][1:]) for path in _sample_dir(run).glob("*")})
-        if not epochs:
-            return None
-        rows = [
-            (
-                "base" if epoch == 0 else f"epoch {epoch}",
-                [Image.open(_sample_path(run, epoch, n)) for n in range(len(self.prompts))],
-            )
-            for epoch in report.thinned(epochs)
-        ]
-        path = run.output_dir / "contact_sheet.png"
-        report.contact_sheet(rows, [prompt.text for prompt in self.prompts]).save(path)
-        return path
-
-    def _named(self, images: Sequence[Image.Image]) -> Samples:
-        keys = [f"{number:02d} {prompt.text}" for number, prompt in enumerate(self.prompts)]
-        return dict(zip(keys, images, strict=True))
-
-    def _save(self, run: Run, epoch: int, images: Sequence[Image.Image]) -> None:
-        _sample_dir(run).mkdir(parents=True, exist_ok=True)
-        for number, image in enumerate(images):
-            image.save(_sample_path(run, epoch, number))
-
-
-def _merged(parts: Sequence[Scored]) -> Scored:
-    """What all metrics say of one checkpoint."""
-    return Scored(
-        scores={name: value for part in parts for name, value in part.scores.items()},
-        terms={name: values for part in parts for name, values in part.terms.items()},
-    )
-
-
-def _sample_dir(run: Run) -> Path:
-    return run.output_dir / "samples"
-
-
-def _sample_path(run: Run, epoch: int, number: int) -> Path:
-    """kohya's naming: NAME_e000001_00.png."""
-    return _sample_dir(run) / f"{run.name}_e{epoch:06d}_{number:02d}.png"
-
-
-def _finish(run: Run, run_log: RunLog, sheet: Path | None, clock: Clock) -> None:
-    if sheet is not None:
-        run_log.log_file(sheet)
-        log.info("%s: contact sheet %s", run.name, sheet)
-    run_log.log_file(run.output_dir / "captions.json")
-    timing = run.output_dir / "seconds.json"
-    timing.write_text(json.dumps(clock.seconds, indent=1))
-    run_log.log_file(timing)
-    run_log.finish("FINISHED")
+    return Images(train=split("train"), holdout=split("holdout"))

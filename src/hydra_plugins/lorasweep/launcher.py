@@ -8,14 +8,14 @@ from typing import Any
 from hydra.core.utils import JobReturn, configure_log, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 
 class PacksLauncher(Launcher):
-    """Trains the jobs of a multirun in packs of at most `max_pack`."""
+    """Trains the jobs of a multirun in packs, with the settings of lorasweep.launcher.Packs."""
 
-    def __init__(self, max_pack: int) -> None:
-        self.max_pack = max_pack
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -28,11 +28,32 @@ class PacksLauncher(Launcher):
     ) -> Sequence[JobReturn]:
         from lorasweep.launcher import launch
 
+        settings = self._begin()
+        loader = self.hydra_context.config_loader
+        return launch(self.config, loader, job_overrides, initial_job_idx, settings)
+
+    def fleet(self) -> Any:
+        """The workers themselves, for a sweeper that gives them runs one by one; None where packs
+        are jobs of another engine."""
+        from lorasweep.fleet import Fleet, choose_devices
+
+        settings = self._begin()
+        if settings.pack_via is not None:
+            return None
+        devices = choose_devices(settings.devices, self.config.trainer.device)
+        return Fleet(devices, settings.max_pack)
+
+    def _begin(self) -> Any:
+        """The checked settings; from here on, one log file for the sweep."""
+        from lorasweep.launcher import Packs
+        from lorasweep.settings import build_class
+
+        values = OmegaConf.to_container(OmegaConf.create(self.settings))
+        settings = build_class(Packs, values, "launcher")  # type: ignore[arg-type]
         setup_globals()
         sweep_dir = Path(self.config.hydra.sweep.dir)
         sweep_dir.mkdir(parents=True, exist_ok=True)
-        with open_dict(self.config):  # one log file for the sweep
+        with open_dict(self.config):
             self.config.hydra.runtime.output_dir = str(sweep_dir.absolute())
         configure_log(self.config.hydra.job_logging, self.config.hydra.verbose)
-        loader = self.hydra_context.config_loader
-        return launch(self.config, loader, job_overrides, initial_job_idx, self.max_pack)
+        return settings

@@ -14,10 +14,20 @@ from lorasweep.tracking.reading import (
     sweeps,
 )
 from lorasweep.tracking.server import experiment_page, page, serve
-from lorasweep.tracking.store import Tracking, TrackingError, create_store, public_uri, sqlite_path
-from lorasweep.tracking.tracker import RunLog, Tracker
+from lorasweep.tracking.store import (
+    PRUNED_TAG,
+    TRIAL_TAG,
+    Tracking,
+    TrackingError,
+    create_store,
+    public_uri,
+    sqlite_path,
+)
+from lorasweep.tracking.tracker import RunLog, Tracker, mark_broken
 
 __all__ = [
+    "PRUNED_TAG",
+    "TRIAL_TAG",
     "Candidate",
     "NewRun",
     "RunLog",
@@ -30,6 +40,7 @@ __all__ = [
     "create_store",
     "experiment_page",
     "fetch_file",
+    "mark_broken",
     "page",
     "public_uri",
     "record_choice",

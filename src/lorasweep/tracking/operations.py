@@ -24,6 +24,7 @@ from lorasweep.tracking.store import (
     RUN_TAG,
     SWEEP_TAG,
     TERMS_TAG,
+    same_run,
 )
 from lorasweep.tracking.writer import Store
 
@@ -90,6 +91,8 @@ class Open:
     def write(self, store: Store) -> None:
         from mlflow.entities import Param
 
+        if self.new.sweep is not None:
+            self._forget_earlier(store)
         tags = {**source_tags(), **self.new.tags, **_run_tags(self.run)}
         created = store.client.create_run(
             store.experiment_id,
@@ -102,6 +105,14 @@ class Open:
         store.client.log_inputs(run_id, [_dataset(self.new)])
         self._write_files(store.client, run_id)
         self.run.id.set_result(run_id)
+
+    def _forget_earlier(self, store: Store) -> None:
+        """Delete an earlier attempt at this run of the sweep, and its checkpoints."""
+        where, client = same_run(self.run.sweep, self.run.name), store.client
+        for run in client.search_runs([store.experiment_id], where):
+            client.delete_run(run.info.run_id)
+            for model in client.search_logged_models([store.experiment_id], where):
+                client.delete_logged_model(model.model_id)
 
     def _write_files(self, client: MlflowClient, run_id: str) -> None:
         with tempfile.TemporaryDirectory() as name:
@@ -208,6 +219,18 @@ class Picture:
 
     def write(self, store: Store) -> None:
         store.client.log_image(self.run.id.result(), self.image, artifact_file=self.name)
+
+
+@dataclass(frozen=True)
+class Tag:
+    """Set a tag."""
+
+    run: RunRef
+    key: str
+    value: str
+
+    def write(self, store: Store) -> None:
+        store.client.set_tag(self.run.id.result(), self.key, self.value)
 
 
 @dataclass(frozen=True)

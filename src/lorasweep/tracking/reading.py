@@ -24,6 +24,7 @@ from lorasweep.tracking.store import (
     client_of,
     open_experiment,
     quieten_mlflow,
+    quoted,
 )
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def candidates(
     """All scored checkpoints of the experiment, or of one sweep or run, in the order written."""
     client, experiment_id = open_experiment(uri, experiment)
     wanted = [(SWEEP_TAG, sweep), (RUN_TAG, run)]
-    query = " AND ".join(f"tags.`{tag}` = {_quoted(name)}" for tag, name in wanted if name)
+    query = " AND ".join(f"tags.`{tag}` = {quoted(name)}" for tag, name in wanted if name)
     found = [
         _candidate(model)
         for model in _models(client, experiment_id, query)
@@ -166,7 +167,7 @@ def _candidate(model: LoggedModel) -> Candidate:
 
 
 def _forget_choice(client: MlflowClient, candidate: Candidate) -> None:
-    query = f"tags.`{SWEEP_TAG}` = {_quoted(candidate.sweep)} AND tags.`{PICKED_TAG}` != ''"
+    query = f"tags.`{SWEEP_TAG}` = {quoted(candidate.sweep)} AND tags.`{PICKED_TAG}` != ''"
     for run in client.search_runs([candidate.experiment_id], query):
         for tag in (PICKED_TAG, CHOSEN_BY_TAG):
             client.delete_tag(run.info.run_id, tag)
@@ -182,7 +183,7 @@ def _register(
     import mlflow
 
     _ensure_registered_model(client, name)
-    query = f"name = {_quoted(name)} AND run_id = {_quoted(candidate.run_id)}"
+    query = f"name = {quoted(name)} AND run_id = {quoted(candidate.run_id)}"
     for version in client.search_model_versions(query):
         if version.tags.get(CHECKPOINT_TAG) == candidate.name:
             for key, value in tags.items():
@@ -209,7 +210,3 @@ def _ensure_registered_model(client: MlflowClient, name: str) -> None:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-
-
-def _quoted(value: str) -> str:
-    return f'"{value}"' if "'" in value else f"'{value}'"

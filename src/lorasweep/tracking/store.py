@@ -28,6 +28,8 @@ PICKED_TAG = "lorasweep.picked"
 CHOSEN_BY_TAG = "lorasweep.chosen_by"
 REASON_TAG = "lorasweep.reason"
 TERMS_TAG = "lorasweep.terms"
+TRIAL_TAG = "lorasweep.trial"
+PRUNED_TAG = "lorasweep.pruned"
 
 
 class TrackingError(RuntimeError):
@@ -130,6 +132,18 @@ def is_server(uri: str) -> bool:
 def public_uri(uri: str) -> str:
     """The URI without user name and password, fit for logs."""
     return re.sub(r"//[^/@]*@", "//***@", uri)
+
+
+def same_run(sweep: str, name: str) -> str:
+    """MLflow's filter for what belongs to the run `name` of a sweep."""
+    return " AND ".join(
+        f"tags.`{tag}` = {quoted(value)}" for tag, value in ((SWEEP_TAG, sweep), (RUN_TAG, name))
+    )
+
+
+def quoted(value: str) -> str:
+    """A text in MLflow's filters."""
+    return f'"{value}"' if "'" in value else f"'{value}'"
 
 
 def quieten_mlflow() -> None:

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING
 from lorasweep.checkpoint import Checkpoint
 from lorasweep.tracking import operations
 from lorasweep.tracking.operations import NewRun, Status
-from lorasweep.tracking.store import Tracking, TrackingError, client_of, create_store
+from lorasweep.tracking.store import (
+    REASON_TAG,
+    Tracking,
+    TrackingError,
+    client_of,
+    create_store,
+    same_run,
+    sqlite_path,
+)
 from lorasweep.tracking.writer import Store, Writer
 
 if TYPE_CHECKING:
@@ -116,6 +124,10 @@ class RunLog:
         """Add one picture to the run's artifacts: `contact_sheet.png`."""
         self._writer.put(operations.Picture(self._run, image, name))
 
+    def tag(self, key: str, value: str) -> None:
+        """Set a tag of the run."""
+        self._writer.put(operations.Tag(self._run, key, value))
+
     def finish(self, status: Status, reason: str | None = None) -> None:
         """End the run, once everything of it is written; a second call does nothing."""
         if self._finished:
@@ -153,7 +165,25 @@ class RunLog:
         return points
 
 
+def mark_broken(
+    settings: Tracking, output_root: Path, sweep: str | None, name: str, reason: str
+) -> None:
+    """Close a run whose process died without saying so: failed, with the reason."""
+    store = _connect(settings, output_root)
+    where = f"{same_run(sweep or name, name)} AND attributes.status = 'RUNNING'"
+    for run in store.client.search_runs([store.experiment_id], where):
+        store.client.set_tag(run.info.run_id, REASON_TAG, reason)
+        store.client.set_terminated(run.info.run_id, "FAILED")
+
+
 def _connect(settings: Tracking, output_root: Path) -> Store:
-    uri = settings.resolve(output_root)
-    experiment_id = create_store(uri, settings.experiment, settings.artifacts(output_root))
+    uri, artifacts = settings.resolve(output_root), settings.artifacts(output_root)
+    if artifacts is None or sqlite_path(uri) is not None:  # a server, or safe by itself
+        experiment_id = create_store(uri, settings.experiment, artifacts)
+        return Store(client_of(uri), experiment_id)
+    from filelock import FileLock
+
+    output_root.mkdir(parents=True, exist_ok=True)
+    with FileLock(output_root / ".mlflow.lock"):  # two workers can't make the tables at once
+        experiment_id = create_store(uri, settings.experiment, artifacts)
     return Store(client_of(uri), experiment_id)

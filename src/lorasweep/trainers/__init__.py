@@ -13,6 +13,7 @@ from lorasweep.dataset import Dataset
 from lorasweep.latents import Item
 from lorasweep.models import BaseModel
 from lorasweep.optimizers import LRScheduler, Optimizer
+from lorasweep.progress import Show
 
 
 class TrainerError(RuntimeError):
@@ -55,10 +56,16 @@ class Epoch:
 
 
 class Training(Protocol):
-    """A training under way: iterate for its epochs, drop runs from it."""
+    """A training under way: iterate for its epochs; between two of them, join and drop runs."""
+
+    max_runs: int | None
+    """Runs that fitted into memory when more did not."""
 
     def __iter__(self) -> Iterator[Epoch]:
         """Train, yielding each epoch once its checkpoints are written."""
+
+    def join(self, run: TrainingRun) -> None:
+        """Train `run` too, from the next epoch on. Raises ValueError if it can't be trained."""
 
     def drop(self, run: str) -> None:
         """Stop training `run`; the others go on. Its checkpoints stand."""
@@ -67,5 +74,11 @@ class Training(Protocol):
 class Trainer(Protocol):
     """Settings of a trainer, and the way to start it."""
 
-    def start(self, base: BaseModel, runs: Sequence[TrainingRun], data: TrainingData) -> Training:
-        """Prepare to train the runs as one pack."""
+    def start(
+        self,
+        base: BaseModel,
+        runs: Sequence[TrainingRun],
+        data: TrainingData,
+        show: Show | None = None,
+    ) -> Training:
+        """Prepare to train the runs as one pack; `show` takes what a progress bar is to say."""

@@ -1,8 +1,9 @@
 """Which images and captions a run sees at each step, counted and mixed as kohya does.
 
 An epoch holds every image `repeats` times, sorted into buckets and cut into batches; the last batch
-of a bucket may be short. The order of the buckets follows the data set's seed and the order within
-one the run's, so that all runs of a pack meet batches of one shape at each step.
+of a bucket may be short. The order of the buckets follows the data set's seed alone, in every epoch
+the same, and the order within one the run's: so all runs of a pack meet batches of one shape at
+each step, those too that joined it later and are in another epoch.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def epoch_batches(
         for bucket, indices in _by_bucket(items).items()
     }
     sequence = [bucket for bucket, cut in batches.items() for _ in cut]
-    rng.python_random(data_seed, "buckets", epoch).shuffle(sequence)
+    rng.python_random(data_seed, "buckets").shuffle(sequence)
     return [batches[bucket].pop() for bucket in sequence]
 
 

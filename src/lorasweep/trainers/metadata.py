@@ -39,7 +39,7 @@ def _run(training: NativeTraining, state: RunState) -> dict[str, object]:
     optimizer = type(state.optimizer)
     return {
         "ss_session_id": state.session_id,
-        "ss_training_started_at": training.started,
+        "ss_training_started_at": state.started,
         "ss_training_finished_at": time.time(),
         "ss_output_name": run.name,
         "ss_learning_rate": run.optimizer.unet_lr,

@@ -19,7 +19,7 @@ from lorasweep import checkpoint
 from lorasweep.adapters.pack import Pack
 from lorasweep.checkpoint import Checkpoint
 from lorasweep.models import BaseModel, Precision, is_out_of_memory
-from lorasweep.progress import Bar
+from lorasweep.progress import Bar, Show
 from lorasweep.settings import Settings, SettingsError
 from lorasweep.trainers import Epoch, TrainerError, TrainingData, TrainingRun
 from lorasweep.trainers.batches import Batch, epoch_batches, steps_per_epoch
@@ -57,10 +57,14 @@ class NativeTrainer(Settings):
             raise SettingsError(f"trainer.device={self.device}: give auto, cpu, cuda or cuda:1")
 
     def start(
-        self, base: BaseModel, runs: Sequence[TrainingRun], data: TrainingData
+        self,
+        base: BaseModel,
+        runs: Sequence[TrainingRun],
+        data: TrainingData,
+        show: Show | None = None,
     ) -> NativeTraining:
-        """Prepare to train the runs as one pack."""
-        return NativeTraining(self, base, runs, data)
+        """Prepare to train the runs as one pack; `show` takes what the bar is to say."""
+        return NativeTraining(self, base, runs, data, show)
 
 
 @dataclass
@@ -82,9 +86,19 @@ class _Members:
         states = [self.states[index] for index in indices]
         return _Members(self.pack.select(indices), states)
 
+    def joined(self, other: _Members) -> _Members:
+        """These and one more; runs of one kind are neighbours and share a stack."""
+        kind = _kind(other.states[0].run)
+        place = sum(_kind(state.run) <= kind for state in self.states)
+        if place == len(self.states):
+            return _Members(self.pack.joined(other.pack), self.states + other.states)
+        before, after = self.select(range(place)), self.select(range(place, len(self.states)))
+        pack = before.pack.joined(other.pack).joined(after.pack)
+        return _Members(pack, before.states + other.states + after.states)
+
 
 class NativeTraining:
-    """A training under way: iterate for its epochs, `drop` runs from it."""
+    """A training under way: iterate for its epochs; between two of them runs `join` and `drop`."""
 
     def __init__(
         self,
@@ -92,39 +106,70 @@ class NativeTraining:
         base: BaseModel,
         runs: Sequence[TrainingRun],
         data: TrainingData,
+        show: Show | None = None,
     ) -> None:
         self.settings, self.base, self.data = settings, base, data
-        self.started = time.time()
+        self.max_runs: int | None = None
+        self._bar = Bar(show)
         self.steps_per_epoch = steps_per_epoch(
             data.items, settings.batch_size, settings.gradient_accumulation_steps
         )
-        ordered = sorted(runs, key=_kind)  # runs of one kind are neighbours and share a stack
-        pack = Pack.new(
-            base.parts,
-            [(run.adapter, run.seed, run.optimizer.trained_parts) for run in ordered],
-            [run.optimizer.bare_blocks for run in ordered],
-        )
-        states = [
-            RunState(run, pack.views(index, run.optimizer.group_of), self.steps_per_epoch, base)
-            for index, run in enumerate(ordered)
-        ]
         self._loss = PackLoss(base, data, settings.gradient_accumulation_steps)
-        self._members = _Members(pack, states)
+        self._members = self._new(sorted(runs, key=_kind))
         self._members.bind()
         self._waiting: list[_Members] = []
+        self._joining: list[_Members] = []
         if settings.gradient_checkpointing:
             base.checkpoint_gradients()
 
     def __iter__(self) -> Iterator[Epoch]:
-        with Bar() as bar:
-            while self._members.states:
-                epoch = self._epoch_or_split(bar)
-                if epoch is not None:
-                    yield epoch
-                    self._keep(lambda state: state.num_epochs < state.run.max_train_epochs)
-                if not self._members.states and self._waiting:
-                    self._members = self._waiting.pop()
-                    self._members.bind()
+        while self._gather():
+            epoch = self._epoch_or_split()
+            if epoch is not None:
+                yield epoch
+                self._keep(lambda state: state.num_epochs < state.run.max_train_epochs)
+
+    def join(self, run: TrainingRun) -> None:
+        """Let `run` train with the others from the next epoch on, from its own first one.
+
+        Raises ValueError where its settings can't be trained on this base; the others go on.
+        """
+        self._joining.append(self._new([run]))
+
+    def _new(self, runs: Sequence[TrainingRun]) -> _Members:
+        """Runs before their first step; runs of one kind must be neighbours."""
+        pack = Pack.new(
+            self.base.parts,
+            [(run.adapter, run.seed, run.optimizer.trained_parts) for run in runs],
+            [run.optimizer.bare_blocks for run in runs],
+        )
+        states = [
+            RunState(
+                run, pack.views(index, run.optimizer.group_of), self.steps_per_epoch, self.base
+            )
+            for index, run in enumerate(runs)
+        ]
+        return _Members(pack, states)
+
+    def _gather(self) -> bool:
+        """Take in those who join, or the half that waits; is there anyone to train?"""
+        if not self._members.states and self._waiting:
+            self._members = self._waiting.pop()
+            self._members.bind()
+        if self._joining:
+            for new in self._joining:
+                self._members = self._members.joined(new) if self._members.states else new
+            self._joining = []
+            self._members.bind()
+        return bool(self._members.states)
+
+    def probe(self) -> None:
+        """Compute the largest batch once, forward and backward: what a step needs of memory."""
+        members, items = self._members, self.data.items
+        batches = [self._batches(state) for state in members.states]
+        sizes = [sum(items[index].latents.numel() for index in batch) for batch in batches[0]]
+        largest = sizes.index(max(sizes))
+        self._loss.backward(members.pack, members.states, [cut[largest] for cut in batches])
 
     def drop(self, run: str) -> None:
         """Stop training `run`; the others go on. Its checkpoints stand."""
@@ -132,36 +177,51 @@ class NativeTraining:
         for place, members in enumerate(self._waiting):
             others = [i for i, state in enumerate(members.states) if state.run.name != run]
             self._waiting[place] = members.select(others)
+        self._waiting = [members for members in self._waiting if members.states]
+        self._joining = [new for new in self._joining if new.states[0].run.name != run]
 
-    def _epoch_or_split(self, bar: Bar) -> Epoch | None:
+    def _epoch_or_split(self) -> Epoch | None:
         """One epoch; when memory runs out None, with the pack halved and back at its start."""
         before = self._members
         can_split = len(before.states) > 1
         snapshots = [state.snapshot() for state in before.states if can_split]
         try:
-            return self._epoch(bar)
+            return self._epoch()
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             if not can_split:
-                raise TrainerError(_no_memory(before.states[0].run, self.settings)) from None
+                return self._no_memory(before.states[0].run)
         log.warning("out of memory with %d runs: they go on as two packs", len(before.states))
         before.bind()
         for state, snapshot in zip(before.states, snapshots, strict=True):
             state.restore(snapshot)
         middle = len(before.states) // 2
+        self.max_runs = len(before.states) - middle
         self._waiting.append(before.select(range(middle, len(before.states))))
         self._members = before.select(range(middle))
         self._members.bind()
         return None
 
-    def _epoch(self, bar: Bar) -> Epoch:
+    def _no_memory(self, run: TrainingRun) -> Epoch:
+        """What becomes of a run that doesn't fit alone; with others waiting, they go on."""
+        reason = (
+            f"{run.name}: out of memory even alone; try trainer.batch_size below"
+            f" {self.settings.batch_size}, trainer.gradient_checkpointing=true,"
+            " trainer.precision=bf16 or a smaller dataset.resolution"
+        )
+        if not self._waiting:
+            raise TrainerError(reason)
+        self._keep(lambda _: False)
+        return Epoch(checkpoints=[], steps={}, failures={run.name: reason})
+
+    def _epoch(self) -> Epoch:
         states = self._members.states
         batches = {state.run.name: self._batches(state) for state in states}
         steps: dict[str, list[tuple[int, dict[str, float]]]] = {name: [] for name in batches}
         failures: dict[str, str] = {}
         longest = max(states, key=lambda state: state.run.max_train_epochs)
-        bar.epoch(longest.num_epochs + 1, longest.run.max_train_epochs, self.steps_per_epoch)
+        self._bar.epoch(longest.num_epochs + 1, longest.run.max_train_epochs, self.steps_per_epoch)
         num_batches = len(batches[states[0].run.name])
         size = self.settings.gradient_accumulation_steps
         for first in range(0, num_batches, size):
@@ -174,7 +234,7 @@ class NativeTraining:
                 if not state.is_finite:
                     seen = [batches[state.run.name][i] for i in micro_steps]
                     failures[state.run.name] = self._failure(state, record, seen)
-            bar.step([record["train/loss"] for record in records])
+            self._bar.step([record["train/loss"] for record in records])
             if failures:
                 self._keep(lambda state: state.is_finite)
             if not self._members.states:
@@ -264,11 +324,3 @@ def _kind(run: TrainingRun) -> tuple[str, ...]:
     """What runs must share to be stacked together."""
     parts = sorted(run.optimizer.trained_parts)
     return (type(run.adapter).__name__, str(run.adapter.targets), *parts)
-
-
-def _no_memory(run: TrainingRun, settings: NativeTrainer) -> str:
-    return (
-        f"{run.name}: out of memory even alone; try trainer.batch_size below"
-        f" {settings.batch_size}, trainer.gradient_checkpointing=true, trainer.precision=bf16 or a"
-        " smaller dataset.resolution"
-    )

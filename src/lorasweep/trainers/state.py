@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,7 @@ class RunState:
         import torch
 
         self.run = run
+        self.started = time.time()
         self.session_id = rng.key_seed(run.seed, "session", run.name) % 2**32
         self.parameters = {
             group: [torch.nn.Parameter(view, requires_grad=False) for view in tensors]

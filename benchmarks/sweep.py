@@ -1,0 +1,70 @@
+"""A sweep in packs against the same runs in processes of their own: `python -m benchmarks.sweep`.
+
+Trains --runs jobs of --epochs epochs of the demo twice from the command line: `train -m`, whose
+workers train them in packs, and `train` once a run, one after another. Both with warm caches, each
+from the start of its first process to the end of its last. The target is a third of the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.common import show
+
+TARGET = 1 / 3
+
+
+def main() -> None:
+    """Measure both ways in turn and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=8, help="runs of the sweep (default 8)")
+    parser.add_argument("--epochs", type=int, default=6, help="epochs of each (default 6)")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings to change")
+    arguments = parser.parse_args()
+    settings = [f"trainer.max_train_epochs={arguments.epochs}", *arguments.overrides]
+    with tempfile.TemporaryDirectory() as name:
+        common = ["experiment=demo", f"cache_dir={name}/cache", *settings]
+        _train([*common, "trainer.max_train_epochs=1", f"output_root={name}/warm"])
+        packs = _packs(common, arguments.runs, Path(name))
+        alone = _alone(common, arguments.runs, Path(name))
+    show(
+        f"{arguments.runs} runs of {arguments.epochs} epochs",
+        ["how", "seconds", "share", "target"],
+        [
+            ["processes of their own", f"{alone:.1f}", "1", ""],
+            ["packs", f"{packs:.1f}", f"{packs / alone:.2f}", f"<= {TARGET:.2f}"],
+        ],
+    )
+
+
+def _packs(common: Sequence[str], num_runs: int, folder: Path) -> float:
+    seeds = ",".join(str(seed) for seed in range(num_runs))
+    return _train(["-m", *common, f"output_root={folder}/packs", f"seed={seeds}"])
+
+
+def _alone(common: Sequence[str], num_runs: int, folder: Path) -> float:
+    return sum(
+        _train([*common, f"output_root={folder}/alone", f"name=run-{seed}", f"seed={seed}"])
+        for seed in range(num_runs)
+    )
+
+
+def _train(arguments: Sequence[str]) -> float:
+    """Seconds of wall time of one command."""
+    begun = time.perf_counter()
+    subprocess.run(
+        [sys.executable, "-m", "lorasweep", "train", *arguments],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    return time.perf_counter() - begun
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Whole packs as jobs of engines that reach other machines: submitit, Ray, joblib.
+
+Each job trains one pack in a process of its own; nobody joins it later.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from lorasweep.config import Run, one_line
+from lorasweep.run import Failure, run_pack
+from lorasweep.settings import SettingsError
+
+log = logging.getLogger(__name__)
+
+Engine = Literal["submitit_slurm", "submitit_local", "joblib", "ray"]
+Reasons = dict[str, str]
+"""Run -> why it failed."""
+
+
+def train_by_jobs(
+    packs: Sequence[Sequence[Run]], engine: Engine, options: Mapping[str, Any], folder: Path
+) -> Reasons:
+    """Train each pack as one job of the engine; `options` are the engine's own, `folder` its logs.
+
+    A job that is lost fails its pack's runs with what the engine says. Raises SettingsError where
+    the engine isn't installed or doesn't know an option.
+    """
+    if engine == "ray":
+        results = _by_ray(packs, options)
+    elif engine == "joblib":
+        results = _by_joblib(packs, options)
+    else:
+        results = _by_submitit(packs, engine.removeprefix("submitit_"), options, folder)
+    reasons: Reasons = {}
+    for pack, result in zip(packs, results, strict=True):
+        try:
+            reasons.update(result())
+        except Exception as error:  # whatever became of this job, the others stand
+            reason = f"its {engine} job failed: {str(error).strip() or type(error).__name__}"
+            reasons.update({run.name: reason for run in pack})
+    return reasons
+
+
+def train_pack(runs: Sequence[Run]) -> Reasons:
+    """One job: train a pack to its end."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    try:
+        return {r.run: r.reason for r in run_pack(runs) if isinstance(r, Failure)}
+    except Exception as error:
+        reason = one_line(error)
+        if reason is None:
+            log.exception("a pack failed")
+            reason = f"{type(error).__name__}: {error}"
+        return {run.name: reason for run in runs}
+
+
+def _by_submitit(
+    packs: Sequence[Sequence[Run]], cluster: str, options: Mapping[str, Any], folder: Path
+) -> Iterator[Callable[[], Reasons]]:
+    try:
+        import submitit
+    except ImportError:
+        raise _missing(f"submitit_{cluster}", "submitit") from None
+    try:
+        executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
+        executor.update_parameters(**{"name": "lorasweep", **options})
+    except (NameError, TypeError, RuntimeError) as error:
+        raise SettingsError(f"launcher.pack_via=submitit_{cluster}: {_first(error)}") from None
+    jobs = [executor.submit(train_pack, pack) for pack in packs]
+    for job, pack in zip(jobs, packs, strict=True):
+        log.info("job %s: %s; log %s", job.job_id, _names(pack), job.paths.stderr)
+    return iter([job.result for job in jobs])
+
+
+def _by_ray(
+    packs: Sequence[Sequence[Run]], options: Mapping[str, Any]
+) -> Iterator[Callable[[], Reasons]]:
+    try:
+        import ray
+    except ImportError:
+        raise _missing("ray", "ray") from None
+    resources = dict(options)
+    address = resources.pop("address", None)
+    try:
+        # a task of its own process each: a pack leaves no memory behind
+        remote = ray.remote(**{"max_calls": 1, "num_cpus": 1, **resources})(train_pack)
+        if not ray.is_initialized():
+            ray.init(address=address, log_to_driver=True)
+    except (ConnectionError, TypeError, ValueError) as error:
+        raise SettingsError(f"launcher.pack_via=ray: {_first(error)}") from None
+    tasks = [remote.remote(pack) for pack in packs]
+    return iter([lambda task=task: ray.get(task) for task in tasks])
+
+
+def _by_joblib(
+    packs: Sequence[Sequence[Run]], options: Mapping[str, Any]
+) -> Iterator[Callable[[], Reasons]]:
+    try:
+        from joblib import Parallel, delayed
+    except ImportError:
+        raise _missing("joblib", "joblib") from None
+    try:
+        parallel = Parallel(**{"n_jobs": 1, "return_as": "generator", **options})
+    except (TypeError, ValueError) as error:
+        raise SettingsError(f"launcher.pack_via=joblib: {_first(error)}") from None
+    results = iter(parallel(delayed(train_pack)(pack) for pack in packs))
+    return iter([lambda: next(results)] * len(packs))
+
+
+def _names(pack: Sequence[Run]) -> str:
+    return ", ".join(run.name for run in pack)
+
+
+def _first(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _missing(engine: str, package: str) -> SettingsError:
+    return SettingsError(
+        f"launcher.pack_via={engine}: {package} is not installed; pip install 'lorasweep[cluster]'"
+    )

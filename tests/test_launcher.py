@@ -1,0 +1,103 @@
+"""The launcher: its settings, its retries, and packs as jobs of other engines."""
+
+import pytest
+
+from lorasweep import config, engines
+from lorasweep.fleet import Failure, Finished
+from lorasweep.launcher import Packs, _train, group
+from lorasweep.settings import SettingsError, build_class
+
+DEFAULTS = {"devices": "auto", "max_pack": 8, "retries": 1, "pack_via": None, "engine": None}
+
+
+def settings(**changes):
+    return build_class(Packs, {**DEFAULTS, **changes}, "launcher")
+
+
+class FakeFleet:
+    """Each run ends as the test says, in turn."""
+
+    def __init__(self, ends):
+        self.ends, self.submitted, self.waiting = ends, [], []
+
+    def submit(self, run):
+        self.submitted.append(run.name)
+        self.waiting.append(run.name)
+
+    def events(self):
+        names, self.waiting = self.waiting, []
+        return [self.ends[name].pop(0) for name in names]
+
+
+def test_settings_are_those_of_config_yaml():
+    cfg = config.compose(["experiment=demo"])
+    assert dict(cfg.launcher) == DEFAULTS
+    cfg = config.compose(["experiment=demo", "launcher.engine={n_jobs: 2}"])
+    assert cfg.launcher.engine.n_jobs == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"engine": {"n_jobs": 2}}, r"launcher\.engine\.n_jobs has no effect without"),
+        ({"pack_via": "slurm"}, r"launcher\.pack_via=slurm"),
+        ({"max_pack": 0}, r"launcher\.max_pack=0"),
+    ],
+)
+def test_mistakes_name_the_key(changes, message):
+    with pytest.raises(SettingsError, match=message):
+        settings(**changes)
+
+
+def test_transient_failures_are_tried_again_and_others_not(make_run):
+    runs = {run.name: run for run in (make_run(number=n) for n in range(3))}
+    lost = [Failure(run=f"demo-{n}", reason="killed", transient=True) for n in range(3)]
+    workers = FakeFleet(
+        {
+            "demo-0": [lost[0], Finished(run="demo-0", dropped=False)],
+            "demo-1": [lost[1], lost[1]],
+            "demo-2": [Failure(run="demo-2", reason="NaN")],
+        }
+    )
+    assert _train(workers, runs, retries=1) == {"demo-1": "killed", "demo-2": "NaN"}
+    assert workers.submitted == ["demo-0", "demo-1", "demo-2", "demo-0", "demo-1"]
+
+
+def test_runs_that_can_share_a_base_are_grouped_in_order(make_run):
+    runs = [make_run(f"dataset.seed={n % 2}", number=n) for n in range(5)]
+    names = [[run.name for run in pack] for pack in group(runs, 2)]
+    assert names == [["demo-0", "demo-2"], ["demo-1", "demo-3"], ["demo-4"]]
+
+
+def test_packs_are_jobs_of_joblib_and_a_lost_one_fails_its_own_runs(
+    make_run, tmp_path, monkeypatch
+):
+    def train_pack(pack):
+        if pack[0].name == "demo-1":
+            raise OSError("node down (made by the test)")
+        return {pack[0].name: "NaN"} if pack[0].name == "demo-2" else {}
+
+    monkeypatch.setattr(engines, "train_pack", train_pack)
+    packs = [[make_run(number=n)] for n in range(3)]
+    options = {"n_jobs": 1, "return_as": "list"}
+    with pytest.raises(OSError):
+        engines.train_by_jobs(packs, "joblib", options, tmp_path)
+    del packs[1]
+    assert engines.train_by_jobs(packs, "joblib", {}, tmp_path) == {"demo-2": "NaN"}
+
+
+@pytest.mark.parametrize("engine", ["submitit_local", "ray"])
+def test_an_engines_option_that_it_does_not_know_is_one_line(engine, make_run, tmp_path):
+    pytest.importorskip(engine.partition("_")[0])
+    with pytest.raises(SettingsError, match=f"launcher.pack_via={engine}: .*colour"):
+        engines.train_by_jobs([[make_run()]], engine, {"colour": "red"}, tmp_path)
+
+
+def test_a_job_trains_its_pack_and_tells_what_failed(make_run):
+    runs = [
+        make_run("trainer.max_train_epochs=1", f"optimizer.unet_lr={rate}", number=n)
+        for n, rate in enumerate(("1e-3", "1e39"))
+    ]
+    assert list(engines.train_pack(runs)) == ["demo-1"]
+    (broken,) = [make_run("model.path=nowhere", number=3)]
+    assert "model.path=nowhere" in engines.train_pack([broken])["demo-3"]
