@@ -15,19 +15,22 @@ LEVELS = [
     {"captions", "models", "adapters", "optimizers", "lora_file"},
     {"latents", "sampling", "metrics"},
     {"trainers"},
-    {"tracking", "report"},
+    {"tracking", "report", "study"},
     {"config"},
-    {"run", "pick", "doctor", "export"},
-    {"launcher"},
+    {"judge", "run", "pick", "doctor", "export"},
+    {"worker", "fleet", "engines"},
+    {"launcher", "search"},
+    {"sweeper"},
     {"cli"},
 ]
 """Lowest first; a module imports from its own level or below."""
 
 HOMES = {
-    "hydra": {"config", "launcher", "cli", "doctor"},
-    "omegaconf": {"config", "launcher", "doctor", "pick"},
+    "hydra": {"config", "launcher", "search", "sweeper", "cli", "doctor"},
+    "omegaconf": {"config", "search", "sweeper", "launcher", "doctor", "pick"},
     "mlflow": {"tracking"},
-    "optuna": set(),
+    "optuna": {"study"},
+    "optuna_dashboard": {"study"},
     "onnxruntime": {"captions", "doctor"},
     "lycoris": {"adapters"},
 }

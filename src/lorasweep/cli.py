@@ -1,4 +1,4 @@
-"""The command line: `lorasweep train | caption | pick | export | convert | ui | doctor`."""
+"""The command line: `lorasweep train | sweep | caption | pick | export | …`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,27 @@ Settings are Hydra overrides (KEY=VALUE); `lorasweep train --cfg job` shows them
   lorasweep train experiment=demo                         the embedded demo, one run
   lorasweep train experiment=guide dataset.image_dir=DIR  the guide's recipe on your images
   lorasweep train -m dataset.image_dir=DIR adapter.rank=4,8,16 optimizer.unet_lr=1e-4,3e-4
+  lorasweep sweep rank_lr dataset.image_dir=DIR           search with Optuna; again = go on
   lorasweep pick                                          choose among the last sweep's checkpoints
   lorasweep export RUN --to merged                        the base model with the LoRA in it
   lorasweep ui                                            look at everything in MLflow
 """
 
 
+_SWEEP_HELP = """\
+usage: lorasweep sweep NAME [--cfg job] [--config-dir DIR] [GROUP=OPTION | KEY=VALUE ...]
+
+Run the sweep of sweeps/NAME.yaml, or go on with it: the same command continues what was broken off.
+
+  lorasweep sweep rank_lr dataset.image_dir=photos
+  lorasweep sweep rank_lr experiment=demo study.n_trials=30 study.pruner=wilcoxon
+  lorasweep sweep rank_lr experiment=demo 'adapter.rank=choice(4,8)' optimizer.text_encoder_lr=0
+
+  A plain value on the command line is held fixed, a range is searched, whatever the file says.
+  study.KEY=VALUE changes how it searches; docs/sweeps.md has every KEY.
+
+Sweeps that ship: {sweeps}
+"""
 PRECISIONS = ("fp32", "fp16", "bf16")
 EXPORTS = ("merged", "diffusers-lora", "offline-lora")
 
@@ -66,6 +81,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 return
             train(argv[1:])
             return
+        if argv[:1] == ["sweep"]:
+            _sweep(argv[1:])
+            return
         arguments = _parsed(argv)
         sys.exit(arguments.command(arguments))
     except KeyboardInterrupt:
@@ -96,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"lorasweep {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add(commands, "train", "", "train one run, or with -m a sweep of them (a Hydra app)")
+    _add(commands, "sweep", "NAME ", "search with Optuna: run a sweep of sweeps/, or go on with it")
     _add(commands, "caption", "DIR ", "caption a folder of images into kohya's folders", _caption)
     pick = _add(
         commands, "pick", "[SWEEP] ", "choose the best checkpoint of the newest sweep", _pick
@@ -111,10 +130,36 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--dtype", choices=PRECISIONS, help="precision (default: as it is)")
     convert.add_argument("--overwrite", action="store_true", help="replace an existing TARGET")
     ui = _add(commands, "ui", "", "show MLflow's pages for this project, on localhost", _ui)
+    ui.add_argument(
+        "--optuna",
+        nargs="?",
+        const="",
+        metavar="SWEEP",
+        help="show a sweep's study in optuna-dashboard instead (default: the newest)",
+    )
     ui.add_argument("--port", type=int, default=5000, help="port to listen on (default 5000)")
     _add_file_commands(commands)
     _add(commands, "doctor", "", "check devices, disk, models, weights and tracking", _doctor)
     return parser
+
+
+def _sweep(argv: Sequence[str]) -> None:
+    """`sweep NAME …` is `train -m +sweeps=NAME …`."""
+    from lorasweep.config import groups
+    from lorasweep.settings import SettingsError
+
+    if {"-h", "--help"} & set(argv) or not argv:
+        print(_SWEEP_HELP.format(sweeps=", ".join(groups()["sweeps"])))
+        return
+    name = argv[0]
+    if "=" in name or name.startswith("-"):
+        raise SettingsError(
+            f"{name}: a sweep's name comes first; there are {', '.join(groups()['sweeps'])}"
+        )
+    # Hydra's parser wants all overrides in one piece
+    overrides = [word for word in argv[1:] if word[0] != "-" and ("=" in word or word[0] == "~")]
+    flags = [word for word in argv[1:] if word not in overrides]
+    train(["-m", *flags, f"+sweeps={name}", *overrides])
 
 
 def _add_export(commands: Any) -> None:
@@ -242,6 +287,11 @@ def _run_alone(cfg: Any, hydra_cfg: Any) -> None:
     run = build_run(cfg, **job_identity(hydra_cfg))
     dataset.find(run.dataset)
     run.check()
+    if "folder" in (hydra_cfg.sweeper or {}):  # a trial that a sweep gave to a launcher of Hydra's
+        from lorasweep import sweeper
+
+        sweeper.train_trial(run, sweeper.trial_of(cfg, hydra_cfg))
+        return
     from lorasweep.run import Failure, RunError, run_pack
 
     failures = [report.reason for report in run_pack([run]) if isinstance(report, Failure)]
@@ -250,10 +300,10 @@ def _run_alone(cfg: Any, hydra_cfg: Any) -> None:
 
 
 def _caption(arguments: argparse.Namespace) -> int:
-    from lorasweep.config import build_run, compose
+    from lorasweep.config import build_run, compose, quoted
 
     words, overrides = _split(arguments, at_most=1)
-    images = [f"dataset.image_dir={_quoted(words[0])}"] if words else []
+    images = [f"dataset.image_dir={quoted(words[0])}"] if words else []
     run = build_run(compose([*overrides, *images], arguments.config_dir), output_dir=Path())
     from lorasweep.run import write_folders
 
@@ -387,12 +437,12 @@ def _extract(arguments: argparse.Namespace) -> int:
 def _base_model(path: str, config: str | None) -> Any:
     """A model by its path alone, with the options of conf/model/sd15."""
     from lorasweep import lora_file
-    from lorasweep.config import compose
+    from lorasweep.config import compose, quoted
     from lorasweep.settings import build
 
     lora_file.refuse_as_model(Path(path))
-    configs = [f"model.config={_quoted(config)}"] if config else []
-    overrides = ["dataset.image_dir=lorasweep", "model=sd15", f"model.path={_quoted(path)}"]
+    configs = [f"model.config={quoted(config)}"] if config else []
+    overrides = ["dataset.image_dir=lorasweep", "model=sd15", f"model.path={quoted(path)}"]
     return build(compose([*overrides, *configs]).model, "model").load()
 
 
@@ -400,7 +450,12 @@ def _ui(arguments: argparse.Namespace) -> int:
     from lorasweep import tracking
 
     _, overrides = _split(arguments, at_most=0)
-    _, settings, output_root = _tracking(overrides, arguments.config_dir)
+    cfg, settings, output_root = _tracking(overrides, arguments.config_dir)
+    if arguments.optuna is not None:
+        from lorasweep.study import storage
+
+        where = cfg.study.storage if "study" in cfg else None
+        return storage.show(arguments.optuna or None, where, output_root, arguments.port)
     uri, artifacts = settings.resolve(output_root), settings.artifacts(output_root)
     return tracking.serve(uri, settings.experiment, artifacts, arguments.port)
 
@@ -411,12 +466,6 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
     _, overrides = _split(arguments, at_most=0)
     return doctor.examine(compose(overrides, arguments.config_dir))
-
-
-def _quoted(text: str) -> str:
-    """A value for Hydra's grammar, whatever characters it has."""
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
 
 
 def _tracking(overrides: Sequence[str], config_dir: Path | None) -> tuple[Any, Any, Path]:

@@ -54,6 +54,8 @@ class Run:
     config_yaml: str
     params: Mapping[str, Any]
     overrides: Sequence[str]
+    number: int | None = None
+    """In its sweep: of its job, and of its trial if there is a study."""
 
     def check(self) -> None:
         """Raise SettingsError for what can be known to be wrong before any work."""
@@ -102,9 +104,11 @@ def groups() -> dict[str, list[str]]:
 
 def register_resolvers() -> None:
     """What conf/ may say in `${…}` beyond OmegaConf's own."""
-    resolvers = {
+    resolvers: dict[str, Any] = {
         "embedded": lambda path: str(PACKAGE / "embedded" / path),
         "half": lambda number: number / 2 if isinstance(number, int | float) else number,
+        "times": lambda a, b: a * b,
+        "over": lambda a, b: a / b,
         "basename": lambda path: re.sub(r"[^\w-]+", "-", Path(path).name).strip("-") or "lora",
         "user_cache": lambda name: str(_user_cache() / name),
     }
@@ -125,6 +129,12 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> DictCon
     extra = [f"hydra.searchpath=[file://{config_dir.absolute()}]"] if config_dir else []
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         return hydra_compose("config", [*extra, *overrides])
+
+
+def quoted(text: str) -> str:
+    """A value for Hydra's grammar, whatever characters it has."""
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
 
 
 def saved_model(config_file: Path, *, trusted: bool) -> Model:
@@ -172,9 +182,10 @@ def build_run(
         cache_dir=Path(values["cache_dir"]).expanduser().absolute(),
         captions=_group(values.get("captions"), "captions"),
         metrics=_group(values.get("metrics"), "metrics"),
-        config_yaml=OmegaConf.to_yaml(cfg, resolve=True),
+        config_yaml=OmegaConf.to_yaml(OmegaConf.create(values)),
         params=_flat(values),
         overrides=tuple(overrides),
+        number=number,
         **{key: build(values[key], key) for key in _COMPONENTS},
     )
     _check_places(run)
@@ -246,6 +257,8 @@ def _options(group: str) -> str:
 def _explain_key(key: str) -> str:
     """Why `key` can't be overridden: the group has no such setting, or there is no such group."""
     group, _, rest = key.partition(".")
+    if group == "study":
+        return _explain_study_key(key)
     files = list((conf_dir() / group).glob("*.yaml")) if rest else []
     having = {file.stem for file in files if rest in _yaml_keys(file)}
     if having:
@@ -253,6 +266,18 @@ def _explain_key(key: str) -> str:
         return f"{key}: only {group}={', '.join(sorted(having))} {have} it; choose that too"
     known = {f"{group}.{name}" for file in files for name in _yaml_keys(file)}
     return unknown_key(key, sorted(known or _KEYS))
+
+
+def _explain_study_key(key: str) -> str:
+    """Hydra lets nobody add to a mapping such as study.constraints, unless told by ++."""
+    from dataclasses import fields
+
+    from lorasweep.study.settings import StudySettings
+
+    known = [f"study.{field.name}" for field in fields(StudySettings)]
+    if ".".join(key.split(".")[:2]) in known:
+        return f"{key}: to add to what is there, write ++{key}=…"
+    return unknown_key(key, known)
 
 
 def _yaml_keys(file: Path) -> list[str]:
@@ -270,7 +295,17 @@ _COMPONENTS = (
     "sampling",
     "tracking",
 )
-_KEYS = {*_COMPONENTS, "captions", "metrics", "name", "seed", "output_root", "cache_dir", "pick"}
+_KEYS = {
+    *_COMPONENTS,
+    "captions",
+    "metrics",
+    "name",
+    "seed",
+    "output_root",
+    "cache_dir",
+    "pick",
+    "launcher",
+}
 _HINTS = {
     "dataset.image_dir": "give the folder of your images, e.g. dataset.image_dir=photos,"
     " or try experiment=demo"
@@ -293,7 +328,8 @@ def _resolved(cfg: DictConfig) -> dict[str, Any]:
     except (OmegaConfBaseException, TypeError) as error:
         raise SettingsError(str(error).splitlines()[0]) from None
     assert isinstance(values, dict)
-    return {str(key): value for key, value in values.items() if key != "hydra"}
+    of_sweep = ("hydra", "study")  # how the run came about, not what it is
+    return {str(key): value for key, value in values.items() if key not in of_sweep}
 
 
 def _name(name: object, number: int | None) -> str:

@@ -1,0 +1,178 @@
+"""From a sweep's YAML and command line to its search space, in Hydra's own grammar."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from lorasweep.settings import SettingsError
+from lorasweep.study.space import Choice, Condition, Number, Parameter, Space, Value
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a sweep varies, what it holds fixed, and what it tries first."""
+
+    space: Space
+    fixed: Sequence[str]
+    """The command line's overrides that every job gets."""
+    guesses: Sequence[Mapping[str, Any]]
+    """First what would train without a sweep, as far as the space has it; then study.enqueue."""
+
+
+def read(config: DictConfig, config_loader: Any, arguments: Sequence[str]) -> Search:
+    """Read `study.params` and the command line, which wins: a plain value there is not searched.
+
+    Raises SettingsError for what can't be searched, or if nothing is.
+    """
+    swept, fixed, plain = _split(config_loader, arguments)
+    in_file = _parsed(config_loader, _file_params(config))
+    searched = {_name(one): one for one in in_file if _name(one) not in plain}
+    searched |= {_name(one): one for one in swept}
+    if not searched:
+        raise SettingsError(
+            "there is nothing to search: give study.params in a sweep's file, or a range on the"
+            " command line, e.g. 'adapter.rank=choice(4,8,16)'"
+        )
+    conditions = {
+        name: _condition(name, str(text))
+        for name, text in (_plain(config.study.conditions) or {}).items()
+        if name not in plain
+    }
+    space = Space({name: _parameter(one) for name, one in searched.items()}, conditions)
+    known = {_name(one) for one in in_file} | set(searched)
+    guesses = [_composed(config, space), *_enqueued(config, space, known)]
+    return Search(space, fixed, guesses)
+
+
+def _split(loader: Any, arguments: Sequence[str]) -> tuple[list[Any], list[str], set[str]]:
+    """Overrides that sweep, those that don't, and the names of the latter."""
+    swept, fixed, plain = [], [], set()
+    for override in _parsed(loader, arguments):
+        if override.is_sweep_override():
+            swept.append(override)
+        else:
+            fixed.append(str(override.input_line))
+            plain.add(_name(override))
+    return swept, fixed, plain
+
+
+def _parsed(loader: Any, lines: Sequence[str]) -> list[Any]:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    return list(OverridesParser.create(config_loader=loader).parse_overrides(list(lines)))
+
+
+def _file_params(config: DictConfig) -> list[str]:
+    return [f"{name}={_line(value)}" for name, value in _plain(config.study.params).items()]
+
+
+def _line(value: Any) -> str:
+    """A YAML value in Hydra's grammar: a list is a choice, as [4, 8] can't mean else here."""
+    from hydra.core.override_parser.types import Transformer
+
+    if isinstance(value, list):
+        return f"choice({','.join(Transformer.str(one) for one in value)})"
+    return value if isinstance(value, str) else Transformer.str(value)
+
+
+def _name(override: Any) -> str:
+    return str(override.get_key_element()).lstrip("+~")
+
+
+def _parameter(override: Any) -> Parameter:
+    name, key = _name(override), override.get_key_element()
+    if override.is_choice_sweep():
+        texts = tuple(str(text) for text in override.sweep_string_iterator())
+        return Choice(key, tuple(_values(override, texts)), texts)
+    if override.is_range_sweep():
+        return _range(name, key, list(override.sweep_iterator()))
+    if override.is_interval_sweep():
+        return _interval(name, key, override.value())
+    raise SettingsError(
+        f"study.params.{name}={override.input_line.partition('=')[2]}: give choice(…), range(…)"
+        " or interval(…); a fixed value belongs outside of study.params"
+    )
+
+
+def _values(override: Any, texts: Sequence[str]) -> Iterator[Value]:
+    """What Optuna keeps: plain values; of lists and the like, their text."""
+    for value, text in zip(override.sweep_iterator(), texts, strict=True):
+        value = getattr(value, "text", value)  # what was quoted
+        plain = value is None or isinstance(value, str | int | float | bool)
+        yield value if plain else text
+
+
+def _range(name: str, key: str, points: Sequence[int | float]) -> Parameter:
+    if not points:
+        raise SettingsError(f"study.params.{name}: the range is empty")
+    low, high = min(points), max(points)
+    step = abs(points[1] - points[0]) if len(points) > 1 else 1
+    return Number(key, low, high, step=step)
+
+
+def _interval(name: str, key: str, interval: Any) -> Parameter:
+    unknown = sorted(interval.tags - {"log"})
+    if unknown:
+        raise SettingsError(f"study.params.{name}: tag {unknown[0]} is unknown; there is only log")
+    return Number(key, interval.start, interval.end, log="log" in interval.tags)
+
+
+def _condition(name: str, text: str) -> Condition:
+    parent, equals, values = text.partition("=")
+    if not equals or not values:
+        raise SettingsError(
+            f"study.conditions.{name}={text}: give the parameter and its values, e.g. adapter=locon"
+        )
+    texts = re.split(r",(?![^\[]*\])", values.replace(" ", ""))  # not within a list
+    return Condition(parent.strip(), tuple(texts))
+
+
+def _composed(config: DictConfig, space: Space) -> dict[str, Value]:
+    """The values that a run without the sweep has, where the space holds them."""
+    choices = config.hydra.runtime.choices
+    found: dict[str, object] = {}
+    for name, parameter in space.parameters.items():
+        value = choices[name] if name in choices else OmegaConf.select(config, name)
+        found[name] = _comparable(value, parameter)
+    return space.inside(found)
+
+
+def _enqueued(config: DictConfig, space: Space, known: set[str]) -> Iterator[dict[str, Value]]:
+    for number, guess in enumerate(_plain(config.study.enqueue)):
+        found: dict[str, object] = {}
+        for name, value in guess.items():
+            if name not in known:
+                raise SettingsError(
+                    f"study.enqueue[{number}].{name}: no such parameter is searched;"
+                    f" study.params has {', '.join(space.parameters)}"
+                )
+            if name in space.parameters:
+                found[name] = _comparable(value, space.parameters[name])
+        inside = space.inside(found)
+        for name in found.keys() - inside.keys():
+            raise SettingsError(
+                f"study.enqueue[{number}].{name}={found[name]}: study.params.{name} has no such"
+                " value, or study.conditions exclude it here"
+            )
+        yield inside
+
+
+def _comparable(value: Any, parameter: Parameter) -> object:
+    """A composed value as the parameter's values are kept."""
+    from hydra.core.override_parser.types import Transformer
+
+    if OmegaConf.is_config(value):
+        value = OmegaConf.to_container(value, resolve=True)
+    if isinstance(parameter, Choice) and isinstance(value, list | dict):
+        return Transformer.str(value)  # type: ignore[arg-type]
+    return value
+
+
+def _plain(node: Any) -> Any:
+    """As plain values; null stays null."""
+    return OmegaConf.to_container(node, resolve=True) if node is not None else None

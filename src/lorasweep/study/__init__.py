@@ -1,0 +1,1 @@
+"""Optuna lives here: what a sweep searches, asks, is told and remembers."""

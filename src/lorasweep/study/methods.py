@@ -1,0 +1,256 @@
+"""Samplers and pruners by name: Optuna's, and our own where runs in packs need another."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.pruners import BasePruner
+from optuna.samplers import BaseSampler
+from optuna.storages import BaseStorage
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+from lorasweep.rng import key_seed
+from lorasweep.settings import SettingsError, unknown_key
+from lorasweep.study.settings import StudySettings
+from lorasweep.study.space import Choice, Parameter, Space
+
+CURVE = "curve"  # user attribute: epoch -> first objective of the best candidate so far
+TERMS = "terms"  # user attribute: epoch -> the terms of the best candidate so far
+
+SAMPLERS: dict[str, type[BaseSampler]] = {
+    "tpe": optuna.samplers.TPESampler,
+    "gp": optuna.samplers.GPSampler,
+    "cmaes": optuna.samplers.CmaEsSampler,
+    "random": optuna.samplers.RandomSampler,
+    "grid": optuna.samplers.RandomSampler,  # its points are enqueued, see Study
+    "qmc": optuna.samplers.QMCSampler,
+    "nsgaii": optuna.samplers.NSGAIISampler,
+    "nsgaiii": optuna.samplers.NSGAIIISampler,
+}
+_NEEDS = {"cmaes": "cmaes", "gp": "torch"}  # imported by Optuna when it first samples
+
+
+class Wilcoxon(BasePruner):
+    """Prunes a run whose best candidate is worse than the best run's, image by image.
+
+    Both are taken as they were at the same epoch. Their terms of the score (one an image, scored on
+    the same noise) are compared by a one-sided Wilcoxon signed-rank test (Wilcoxon, 1945); a
+    p-value below `p_threshold` prunes. Optuna's own WilcoxonPruner reads a trial's reports as
+    instances, and here they are epochs.
+    """
+
+    def __init__(self, *, p_threshold: float = 0.05) -> None:
+        if not 0 < p_threshold < 1:
+            raise ValueError(f"p_threshold must lie between 0 and 1, got {p_threshold}")
+        self.p_threshold = p_threshold
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        """Is the trial's best candidate so far surely worse?"""
+        from scipy.stats import wilcoxon
+
+        epoch = str(trial.last_step)
+        ours = trial.user_attrs.get(TERMS, {}).get(epoch)
+        sign = 1 if study.direction == StudyDirection.MINIMIZE else -1
+        rivals = [
+            (sign * one.values[0], one.user_attrs[TERMS][epoch])
+            for one in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+            if one.values and epoch in one.user_attrs.get(TERMS, {})
+        ]
+        if not ours or not rivals:
+            return False
+        best = min(rivals, key=lambda rival: rival[0])[1]
+        worse = [sign * (a - b) for a, b in zip(ours, best, strict=False)]
+        if len(ours) != len(best) or not any(worse):
+            return False
+        return bool(wilcoxon(worse, alternative="greater").pvalue < self.p_threshold)
+
+
+class SuccessiveHalving(BasePruner):
+    """Keeps the best 1 / `reduction_factor` of the runs at each rung, without waiting for the rest.
+
+    Rungs lie at `min_resource` epochs, `reduction_factor` times as many, and so on. A run is
+    compared with all that have come so far when it reaches one (ASHA, arXiv 1810.05934). Optuna's
+    own compares with those that were judged before only, so that of a pack whose runs reach a rung
+    together, the first is always kept.
+    """
+
+    def __init__(self, *, min_resource: int = 1, reduction_factor: int = 4) -> None:
+        if min_resource < 1 or reduction_factor < 2:
+            raise ValueError("min_resource must be at least 1 and reduction_factor at least 2")
+        self.min_resource, self.reduction_factor = min_resource, reduction_factor
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        """Has the trial reached a rung, and is it not among the best there?"""
+        epoch = trial.last_step
+        if epoch is None or not self._is_rung(epoch):
+            return False
+        sign = 1 if study.direction == StudyDirection.MINIMIZE else -1
+        values = sorted(
+            sign * one.intermediate_values[epoch]
+            for one in study.get_trials(deepcopy=False)
+            if epoch in one.intermediate_values
+        )
+        kept = max(1, len(values) // self.reduction_factor)
+        return sign * trial.intermediate_values[epoch] > values[kept - 1]
+
+    def _is_rung(self, epoch: int) -> bool:
+        rung = self.min_resource
+        while rung < epoch:
+            rung *= self.reduction_factor
+        return rung == epoch
+
+
+class Patient(BasePruner):
+    """Stops a run whose best candidate has not improved for `patience` epochs: it overfits.
+
+    Optuna's own looks for values that get worse, and a best candidate's never does.
+    """
+
+    def __init__(self, *, patience: int = 5, min_delta: float = 0.0) -> None:
+        if patience < 1 or min_delta < 0:
+            raise ValueError("patience must be at least 1 and min_delta at least 0")
+        self.patience, self.min_delta = patience, min_delta
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        """Has nothing improved since `patience` epochs ago?"""
+        curve, epoch = trial.intermediate_values, trial.last_step
+        if epoch is None or epoch - self.patience not in curve:
+            return False
+        return abs(curve[epoch - self.patience] - curve[epoch]) <= self.min_delta
+
+
+PRUNERS: dict[str, type[BasePruner]] = {
+    "median": optuna.pruners.MedianPruner,
+    "percentile": optuna.pruners.PercentilePruner,
+    "hyperband": optuna.pruners.HyperbandPruner,
+    "asha": SuccessiveHalving,
+    "wilcoxon": Wilcoxon,
+    "patient": Patient,
+    "none": optuna.pruners.NopPruner,
+}
+
+
+def make_sampler(settings: StudySettings, space: Space, number: int) -> BaseSampler:
+    """The sampler of the trial `number`, with randomness of its own: a resumed sweep goes on alike.
+
+    Raises SettingsError for an option that the sampler doesn't have.
+    """
+    own: dict[str, Any] = {"seed": key_seed(settings.seed, "sampler", number) % 2**31}
+    if settings.sampler == "qmc":  # one scrambled sequence for all trials
+        own = {"seed": settings.seed, "scramble": True, "warn_asynchronous_seeding": False}
+    if settings.sampler == "tpe":  # with group: parameters that only some trials have
+        own["group"] = bool(space.conditions)
+    kind = SAMPLERS[settings.sampler]
+    return _make(kind, "sampler", settings.sampler, own, settings, settings.sampler_options)
+
+
+def make_pruner(settings: StudySettings, max_epochs: int) -> BasePruner:
+    """The pruner for runs of at most `max_epochs`. Raises SettingsError as `make_sampler`."""
+    kind = PRUNERS[settings.pruner]
+    own: dict[str, Any] = {}
+    if settings.pruner == "hyperband":
+        own = {"max_resource": max_epochs}
+    if settings.pruner == "asha":
+        own = {"min_resource": settings.min_epochs}
+    if settings.pruner == "percentile":
+        own = {"percentile": 25.0}
+    return _make(kind, "pruner", settings.pruner, own, settings, settings.pruner_options)
+
+
+def distribution(parameter: Parameter) -> BaseDistribution:
+    """Optuna's form of a parameter."""
+    if isinstance(parameter, Choice):
+        return CategoricalDistribution(parameter.values)
+    if parameter.integer:
+        step = int(parameter.step or 1)
+        return IntDistribution(int(parameter.low), int(parameter.high), parameter.log, step)
+    step_size = None if parameter.step is None else float(parameter.step)
+    return FloatDistribution(parameter.low, parameter.high, parameter.log, step_size)
+
+
+def prune_by_first(
+    pruner: BasePruner, study: optuna.Study, number: int, storage: BaseStorage
+) -> bool:
+    """Ask the pruner about a trial of a study with several objectives, by the first of them.
+
+    Optuna prunes with one objective only, so the pruner is shown a copy of the study in memory
+    that has just this one. What a pruner notes of the trial is written back.
+    """
+    trials = study.get_trials(deepcopy=False)
+    copy = optuna.create_study(direction=study.directions[0], study_name=study.study_name)
+    for trial in trials:
+        copy.add_trial(_with_curve(trial))
+    copied = copy.get_trials(deepcopy=True)[number]
+    decision = pruner.prune(copy, copied)
+    noted = copy.get_trials(deepcopy=False)[number].system_attrs
+    for key in noted.keys() - trials[number].system_attrs.keys():
+        storage.set_trial_system_attr(trials[number]._trial_id, key, noted[key])
+    return decision
+
+
+def _with_curve(trial: FrozenTrial) -> FrozenTrial:
+    """The trial as if the first objective were the only one."""
+    curve: Mapping[str, float] = trial.user_attrs.get(CURVE, {})
+    is_complete = trial.state == TrialState.COMPLETE
+    return optuna.trial.create_trial(
+        state=trial.state,
+        value=trial.values[0] if is_complete else None,
+        intermediate_values={int(epoch): value for epoch, value in curve.items()},
+        user_attrs=trial.user_attrs,
+        system_attrs=trial.system_attrs,
+    )
+
+
+def _make(
+    kind: type[Any],
+    what: str,
+    name: str,
+    own: Mapping[str, Any],
+    settings: StudySettings,
+    options: Mapping[str, Any],
+) -> Any:
+    """Build it from what we set, `startup_trials` where it takes such, and the user's options."""
+    where = f"study.{what}_options"
+    known = [key for key in inspect.signature(kind).parameters if key != "study"]
+    for key in options:
+        if key not in known:
+            raise SettingsError(unknown_key(f"{where}.{key}", [f"{where}.{one}" for one in known]))
+    startup = {"n_startup_trials": settings.startup_trials}
+    ours = {key: value for key, value in {**startup, **own}.items() if key in known}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a method is experimental
+            return kind(**{**ours, **options})
+    except (TypeError, ValueError, ImportError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SettingsError(f"{where} of {name}: {reason}") from None
+
+
+def check_installed(settings: StudySettings) -> None:
+    """Raise SettingsError if a package that only this sampler needs is missing."""
+    from importlib.util import find_spec
+
+    package = _NEEDS.get(settings.sampler)
+    if package is not None and find_spec(package) is None:
+        raise SettingsError(
+            f"study.sampler={settings.sampler} needs {package}: pip install 'lorasweep[samplers]'"
+        )
+
+
+def importance(study: optuna.Study, names: Sequence[str]) -> dict[str, float]:
+    """How much each parameter matters for the score (PED-ANOVA, Watanabe et al., 2023)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = optuna.importance.get_param_importances(study, params=list(names) or None)
+    return {name: value for name, value in found.items() if value == value}

@@ -1,0 +1,162 @@
+"""Where a study is kept, and that one process at a time drives it."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from filelock import FileLock, Timeout
+
+from lorasweep.settings import SettingsError
+
+if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
+
+JOURNAL = "study.journal"
+LOCK = ".driver.lock"
+
+
+def open_storage(storage: str | None, folder: Path) -> BaseStorage:
+    """The sweep's own journal in its folder, or the database or journal file that was named.
+
+    Raises SettingsError for a database that can't be reached or whose driver is missing.
+    """
+    if storage is None:
+        return _journal(folder / JOURNAL)
+    if "://" not in storage:
+        return _journal(Path(storage).expanduser())
+    return _database(storage)
+
+
+@contextmanager
+def only_driver(folder: Path, name: str) -> Iterator[None]:
+    """Hold the sweep's lock. Raises SettingsError, at once, if another process has it.
+
+    The operating system keeps it (flock on a file in the sweep's folder), so it ends with the
+    process, however that ends. It holds between machines that share the folder, as far as their
+    file system has locks.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK
+    try:
+        with FileLock(path, timeout=0):
+            owner = folder / ".driver"
+            owner.write_text(f"process {os.getpid()} on {os.uname().nodename}")
+            yield
+    except Timeout:
+        owner = folder / ".driver"
+        by = owner.read_text() if owner.exists() else "another process"
+        raise SettingsError(
+            f"sweep {name} is being driven by {by}; wait for it, or give another study.name"
+        ) from None
+
+
+def find_journal(sweep: str | None, output_root: Path) -> Path:
+    """The journal of a sweep by its name (as `pick` knows it), folder or file; else the newest.
+
+    Raises SettingsError that lists what there is.
+    """
+    found = sorted(output_root.glob(f"*/*/{JOURNAL}"), key=lambda p: p.stat().st_mtime)
+    if sweep is None:
+        if not found:
+            raise SettingsError(f"no sweep with a study is in {output_root}: lorasweep sweep NAME")
+        return found[-1]
+    given = Path(sweep).expanduser()
+    for path in (given, given / JOURNAL):
+        if path.is_file():
+            return path.absolute()
+    named = [path for path in found if sweep in (sweep_name(path.parent), path.parent.name)]
+    if not named:
+        known = ", ".join(sweep_name(path.parent) for path in found) or "none"
+        raise SettingsError(f"{sweep}: there is no such sweep with a study; there are: {known}")
+    return named[-1]
+
+
+def sweep_name(folder: Path) -> str:
+    """What the sweep of a folder is called, in MLflow and as a study."""
+    return f"{folder.parent.name}-{folder.name}"
+
+
+def show(sweep: str | None, storage: str | None, output_root: Path, port: int) -> int:
+    """Serve optuna-dashboard for a sweep's journal, or a database, on this machine only.
+
+    Returns when interrupted. Raises SettingsError if there is no such sweep.
+    """
+    try:
+        from optuna_dashboard import run_server
+    except ImportError:
+        raise SettingsError(
+            "optuna-dashboard is not installed: pip install 'lorasweep[dashboard]'"
+        ) from None
+    where = storage if storage is not None else str(find_journal(sweep, output_root))
+    opened = open_storage(where, output_root)
+    print(f"optuna-dashboard shows {where if storage is None else _safe(where)}")
+    print(f"http://127.0.0.1:{port}/  Stop it with Ctrl-C.", flush=True)
+    run_server(opened, host="127.0.0.1", port=port)
+    return 0
+
+
+def _journal(path: Path) -> BaseStorage:
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    path = path.absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = _FileLock(path)
+    with lock.held():
+        _mend(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the lock is not of Optuna's own class
+        return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))  # type: ignore[arg-type]
+
+
+class _FileLock:
+    """flock instead of Optuna's own file: a killed process leaves nothing to wait for."""
+
+    def __init__(self, path: Path) -> None:
+        self._lock = FileLock(path.with_name(f".{path.name}.lock"))
+
+    def acquire(self) -> bool:
+        self._lock.acquire()
+        return True
+
+    def release(self) -> None:
+        self._lock.release()
+
+    def held(self) -> FileLock:
+        return self._lock
+
+
+def _mend(path: Path) -> None:
+    """Cut a last line that a killed process left unfinished; Optuna would refuse the whole file."""
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        with path.open("rb+") as file:
+            file.truncate(whole)
+
+
+def _database(url: str) -> BaseStorage:
+    from optuna.storages import RDBStorage
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        return RDBStorage(url)
+    except ImportError as error:
+        raise SettingsError(f"study.storage: {error}; install the database's driver") from None
+    except SQLAlchemyError as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise SettingsError(f"study.storage={_safe(url)}: {reason}") from None
+
+
+def _safe(url: str) -> str:
+    """The address without its password."""
+    from sqlalchemy import make_url
+
+    return make_url(url).render_as_string(hide_password=True)

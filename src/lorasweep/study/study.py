@@ -1,0 +1,307 @@
+"""A study: asks for trials until there are enough, is told of each, goes on after a break."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import optuna
+from optuna.storages import BaseStorage
+from optuna.trial import FrozenTrial, TrialState
+
+from lorasweep.settings import SettingsError
+from lorasweep.study.methods import check_installed, distribution, make_pruner, make_sampler
+from lorasweep.study.settings import StudySettings
+from lorasweep.study.space import Choice, Parameter, Space, Value
+from lorasweep.study.storage import find_journal, open_storage, sweep_name
+from lorasweep.study.trial import PRUNED, Trial
+
+log = logging.getLogger(__name__)
+
+# user attributes of a trial
+ORIGIN = "origin"  # why it was asked with given parameters: guess, grid, retry, warm start
+RETRY_OF, ATTEMPT = "retry_of", "attempt"
+AGAIN = "again"  # it failed and its parameters are to be tried once more
+REASON = "reason"
+# user attribute of the study
+BASIS = "basis"  # what must stay the same when it is continued
+
+
+class Tracked(Protocol):
+    """A candidate as tracking knows it."""
+
+    @property
+    def epoch(self) -> int: ...
+    @property
+    def path(self) -> Path: ...
+    @property
+    def scores(self) -> Mapping[str, float]: ...
+    @property
+    def terms(self) -> Mapping[str, Sequence[float]]: ...
+
+
+class Study:
+    """An Optuna study that one process drives; `settings.n_trials` is the total over all its life.
+
+    What to do next follows from the trials alone, so a driver that was killed at any moment is
+    followed by one that does the same.
+    """
+
+    def __init__(
+        self,
+        settings: StudySettings,
+        space: Space,
+        name: str,
+        folder: Path,
+        *,
+        max_epochs: int = 1,
+        guesses: Sequence[Mapping[str, Any]] = (),
+        basis: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Open the study `name`, or begin it. `guesses` are tried first.
+
+        `basis` is what else must be as it was when the study was begun. Raises SettingsError.
+        """
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        check_installed(settings)
+        self.settings, self.space, self.name = settings, space, name
+        self._guesses = [space.inside(guess) for guess in guesses]
+        self._grid = space.grid() if settings.sampler == "grid" else []
+        pruner = make_pruner(settings, max_epochs)
+        make_sampler(settings, space, 0)  # its options, before any work
+        self.storage: BaseStorage = open_storage(settings.storage, folder)
+        self._left: list[int] = []
+        self._study = optuna.create_study(
+            study_name=name,
+            storage=self.storage,
+            directions=["minimize" if sign > 0 else "maximize" for sign in settings.signs],
+            pruner=pruner,
+            load_if_exists=True,
+        )
+        self._check_basis(dict(basis or {}))
+        if settings.pareto:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that it is experimental
+                self._study.set_metric_names(list(settings.objectives))
+
+    @property
+    def n_trials(self) -> int:
+        """Trials in all; of a grid, no more than it has points."""
+        given = self.settings.n_trials
+        if self.settings.sampler != "grid":
+            assert given is not None
+            return given
+        return min(len(self._grid), given or len(self._grid))
+
+    @property
+    def trials(self) -> list[FrozenTrial]:
+        """This sweep's own trials, without those of a warm start."""
+        found = self._study.get_trials(deepcopy=False)
+        return [trial for trial in found if trial.user_attrs.get(ORIGIN) != "warm start"]
+
+    def take_over(self) -> list[int]:
+        """Let `next` give the trials that a killed driver left running once more; their numbers.
+
+        Only for the one process that drives the study.
+        """
+        self._left = [t.number for t in self.trials if t.state == TrialState.RUNNING]
+        return list(self._left)
+
+    def next(self) -> Trial | None:
+        """The next trial to run, those taken over first; None once there are enough."""
+        if self._left:
+            number = self._left.pop(0)
+            self._study.sampler = make_sampler(self.settings, self.space, number)
+            return self._asked(self.trial(number)._trial)
+        trials = self.trials
+        counted = [t for t in trials if not t.user_attrs.get(AGAIN) and t.state.name != "WAITING"]
+        if len(counted) >= self.n_trials:
+            return None
+        if not any(trial.state == TrialState.WAITING for trial in trials):
+            for params, attrs in self._queue(trials):
+                self._study.enqueue_trial(params, user_attrs=attrs)
+                break
+        number = len(self._study.get_trials(deepcopy=False))
+        self._study.sampler = make_sampler(self.settings, self.space, number)
+        return self._asked(self._study.ask())
+
+    def _asked(self, trial: optuna.Trial) -> Trial:
+        """The trial with all of its parameters; those that it has already stay."""
+        self.space.ask(lambda name, parameter: _suggest(trial, name, parameter))
+        return Trial(trial, self.settings, self.space, self.storage)
+
+    def trial(self, number: int) -> Trial:
+        """A trial under way, by its number."""
+        trial_id = self.storage.get_trial_id_from_study_id_trial_number(
+            self._study._study_id, number
+        )
+        return Trial(optuna.Trial(self._study, trial_id), self.settings, self.space, self.storage)
+
+    def complete(self, trial: Trial) -> None:
+        """The run has trained to its end: its value is its best candidate's."""
+        if trial.best is None:
+            named = ", ".join(self.settings.objectives)
+            self.fail(trial, f"no epoch had a finite {named}")
+            return
+        trial.constrain()
+        self._study.tell(trial.number, trial.values, skip_if_finished=True)
+
+    def prune(self, trial: Trial) -> None:
+        """The run was stopped early; its candidates stand, and the study knows its best."""
+        trial.constrain()
+        self._study.tell(trial.number, state=TrialState.PRUNED, skip_if_finished=True)
+
+    def fail(self, trial: Trial, reason: str, *, transient: bool = False) -> bool:
+        """The run failed. Returns whether its parameters are to be tried again."""
+        again = transient and self._attempt(trial) < self.settings.retries
+        self._fail(trial, reason, again=again)
+        return again
+
+    def settle(self, number: int, tracked: Callable[[int], Sequence[Tracked]]) -> None:
+        """End a trial whose run was trained by another process.
+
+        If that didn't report to the study, the run's candidates are taken from `tracked`.
+        """
+        trial = self.trial(number)
+        if trial.epochs == 0:
+            for one in tracked(number):
+                trial.report(one.epoch, one.path, one.scores, one.terms)
+        if self._frozen(number).user_attrs.get(PRUNED):
+            self.prune(trial)
+        else:
+            self.complete(trial)
+
+    def learn(self, other: Sequence[FrozenTrial], name: str) -> int:
+        """Take another study's trials as knowledge, once; how many fit this one."""
+        if any(t.user_attrs.get(ORIGIN) == "warm start" for t in self._study.get_trials()):
+            return 0
+        known = [trial for trial in map(self._known, other) if trial is not None]
+        for trial in known:
+            trial.set_user_attr("warm_start", name)
+            self._study.add_trial(trial)
+        return len(known)
+
+    @property
+    def optuna_study(self) -> optuna.Study:
+        """For Optuna's own analyses."""
+        return self._study
+
+    def _queue(self, trials: Sequence[FrozenTrial]) -> Iterator[tuple[dict[str, Any], Any]]:
+        """What must be tried with given parameters, and has not been: retries come first."""
+        followed = {trial.user_attrs.get(RETRY_OF) for trial in trials}
+        for trial in trials:
+            if trial.user_attrs.get(AGAIN) and trial.number not in followed:
+                attempt = int(trial.user_attrs.get(ATTEMPT, 0)) + 1
+                attrs = {ORIGIN: "retry", RETRY_OF: trial.number, ATTEMPT: attempt}
+                yield trial.params, attrs
+        begun = {trial.user_attrs.get(ORIGIN) for trial in trials}
+        wanted = [("grid", p) for p in self._grid] or [("guess", p) for p in self._guesses if p]
+        for kind, params in wanted:
+            origin = f"{kind} {json.dumps(params)}"
+            if origin not in begun:
+                yield params, {ORIGIN: origin}
+
+    def _attempt(self, trial: Trial) -> int:
+        return int(self._frozen(trial.number).user_attrs.get(ATTEMPT, 0))
+
+    def _frozen(self, number: int) -> FrozenTrial:
+        return self._study.get_trials(deepcopy=False)[number]
+
+    def _fail(self, trial: Trial, reason: str, *, again: bool) -> None:
+        live = trial._trial
+        live.set_user_attr(REASON, reason)
+        if again:
+            live.set_user_attr(AGAIN, True)
+        self._study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+
+    def _known(self, trial: FrozenTrial) -> FrozenTrial | None:
+        """Another study's trial as one of ours; None if it isn't a point of our space."""
+        if not self.space.holds(trial.params) or trial.values is None:
+            return None
+        if len(trial.values) != len(self.settings.objectives):
+            return None
+        params = self.space.inside(trial.params)
+        attrs = {**trial.user_attrs, ORIGIN: "warm start"}
+        return optuna.trial.create_trial(
+            state=trial.state,
+            params=params,
+            distributions={name: distribution(self.space.parameters[name]) for name in params},
+            values=trial.values,
+            intermediate_values=trial.intermediate_values,
+            user_attrs=attrs,
+        )
+
+    def _check_basis(self, basis: Mapping[str, Any]) -> None:
+        """Refuse to continue a study with another question."""
+        ours = {
+            "study.objectives": list(self.settings.objectives),
+            "study.maximize": sorted(self.settings.maximize),
+            "study.params": {n: repr(p) for n, p in self.space.parameters.items()},
+            "study.conditions": {n: repr(c) for n, c in self.space.conditions.items()},
+            **basis,
+        }
+        theirs = self._study.user_attrs.get(BASIS)
+        if theirs is None:
+            self._study.set_user_attr(BASIS, ours)
+            return
+        for key in [*ours, *theirs]:
+            if ours.get(key) != theirs.get(key):
+                raise SettingsError(
+                    f"sweep {self.name} was begun with {_difference(key, theirs, ours)}; give"
+                    f" another study.name (and study.warm_start={self.name} to keep what it knows)"
+                )
+
+
+def join_study(settings: StudySettings, folder: Path, number: int, *, max_epochs: int) -> Trial:
+    """The trial `number` of the sweep in `folder`, from any process that reaches its storage."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage = open_storage(settings.storage, folder)
+    study = optuna.load_study(
+        study_name=sweep_name(folder), storage=storage, pruner=make_pruner(settings, max_epochs)
+    )
+    trial_id = storage.get_trial_id_from_study_id_trial_number(study._study_id, number)
+    return Trial(optuna.Trial(study, trial_id), settings, Space({}, {}), storage)
+
+
+def known_trials(sweep: str, storage: str | None, output_root: Path) -> list[FrozenTrial]:
+    """The trials of another sweep that ended with a value: of a database, or of its journal.
+
+    Raises SettingsError if there is no such sweep.
+    """
+    if storage is not None:
+        opened, name = open_storage(storage, output_root), sweep
+        known = optuna.get_all_study_names(opened)
+    else:
+        journal = find_journal(sweep, output_root)
+        opened = open_storage(str(journal), journal.parent)
+        known = optuna.get_all_study_names(opened)
+        name = known[0] if len(known) == 1 else sweep
+    if name not in known:
+        raise SettingsError(
+            f"study.warm_start={sweep}: there is no such study; there are: {', '.join(known)}"
+        )
+    study = optuna.load_study(study_name=name, storage=opened)
+    return study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
+
+
+def _difference(key: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    """What of the basis has changed, short."""
+    then, now = theirs.get(key), ours.get(key)
+    if isinstance(then, dict) and isinstance(now, dict):
+        name = next(n for n in [*then, *now] if then.get(n) != now.get(n))
+        return f"another {key}.{name}"
+    return f"{key}={then}, not {now}"
+
+
+def _suggest(trial: optuna.Trial, name: str, parameter: Parameter) -> Value:
+    if isinstance(parameter, Choice):
+        return trial.suggest_categorical(name, parameter.values)
+    step = parameter.step
+    if parameter.integer:
+        low, high = int(parameter.low), int(parameter.high)
+        return trial.suggest_int(name, low, high, step=int(step or 1), log=parameter.log)
+    return trial.suggest_float(name, parameter.low, parameter.high, step=step, log=parameter.log)

@@ -1,0 +1,165 @@
+"""One trial: a run that reports its candidates and may be pruned."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.pruners import BasePruner
+from optuna.storages import BaseStorage
+
+from lorasweep.settings import SettingsError
+from lorasweep.study.methods import CURVE, TERMS, prune_by_first
+from lorasweep.study.settings import StudySettings
+from lorasweep.study.space import Space
+
+log = logging.getLogger(__name__)
+
+BEST, EPOCHS, PLANNED, PRUNED = "best", "epochs", "planned_epochs", "pruned"  # user attributes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """The best checkpoint of a trial so far."""
+
+    epoch: int
+    path: str
+    scores: Mapping[str, float]
+    terms: Sequence[float]
+    """Of the first objective; empty where the metric gives none."""
+
+
+class Trial:
+    """A trial under way. Any process that reaches the storage can hold one."""
+
+    def __init__(
+        self, trial: optuna.Trial, settings: StudySettings, space: Space, storage: BaseStorage
+    ) -> None:
+        self._trial, self._settings, self._space, self._storage = trial, settings, space, storage
+        self.number = trial.number
+        best = trial.user_attrs.get(BEST)
+        self.best = Candidate(**best) if best else None
+        self.epochs = int(trial.user_attrs.get(EPOCHS, 0))
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """Parameter to value."""
+        return self._trial.params
+
+    @property
+    def overrides(self) -> list[str]:
+        """The parameters as Hydra's overrides."""
+        return self._space.overrides(self._trial.params)
+
+    def plan(self, epochs: int) -> None:
+        """Note how many epochs the run would train if nothing stops it."""
+        self._trial.set_user_attr(PLANNED, epochs)
+
+    def report(
+        self,
+        epoch: int,
+        path: Path,
+        scores: Mapping[str, float],
+        terms: Mapping[str, Sequence[float]],
+    ) -> None:
+        """Note the candidate of an epoch.
+
+        Raises SettingsError for an objective or constraint that is no score of the run.
+        """
+        self._check(scores)
+        self.epochs = epoch
+        new = self._candidate(epoch, path, scores, terms)
+        if new is not None and (self.best is None or self._rank(new) < self._rank(self.best)):
+            self.best = new
+            self._trial.set_user_attr(BEST, vars(new))
+        self._trial.set_user_attr(EPOCHS, epoch)
+        if self.best is not None:
+            self._note(epoch, self.best)
+
+    def should_prune(self) -> bool:
+        """Is the run to be stopped after the epoch last reported?
+
+        Runs that reach an epoch together report first, so that each is compared with all.
+        """
+        last = self.epochs >= self._trial.user_attrs.get(PLANNED, math.inf)
+        if last or self.best is None or self.epochs < self._settings.min_epochs:
+            return False
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if not self._settings.pareto:
+                return self._trial.should_prune()
+            pruner: BasePruner = self._trial.study.pruner
+            return prune_by_first(pruner, self._trial.study, self.number, self._storage)
+
+    def mark_pruned(self) -> None:
+        """Note, from the job's own process, that the run has stopped for it was to be pruned."""
+        self._trial.set_user_attr(PRUNED, True)
+
+    @property
+    def values(self) -> list[float]:
+        """The best candidate's objectives."""
+        assert self.best is not None
+        return [self.best.scores[name] for name in self._settings.objectives]
+
+    def constrain(self) -> None:
+        """Tell Optuna by how much the best candidate breaks each constraint; at most 0 is good."""
+        if self.best is not None:
+            for name, excess in self._excess(self.best).items():
+                self._trial.set_constraint(name, excess)
+
+    def _check(self, scores: Mapping[str, float]) -> None:
+        settings = self._settings
+        named = dict.fromkeys(settings.objectives, "objectives")
+        for name, key in {
+            **dict.fromkeys(settings.constraints, "constraints"),
+            **named,
+        }.items():
+            if name not in scores:
+                raise SettingsError(
+                    f"study.{key}: the runs have no score {name}; they have"
+                    f" {', '.join(sorted(scores))}"
+                )
+
+    def _candidate(
+        self,
+        epoch: int,
+        path: Path,
+        scores: Mapping[str, float],
+        terms: Mapping[str, Sequence[float]],
+    ) -> Candidate | None:
+        names = [*self._settings.objectives, *self._settings.constraints]
+        if not all(math.isfinite(scores[name]) for name in names):
+            return None
+        kept = {name: value for name, value in scores.items() if math.isfinite(value)}
+        of_first = list(terms.get(self._settings.objectives[0], ()))
+        return Candidate(epoch=epoch, path=str(path), scores=kept, terms=of_first)
+
+    def _rank(self, candidate: Candidate) -> tuple[float, float]:
+        """Smaller is better: first by broken constraints, then by the first objective."""
+        broken = sum(max(0.0, excess) for excess in self._excess(candidate).values())
+        sign = self._settings.signs[0]
+        return broken, sign * candidate.scores[self._settings.objectives[0]]
+
+    def _excess(self, candidate: Candidate) -> dict[str, float]:
+        bounds = self._settings.constraints
+        return {name: candidate.scores[name] - bound for name, bound in bounds.items()}
+
+    def _note(self, epoch: int, best: Candidate) -> None:
+        """The best so far, as pruners and the dashboard see the run."""
+        value = best.scores[self._settings.objectives[0]]
+        if self._settings.pareto:
+            curve = self._trial.user_attrs.get(CURVE, {})
+            self._trial.set_user_attr(CURVE, {**curve, str(epoch): value})
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a trial taken over, the first report stands
+                self._trial.report(value, epoch)
+        if self._settings.pruner == "wilcoxon":
+            terms = self._trial.user_attrs.get(TERMS, {})
+            self._trial.set_user_attr(TERMS, {**terms, str(epoch): list(best.terms)})

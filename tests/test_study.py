@@ -1,0 +1,382 @@
+"""The study: what it asks, notes, prunes, tries again and goes on with; nothing is trained."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from optuna.trial import TrialState
+
+from lorasweep.settings import SettingsError
+from lorasweep.study.methods import make_sampler
+from lorasweep.study.settings import PrunerName, SamplerName, StudySettings
+from lorasweep.study.space import Choice, Condition, Number, Space
+from lorasweep.study.storage import find_journal, only_driver
+from lorasweep.study.study import Study, join_study, known_trials
+from lorasweep.study.summary import lines, summarise
+
+SCORE = "val/loss_rel"
+SETTINGS = StudySettings(
+    name="s",
+    params={},
+    conditions={},
+    vars={},
+    sampler="random",
+    sampler_options={},
+    pruner="none",
+    pruner_options={},
+    startup_trials=2,
+    min_epochs=1,
+    n_trials=6,
+    max_hours=None,
+    objectives=[SCORE],
+    maximize=[],
+    constraints={},
+    enqueue=[],
+    seed=0,
+    max_failures=None,
+    retries=1,
+    warm_start=None,
+    storage=None,
+    batch_size=4,
+)
+RANK = Choice("adapter.rank", (4, 8, 16), ("4", "8", "16"))
+RATE = Number("optimizer.unet_lr", 1e-5, 1e-3, log=True)
+SPACE = Space({"adapter.rank": RANK, "optimizer.unet_lr": RATE}, {})
+ADAPTER = Choice("adapter", ("lora", "locon"), ("lora", "locon"))
+CONDITIONAL = Space(
+    {"adapter": ADAPTER, "adapter.conv_rank": Number("adapter.conv_rank", 1, 8, step=1)},
+    {"adapter.conv_rank": Condition("adapter", ("locon",))},
+)
+
+
+@pytest.fixture
+def open_study(tmp_path):
+    """Open a study of the same folder, again and again."""
+
+    def opened(space=SPACE, guesses=(), **changes):
+        settings = replace(SETTINGS, **changes)
+        folder = tmp_path / "outputs" / "demo" / settings.name
+        return Study(
+            settings, space, f"demo-{settings.name}", folder, max_epochs=9, guesses=guesses
+        )
+
+    return opened
+
+
+def report(trial, epoch, value, terms=(), **scores):
+    trial.plan(9)
+    trial.report(epoch, Path(f"e{epoch}"), {SCORE: value, **scores}, {SCORE: terms})
+    return trial.should_prune()
+
+
+def run(study, score=lambda trial, epoch: trial.number + epoch, epochs=3):
+    """Run all trials of a study one after another; the numbers that were pruned."""
+    pruned = []
+    while trial := study.next():
+        if any(report(trial, epoch, score(trial, epoch)) for epoch in range(1, epochs + 1)):
+            study.prune(trial)
+            pruned.append(trial.number)
+        else:
+            study.complete(trial)
+    return pruned
+
+
+def test_the_value_of_a_trial_is_its_best_candidate_not_its_last(open_study):
+    study = open_study()
+    trial = study.next()
+    for epoch, value in enumerate([0.9, 0.5, 0.7], start=1):
+        report(trial, epoch, value)
+    study.complete(trial)
+    assert study.trials[0].value == 0.5
+    assert trial.best.epoch == 2
+    assert study.trials[0].intermediate_values == {1: 0.9, 2: 0.5, 3: 0.5}
+
+
+def test_larger_can_be_better(open_study):
+    study = open_study(maximize=[SCORE])
+    trial = study.next()
+    for epoch, value in enumerate([0.1, 0.5, 0.3], start=1):
+        report(trial, epoch, value)
+    assert trial.best.epoch == 2
+
+
+@pytest.mark.parametrize("sampler", [s for s in get_args(SamplerName) if s != "grid"])
+def test_every_sampler_fills_the_study(open_study, sampler):
+    study = open_study(sampler=sampler, n_trials=4)
+    run(study, epochs=1)
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 4
+    assert all(SPACE.holds(trial.params) for trial in study.trials)
+
+
+@pytest.mark.parametrize("pruner", get_args(PrunerName))
+@pytest.mark.parametrize("objectives", [[SCORE], [SCORE, "val/prior_drift"]])
+def test_every_pruner_runs_with_one_and_with_two_objectives(open_study, pruner, objectives):
+    study = open_study(pruner=pruner, objectives=objectives)
+    while trial := study.next():
+        for epoch in range(1, 9):
+            drift = {"val/prior_drift": 1 / epoch}
+            terms = [trial.number + i / 100 + 1 / epoch for i in range(8)]
+            if report(trial, epoch, trial.number + 1 / epoch, terms, **drift):
+                study.prune(trial)
+                break
+        else:
+            study.complete(trial)
+    states = {trial.state for trial in study.trials}
+    assert states <= {TrialState.COMPLETE, TrialState.PRUNED}
+    assert study.trials[0].state == TrialState.COMPLETE
+    if pruner not in ("none", "hyperband", "patient"):  # each trial is worse than the one before
+        assert study.trials[5].state == TrialState.PRUNED
+
+
+def test_a_pruned_trial_keeps_its_best_value_and_counts(open_study):
+    study = open_study(pruner="median")
+    assert run(study) == [2, 3, 4, 5]
+    assert study.trials[5].state == TrialState.PRUNED
+    assert study.trials[5].value == 5 + 1
+
+
+def test_no_run_is_pruned_before_min_epochs(open_study):
+    study = open_study(pruner="median", min_epochs=3)
+    run(study, epochs=4)
+    assert [len(trial.intermediate_values) for trial in study.trials] == [4, 4, 3, 3, 3, 3]
+
+
+def test_halving_keeps_the_best_of_a_pack_and_not_the_first(open_study):
+    study = open_study(pruner="asha", pruner_options={"reduction_factor": 3}, min_epochs=2)
+    trials = [study.next() for _ in range(6)]
+    for value, trial in enumerate(reversed(trials)):
+        trial.plan(9)
+        trial.report(2, Path("e"), {SCORE: value}, {})
+    assert [trial.should_prune() for trial in trials] == [True] * 4 + [False] * 2
+
+
+def test_wilcoxon_prunes_what_is_worse_on_every_image_but_not_what_is_noise(open_study):
+    study = open_study(pruner="wilcoxon")
+    first, worse, even = study.next(), study.next(), study.next()
+    terms = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
+    report(first, 1, 4.5, terms)
+    study.complete(first)
+    assert report(worse, 1, 4.6, [t + 0.1 + t / 100 for t in terms])
+    assert not report(even, 1, 4.6, [t + (0.2 if i % 2 else -0.1) for i, t in enumerate(terms)])
+
+
+def test_patient_stops_what_has_not_improved(open_study):
+    study = open_study(pruner="patient", pruner_options={"patience": 2})
+    trial = study.next()
+    values = [0.9, 0.5, 0.6, 0.7]
+    assert [report(trial, e, v) for e, v in enumerate(values, start=1)] == [False] * 3 + [True]
+
+
+def test_several_objectives_are_those_of_the_best_candidate_by_the_first(open_study):
+    study = open_study(objectives=[SCORE, "val/prior_drift"])
+    trial = study.next()
+    for epoch, (value, drift) in enumerate([(0.9, 0.1), (0.5, 0.3), (0.7, 0.2)], start=1):
+        report(trial, epoch, value, **{"val/prior_drift": drift})
+    study.complete(trial)
+    assert study.trials[0].values == [0.5, 0.3]
+
+
+def test_a_candidate_that_keeps_the_constraints_goes_before_a_better_one(open_study):
+    study = open_study(constraints={"val/prior_drift": 0.2})
+    trial = study.next()
+    for epoch, (value, drift) in enumerate([(0.9, 0.1), (0.5, 0.3)], start=1):
+        report(trial, epoch, value, **{"val/prior_drift": drift})
+    study.complete(trial)
+    assert study.trials[0].value == 0.9
+    assert study.trials[0].constraints == {"val/prior_drift": pytest.approx(-0.1)}
+
+
+def test_a_run_without_a_finite_score_fails_with_its_reason(open_study):
+    study = open_study()
+    trial = study.next()
+    report(trial, 1, math.nan)
+    study.complete(trial)
+    assert study.trials[0].state == TrialState.FAIL
+    assert "finite" in study.trials[0].user_attrs["reason"]
+
+
+def test_a_score_that_the_runs_lack_is_refused_with_those_there_are(open_study):
+    trial = open_study(objectives=["val/los"]).next()
+    with pytest.raises(SettingsError, match=r"study.objectives.*val/los; they have val/loss_rel"):
+        report(trial, 1, 0.5)
+
+
+def test_guesses_come_first_each_once_even_after_a_break(open_study):
+    guesses = [{"adapter.rank": 8, "optimizer.unet_lr": 1e-4}, {"adapter.rank": 16}]
+    study = open_study(guesses=guesses)
+    first = study.next()
+    assert first.params == guesses[0]
+    report(first, 1, 0.5)
+    study.complete(first)
+    resumed = open_study(guesses=guesses)
+    assert resumed.next().params["adapter.rank"] == 16
+    assert open_study(guesses=guesses).next().number == 2
+
+
+def test_n_trials_is_the_total_over_all_commands(open_study):
+    run(open_study(n_trials=2))
+    study = open_study(n_trials=5)
+    run(study)
+    assert [trial.number for trial in study.trials] == [0, 1, 2, 3, 4]
+    assert open_study(n_trials=5).next() is None
+
+
+def test_a_resumed_study_asks_what_the_unbroken_one_asks(open_study):
+    run(open_study(name="whole", sampler="tpe", n_trials=8))
+    whole = [trial.params for trial in open_study(name="whole", n_trials=8).trials]
+    for n_trials in (3, 5, 8):
+        run(open_study(name="broken", sampler="tpe", n_trials=n_trials))
+    assert [trial.params for trial in open_study(name="broken", n_trials=8).trials] == whole
+
+
+def test_a_passing_failure_is_tried_again_with_the_same_parameters_and_counts_once(open_study):
+    study = open_study(n_trials=2)
+    first = study.next()
+    assert study.fail(first, "killed", transient=True)
+    again = study.next()
+    assert again.params == first.params
+    assert not study.fail(again, "killed", transient=True)  # retries: 1
+    assert study.next() is not None
+    assert study.next() is None
+    assert [t.user_attrs.get("reason") for t in study.trials] == ["killed", "killed", None]
+
+
+def test_a_raised_error_is_not_tried_again(open_study):
+    study = open_study(n_trials=1)
+    assert not study.fail(study.next(), "wrong", transient=False)
+    assert study.next() is None
+
+
+def test_what_a_killed_driver_left_running_goes_on_under_its_number(open_study):
+    first = open_study(n_trials=1).next()
+    resumed = open_study(n_trials=1)
+    assert resumed.take_over() == [0]
+    again = resumed.next()
+    assert (again.number, again.params) == (first.number, first.params)
+    assert resumed.next() is None
+
+
+def test_a_trial_that_was_killed_before_it_had_all_parameters_gets_the_rest(open_study):
+    reference = open_study(n_trials=1, name="reference").next()
+    study = open_study(n_trials=1)
+    study.optuna_study.sampler = make_sampler(study.settings, study.space, 0)
+    begun = study.optuna_study.ask()
+    begun.suggest_categorical("adapter.rank", study.space.parameters["adapter.rank"].values)
+    resumed = open_study(n_trials=1)
+    resumed.take_over()
+    assert resumed.next().params.keys() == reference.params.keys()
+
+
+def test_a_trial_that_was_enqueued_but_not_begun_is_begun(open_study):
+    study = open_study(n_trials=1, guesses=[{"adapter.rank": 8}])
+    study.optuna_study.enqueue_trial({"adapter.rank": 4}, user_attrs={"origin": "guess"})
+    assert open_study(n_trials=1).next().params["adapter.rank"] == 4
+
+
+def test_a_line_that_a_kill_cut_short_is_mended(open_study, tmp_path):
+    run(open_study(n_trials=2))
+    journal = find_journal("demo-s", tmp_path / "outputs")
+    with journal.open("ab") as file:
+        file.write(b'{"op_code": 5, "wor')
+    study = open_study(n_trials=3)
+    run(study)
+    assert len(open_study(n_trials=3).trials) == 3
+
+
+def test_one_driver_at_a_time(tmp_path):
+    refused = pytest.raises(SettingsError, match="driven by process")
+    with only_driver(tmp_path, "s"), refused, only_driver(tmp_path, "s"):
+        pass
+    with only_driver(tmp_path, "s"):
+        pass
+
+
+def test_another_question_is_another_study(open_study):
+    open_study()
+    other = Space({"adapter.rank": Choice("adapter.rank", (4, 8), ("4", "8"))}, {})
+    with pytest.raises(SettingsError, match=r"another study.params.adapter.rank; give another"):
+        open_study(other)
+    with pytest.raises(SettingsError, match=r"study.objectives"):
+        open_study(objectives=["val/gap"])
+
+
+def test_the_grid_has_every_point_once(open_study):
+    space = Space({"adapter.rank": RANK, "seed": Number("seed", 0, 2, step=1)}, {})
+    study = open_study(space, sampler="grid", n_trials=None)
+    run(study)
+    points = {tuple(trial.params.values()) for trial in study.trials}
+    assert len(study.trials) == 9 == len(points)
+
+
+def test_a_conditional_parameter_exists_only_where_it_should(open_study):
+    study = open_study(CONDITIONAL, sampler="tpe", n_trials=12)
+    run(study)
+    for trial in study.trials:
+        assert ("adapter.conv_rank" in trial.params) == (trial.params["adapter"] == "locon")
+    assert len(CONDITIONAL.grid()) == 1 + 8
+
+
+def test_warm_start_takes_the_trials_that_fit_as_knowledge_but_not_as_its_own(open_study, tmp_path):
+    run(open_study(name="old", n_trials=4))
+    known = known_trials("demo-old", None, tmp_path / "outputs")
+    study = open_study(name="new", n_trials=2)
+    assert study.learn(known, "demo-old") == 4
+    assert study.learn(known, "demo-old") == 0  # once
+    assert study.trials == []
+    run(study)
+    assert [trial.number for trial in study.trials] == [4, 5]
+    narrow = Space({"adapter.rank": Choice("adapter.rank", (99,), ("99",))}, {})
+    assert open_study(narrow, name="other").learn(known, "demo-old") == 0
+
+
+def test_a_job_in_another_process_reports_to_its_trial(open_study, tmp_path):
+    study = open_study()
+    number = study.next().number
+    folder = tmp_path / "outputs" / "demo" / "s"
+    joined = join_study(replace(SETTINGS), folder, number, max_epochs=9)
+    report(joined, 1, 0.5)
+    joined.mark_pruned()
+    study.settle(number, lambda number: [])
+    assert study.trials[0].state == TrialState.PRUNED
+    assert study.trials[0].value == 0.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"sampler_options": {"n_startup": 3}},
+            "study.sampler_options.n_startup: there is no such",
+        ),
+        (
+            {"pruner": "asha", "pruner_options": {"reduction_factor": 1}},
+            "reduction_factor at least",
+        ),
+        ({"n_trials": None}, "study.n_trials is missing"),
+        ({"maximize": ["val/x"]}, "study.maximize: val/x"),
+        ({"sampler": "grid"}, "needs choice"),
+        ({"objectives": [SCORE, "val/gap"], "sampler": "cmaes"}, "takes one objective"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(open_study, changes, said):
+    with pytest.raises(SettingsError, match=said) as error:
+        open_study(**changes)
+    assert "\n" not in str(error.value)
+
+
+def test_the_summary_says_what_pruning_saved_what_failed_and_what_mattered(open_study):
+    study = open_study(pruner="median", n_trials=12, startup_trials=9)
+    failed = study.next()
+    study.fail(failed, "out of memory", transient=True)
+    run(
+        study, score=lambda trial, epoch: trial.params["adapter.rank"] + trial.number / 99, epochs=9
+    )
+    summary = summarise(study)
+    said = "\n".join(lines(summary))
+    epochs = sum(row.epochs for row in summary.rows)
+    assert f"Trained {epochs} epochs of 108 planned: pruning saved {108 - epochs}" in said
+    assert "Trial 0 failed: out of memory (tried again)" in said
+    assert "What mattered for val/loss_rel: " in said
+    assert f"Best: trial {summary.best[0].number}, epoch 1" in said

@@ -1,0 +1,206 @@
+"""Sweeps as a person starts them, with a stand-in for the workers: what is asked, dropped, kept."""
+
+import math
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from fake_fleet import FakeFleet
+from lorasweep import cli, fleet
+from lorasweep.run import Failure
+from lorasweep.study import storage
+
+SWEEP = """\
+# @package _global_
+defaults:
+  - override /hydra/sweeper: optuna
+study:
+  params:
+    adapter.rank: choice(4,8)
+    optimizer.unet_lr: tag(log,interval(1e-4,1e-2))
+  sampler: random
+  pruner: none
+  n_trials: 4
+"""
+
+
+def by_rate(run, epoch):
+    """A run whose best is its second epoch, the better the nearer its rate is to 1e-3."""
+    value = 0.5 + 0.1 * abs(math.log10(run.optimizer.unet_lr) + 3) + 0.05 * abs(epoch - 2)
+    return {"val/loss_rel": value, "val/prior_drift": run.adapter.rank / 100}
+
+
+@pytest.fixture
+def sweep(tmp_path, monkeypatch):
+    """Run `lorasweep sweep mine` with fake workers; the study and the workers."""
+    (tmp_path / "sweeps").mkdir()
+    places = [f"output_root={tmp_path}/outputs", f"cache_dir={tmp_path}/cache"]
+
+    def started(*overrides, script=by_rate, max_pack=2, text=SWEEP):
+        workers = FakeFleet(script, max_pack)
+        monkeypatch.setattr(fleet, "Fleet", lambda devices, max_pack: workers)
+        (tmp_path / "sweeps" / "mine.yaml").write_text(text)
+        base = ["experiment=demo", "trainer.max_train_epochs=4", *places]
+        cli.main(["sweep", "mine", "--config-dir", str(tmp_path), *base, *overrides])
+        return study_of(tmp_path), workers
+
+    return started
+
+
+def study_of(tmp_path):
+    journal = storage.find_journal(None, tmp_path / "outputs")
+    opened = storage.open_storage(str(journal), tmp_path)
+    return optuna.load_study(study_name="demo-mine", storage=opened)
+
+
+def test_a_sweep_fills_its_packs_and_goes_on_where_it_was(sweep, tmp_path, capsys):
+    study, workers = sweep("study.n_trials=3")
+    assert workers.most == 2
+    assert [trial.value < 0.8 for trial in study.trials] == [True] * 3
+    names = [run.name for run in workers.submitted]
+    assert names == ["demo-0", "demo-1", "demo-2"]
+    folder = tmp_path / "outputs" / "demo" / "mine"
+    assert all((folder / str(n) / ".hydra" / "overrides.yaml").exists() for n in range(3))
+    assert {run.sweep for run in workers.submitted} == {"demo-mine"}
+    assert "pruning saved 0" in capsys.readouterr().out
+
+    study, workers = sweep("study.n_trials=4")
+    assert [run.name for run in workers.submitted] == ["demo-3"]
+    assert len(study.trials) == 4
+
+    _, workers = sweep("study.n_trials=4")
+    assert workers.submitted == []
+
+
+def test_what_would_train_without_a_sweep_is_tried_first(sweep):
+    study, _ = sweep("adapter.rank=8", "study.n_trials=1")  # the demo's rate is 1e-3
+    assert study.trials[0].params == {"optimizer.unet_lr": 1e-3}
+
+
+def test_a_pruned_run_leaves_its_pack_and_another_takes_its_place(sweep):
+    def script(run, epoch):
+        return {"val/loss_rel": run.number + 1 / epoch, "val/prior_drift": 0.0}
+
+    study, workers = sweep("study.pruner=asha", "study.startup_trials=0", script=script)
+    states = [trial.state for trial in study.trials]
+    assert states == [TrialState.COMPLETE, *[TrialState.PRUNED] * 3]
+    assert [workers.epochs[f"demo-{n}"] for n in range(4)] == [4, 2, 2, 2]
+    assert study.trials[3].value == 3.5
+
+
+def test_failures_are_told_with_reasons_and_passing_ones_tried_again(sweep):
+    tried = []
+
+    def script(run, epoch):
+        tried.append(run.name)
+        if run.number == 0:
+            return Failure(run=run.name, reason="worker was killed", transient=True)
+        if run.number == 1:
+            return Failure(run=run.name, reason="loss is NaN", transient=False)
+        return by_rate(run, epoch)
+
+    study, _workers = sweep("study.n_trials=3", script=script)
+    assert [t.state.name for t in study.trials] == ["FAIL", "FAIL", "COMPLETE", "COMPLETE"]
+    reasons = [t.user_attrs.get("reason") for t in study.trials]
+    assert reasons == ["worker was killed", "loss is NaN", None, None]
+    assert [t.params for t in study.trials if t.user_attrs.get("retry_of") == 0] == [
+        study.trials[0].params
+    ]
+
+
+def test_a_hopeless_sweep_stops(sweep, capsys):
+    def script(run, epoch):
+        return Failure(run=run.name, reason="no such luck", transient=False)
+
+    with pytest.raises(SystemExit):
+        sweep("study.max_failures=2", "study.n_trials=9", script=script)
+    said = capsys.readouterr()
+    assert "2 trials failed one after another" in said.err
+    assert "no such luck" in said.err
+
+
+def test_what_a_killed_driver_left_goes_on_under_its_number(sweep, tmp_path):
+    def script(run, epoch):
+        if len(run.name) and epoch == 2:
+            raise KeyboardInterrupt  # stands in for a kill: nothing is told
+        return by_rate(run, epoch)
+
+    with pytest.raises(SystemExit):
+        sweep("study.n_trials=2", script=script)
+    left = [trial.params for trial in study_of(tmp_path).trials]
+    study, workers = sweep("study.n_trials=2")
+    assert [t.state.name for t in study.trials] == ["COMPLETE", "COMPLETE"]
+    assert [trial.params for trial in study.trials] == left
+    assert [run.number for run in workers.submitted] == [0, 1]
+
+
+def test_hydras_own_grammar_on_the_command_line_is_searched(sweep):
+    study, _ = sweep(
+        "adapter.rank=choice(16,32)",
+        "seed=range(0,3)",
+        "optimizer.text_encoder_lr=interval(0.0001,0.0002)",
+        "trainer.max_train_epochs=int(interval(2,4))",
+        "study.n_trials=2",
+    )
+    trial = study.trials[1]
+    assert trial.params.keys() == {
+        "adapter.rank",
+        "optimizer.unet_lr",
+        "seed",
+        "optimizer.text_encoder_lr",
+        "trainer.max_train_epochs",
+    }
+    assert trial.params["adapter.rank"] in (16, 32)
+    assert isinstance(trial.params["trainer.max_train_epochs"], int)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["study.n_trial=3"], "study.n_trial: there is no such setting"),
+        (["study.sampler=bayes"], "study.sampler=bayes"),
+        (["adapter.rnk=choice(1,2)"], "adapter.rnk"),
+        (["adapter.rank=choice(four,8)"], "adapter.rank=four"),
+        (["adapter=choice(lora,nolora)"], "adapter=nolora: there is no such option"),
+        (["study.enqueue=[{adapter.rank: 5}]"], "study.enqueue"),
+        (["study.vars.ratio=1"], "write ++study.vars.ratio"),
+        (["study.conditions={adapter.rank: 'seed=1'}"], "study.conditions.adapter.rank"),
+        (["dataset.image_dir=/nowhere"], "/nowhere"),
+        (["study.warm_start=none-such"], "none-such: there is no such sweep"),
+    ],
+)
+def test_mistakes_end_in_one_line_before_any_work(sweep, capsys, overrides, said):
+    def script(run, epoch):
+        raise AssertionError("it has begun to train")
+
+    with pytest.raises(SystemExit) as ended:
+        sweep(*overrides, script=script)
+    assert ended.value.code == 2
+    errors = capsys.readouterr().err.strip()
+    assert said in errors
+    assert len(errors.splitlines()) == 1
+
+
+def test_another_set_of_overrides_is_another_sweep(sweep, capsys):
+    sweep("study.n_trials=1")
+    with pytest.raises(SystemExit):
+        sweep("study.n_trials=1", "dataset.num_images=5")
+    assert "study.name" in capsys.readouterr().err
+
+
+def test_a_second_driver_is_refused(sweep, tmp_path, capsys):
+    folder = tmp_path / "outputs" / "demo" / "mine"
+    with storage.only_driver(folder, "demo-mine"), pytest.raises(SystemExit):
+        sweep()
+    assert "demo-mine is being driven" in capsys.readouterr().err
+
+
+def test_the_newest_journal_is_the_one_that_is_shown(tmp_path):
+    for name in ("a", "b"):
+        path = tmp_path / "demo" / name / storage.JOURNAL
+        path.parent.mkdir(parents=True)
+        path.write_text("")
+    assert storage.find_journal("demo-a", tmp_path).parent.name == "a"
+    assert storage.find_journal(str(tmp_path / "demo" / "b"), Path("x")).parent.name == "b"

@@ -1,0 +1,61 @@
+"""The sweeps that ship: each composes, and runs shrunk with a stand-in for the workers."""
+
+import pytest
+
+from conftest import options
+from fake_fleet import FakeFleet
+from lorasweep import cli, config, fleet
+
+SWEEPS = sorted(path.stem for path in config.sweeps_dir().glob("*.yaml"))
+STUDIES = [name for name in SWEEPS if name != "demo"]  # the demo is a plain grid of Hydra's own
+CAPTIONED = {"captions"}  # searches captions, which the demo brings its own of
+
+
+def scores(run, epoch):
+    return {"val/loss_rel": 1 / epoch + run.number / 100, "val/prior_drift": run.number / 100}
+
+
+@pytest.fixture
+def ship(tmp_path, monkeypatch):
+    """Run a shipped sweep, shrunk."""
+
+    def run(name, *overrides):
+        workers = FakeFleet(scores)
+        monkeypatch.setattr(fleet, "Fleet", lambda devices, max_pack: workers)
+        base = ["model=embedded", "dataset.image_dir=${embedded:demo_images}"]
+        base = ["experiment=demo"] if name not in CAPTIONED else base
+        small = ["trainer.max_train_epochs=5", "study.n_trials=3"]
+        places = [f"output_root={tmp_path}", f"cache_dir={tmp_path}/cache"]
+        cli.main(["sweep", name, *base, *small, *places, *overrides])
+        return workers
+
+    return run
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_shipped_sweep_runs(ship, name, capsys):
+    workers = ship(name)
+    assert len({run.name for run in workers.submitted}) == 3
+    said = capsys.readouterr().out
+    assert "trial 2" in said
+    assert "Best" in said or "On the front" in said
+
+
+def test_the_guides_own_advice_is_the_first_trial_of_its_sweep(ship):
+    first = ship("guide", "adapter.rank=64").submitted[0]
+    assert first.adapter.alpha == 32
+    assert first.optimizer.unet_lr == pytest.approx(1e-4)
+    assert first.optimizer.text_encoder_lr == pytest.approx(5e-5)
+
+
+def test_adapter_types_searches_our_own_types_with_what_each_has(ship):
+    runs = ship("adapter_types", "study.n_trials=12").submitted
+    keys = {}
+    for run in runs:
+        values = dict(override.split("=", 1) for override in run.overrides if "=" in override)
+        keys.setdefault(values["adapter"], set()).update(values)
+    assert set(keys) <= set(options("adapter")) - {"lycoris"}
+    assert len(keys) > 1
+    for name, given in keys.items():
+        assert ("adapter.conv_rank" in given) == (name == "locon")
+        assert ("adapter.factor" in given) == (name == "lokr")
