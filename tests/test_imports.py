@@ -20,14 +20,17 @@ LEVELS = [
     {"judge", "run", "pick", "doctor", "export"},
     {"worker", "fleet", "engines"},
     {"launcher", "search"},
+    {"jobs"},
+    {"flow"},
+    {"batches"},
     {"sweeper"},
     {"cli"},
 ]
 """Lowest first; a module imports from its own level or below."""
 
 HOMES = {
-    "hydra": {"config", "launcher", "search", "sweeper", "cli", "doctor"},
-    "omegaconf": {"config", "search", "sweeper", "launcher", "doctor", "pick"},
+    "hydra": {"config", "launcher", "search", "batches", "cli", "doctor"},
+    "omegaconf": {"config", "search", "jobs", "sweeper", "launcher", "doctor", "pick"},
     "mlflow": {"tracking"},
     "optuna": {"study"},
     "optuna_dashboard": {"study"},

@@ -5,10 +5,11 @@ LORASWEEP_KILLS says how many kills; the moments follow from a seed.
 
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import optuna
@@ -20,9 +21,10 @@ from conftest import SMALL
 from lorasweep.study import storage
 
 KILLS = int(os.environ.get("LORASWEEP_KILLS", "10"))
+TRIALS, EPOCHS = 3, 2
 pytestmark = pytest.mark.slow
 
-SWEEP = """\
+SWEEP = f"""\
 # @package _global_
 defaults:
   - override /hydra/sweeper: optuna
@@ -32,31 +34,37 @@ study:
     optimizer.unet_lr: tag(log,interval(1e-4,1e-2))
   sampler: random
   pruner: none
-  n_trials: 4
+  n_trials: {TRIALS}
   retries: 100
   max_failures: null
 launcher:
   max_pack: 2
+sampling:
+  every_n_epochs: 0
 """
 
 
 class Sweep:
     """A small sweep in a folder of its own, with processes of its own."""
 
-    def __init__(self, folder: Path, cache: Path) -> None:
+    def __init__(self, folder: Path) -> None:
         (folder / "sweeps").mkdir(parents=True)
         (folder / "sweeps" / "mine.yaml").write_text(SWEEP)
-        places = [f"output_root={folder}/outputs", f"cache_dir={cache}"]
+        places = [f"output_root={folder}/outputs", f"cache_dir={folder}/cache"]
         command = [sys.executable, "-m", "lorasweep", "sweep", "mine", "--config-dir", str(folder)]
-        self.command = [*command, *SMALL, *places, "name=kills"]
+        settings = [one for one in SMALL if not one.startswith("sampling.")]
+        self.command = [*command, *settings, *places, "name=kills"]
         self.folder, self.log = folder, folder / "log.txt"
 
     def start(self) -> subprocess.Popen:
         with self.log.open("a") as log:
             return subprocess.Popen(self.command, stdout=log, stderr=subprocess.STDOUT)
 
-    def finish(self) -> None:
+    def finish(self) -> float:
+        """Run it to its end; the seconds that took."""
+        began = time.monotonic()
         assert self.start().wait() == 0, self.log.read_text()[-3000:]
+        return time.monotonic() - began
 
     @property
     def trials(self) -> list[optuna.trial.FrozenTrial]:
@@ -64,77 +72,91 @@ class Sweep:
         opened = storage.open_storage(str(journal), self.folder)
         return optuna.load_study(study_name="kills-mine", storage=opened).get_trials()
 
-    def runs(self) -> dict[str, dict[str, list[tuple[int, float]]]]:
-        """Finished runs of MLflow by name: what they logged by metric, in order."""
+    def runs(self) -> list[tuple[str, str, dict[str, list[int]]]]:
+        """MLflow's runs: name, status and the steps at which each metric was logged."""
         client = MlflowClient(f"sqlite:///{self.folder}/outputs/mlflow.db")
-        found: dict[str, dict[str, list[tuple[int, float]]]] = {}
-        for run in client.search_runs(["0", "1"], "attributes.status = 'FINISHED'"):
-            assert run.info.run_name not in found, f"{run.info.run_name} is there twice"
-            found[run.info.run_name] = {
-                key: [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, key)]
-                for key in ("train/loss", "val/loss_rel")
-            }
-        return found
+        experiments = [one.experiment_id for one in client.search_experiments()]
+        runs = client.search_runs(experiments)
+        return sorted((run.info.run_name, run.info.status, steps(client, run)) for run in runs)
 
-    def best(self) -> tuple[dict[str, object], float]:
-        done = [trial for trial in self.trials if trial.state.name == "COMPLETE"]
-        best = min(done, key=lambda trial: trial.value)
-        return best.params, best.value
+    def best(self) -> optuna.trial.FrozenTrial:
+        return min(self.trials, key=lambda trial: trial.value)
+
+
+def steps(client: MlflowClient, run) -> dict[str, list[int]]:
+    found = {}
+    for key in run.data.metrics:
+        if not key.startswith("system/"):
+            found[key] = [m.step for m in client.get_metric_history(run.info.run_id, key)]
+    return found
 
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("unbroken")
-    sweep = Sweep(folder / "sweep", folder / "cache")
-    sweep.finish()
-    return sweep
+    """A sweep that nobody kills, and the seconds that it took."""
+    sweep = Sweep(tmp_path_factory.mktemp("unbroken") / "sweep")
+    return sweep, sweep.finish()
+
+
+def assert_came_to_the_same(sweep: Sweep, unbroken: Sweep) -> None:
+    expected = [(number, "COMPLETE") for number in range(TRIALS)]
+    assert [(trial.number, trial.state.name) for trial in sweep.trials] == expected
+    assert [trial.params for trial in sweep.trials] == [trial.params for trial in unbroken.trials]
+    assert sweep.runs() == unbroken.runs()
+    names = [f"kills-{number}" for number in range(TRIALS)]
+    assert [(name, status) for name, status, _ in sweep.runs()] == [(n, "FINISHED") for n in names]
+    epochs = list(range(EPOCHS + 1))  # the bare model is epoch 0
+    assert all(logged["val/loss_rel"] == epochs for _, _, logged in sweep.runs())
+    ours, theirs = sweep.best(), unbroken.best()
+    assert ours.number == theirs.number
+    assert ours.user_attrs["best"]["epoch"] == theirs.user_attrs["best"]["epoch"]
+    # a pack rounds by its members
+    assert ours.value == pytest.approx(theirs.value, rel=1e-3)
+    assert Path(ours.user_attrs["best"]["path"]).is_file()
 
 
 def test_a_driver_killed_at_random_moments_leaves_no_trace_in_the_end(unbroken, tmp_path):
-    sweep = Sweep(tmp_path / "sweep", tmp_path / "cache")
-    moments = random.Random(0)
-    for _ in range(KILLS):
+    reference, seconds = unbroken
+    sweeps, moments, kills = sweeps_in(tmp_path), random.Random(0), 0
+    sweep = next(sweeps)
+    while kills < KILLS:
         driver = sweep.start()
-        time.sleep(moments.uniform(1, 30))
-        driver.send_signal(signal.SIGKILL)
-        driver.wait()
+        time.sleep(moments.uniform(0.2, 1.0) * seconds)
+        if driver.poll() is None:
+            driver.kill()
+            kills += 1
+        if driver.wait() >= 0:  # it came to its end before
+            assert_came_to_the_same(sweep, reference)
+            sweep = next(sweeps)
     sweep.finish()
-    trials, expected = sweep.trials, unbroken.trials
-    assert [(t.number, t.state.name) for t in trials] == [(n, "COMPLETE") for n in range(4)]
-    assert [t.params for t in trials] == [t.params for t in expected]
-    assert sweep.best()[0] == unbroken.best()[0]
-    assert sweep.best()[1] == pytest.approx(unbroken.best()[1], rel=1e-3)  # neighbours may differ
-    runs, others = sweep.runs(), unbroken.runs()
-    assert runs.keys() == others.keys()
-    for name, metrics in runs.items():
-        for key, values in metrics.items():
-            assert [step for step, _ in values] == [step for step, _ in others[name][key]]
+    assert_came_to_the_same(sweep, reference)
 
 
 def test_workers_killed_at_random_moments_cost_only_their_packs(unbroken, tmp_path):
-    sweep = Sweep(tmp_path / "sweep", tmp_path / "cache")
-    driver, moments, kills = sweep.start(), random.Random(1), 0
-    while kills < KILLS and driver.poll() is None:
-        time.sleep(moments.uniform(4, 30))
-        workers = [p for p in psutil.Process(driver.pid).children() if is_worker(p)]
-        for worker in workers[:1]:
-            worker.send_signal(signal.SIGKILL)
-            kills += 1
-    assert driver.wait() == 0, sweep.log.read_text()[-3000:]
-    assert kills > 0
-    done = [trial for trial in sweep.trials if trial.state.name == "COMPLETE"]
-    failed = [trial for trial in sweep.trials if trial.state.name == "FAIL"]
-    assert len(done) + len(failed) == len(sweep.trials)
-    key = sorted(str(trial.params) for trial in done)
-    assert key == sorted(str(trial.params) for trial in unbroken.trials)
-    assert sweep.best()[0] == unbroken.best()[0]
-    assert sweep.best()[1] == pytest.approx(unbroken.best()[1], rel=1e-3)
-    assert sorted(sweep.runs()) == sorted(f"kills-{trial.number}" for trial in done)
-    steps = [step for step, _ in next(iter(unbroken.runs().values()))["train/loss"]]
-    for metrics in sweep.runs().values():
-        assert [step for step, _ in metrics["train/loss"]] == steps
+    reference, seconds = unbroken
+    sweeps, moments, kills = sweeps_in(tmp_path), random.Random(1), 0
+    while kills < KILLS:
+        sweep = next(sweeps)
+        driver = sweep.start()
+        while kills < KILLS and driver.poll() is None:
+            time.sleep(moments.uniform(0.1, 0.7) * seconds)
+            kills += kill_a_worker(driver.pid)
+        assert driver.wait() == 0, sweep.log.read_text()[-3000:]
+        assert_came_to_the_same(sweep, reference)
 
 
-def is_worker(process: psutil.Process) -> bool:
-    """A spawned process that trains, not multiprocessing's resource tracker."""
-    return "spawn_main" in " ".join(process.cmdline())
+def sweeps_in(folder: Path) -> Iterator[Sweep]:
+    """A sweep, and others for when it has ended before all kills were made."""
+    return (Sweep(folder / f"sweep{number}") for number in count())
+
+
+def kill_a_worker(driver: int) -> bool:
+    """Kill one if there is one."""
+    try:
+        for process in psutil.Process(driver).children():
+            if "spawn_main" in " ".join(process.cmdline()):  # not the resource tracker
+                process.kill()
+                return True
+    except psutil.NoSuchProcess:
+        pass
+    return False

@@ -234,13 +234,34 @@ def test_a_resumed_study_asks_what_the_unbroken_one_asks(open_study):
 def test_a_passing_failure_is_tried_again_with_the_same_parameters_and_counts_once(open_study):
     study = open_study(n_trials=2)
     first = study.next()
+    report(first, 1, 0.5)
     assert study.fail(first, "killed", transient=True)
     again = study.next()
-    assert again.params == first.params
-    assert not study.fail(again, "killed", transient=True)  # retries: 1
-    assert study.next() is not None
+    assert (again.number, again.params) == (first.number, first.params)
+    assert not study.fail(again, "killed once more", transient=True)  # retries: 1
+    assert study.next().number == 1
     assert study.next() is None
-    assert [t.user_attrs.get("reason") for t in study.trials] == ["killed", "killed", None]
+    assert [t.user_attrs.get("reason") for t in study.trials] == ["killed once more", None]
+
+
+def test_what_a_trial_reports_again_counts_once_and_is_not_pruned_before_it_came_so_far(open_study):
+    study = open_study(n_trials=2, pruner="asha", min_epochs=1)
+    first = study.next()
+    for epoch in (1, 2):
+        report(first, epoch, 0.5)
+    study.complete(first)
+    worse = study.next()
+    report(worse, 1, 0.7)
+    report(worse, 2, 0.6)
+    assert study.fail(worse, "killed", transient=True)
+    again = study.next()
+    report(again, 1, 0.7)
+    assert not again.should_prune()
+    assert again.best.epoch == 2
+    report(again, 2, 0.61)  # its file is the newer one
+    assert again.values == [0.61]
+    report(again, 3, 0.62)
+    assert study.optuna_study.trials[1].intermediate_values == {1: 0.7, 2: 0.6, 3: 0.61}
 
 
 def test_a_raised_error_is_not_tried_again(open_study):
@@ -266,7 +287,7 @@ def test_a_trial_that_was_killed_before_it_had_all_parameters_gets_the_rest(open
     begun.suggest_categorical("adapter.rank", study.space.parameters["adapter.rank"].values)
     resumed = open_study(n_trials=1)
     resumed.take_over()
-    assert resumed.next().params.keys() == reference.params.keys()
+    assert resumed.next().params == reference.params
 
 
 def test_a_trial_that_was_enqueued_but_not_begun_is_begun(open_study):
@@ -377,6 +398,6 @@ def test_the_summary_says_what_pruning_saved_what_failed_and_what_mattered(open_
     said = "\n".join(lines(summary))
     epochs = sum(row.epochs for row in summary.rows)
     assert f"Trained {epochs} epochs of 108 planned: pruning saved {108 - epochs}" in said
-    assert "Trial 0 failed: out of memory (tried again)" in said
+    assert "Trial 0 was begun again: out of memory" in said
     assert "What mattered for val/loss_rel: " in said
     assert f"Best: trial {summary.best[0].number}, epoch 1" in said

@@ -288,9 +288,9 @@ def _run_alone(cfg: Any, hydra_cfg: Any) -> None:
     dataset.find(run.dataset)
     run.check()
     if "folder" in (hydra_cfg.sweeper or {}):  # a trial that a sweep gave to a launcher of Hydra's
-        from lorasweep import sweeper
+        from lorasweep import jobs
 
-        sweeper.train_trial(run, sweeper.trial_of(cfg, hydra_cfg))
+        jobs.train_trial(run, jobs.trial_of(cfg, hydra_cfg))
         return
     from lorasweep.run import Failure, RunError, run_pack
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,10 +25,9 @@ from lorasweep.study.trial import PRUNED, Trial
 log = logging.getLogger(__name__)
 
 # user attributes of a trial
-ORIGIN = "origin"  # why it was asked with given parameters: guess, grid, retry, warm start
-RETRY_OF, ATTEMPT = "retry_of", "attempt"
-AGAIN = "again"  # it failed and its parameters are to be tried once more
-REASON = "reason"
+ORIGIN = "origin"  # why it was asked with given parameters: guess, grid, warm start
+ATTEMPT = "attempt"  # how many times it failed and was begun again
+REASON = "reason"  # why it failed last
 # user attribute of the study
 BASIS = "basis"  # what must stay the same when it is continued
 
@@ -42,6 +43,17 @@ class Tracked(Protocol):
     def scores(self) -> Mapping[str, float]: ...
     @property
     def terms(self) -> Mapping[str, Sequence[float]]: ...
+
+
+@dataclass
+class _Plan:
+    """What a study has yet to ask, kept so that no trial's cost grows with their number."""
+
+    created: int  # trials in all, with those of a warm start
+    begun: int
+    waiting: deque[int]  # created with parameters, and not begun
+    wanted: deque[tuple[dict[str, Value], str]]
+    """Parameters to be tried, and their origin."""
 
 
 class Study:
@@ -74,7 +86,8 @@ class Study:
         pruner = make_pruner(settings, max_epochs)
         make_sampler(settings, space, 0)  # its options, before any work
         self.storage: BaseStorage = open_storage(settings.storage, folder)
-        self._left: list[int] = []
+        self._again: deque[int] = deque()  # trials to be trained once more
+        self._plan: _Plan | None = None
         self._study = optuna.create_study(
             study_name=name,
             storage=self.storage,
@@ -108,31 +121,46 @@ class Study:
 
         Only for the one process that drives the study.
         """
-        self._left = [t.number for t in self.trials if t.state == TrialState.RUNNING]
-        return list(self._left)
+        left = [t.number for t in self.trials if t.state == TrialState.RUNNING]
+        self._again = deque(left)
+        return left
 
     def next(self) -> Trial | None:
-        """The next trial to run, those taken over first; None once there are enough."""
-        if self._left:
-            number = self._left.pop(0)
-            self._study.sampler = make_sampler(self.settings, self.space, number)
-            return self._asked(self.trial(number)._trial)
-        trials = self.trials
-        counted = [t for t in trials if not t.user_attrs.get(AGAIN) and t.state.name != "WAITING"]
-        if len(counted) >= self.n_trials:
+        """The next trial to run, those to be trained again first; None once there are enough."""
+        if self._again:
+            return self._begin(self._again.popleft())
+        if self._plan is None:
+            self._plan = self._read_plan()
+        if self._plan.begun >= self.n_trials:
             return None
-        if not any(trial.state == TrialState.WAITING for trial in trials):
-            for params, attrs in self._queue(trials):
-                self._study.enqueue_trial(params, user_attrs=attrs)
-                break
-        number = len(self._study.get_trials(deepcopy=False))
-        self._study.sampler = make_sampler(self.settings, self.space, number)
-        return self._asked(self._study.ask())
+        self._plan.begun += 1
+        return self._begin(None)
 
-    def _asked(self, trial: optuna.Trial) -> Trial:
-        """The trial with all of its parameters; those that it has already stay."""
+    def _begin(self, number: int | None) -> Trial:
+        """Ask for a trial, or for one by its number; parameters that it has already stay."""
+        known = self._upcoming() if number is None else number
+        self._study.sampler = make_sampler(self.settings, self.space, known)
+        trial = self._study.ask() if number is None else self.trial(number)._trial
+        if trial.params and not self.space.holds(trial.params):
+            _skip_draws(trial, self.space)
         self.space.ask(lambda name, parameter: _suggest(trial, name, parameter))
+        if trial.user_attrs.get(PRUNED):
+            trial.set_user_attr(PRUNED, False)
         return Trial(trial, self.settings, self.space, self.storage)
+
+    def _upcoming(self) -> int:
+        """The number that Optuna's next trial gets, whose parameters may have to be given."""
+        assert self._plan is not None
+        plan = self._plan
+        if not plan.waiting and plan.wanted:
+            params, origin = plan.wanted.popleft()
+            self._study.enqueue_trial(params, user_attrs={ORIGIN: origin})
+            plan.waiting.append(plan.created)
+            plan.created += 1
+        if plan.waiting:
+            return plan.waiting.popleft()
+        plan.created += 1
+        return plan.created - 1
 
     def trial(self, number: int) -> Trial:
         """A trial under way, by its number."""
@@ -156,10 +184,16 @@ class Study:
         self._study.tell(trial.number, state=TrialState.PRUNED, skip_if_finished=True)
 
     def fail(self, trial: Trial, reason: str, *, transient: bool = False) -> bool:
-        """The run failed. Returns whether its parameters are to be tried again."""
-        again = transient and self._attempt(trial) < self.settings.retries
-        self._fail(trial, reason, again=again)
-        return again
+        """The run failed. Returns whether `next` will give the trial again."""
+        live = trial._trial
+        live.set_user_attr(REASON, reason)
+        attempt = int(live.user_attrs.get(ATTEMPT, 0))
+        if transient and attempt < self.settings.retries:
+            live.set_user_attr(ATTEMPT, attempt + 1)
+            self._again.append(trial.number)
+            return True
+        self._study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+        return False
 
     def settle(self, number: int, tracked: Callable[[int], Sequence[Tracked]]) -> None:
         """End a trial whose run was trained by another process.
@@ -170,7 +204,7 @@ class Study:
         if trial.epochs == 0:
             for one in tracked(number):
                 trial.report(one.epoch, one.path, one.scores, one.terms)
-        if self._frozen(number).user_attrs.get(PRUNED):
+        if trial.is_marked_pruned:
             self.prune(trial)
         else:
             self.complete(trial)
@@ -190,33 +224,16 @@ class Study:
         """For Optuna's own analyses."""
         return self._study
 
-    def _queue(self, trials: Sequence[FrozenTrial]) -> Iterator[tuple[dict[str, Any], Any]]:
-        """What must be tried with given parameters, and has not been: retries come first."""
-        followed = {trial.user_attrs.get(RETRY_OF) for trial in trials}
-        for trial in trials:
-            if trial.user_attrs.get(AGAIN) and trial.number not in followed:
-                attempt = int(trial.user_attrs.get(ATTEMPT, 0)) + 1
-                attrs = {ORIGIN: "retry", RETRY_OF: trial.number, ATTEMPT: attempt}
-                yield trial.params, attrs
-        begun = {trial.user_attrs.get(ORIGIN) for trial in trials}
-        wanted = [("grid", p) for p in self._grid] or [("guess", p) for p in self._guesses if p]
-        for kind, params in wanted:
-            origin = f"{kind} {json.dumps(params)}"
-            if origin not in begun:
-                yield params, {ORIGIN: origin}
-
-    def _attempt(self, trial: Trial) -> int:
-        return int(self._frozen(trial.number).user_attrs.get(ATTEMPT, 0))
-
-    def _frozen(self, number: int) -> FrozenTrial:
-        return self._study.get_trials(deepcopy=False)[number]
-
-    def _fail(self, trial: Trial, reason: str, *, again: bool) -> None:
-        live = trial._trial
-        live.set_user_attr(REASON, reason)
-        if again:
-            live.set_user_attr(AGAIN, True)
-        self._study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+    def _read_plan(self) -> _Plan:
+        """What is to come, by the trials that there are."""
+        trials = self.trials
+        origins = {trial.user_attrs.get(ORIGIN) for trial in trials}
+        kind, given = ("grid", self._grid) if self._grid else ("guess", self._guesses)
+        named = ((params, f"{kind} {json.dumps(params)}") for params in given if params)
+        wanted = deque((params, origin) for params, origin in named if origin not in origins)
+        waiting = deque(trial.number for trial in trials if trial.state == TrialState.WAITING)
+        created = len(self._study.get_trials(deepcopy=False))
+        return _Plan(created, len(trials) - len(waiting), waiting, wanted)
 
     def _known(self, trial: FrozenTrial) -> FrozenTrial | None:
         """Another study's trial as one of ours; None if it isn't a point of our space."""
@@ -305,3 +322,14 @@ def _suggest(trial: optuna.Trial, name: str, parameter: Parameter) -> Value:
         low, high = int(parameter.low), int(parameter.high)
         return trial.suggest_int(name, low, high, step=int(step or 1), log=parameter.log)
     return trial.suggest_float(name, parameter.low, parameter.high, step=step, log=parameter.log)
+
+
+def _skip_draws(trial: optuna.Trial, space: Space) -> None:
+    """Draw what the trial has already, in vain: the rest gets what it got without the break."""
+    sampler, study = trial.study.sampler, trial.study
+    frozen = study._storage.get_trial(trial._trial_id)
+    given = frozen.system_attrs.get("fixed_params", {})
+    for name in trial.params:
+        kind = distribution(space.parameters[name])
+        if name not in given and name not in trial.relative_params and not kind.single():
+            sampler.sample_independent(study, frozen, name, kind)

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lorasweep.study.methods import importance
-from lorasweep.study.study import AGAIN, REASON, RETRY_OF, Study
+from lorasweep.study.study import ATTEMPT, REASON, Study
 from lorasweep.study.trial import BEST, EPOCHS, PLANNED
 
 MIN_COMPLETE = 8  # trials; with fewer, what matters can't be told
@@ -31,7 +31,10 @@ class Row:
     epochs: int
     planned: int
     params: dict[str, Any]
-    note: str
+    attempts: int
+    """How many times it failed and was begun again."""
+    reason: str
+    """Why it failed last."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +103,9 @@ def lines(summary: Summary) -> list[str]:
             f" pruning saved {saved} ({share:.0%})."
         )
     failed = [row for row in summary.rows if row.state == "failed"]
-    said += [f"Trial {row.number} failed: {row.note}" for row in failed]
+    said += [f"Trial {row.number} failed: {row.reason}" for row in failed]
+    repeated = [row for row in summary.rows if row.attempts and row.state != "failed"]
+    said += [f"Trial {row.number} was begun again: {row.reason}" for row in repeated]
     if summary.importance:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in summary.importance.items())
         said.append(f"What mattered for {summary.objectives[0]}: {shares}.")
@@ -112,11 +117,6 @@ def lines(summary: Summary) -> list[str]:
 def _row(trial: FrozenTrial) -> Row:
     attrs = trial.user_attrs
     names = {TrialState.FAIL: "failed"}
-    note = str(attrs.get(REASON, ""))
-    if attrs.get(AGAIN):
-        note += " (tried again)"
-    if RETRY_OF in attrs:
-        note = f"again {attrs[RETRY_OF]}. {note}".strip()
     return Row(
         number=trial.number,
         state=names.get(trial.state, trial.state.name.lower()),
@@ -125,7 +125,8 @@ def _row(trial: FrozenTrial) -> Row:
         epochs=int(attrs.get(EPOCHS, 0)),
         planned=int(attrs.get(PLANNED, 0)),
         params=trial.params,
-        note=note,
+        attempts=int(attrs.get(ATTEMPT, 0)),
+        reason=str(attrs.get(REASON, "")),
     )
 
 

@@ -46,6 +46,7 @@ class Trial:
         best = trial.user_attrs.get(BEST)
         self.best = Candidate(**best) if best else None
         self.epochs = int(trial.user_attrs.get(EPOCHS, 0))
+        self._furthest = self.epochs  # before a break
 
     @property
     def params(self) -> dict[str, Any]:
@@ -68,17 +69,18 @@ class Trial:
         scores: Mapping[str, float],
         terms: Mapping[str, Sequence[float]],
     ) -> None:
-        """Note the candidate of an epoch.
+        """Note the candidate of an epoch; that of a run that was begun again replaces the earlier.
 
         Raises SettingsError for an objective or constraint that is no score of the run.
         """
         self._check(scores)
         self.epochs = epoch
         new = self._candidate(epoch, path, scores, terms)
-        if new is not None and (self.best is None or self._rank(new) < self._rank(self.best)):
+        if new is not None and self._replaces_best(new):
             self.best = new
             self._trial.set_user_attr(BEST, vars(new))
-        self._trial.set_user_attr(EPOCHS, epoch)
+        if epoch > self._furthest:
+            self._trial.set_user_attr(EPOCHS, epoch)
         if self.best is not None:
             self._note(epoch, self.best)
 
@@ -90,6 +92,8 @@ class Trial:
         last = self.epochs >= self._trial.user_attrs.get(PLANNED, math.inf)
         if last or self.best is None or self.epochs < self._settings.min_epochs:
             return False
+        if self.epochs < self._furthest:  # it came further before a break, and was kept
+            return False
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if not self._settings.pareto:
@@ -100,6 +104,11 @@ class Trial:
     def mark_pruned(self) -> None:
         """Note, from the job's own process, that the run has stopped for it was to be pruned."""
         self._trial.set_user_attr(PRUNED, True)
+
+    @property
+    def is_marked_pruned(self) -> bool:
+        """Has its job noted that?"""
+        return bool(self._trial.user_attrs.get(PRUNED))
 
     @property
     def values(self) -> list[float]:
@@ -139,6 +148,10 @@ class Trial:
         kept = {name: value for name, value in scores.items() if math.isfinite(value)}
         of_first = list(terms.get(self._settings.objectives[0], ()))
         return Candidate(epoch=epoch, path=str(path), scores=kept, terms=of_first)
+
+    def _replaces_best(self, new: Candidate) -> bool:
+        best = self.best
+        return best is None or best.epoch == new.epoch or self._rank(new) < self._rank(best)
 
     def _rank(self, candidate: Candidate) -> tuple[float, float]:
         """Smaller is better: first by broken constraints, then by the first objective."""

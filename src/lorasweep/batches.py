@@ -1,0 +1,93 @@
+"""Trials in batches, through a launcher that returns when all of a batch have ended."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lorasweep import config as configs
+from lorasweep.flow import Limits
+from lorasweep.jobs import Jobs
+
+if TYPE_CHECKING:
+    from hydra.core.utils import JobReturn
+
+    from lorasweep.study.study import Study
+    from lorasweep.study.trial import Trial
+
+log = logging.getLogger(__name__)
+
+
+class Batches:
+    """Trials through one of Hydra's own launchers, which return when a whole batch has ended.
+
+    The jobs report to the study themselves and stop where they are to be pruned.
+    """
+
+    def __init__(self, study: Study, jobs: Jobs, launcher: Any, limits: Limits) -> None:
+        self._study, self._jobs, self._launcher, self._limits = study, jobs, launcher, limits
+
+    def run(self) -> None:
+        """Go on until the study has enough trials, or a limit is reached."""
+        while not self._limits.reached and (trials := self._batch()):
+            for part in _consecutive(trials):
+                self._launch(part)
+
+    def _batch(self) -> list[Trial]:
+        trials: list[Trial] = []
+        while len(trials) < self._study.settings.batch_size:
+            trial = self._study.next()
+            if trial is None:
+                break
+            log.info("trial %d: %s", trial.number, " ".join(trial.overrides))
+            trial.plan(self._jobs.epochs)
+            trials.append(trial)
+        return trials
+
+    def _launch(self, trials: Sequence[Trial]) -> None:
+        overrides = [self._jobs.overrides(trial, reports=True) for trial in trials]
+        try:
+            returns = self._launcher.launch(overrides, initial_job_idx=trials[0].number)
+        except Exception as error:  # a launcher raises when a worker dies; which one, it can't say
+            log.exception("the launcher failed")
+            returns = [error] * len(trials)
+        for trial, returned in zip(trials, returns, strict=True):
+            self._settle(trial, returned)
+
+    def _settle(self, trial: Trial, returned: JobReturn | Exception) -> None:
+        reason = _reason(returned)
+        if reason is None:
+            self._study.settle(trial.number, self._jobs.tracked)
+            self._limits.failures = 0
+            return
+        again = self._study.fail(trial, reason, transient=isinstance(returned, Exception))
+        log.error(
+            "trial %d failed%s: %s", trial.number, ", is tried again" if again else "", reason
+        )
+        self._limits.failed(reason)
+
+
+def _consecutive(trials: Sequence[Trial]) -> list[list[Trial]]:
+    """Parts whose numbers follow each other, as Hydra numbers the jobs of a batch."""
+    parts: list[list[Trial]] = []
+    for trial in trials:
+        if parts and parts[-1][-1].number + 1 == trial.number:
+            parts[-1].append(trial)
+        else:
+            parts.append([trial])
+    return parts
+
+
+def _reason(returned: JobReturn | Exception) -> str | None:
+    """Why a job failed; None if it didn't."""
+    from hydra.core.utils import JobStatus
+
+    if isinstance(returned, Exception):
+        error: Any = returned
+    elif returned.status == JobStatus.COMPLETED:
+        return None
+    else:
+        error = returned._return_value
+    known = configs.one_line(error) if isinstance(error, Exception) else None
+    return known or f"{type(error).__name__}: {error}"
