@@ -96,7 +96,7 @@ def test_what_breaks_a_pack_fails_its_runs_and_says_if_it_may_go_well_again(
     runs = [make_run(number=n) for n in range(number)]
     orders = worker.Orders(device="cpu", max_pack=4, num_threads=None, log_levels={})
     wire = Wire(worker.Turn(joining=runs))
-    one = worker._Worker(wire, worker._Outbox(wire), orders)
+    one = worker._Worker(wire, worker._Outbox(wire), orders, worker.Interrupts())
     if last:
         one.serve()
     else:

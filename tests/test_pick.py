@@ -156,6 +156,7 @@ def new_run(name: str, sweep: str | None, root: Path) -> NewRun:
         manifest={},
         image_dir=root / "images",
         dataset_digest="0" * 64,
+        output_dir=root / name,
     )
 
 

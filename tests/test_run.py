@@ -158,10 +158,10 @@ def test_a_run_that_cannot_start_fails_alone(make_run, monkeypatch):
     runs = [make_run("trainer.max_train_epochs=1", f"seed={n}", number=n) for n in range(2)]
     join = NativeTraining.join
 
-    def refuse(self, run):
+    def refuse(self, run, state=None):
         if run.name == "demo-0":
             raise ValueError("demo-0 is not to be (made by the test)")
-        join(self, run)
+        join(self, run, state)
 
     monkeypatch.setattr(NativeTraining, "join", refuse)
     found = list(run_pack(runs))

@@ -47,6 +47,7 @@ def new_run(root: Path, name: str, sweep: str | None = "grid") -> NewRun:
         manifest={"images": ["a.png"]},
         image_dir=root / "icons",
         dataset_digest="ab" * 32,
+        output_dir=root / name,
     )
 
 

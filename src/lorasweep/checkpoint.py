@@ -5,6 +5,7 @@ File format and metadata: kohya sd-scripts' (`ss_*`, `sshs_*` keys); hashes are 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import struct
@@ -22,8 +23,14 @@ if TYPE_CHECKING:
 
 __all__ = ["CheckpointError"]  # raised here, and caught by this name
 
+TEMPORARY = ".tmp"  # ends the hidden names of files that are being written
+
 LEGACY_HASH_OFFSET = 0x100000
 LEGACY_HASH_SIZE = 0x10000
+
+
+class DiskFullError(RuntimeError):
+    """There is no room for a file; what was written before it is whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,19 +64,38 @@ def write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside `path`, flush to the disk, then rename: no reader ever sees a part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Write beside `path`, flush to the disk, then rename: no reader ever sees a part of it.
+
+    Raises DiskFullError.
+    """
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
+        temporary = Path(name)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.chmod(0o644)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        size = len(content) / 1e6
+        raise DiskFullError(
+            f"{path.parent}: no room for {path.name} ({size:.1f} MB): {error.strerror}; make room,"
+            " and the same command goes on"
+        ) from None
+
+
+def delete_temporaries(folder: Path) -> None:
+    """Delete what a killed process was writing into a folder that no other writes into now."""
+    for path in folder.glob(f".*{TEMPORARY}"):
+        path.unlink(missing_ok=True)
 
 
 def model_hash(content: bytes) -> str:

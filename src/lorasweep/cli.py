@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -43,6 +44,7 @@ EXPORTS = ("merged", "diffusers-lora", "offline-lora")
 
 _SETTINGS = "KEY=VALUE: settings to change"
 _WORDS = {
+    "resume": "a run's name, or the folder of a run or of a sweep",
     "caption": "DIR: folder of images",
     "pick": "SWEEP: name of another sweep",
     "export": "a LoRA's .safetensors file, a run's name, or a checkpoint's (RUN-e012)",
@@ -115,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add(commands, "train", "", "train one run, or with -m a sweep of them (a Hydra app)")
     _add(commands, "sweep", "NAME ", "search with Optuna: run a sweep of sweeps/, or go on with it")
+    _add(commands, "resume", "RUN|DIR ", "go on with a run or a sweep that was broken off", _resume)
     _add(commands, "caption", "DIR ", "caption a folder of images into kohya's folders", _caption)
     pick = _add(
         commands, "pick", "[SWEEP] ", "choose the best checkpoint of the newest sweep", _pick
@@ -281,10 +284,13 @@ def _job(cfg: Any) -> None:
 
 
 def _run_alone(cfg: Any, hydra_cfg: Any) -> None:
-    from lorasweep import dataset
+    from lorasweep import dataset, run_folder
     from lorasweep.config import build_run, job_identity
 
     run = build_run(cfg, **job_identity(hydra_cfg))
+    if run_folder.ended(run):
+        print(f"{run.name} has ended in {run_folder.shown(run.output_dir)}: nothing to train")
+        return
     dataset.find(run.dataset)
     run.check()
     if "folder" in (hydra_cfg.sweeper or {}):  # a trial that a sweep gave to a launcher of Hydra's
@@ -294,9 +300,27 @@ def _run_alone(cfg: Any, hydra_cfg: Any) -> None:
         return
     from lorasweep.run import Failure, RunError, run_pack
 
-    failures = [report.reason for report in run_pack([run]) if isinstance(report, Failure)]
+    with run_folder.stoppable(run.output_dir) as interrupts:
+        reports = list(run_pack([run], interrupts))
+    failures = [report.reason for report in reports if isinstance(report, Failure)]
     if failures:
         raise RunError(failures[0])
+
+
+def _resume(arguments: argparse.Namespace) -> int:
+    from lorasweep import run_folder
+    from lorasweep.config import begun_by
+    from lorasweep.settings import SettingsError
+
+    words, overrides = _split(arguments, at_most=1)
+    if not words:
+        raise SettingsError("resume what? Give a run's name, or the folder of a run or a sweep")
+    _, _, output_root = _tracking(overrides, arguments.config_dir)
+    command = begun_by(run_folder.find(words[0], output_root))
+    os.chdir(command.cwd)
+    print(f"lorasweep train {shlex.join(command.argv)}", flush=True)
+    train(command.argv)
+    return 0
 
 
 def _caption(arguments: argparse.Namespace) -> int:

@@ -114,6 +114,42 @@ def register_resolvers() -> None:
     }
     for name, resolver in resolvers.items():
         OmegaConf.register_new_resolver(name, resolver, replace=True)
+    OmegaConf.register_new_resolver("begun", _begun, replace=True)
+
+
+def _begun(kind: str, parent: str, new: str, *, _root_: DictConfig) -> str:
+    """The folder in which this very command was broken off; else the new one.
+
+    Kept for the command's life: a folder that was found is no longer free once we train there.
+    """
+    from lorasweep import run_folder
+
+    cache = OmegaConf.get_cache(_root_)["begun"]
+    if (kind, parent) not in cache:
+        if kind == "sweep":
+            found = run_folder.find_sweep(Path(parent), sweep_digest(_root_))
+        else:
+            settings = run_folder.settings_digest(_settings(_root_))
+            found = run_folder.find_run(Path(parent), settings)
+        cache[kind, parent] = str(found or Path(parent) / new)
+    return str(cache[kind, parent])
+
+
+def sweep_digest(cfg: DictConfig) -> str:
+    """A digest of a multirun: the settings that its jobs share, and what they differ in."""
+    from lorasweep import run_folder
+
+    settings = run_folder.settings_digest(_settings(cfg))
+    return run_folder.digest(settings, sorted(cfg.hydra.overrides.task))
+
+
+def _settings(cfg: DictConfig) -> dict[str, Any]:
+    """The flat settings of a composed config, as a Run has them; {} where some are missing."""
+    own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in _OF_SWEEP])
+    try:
+        return _flat(_resolved(own))
+    except SettingsError:
+        return {}
 
 
 def _user_cache() -> Path:
@@ -129,6 +165,35 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> DictCon
     extra = [f"hydra.searchpath=[file://{config_dir.absolute()}]"] if config_dir else []
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         return hydra_compose("config", [*extra, *overrides])
+
+
+@dataclass(frozen=True)
+class Command:
+    """A `lorasweep train` that can be given again: its words, and the folder it was given in."""
+
+    argv: list[str]
+    cwd: Path
+
+
+def begun_by(folder: Path) -> Command:
+    """The command by which a run's or a multirun's folder was begun, to go on there.
+
+    Raises SettingsError where Hydra's files of it are missing.
+    """
+    multirun = folder / "multirun.yaml"
+    file = multirun if multirun.is_file() else folder / ".hydra" / "hydra.yaml"
+    try:
+        hydra = OmegaConf.load(file).hydra
+        sources = [one.path for one in hydra.runtime.config_sources if one.provider in _COMMAND]
+        given = [*hydra.overrides.hydra, *hydra.overrides.task]
+        cwd = Path(hydra.runtime.cwd)
+    except (OSError, OmegaConfBaseException, AttributeError) as error:
+        raise SettingsError(f"{file}: can't tell how it was begun ({error})") from None
+    key = "hydra.sweep.dir" if multirun.is_file() else "hydra.run.dir"
+    overrides = [one for one in given if not one.startswith(("hydra.mode=", f"{key}="))]
+    folders = [word for path in sources for word in ("--config-dir", str(path))]
+    flags = ["-m"] if multirun.is_file() else []
+    return Command([*flags, *folders, *overrides, f"{key}={quoted(str(folder))}"], cwd)
 
 
 def quoted(text: str) -> str:
@@ -285,6 +350,8 @@ def _yaml_keys(file: Path) -> list[str]:
     return [str(key) for key in loaded if key not in ("_target_", "defaults")]
 
 
+_COMMAND = ("command-line",)  # whence Hydra has the folder of --config-dir
+_OF_SWEEP = ("hydra", "study")  # how a run came about, not what it is
 _COMPONENTS = (
     "model",
     "dataset",
@@ -328,8 +395,7 @@ def _resolved(cfg: DictConfig) -> dict[str, Any]:
     except (OmegaConfBaseException, TypeError) as error:
         raise SettingsError(str(error).splitlines()[0]) from None
     assert isinstance(values, dict)
-    of_sweep = ("hydra", "study")  # how the run came about, not what it is
-    return {str(key): value for key, value in values.items() if key not in of_sweep}
+    return {str(key): value for key, value in values.items() if key not in _OF_SWEEP}
 
 
 def _name(name: object, number: int | None) -> str:

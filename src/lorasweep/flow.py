@@ -127,6 +127,8 @@ class Flow:
             return
         if isinstance(event, EpochReport):
             note(trial, event)
+        elif isinstance(event, Failure) and event.pauses:
+            raise SweepError(f"{event.run}: {event.reason}")  # the trial stays open
         elif isinstance(event, Failure):
             del self._trials[event.run]
             self._dropped.discard(event.run)  # it may come again

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 from pydantic import NonNegativeInt, PositiveInt
 
-from lorasweep import dataset
-from lorasweep.config import Run, build_run, job_identity
+from lorasweep import dataset, run_folder
+from lorasweep.config import Run, build_run, job_identity, sweep_digest
 from lorasweep.engines import Engine, train_by_jobs
 from lorasweep.fleet import Fleet, choose_devices
 from lorasweep.run import Failure, RunError
@@ -70,11 +70,30 @@ def launch(
         dataset.find(dataset_settings)
     for job in jobs:
         job.run.check()
-        save_hydra_files(job)
-    reasons = train([job.run for job in jobs], settings)
+    reasons = _launch(config, jobs, settings)
     for name, reason in reasons.items():
         log.error("%s failed: %s", name, reason)
     return [_returned(job, reasons.get(job.run.name)) for job in jobs]
+
+
+def _launch(config: DictConfig, jobs: Sequence[Job], settings: Packs) -> dict[str, str]:
+    """Train the jobs that haven't ended yet; run -> why it failed."""
+    folder = Path(config.hydra.sweep.dir).absolute()
+    digest = sweep_digest(config)
+    ended = {job.run.name: run_folder.ended(job.run) for job in jobs}
+    failed = {name: "it failed before" for name, status in ended.items() if status == "failed"}
+    todo = [job for job in jobs if ended[job.run.name] is None]
+    if done := [name for name, status in ended.items() if status is not None]:
+        log.info("%s have ended before and stay as they are", ", ".join(done))
+    with run_folder.taken(folder):
+        run_folder.write_sweep(folder, digest, "unfinished")
+        for job in todo:
+            save_hydra_files(job)
+        if todo:
+            failed |= train([job.run for job in todo], settings)
+        if not any(run_folder.is_unfinished(job.run.output_dir) for job in jobs):
+            run_folder.write_sweep(folder, digest, "finished")
+    return failed
 
 
 def train(runs: Sequence[Run], settings: Packs) -> dict[str, str]:

@@ -93,9 +93,10 @@ class Bar:
         self._tick = Tick("", 0, 0, 0.0, 0)
         self._shown = 0.0
 
-    def epoch(self, number: int, num_epochs: int, steps_per_epoch: int) -> None:
-        """Begin an epoch; the bar spans all of them, so its time left is the pack's."""
-        completed, total = (number - 1) * steps_per_epoch, num_epochs * steps_per_epoch
+    def epoch(self, number: int, num_epochs: int, steps_per_epoch: int, steps_done: int) -> None:
+        """Begin an epoch, or go on within it; the bar spans all, so its time left is the pack's."""
+        completed = (number - 1) * steps_per_epoch + steps_done
+        total = num_epochs * steps_per_epoch
         self._tick = Tick(f"epoch {number}/{num_epochs}", completed, total, 0.0, 0)
 
     def step(self, losses: Sequence[float]) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import math
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -15,14 +16,18 @@ from types import TracebackType
 from filelock import FileLock
 
 from lorasweep import captions, dataset, folders, latents
-from lorasweep.checkpoint import Checkpoint
+from lorasweep.checkpoint import Checkpoint, DiskFullError, checkpoint_path
 from lorasweep.config import Run
+from lorasweep.interrupts import Interrupts
 from lorasweep.judge import Clock, Judge, load_pack
 from lorasweep.metrics import Images, Scores, Terms
 from lorasweep.models import BaseModel, memory_for, resolve_device
 from lorasweep.progress import Screen, Show
+from lorasweep.run_folder import RunFolder
+from lorasweep.settings import SettingsError
 from lorasweep.tracking import PRUNED_TAG, TRIAL_TAG, NewRun, RunLog, Tracker
-from lorasweep.trainers import Epoch, Training, TrainingData, TrainingRun
+from lorasweep.trainers import Epoch, Stopped, Training, TrainingData, TrainingRun, states
+from lorasweep.trainers.states import State
 
 __all__ = [
     "EpochReport",
@@ -68,6 +73,8 @@ class Failure:
     reason: str
     transient: bool = False
     """Might it go well another time? A killed worker and memory shared with others are so."""
+    pauses: bool = False
+    """Does it go on when the same command is given again? A full disk has to be mended first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,13 +92,14 @@ class RunError(RuntimeError):
     """A run of a sweep failed; the message is its reason."""
 
 
-def run_pack(runs: Sequence[Run]) -> Iterator[Report]:
+def run_pack(runs: Sequence[Run], interrupts: Interrupts | None = None) -> Iterator[Report]:
     """Train runs together, yielding a report of every checkpoint once it is scored and logged.
 
-    Raises ValueError for what the user must mend (images, captions, model, resolution), before any
-    training; a run that fails alone is a Failure, the others go on.
+    A run that was begun in its folder and broken off goes on there; the reports of the epochs that
+    it has behind it come again. Raises ValueError for what the user must mend (images, captions,
+    model, resolution), before any training; a run that fails alone is a Failure, the others go on.
     """
-    with Screen() as screen, Session(runs[0], show=screen.show) as session:
+    with Screen() as screen, Session(runs[0], show=screen.show, interrupts=interrupts) as session:
         for reports in session.train(runs):
             yield from reports
 
@@ -101,7 +109,7 @@ class Session:
 
     It lasts from pack to pack, each an iteration of `train`. Between two of its lists of reports,
     runs may `join` and `drop` out. `max_pack` bounds the runs that train at once, and so does the
-    memory of a CUDA device, measured once.
+    memory of a CUDA device, measured once. `interrupts` ask for an end at the next step.
     """
 
     def __init__(
@@ -111,9 +119,11 @@ class Session:
         max_pack: int | None = None,
         load: Callable[[Run, str], BaseModel] | None = None,
         show: Show | None = None,
+        interrupts: Interrupts | None = None,
     ) -> None:
         """Draw, caption and write the images of `first`, whose like will be trained."""
         self.first, self.clock, self.max_pack = first, Clock(), max_pack
+        self._interrupts = interrupts or Interrupts()
         self._load, self._show = load or load_base, show
         with self.clock("prepare"):
             self.device = resolve_device(first.trainer.device)
@@ -121,7 +131,7 @@ class Session:
         self._captions = captions_used(first, self._folder)
         self._judge: Judge | None = None
         self._runs: dict[str, _Member] = {}  # those that train
-        self._waiting: list[_Member] = []
+        self._waiting: list[Run] = []
         self._tracker = Tracker(first.tracking, first.output_root)
 
     def __enter__(self) -> Session:
@@ -134,7 +144,14 @@ class Session:
         trace: TracebackType | None,
     ) -> None:
         """Write what waits for MLflow; runs that an error broke off are marked there."""
-        self._tracker.__exit__(kind, error, trace)
+        try:
+            if isinstance(error, KeyboardInterrupt | DiskFullError):
+                for member in self._runs.values():
+                    member.log.suspend(str(error) or "stopped by a signal")
+            self._tracker.__exit__(kind, error, trace)
+        finally:
+            for member in self._runs.values():
+                member.folder.release()
 
     def train(self, runs: Sequence[Run]) -> Iterator[list[Report]]:
         """Train runs as one pack, and those that join it; what each epoch brought.
@@ -151,29 +168,30 @@ class Session:
         while True:
             while started := self._admit():
                 yield started
-            with self.clock("train"):
+            with self.clock("train"), self._interrupts.softly(self._training.stop):
                 epoch = next(epochs, None)
+            if self._interrupts.asked:
+                raise Stopped("stopped at the end of an epoch")
             if epoch is None:
                 return
             yield self._reports(epoch)
 
     def join(self, run: Run) -> None:
         """Train `run` too, from the next epoch on or once there is room."""
-        new = _new_run(run, self._folder, self._captions)
-        self._waiting.append(_Member(run, self._tracker.open_run(new), dict(self.clock.seconds)))
+        self._waiting.append(run)
 
     def drop(self, name: str) -> Finished:
         """Let a run leave after the epoch it has finished; its checkpoints stand."""
-        waiting = [member for member in self._waiting if member.run.name == name]
-        if not waiting:
+        if name in self._runs:
             self._training.drop(name)
-        self._waiting = [member for member in self._waiting if member not in waiting]
-        return self._finish(waiting[0] if waiting else self._runs[name], dropped=True)
+            return self._finish(self._runs[name], dropped=True)
+        self._waiting = [run for run in self._waiting if run.name != name]
+        return Finished(run=name, dropped=True)
 
     @property
     def names(self) -> list[str]:
         """The runs that train or wait to."""
-        return [*self._runs, *(member.run.name for member in self._waiting)]
+        return [*self._runs, *(run.name for run in self._waiting)]
 
     @property
     def max_runs(self) -> int | None:
@@ -192,7 +210,7 @@ class Session:
 
     def _measure(self) -> int | None:
         """Runs that fit into the device's memory; what a step takes grows with K x B."""
-        first = training_run(self._waiting[0].run)
+        first = training_run(self._waiting[0])
 
         def step() -> None:
             self.first.trainer.start(self._base, [first], self._data).probe()
@@ -204,25 +222,112 @@ class Session:
 
     def _admit(self) -> list[Report]:
         """Take in who waits, while there is room; what became of each."""
+        room = None if self.max_runs is None else max(0, self.max_runs - len(self._runs))
+        coming, self._waiting = self._waiting[:room], self._waiting[len(self._waiting[:room]) :]
         reports: list[Report] = []
-        while self._waiting and (self.max_runs is None or len(self._runs) < self.max_runs):
-            reports.append(self._start(self._waiting.pop(0)))
-        started = [report.run for report in reports if isinstance(report, Started)]
-        if started:
-            log.info("training %s", ", ".join(started))
+        members: list[_Member] = []
+        for run in coming:
+            new = _new_run(run, self._folder, self._captions)
+            try:
+                folder = RunFolder(run, new.dataset_digest)
+            except ValueError as error:  # another's, or begun otherwise
+                reports.append(Failure(run=run.name, reason=str(error)))
+                continue
+            if folder.is_done:
+                reports += self._ended_before(run, folder)
+                continue
+            run_log = self._tracker.open_run(new, goes_on=folder.goes_on)
+            members.append(_Member(run, folder, run_log, dict(self.clock.seconds)))
+        begun = {one.run.name: one.run.output_dir for one in members if one.folder.goes_on}
+        found = states.together(begun)
+        fresh = [one.run.name for one in members if one.run.name not in found]
+        if fresh:
+            log.info("training %s", ", ".join(fresh))
+        for member in members:
+            reports += self._start(member, found.get(member.run.name))
         return reports
 
-    def _start(self, member: _Member) -> Report:
+    def _ended_before(self, run: Run, folder: RunFolder) -> list[Report]:
+        """Reports of a run that was trained to its end already, for who has not heard of it."""
+        folder.release()
+        log.info("%s was trained before, in %s", run.name, run.output_dir)
+        epochs = range(1, run.trainer.max_train_epochs + 1)
+        found = [self._known(run, epoch, folder.scores(epoch)) for epoch in epochs]
+        ended = Finished(run=run.name, dropped=False)
+        return [
+            Started(run=run.name, device=self.device),
+            *[one for one in found if one is not None],
+            ended,
+        ]
+
+    def _known(self, run: Run, epoch: int, found: tuple[Scores, Terms] | None) -> Report | None:
+        if found is None:
+            return None
+        scores, terms = found
+        one = self._checkpoint(run, epoch)
+        return EpochReport(run=run.name, checkpoint=one, scores=scores, terms=terms)
+
+    def _checkpoint(self, run: Run, epoch: int) -> Checkpoint:
+        path = checkpoint_path(run.output_dir, run.name, epoch)
+        step = epoch * self._training.steps_per_epoch
+        return Checkpoint(path=path, run=run.name, epoch=epoch, step=step)
+
+    def _start(self, member: _Member, state: State | None) -> list[Report]:
+        """Let a run train, from its beginning or from a state; what there is to report of it."""
         assert self._judge is not None
-        name = member.run.name
+        run, epochs = member.run, 0 if state is None else state.snapshot.num_epochs
+        self._runs[run.name] = member
+        ended = epochs >= run.trainer.max_train_epochs
         try:
-            self._training.join(training_run(member.run))
+            if not ended:
+                self._training.join(training_run(run), state)
+                self._check_disk(run)
         except ValueError as error:  # this run's settings: the others go on
-            member.log.finish("FAILED", str(error))
-            return Failure(run=name, reason=str(error))
-        self._runs[name] = member
-        member.log.log_base(*self._judge.base_model(member.run))
-        return Started(run=name, device=self.device)
+            self._training.drop(run.name)
+            return [self._fail(member, str(error))]
+        if state is not None:
+            log.info("%s goes on after epoch %d", run.name, epochs)
+        if 0 not in member.log.logged_epochs:
+            member.log.log_base(*self._judge.base_model(run))
+        reports: list[Report] = [Started(run=run.name, device=self.device)]
+        if state is not None:
+            reports += self._behind(member, state)
+        return [*reports, self._finish(member, dropped=False)] if ended else reports
+
+    def _check_disk(self, run: Run) -> None:
+        """Raise SettingsError if what the runs will write doesn't fit, as far as can be told."""
+        needed = sum(self._training.disk_needs(name) for name in self._runs)
+        free = shutil.disk_usage(run.output_dir).free
+        if needed > free:
+            raise SettingsError(
+                f"{run.name}: checkpoints and states will take about {needed / 1e9:.1f} GB with"
+                f" those of the runs beside it, and {run.output_dir} has {free / 1e9:.1f} GB left;"
+                " free some, or try trainer.save_dtype=fp16, fewer epochs, or another output_root"
+            )
+
+    def _behind(self, member: _Member, state: State) -> list[Report]:
+        """Reports of the epochs that a run has behind it; what wasn't logged is logged now."""
+        run, known = member.run, member.log.logged_epochs
+        if state.snapshot.num_batches == 0:
+            for step, values in state.snapshot.records:
+                member.log.log_step(step, values)
+        reports: list[Report] = []
+        for epoch in range(1, state.snapshot.num_epochs + 1):
+            found = member.folder.scores(epoch) if epoch in known else None
+            report = self._known(run, epoch, found)
+            if report is not None:
+                reports.append(report)
+            elif (one := self._checkpoint(run, epoch)).path.is_file():
+                reports += self._scored([one])
+            else:
+                log.warning("%s: %s is missing and can't be scored", run.name, one.path)
+        return reports
+
+    def _fail(self, member: _Member, reason: str) -> Failure:
+        del self._runs[member.run.name]
+        member.log.finish("FAILED", reason)
+        member.folder.end("failed")
+        return Failure(run=member.run.name, reason=reason)
 
     def _reports(self, epoch: Epoch) -> list[Report]:
         for name, steps in epoch.steps.items():
@@ -230,8 +335,7 @@ class Session:
                 self._runs[name].log.log_step(step, values)
         reports: list[Report] = []
         for name, reason in epoch.failures.items():
-            self._runs.pop(name).log.finish("FAILED", reason)
-            reports.append(Failure(run=name, reason=reason))
+            reports.append(self._fail(self._runs[name], reason))
         reports += self._scored(epoch.checkpoints)
         for one in epoch.checkpoints:
             member = self._runs[one.run]
@@ -249,7 +353,9 @@ class Session:
         for one, (scored, samples) in zip(
             checkpoints, self._judge.checkpoints(checkpoints, runs), strict=True
         ):
-            self._runs[one.run].log.log_epoch(one, scored.scores, samples, scored.terms)
+            member = self._runs[one.run]
+            member.folder.save_scores(one.epoch, scored.scores, scored.terms)
+            member.log.log_epoch(one, scored.scores, samples, scored.terms)
             report = EpochReport(
                 run=one.run, checkpoint=one, scores=scored.scores, terms=scored.terms
             )
@@ -272,6 +378,7 @@ class Session:
         if dropped:
             run_log.tag(PRUNED_TAG, "true")
         run_log.finish("KILLED" if dropped else "FINISHED")
+        member.folder.end("dropped" if dropped else "finished")
         return Finished(run=run.name, dropped=dropped)
 
 
@@ -280,6 +387,7 @@ class _Member:
     """A run of a session, with its log and the session's clock as it was when the run came."""
 
     run: Run
+    folder: RunFolder
     log: RunLog
     begun: dict[str, float]
 
@@ -347,6 +455,7 @@ def _new_run(run: Run, data: Path, texts: str) -> NewRun:
         manifest=manifest,
         image_dir=run.dataset.image_dir,
         dataset_digest=hashlib.sha256(manifest.read_bytes() + texts.encode()).hexdigest(),
+        output_dir=run.output_dir,
         tags={
             "lorasweep.output_dir": str(run.output_dir),
             "lorasweep.folders": str(data),

@@ -15,6 +15,7 @@ from lorasweep.batches import Batches
 from lorasweep.config import Run
 from lorasweep.flow import Flow, Limits, SweepError
 from lorasweep.jobs import Jobs, study_settings
+from lorasweep.run_folder import stoppable
 from lorasweep.search import Search
 from lorasweep.study.storage import only_driver, sweep_name
 
@@ -34,7 +35,7 @@ def sweep(config: DictConfig, config_loader: Any, launcher: Any, arguments: Sequ
     folder = Path(config.hydra.sweep.dir).absolute()
     jobs = Jobs(config, config_loader, found)
     plan = jobs.check()
-    with only_driver(folder, sweep_name(folder)):
+    with only_driver(folder, sweep_name(folder)), stoppable(folder):
         OmegaConf.save(config, folder / "multirun.yaml")
         study = open_study(config, found, folder, plan)
         if left := study.take_over():

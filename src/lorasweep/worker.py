@@ -10,9 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from logging.handlers import QueueHandler
 from multiprocessing import parent_process
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+from lorasweep.checkpoint import DiskFullError
 from lorasweep.config import Run, one_line
+from lorasweep.interrupts import Interrupts
 from lorasweep.models import BaseModel, is_out_of_memory
 from lorasweep.progress import Tick
 from lorasweep.run import Failure, Finished, Report, Session, load_base
@@ -60,19 +62,21 @@ class Orders:
 
 def work(connection: Connection, orders: Orders) -> None:
     """The worker's life, until its driver says stop, stops it by a signal, or dies."""
-    _stop_by_signals()
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # it reaches the whole terminal: the driver answers
     threading.Thread(target=_die_with_driver, daemon=True).start()
     _set_threads(orders)
     outbox = _Outbox(connection)
     _log_to(outbox, orders.log_levels)
-    worker = _Worker(connection, outbox, orders)
-    try:
-        worker.serve()
-    except KeyboardInterrupt as stop:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is stopping already
-        worker.close(stop)
-    else:
-        worker.close(None)
+    with Interrupts(signal.SIGTERM, second_ends=False) as interrupts:
+        worker = _Worker(connection, outbox, orders, interrupts)
+        try:
+            worker.serve()
+        except KeyboardInterrupt as stop:
+            worker.close(stop)
+        else:
+            worker.close(None)
 
 
 class _Outbox:
@@ -93,8 +97,11 @@ class _Outbox:
 class _Worker:
     """Sessions, one for each kind of run, over the base model that was loaded last."""
 
-    def __init__(self, connection: Connection, outbox: _Outbox, orders: Orders) -> None:
+    def __init__(
+        self, connection: Connection, outbox: _Outbox, orders: Orders, interrupts: Interrupts
+    ) -> None:
         self._connection, self._outbox, self._orders = connection, outbox, orders
+        self._interrupts = interrupts
         self._sessions: list[Session] = []
         self._names: list[str] = []  # runs of the pack that have not ended yet
         self._backlog: list[Run] = []  # for the next pack
@@ -164,7 +171,10 @@ class _Worker:
         shared = (
             isinstance(error, RuntimeError) and is_out_of_memory(error) and len(self._names) > 1
         )
-        failures = [Failure(run=name, reason=reason, transient=shared) for name in self._names]
+        full = isinstance(error, DiskFullError)
+        failures = [
+            Failure(run=name, reason=reason, transient=shared, pauses=full) for name in self._names
+        ]
         return Boundary(reports=failures, last=unknown)
 
     def _session(self, run: Run) -> Session:
@@ -174,7 +184,11 @@ class _Worker:
             if session.first.can_share_pack(run):
                 return session
         session = Session(
-            run, max_pack=self._orders.max_pack, load=self._load, show=self._outbox.put_nowait
+            run,
+            max_pack=self._orders.max_pack,
+            load=self._load,
+            show=self._outbox.put_nowait,
+            interrupts=self._interrupts,
         )
         self._sessions.append(session)
         return session
@@ -205,16 +219,6 @@ def _log_to(outbox: Any, levels: Mapping[str, int]) -> None:
     root.handlers = [_LogHandler(outbox)]
     for name, level in levels.items():
         logging.getLogger(name or None).setLevel(level)
-
-
-def _stop_by_signals() -> None:
-    """Ctrl-C reaches the whole terminal: the driver alone answers it, and sends SIGTERM."""
-
-    def stop(*_: object) -> NoReturn:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, stop)
 
 
 def _die_with_driver() -> None:

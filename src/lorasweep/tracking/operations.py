@@ -59,6 +59,7 @@ class NewRun:
     manifest: Path | Mapping[str, Any]
     image_dir: Path
     dataset_digest: str
+    output_dir: Path
     tags: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -44,7 +44,7 @@ class Tracker:
         """Wait until the store is open; TrackingError if it can't be opened or written."""
         self._writer.wait()
 
-    def open_run(self, new: NewRun) -> RunLog:
+    def open_run(self, new: NewRun, *, goes_on: bool = False) -> RunLog:
         """Start a run in MLflow; its log takes what it does from here on."""
         run = operations.RunRef(name=new.name, sweep=new.sweep or new.name)
         self._writer.put(operations.Open(run, new))
@@ -85,6 +85,13 @@ class RunLog:
         self._upload = upload
         self._points: list[operations.Point] = []
         self._finished = False
+
+    @property
+    def logged_epochs(self) -> frozenset[int]:
+        return frozenset()
+
+    def suspend(self, reason: str) -> None:
+        self.finish("KILLED", reason)
 
     @property
     def run_id(self) -> str:

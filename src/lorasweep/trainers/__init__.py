@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from lorasweep.adapters import Adapter
 from lorasweep.checkpoint import Checkpoint
@@ -14,6 +14,9 @@ from lorasweep.latents import Item
 from lorasweep.models import BaseModel
 from lorasweep.optimizers import LRScheduler, Optimizer
 from lorasweep.progress import Show
+
+if TYPE_CHECKING:
+    from lorasweep.trainers.states import State
 
 
 class TrainerError(RuntimeError):
@@ -55,20 +58,38 @@ class Epoch:
     """Run -> why it stopped in this epoch; its earlier checkpoints stand."""
 
 
+class Stopped(KeyboardInterrupt):
+    """The training was asked to stop, and has written its states."""
+
+
 class Training(Protocol):
     """A training under way: iterate for its epochs; between two of them, join and drop runs."""
 
     max_runs: int | None
     """Runs that fitted into memory when more did not."""
+    steps_per_epoch: int
+    """Optimizer steps of an epoch."""
 
     def __iter__(self) -> Iterator[Epoch]:
-        """Train, yielding each epoch once its checkpoints are written."""
+        """Train, yielding each epoch once its checkpoints and states are written."""
 
-    def join(self, run: TrainingRun) -> None:
-        """Train `run` too, from the next epoch on. Raises ValueError if it can't be trained."""
+    def join(self, run: TrainingRun, state: State | None = None) -> None:
+        """Train `run` too, from the next epoch on; with a state, go on with it.
+
+        Raises ValueError if it can't be trained.
+        """
 
     def drop(self, run: str) -> None:
         """Stop training `run`; the others go on. Its checkpoints stand."""
+
+    def disk_needs(self, run: str) -> int:
+        """About the bytes that a run's checkpoints to come and its states will take."""
+
+    def stop(self) -> None:
+        """Let the epoch under way end after its present step: states are written, Stopped raised.
+
+        May be called from a signal's handler.
+        """
 
 
 class Trainer(Protocol):

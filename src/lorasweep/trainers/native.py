@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from lorasweep import checkpoint
 from lorasweep.adapters.pack import Pack
@@ -21,11 +21,13 @@ from lorasweep.checkpoint import Checkpoint
 from lorasweep.models import BaseModel, Precision, is_out_of_memory
 from lorasweep.progress import Bar, Show
 from lorasweep.settings import Settings, SettingsError
-from lorasweep.trainers import Epoch, TrainerError, TrainingData, TrainingRun
+from lorasweep.trainers import Epoch, Stopped, TrainerError, TrainingData, TrainingRun
+from lorasweep.trainers import states as state_files
 from lorasweep.trainers.batches import Batch, epoch_batches, steps_per_epoch
 from lorasweep.trainers.loss import PackLoss
 from lorasweep.trainers.metadata import kohya_metadata
 from lorasweep.trainers.state import RunState
+from lorasweep.trainers.states import State
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,10 +53,17 @@ class NativeTrainer(Settings):
     noise_offset: NonNegativeFloat
     min_snr_gamma: PositiveFloat | None
     device: str
+    save_every_n_steps: PositiveInt | None
+    keep_states: NonNegativeInt
+    deterministic: bool
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise SettingsError(f"trainer.device={self.device}: give auto, cpu, cuda or cuda:1")
+        if self.save_every_n_steps is not None and self.keep_states == 0:
+            raise SettingsError(
+                "trainer.save_every_n_steps has no effect with trainer.keep_states=0"
+            )
 
     def start(
         self,
@@ -119,22 +128,58 @@ class NativeTraining:
         self._members.bind()
         self._waiting: list[_Members] = []
         self._joining: list[_Members] = []
+        self._aside: list[_Members] = []  # for the others to end their epoch
+        self._stopping = False
         if settings.gradient_checkpointing:
             base.checkpoint_gradients()
+        if base.device.startswith("cuda"):
+            import torch
+
+            torch.use_deterministic_algorithms(settings.deterministic)
 
     def __iter__(self) -> Iterator[Epoch]:
         while self._gather():
             epoch = self._epoch_or_split()
+            if self._stopping:
+                raise Stopped("stopped at the end of an epoch")
             if epoch is not None:
                 yield epoch
                 self._keep(lambda state: state.num_epochs < state.run.max_train_epochs)
 
-    def join(self, run: TrainingRun) -> None:
+    def join(self, run: TrainingRun, state: State | None = None) -> None:
         """Let `run` train with the others from the next epoch on, from its own first one.
 
-        Raises ValueError where its settings can't be trained on this base; the others go on.
+        With a state it goes on where that was written. Raises ValueError where its settings can't
+        be trained on this base; the others go on.
         """
-        self._joining.append(self._new([run]))
+        new = self._new([run])
+        if state is not None:
+            new.bind()
+            new.states[0].restore(state.snapshot)
+            new.states[0].started = state.started
+        self._joining.append(new)
+
+    def disk_needs(self, run: str) -> int:
+        """About the bytes that a run's checkpoints to come and its states will take."""
+        groups = [self._members, *self._waiting, *self._aside, *self._joining]
+        for members in groups:
+            for index, state in enumerate(members.states):
+                if state.run.name == run:
+                    views = members.pack.views(index).values()
+                    numbers = sum(view.numel() for tensors in views for view in tensors)
+                    return numbers * self._bytes_a_number(state)
+        return 0
+
+    def _bytes_a_number(self, state: RunState) -> int:
+        """On disk, of a trained number: in checkpoints and, with Adam's two moments, in states."""
+        epochs = state.run.max_train_epochs - state.num_epochs
+        num_states = self.settings.keep_states + 1  # the next is written before the oldest goes
+        checkpoints = epochs * self.base.dtype(self.settings.save_dtype).itemsize
+        return checkpoints + (num_states * 3 * 4 if self.settings.keep_states else 0)
+
+    def stop(self) -> None:
+        """Let the present step end; then states are written and Stopped is raised."""
+        self._stopping = True
 
     def _new(self, runs: Sequence[TrainingRun]) -> _Members:
         """Runs before their first step; runs of one kind must be neighbours."""
@@ -156,12 +201,23 @@ class NativeTraining:
         if not self._members.states and self._waiting:
             self._members = self._waiting.pop()
             self._members.bind()
-        if self._joining:
-            for new in self._joining:
+        joining = [*self._aside, *self._joining]
+        if joining:
+            for new in joining:
                 self._members = self._members.joined(new) if self._members.states else new
             self._joining = []
+            self._set_aside()
             self._members.bind()
         return bool(self._members.states)
+
+    def _set_aside(self) -> None:
+        """Let those who go on within an epoch end it first: all must meet equal batches."""
+        done = [state.num_batches for state in self._members.states]
+        behind = [index for index, number in enumerate(done) if number < max(done)]
+        self._aside = [self._members.select([index]) for index in behind]
+        if behind:
+            ahead = [index for index in range(len(done)) if index not in behind]
+            self._members = self._members.select(ahead)
 
     def probe(self) -> None:
         """Compute the largest batch once, forward and backward: what a step needs of memory."""
@@ -179,6 +235,7 @@ class NativeTraining:
             self._waiting[place] = members.select(others)
         self._waiting = [members for members in self._waiting if members.states]
         self._joining = [new for new in self._joining if new.states[0].run.name != run]
+        self._aside = [new for new in self._aside if new.states[0].run.name != run]
 
     def _epoch_or_split(self) -> Epoch | None:
         """One epoch; when memory runs out None, with the pack halved and back at its start."""
@@ -216,21 +273,20 @@ class NativeTraining:
         return Epoch(checkpoints=[], steps={}, failures={run.name: reason})
 
     def _epoch(self) -> Epoch:
-        states = self._members.states
-        batches = {state.run.name: self._batches(state) for state in states}
-        steps: dict[str, list[tuple[int, dict[str, float]]]] = {name: [] for name in batches}
+        begun = self._members.states
+        batches = {state.run.name: self._batches(state) for state in begun}
         failures: dict[str, str] = {}
-        longest = max(states, key=lambda state: state.run.max_train_epochs)
-        self._bar.epoch(longest.num_epochs + 1, longest.run.max_train_epochs, self.steps_per_epoch)
-        num_batches = len(batches[states[0].run.name])
+        done, num_batches = begun[0].num_batches, len(batches[begun[0].run.name])
         size = self.settings.gradient_accumulation_steps
-        for first in range(0, num_batches, size):
+        self._begin_epoch(begun, done // size)
+        for first in range(done, num_batches, size):
             micro_steps = range(first, min(first + size, num_batches))
             states = self._members.states
             group = [[batches[state.run.name][i] for state in states] for i in micro_steps]
             records = self._step(group)
             for state, record in zip(states, records, strict=True):
-                steps[state.run.name].append((state.num_steps, record))
+                state.num_batches = micro_steps.stop
+                state.records.append((state.num_steps, record))
                 if not state.is_finite:
                     seen = [batches[state.run.name][i] for i in micro_steps]
                     failures[state.run.name] = self._failure(state, record, seen)
@@ -239,11 +295,44 @@ class NativeTraining:
                 self._keep(lambda state: state.is_finite)
             if not self._members.states:
                 break
+            if micro_steps.stop < num_batches:
+                self._save_within(micro_steps.stop // size)
         for state in self._members.states:
-            state.num_epochs += 1
+            state.num_epochs, state.num_batches = state.num_epochs + 1, 0
         failures.update(self._drop_overflown())
         checkpoints = [self._write(index) for index in range(len(self._members.states))]
+        self._save()
+        steps = {state.run.name: tuple(state.records) for state in begun}
         return Epoch(checkpoints=checkpoints, steps=steps, failures=failures)
+
+    def _begin_epoch(self, states: Sequence[RunState], steps_done: int) -> None:
+        for state in states:
+            if state.num_batches == 0:
+                state.records = []
+        longest = max(states, key=lambda state: state.run.max_train_epochs)
+        self._bar.epoch(
+            longest.num_epochs + 1, longest.run.max_train_epochs, self.steps_per_epoch, steps_done
+        )
+
+    def _save_within(self, steps_done: int) -> None:
+        """Write states between two steps of an epoch, where that is due or we are to stop."""
+        every = self.settings.save_every_n_steps
+        if self._stopping or (every is not None and steps_done % every == 0):
+            self._save()
+        if self._stopping:
+            raise Stopped(f"stopped after step {steps_done} of an epoch")
+
+    def _save(self) -> None:
+        """Write the states of this moment; only then are the oldest deleted."""
+        members, number = self._members.states, self.settings.keep_states
+        if number == 0:
+            return
+        pack = tuple((one.run.name, one.num_epochs, one.num_steps) for one in members)
+        for one in members:
+            state = State(run=one.run.name, pack=pack, started=one.started, snapshot=one.snapshot())
+            state_files.write(one.run.output_dir, state)
+        for one in members:
+            state_files.keep_last(one.run.output_dir, number)
 
     def _step(self, micro_batches: Sequence[Sequence[Batch]]) -> list[dict[str, float]]:
         """One optimiser step of every run from its batches; what is to be logged, by run."""

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 Views = Mapping[str, Sequence["Tensor"]]
 """Group of the optimiser (`Optimizer.group_of`) -> a run's tensors in it."""
 
+Records = Sequence[tuple[int, Mapping[str, float]]]
+"""(optimizer step, what is logged of it)."""
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -29,8 +32,15 @@ class Snapshot:
     optimizer: dict[str, Any]
     lr_scheduler: dict[str, Any]
     scaler: dict[str, Any]
+    num_epochs: int
+    """Finished ones."""
+    num_batches: int
+    """Of the epoch under way, trained on."""
     num_steps: int
+    """Optimizer steps since the beginning."""
     num_micro_steps: int
+    records: Records
+    """Of the epoch under way; at an epoch's end, of that epoch."""
 
 
 class RunState:
@@ -54,8 +64,10 @@ class RunState:
         self._device_type = torch.device(base.device).type
         self.scaler = self._new_scaler(enabled=base.precision == "fp16")
         self.num_epochs = 0  # finished ones
+        self.num_batches = 0  # of the epoch under way
         self.num_steps = 0
         self.num_micro_steps = 0
+        self.records: list[tuple[int, Mapping[str, float]]] = []  # of the epoch under way
         self.is_finite = True
 
     def bind(self, views: Views, gradients: Views) -> None:
@@ -110,8 +122,11 @@ class RunState:
             optimizer=_to_cpu(self.optimizer.state_dict()),
             lr_scheduler=copy.deepcopy(self.lr_scheduler.state_dict()),
             scaler=copy.deepcopy(self.scaler.state_dict()),
+            num_epochs=self.num_epochs,
+            num_batches=self.num_batches,
             num_steps=self.num_steps,
             num_micro_steps=self.num_micro_steps,
+            records=tuple(self.records),
         )
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -122,7 +137,9 @@ class RunState:
         self.lr_scheduler.load_state_dict(snapshot.lr_scheduler)
         self.scaler = self._new_scaler(enabled=self.scaler.is_enabled())  # forgets a begun step
         self.scaler.load_state_dict(snapshot.scaler)
+        self.num_epochs, self.num_batches = snapshot.num_epochs, snapshot.num_batches
         self.num_steps, self.num_micro_steps = snapshot.num_steps, snapshot.num_micro_steps
+        self.records = list(snapshot.records)
         self.is_finite = True
 
     def _new_scaler(self, *, enabled: bool) -> torch.amp.GradScaler:
