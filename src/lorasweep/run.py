@@ -341,6 +341,7 @@ def _new_run(run: Run, data: Path, texts: str) -> NewRun:
     return NewRun(
         name=run.name,
         sweep=run.sweep,
+        output_dir=run.output_dir,
         params=run.params,
         config_yaml=run.config_yaml,
         overrides=run.overrides,
