@@ -119,7 +119,14 @@ class Store:
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     root = tmp_path_factory.mktemp("picking")
-    settings = Tracking(uri=None, experiment="e", registered_model="style", upload="picked")
+    settings = Tracking(
+        uri=None,
+        experiment="e",
+        registered_model="style",
+        upload="picked",
+        offline=False,
+        max_wait_seconds=15,
+    )
     nan = math.nan
     with Tracker(settings, root) as tracker:
         fill(tracker, root, "one", "grid", [(0.9, 0.91, 0.1), (0.71, 0.73, 0.3), (nan, nan, 0.0)])
@@ -150,13 +157,13 @@ def new_run(name: str, sweep: str | None, root: Path) -> NewRun:
     return NewRun(
         name=name,
         sweep=sweep,
+        output_dir=root / name,
         params={},
         config_yaml=CONFIG,
         overrides=[],
         manifest={},
         image_dir=root / "images",
         dataset_digest="0" * 64,
-        output_dir=root / name,
     )
 
 

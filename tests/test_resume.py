@@ -78,12 +78,9 @@ def seconds_of(runs, base):
 
 def outcome(folder, runs):
     """All that is left in the end: files, weights, scores, and what MLflow knows."""
-    files = sorted(
-        str(path.relative_to(folder))
-        for run in runs
-        for path in run.output_dir.rglob("*")
-        if path.is_file()
-    )
+    paths = [path for run in runs for path in run.output_dir.rglob("*") if path.is_file()]
+    assert not [path for path in paths if path.match(".tracking/*.json")]  # all is sent
+    files = sorted(str(p.relative_to(folder)) for p in paths if p.parent.name != ".tracking")
     weights = {
         path.name: checkpoint.data_hash(path)
         for run in runs

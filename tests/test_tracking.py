@@ -9,7 +9,6 @@ import re
 import socket
 import subprocess
 import sys
-import threading
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,9 +21,16 @@ from PIL import Image
 
 from lorasweep import tracking
 from lorasweep.checkpoint import Checkpoint
-from lorasweep.tracking import NewRun, Tracker, Tracking, TrackingError, writer
+from lorasweep.tracking import NewRun, Tracker, Tracking, TrackingError
 
-SETTINGS = Tracking(uri=None, experiment="e", registered_model="m", upload="none")
+SETTINGS = Tracking(
+    uri=None,
+    experiment="e",
+    registered_model="m",
+    upload="none",
+    offline=False,
+    max_wait_seconds=15,
+)
 SCORES = {"val/loss_rel": 0.8, "val/prior_drift": 0.1}
 
 ONE_OF_FOUR = """
@@ -41,13 +47,13 @@ def new_run(root: Path, name: str, sweep: str | None = "grid") -> NewRun:
     return NewRun(
         name=name,
         sweep=sweep,
+        output_dir=root / name,
         params={"adapter.rank": 4},
         config_yaml="adapter:\n  rank: 4\n",
         overrides=["adapter.rank=4", "name='a b'"],
         manifest={"images": ["a.png"]},
         image_dir=root / "icons",
         dataset_digest="ab" * 32,
-        output_dir=root / name,
     )
 
 
@@ -235,44 +241,20 @@ def test_an_exception_ends_open_runs_with_its_reason_and_keeps_what_was_logged(
     assert str(error) in run.data.tags["lorasweep.reason"]
 
 
-def test_a_failed_write_is_raised_at_the_next_call_and_again_at_the_end(store: Store) -> None:
-    def train() -> None:
-        with Tracker(SETTINGS, store.root) as tracker:
-            log = tracker.open_run(new_run(store.root, "unlucky"))
-            log.log_file(store.root / "missing.txt")
-            with pytest.raises(TrackingError, match=r"missing\.txt"):
-                log.finish("FINISHED")
-
-    with pytest.raises(TrackingError, match=r"missing\.txt"):
-        train()
-
-
-def test_operations_wait_for_a_slow_store_in_order_and_none_is_dropped() -> None:
-    opened, written = threading.Event(), list[int]()
-
-    @dataclass(frozen=True)
-    class Note:
-        number: int
-
-        def write(self, _store: object) -> None:
-            written.append(self.number)
-
-    def connect() -> writer.Store:
-        opened.wait()
-        return None  # type: ignore[return-value]
-
-    def produce() -> None:
-        for number in range(3 * writer.QUEUE_LIMIT):
-            queue.put(Note(number))
-
-    queue = writer.Writer(connect)
-    producer = threading.Thread(target=produce)
-    producer.start()  # it has to wait: three times what may be queued
-    assert written == []
-    opened.set()
-    producer.join()
-    queue.close()
-    assert written == list(range(3 * writer.QUEUE_LIMIT))
+def test_what_mlflow_refuses_is_said_and_kept_and_the_rest_goes_on(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Tracker(SETTINGS, store.root) as tracker:
+        log = tracker.open_run(new_run(store.root, "unlucky"))
+        log.log_file(store.root / "missing.txt")
+        log.tag("after", "it")
+        log.finish("FINISHED")
+    run = store.client.get_run(log.run_id)
+    kept = list((store.root / "unlucky" / ".tracking").glob("*.refused"))
+    assert (run.info.status, run.data.tags["after"]) == ("FINISHED", "it")
+    assert [path.name for path in kept] == ["000002.refused"]
+    assert "missing.txt is gone" in caplog.text
+    assert str(kept[0]) in caplog.text
 
 
 def test_four_processes_may_open_a_fresh_store_at_once(tmp_path: Path) -> None:

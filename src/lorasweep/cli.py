@@ -22,6 +22,7 @@ Settings are Hydra overrides (KEY=VALUE); `lorasweep train --cfg job` shows them
   lorasweep pick                                          choose among the last sweep's checkpoints
   lorasweep export RUN --to merged                        the base model with the LoRA in it
   lorasweep ui                                            look at everything in MLflow
+  lorasweep sync                                          send MLflow what it could not take before
 """
 
 
@@ -47,6 +48,7 @@ _WORDS = {
     "resume": "a run's name, or the folder of a run or of a sweep",
     "caption": "DIR: folder of images",
     "pick": "SWEEP: name of another sweep",
+    "sync": "DIR: a run's folder or one of several, or RUN: a run's name (default: all)",
     "export": "a LoRA's .safetensors file, a run's name, or a checkpoint's (RUN-e012)",
     "convert": "SOURCE: a diffusers folder, hub id or .safetensors file; TARGET: what to write, a"
     " name in .safetensors for a file",
@@ -141,6 +143,7 @@ def _parser() -> argparse.ArgumentParser:
         help="show a sweep's study in optuna-dashboard instead (default: the newest)",
     )
     ui.add_argument("--port", type=int, default=5000, help="port to listen on (default 5000)")
+    _add(commands, "sync", "[DIR|RUN] ", "send MLflow what it could not take before", _sync)
     _add_file_commands(commands)
     _add(commands, "doctor", "", "check devices, disk, models, weights and tracking", _doctor)
     return parser
@@ -355,6 +358,7 @@ def _pick(arguments: argparse.Namespace) -> int:
     console.print(pick.table(result, arguments.limit))
     for line in pick.summary(result):
         console.print(line, soft_wrap=True, highlight=False)
+    _say_unsent(output_root)
     return 0
 
 
@@ -481,7 +485,29 @@ def _ui(arguments: argparse.Namespace) -> int:
         where = cfg.study.storage if "study" in cfg else None
         return storage.show(arguments.optuna or None, where, output_root, arguments.port)
     uri, artifacts = settings.resolve(output_root), settings.artifacts(output_root)
+    _say_unsent(output_root)
     return tracking.serve(uri, settings.experiment, artifacts, arguments.port)
+
+
+def _sync(arguments: argparse.Namespace) -> int:
+    from lorasweep import tracking
+
+    words, overrides = _split(arguments, at_most=1)
+    _, settings, output_root = _tracking(overrides, arguments.config_dir)
+    given = any(override.startswith("tracking.uri=") for override in overrides)
+    only = words[0] if words else None
+    results = tracking.sync(settings, output_root, only, uri_is_given=given)
+    _say([result.line() for result in results] or ["MLflow has everything."])
+    return 1 if any(result.left or result.refused or result.is_busy for result in results) else 0
+
+
+def _say_unsent(output_root: Path) -> None:
+    """Tell of runs that MLflow doesn't have whole; what is shown lacks them."""
+    from lorasweep import tracking
+
+    if folders := tracking.unsent(output_root):
+        number = f"{len(folders)} run{'s' if len(folders) > 1 else ''}"
+        _say([f"MLflow does not have everything of {number}: send it by `lorasweep sync`."])
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -240,7 +240,7 @@ class _Seat:
         if lost:
             log.warning("%s: %s", ", ".join(run.name for run in lost), reason)
         for run in lost:
-            mark_broken(run.tracking, run.output_root, run.sweep, run.name, reason)
+            mark_broken(run.tracking, run.output_root, run.output_dir, reason)
         self.runs = {run.name: run for run in self._joining}
         self.process, self._is_waiting = None, False
         events: list[Event] = [

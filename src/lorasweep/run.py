@@ -8,6 +8,7 @@ import logging
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -146,8 +147,9 @@ class Session:
         """Write what waits for MLflow; runs that an error broke off are marked there."""
         try:
             if isinstance(error, KeyboardInterrupt | DiskFullError):
-                for member in self._runs.values():
-                    member.log.suspend(str(error) or "stopped by a signal")
+                with suppress(DiskFullError):  # then MLflow learns of it when the run goes on
+                    for member in self._runs.values():
+                        member.log.suspend(str(error) or "stopped by a signal")
             self._tracker.__exit__(kind, error, trace)
         finally:
             for member in self._runs.values():
@@ -449,13 +451,13 @@ def _new_run(run: Run, data: Path, texts: str) -> NewRun:
     return NewRun(
         name=run.name,
         sweep=run.sweep,
+        output_dir=run.output_dir,
         params=run.params,
         config_yaml=run.config_yaml,
         overrides=run.overrides,
         manifest=manifest,
         image_dir=run.dataset.image_dir,
         dataset_digest=hashlib.sha256(manifest.read_bytes() + texts.encode()).hexdigest(),
-        output_dir=run.output_dir,
         tags={
             "lorasweep.output_dir": str(run.output_dir),
             "lorasweep.folders": str(data),

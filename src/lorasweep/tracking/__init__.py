@@ -1,10 +1,12 @@
 """MLflow: every run's settings, curves, pictures and checkpoints. The only home of mlflow.
 
-Writing goes through a `Tracker`, in order, on one thread beside the training. Reading (`sweeps`,
+Writing goes through a `Tracker`: to the disk at once, and from there to MLflow in order, on one
+thread beside the training (`sync` sends what is left). Reading (`sweeps`,
 `candidates`) and recording a choice (`record_choice`) are plain functions over a store's URI.
 """
 
-from lorasweep.tracking.operations import NewRun, Status
+from lorasweep.tracking.opening import NewRun
+from lorasweep.tracking.operations import Status
 from lorasweep.tracking.reading import (
     Candidate,
     candidates,
@@ -23,6 +25,7 @@ from lorasweep.tracking.store import (
     public_uri,
     sqlite_path,
 )
+from lorasweep.tracking.sync import Synced, sync, unsent
 from lorasweep.tracking.tracker import RunLog, Tracker, mark_broken
 
 __all__ = [
@@ -32,6 +35,7 @@ __all__ = [
     "NewRun",
     "RunLog",
     "Status",
+    "Synced",
     "Tracker",
     "Tracking",
     "TrackingError",
@@ -47,4 +51,6 @@ __all__ = [
     "serve",
     "sqlite_path",
     "sweeps",
+    "sync",
+    "unsent",
 ]

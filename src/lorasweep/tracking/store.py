@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
+from pydantic import PositiveFloat
+
 from lorasweep.checkpoint import write_atomically
 from lorasweep.settings import Settings
 
@@ -30,6 +32,11 @@ REASON_TAG = "lorasweep.reason"
 TERMS_TAG = "lorasweep.terms"
 TRIAL_TAG = "lorasweep.trial"
 PRUNED_TAG = "lorasweep.pruned"
+UID_TAG = "lorasweep.uid"  # made where a run is begun, so that it is found without MLflow's id
+SUSPENDED_TAG = "lorasweep.suspended"
+
+
+_SECRETS = "(?i:password|passwd|secret|token|credential|api_?key|access_?key)"  # in queries
 
 
 class TrackingError(RuntimeError):
@@ -44,6 +51,8 @@ class Tracking(Settings):
     experiment: str
     registered_model: str
     upload: Literal["none", "picked", "all"]
+    offline: bool
+    max_wait_seconds: PositiveFloat
 
     def __post_init__(self) -> None:
         if self.uri is not None and urlsplit(self.uri).scheme in ("", "file"):
@@ -129,9 +138,10 @@ def is_server(uri: str) -> bool:
     return urlsplit(uri).scheme in ("http", "https")
 
 
-def public_uri(uri: str) -> str:
-    """The URI without user name and password, fit for logs."""
-    return re.sub(r"//[^/@]*@", "//***@", uri)
+def public_uri(text: str) -> str:
+    """The URI, or any text with URIs in it, without user names, passwords and tokens."""
+    text = re.sub(r"(\w://)[^/\s'\"<>]*@", r"\1***@", text)
+    return re.sub(rf"([?&][\w.-]*(?:{_SECRETS})[\w.-]*=)[^&\s'\"<>#]+", r"\1***", text)
 
 
 def same_run(sweep: str, name: str) -> str:
@@ -147,16 +157,18 @@ def quoted(value: str) -> str:
 
 
 def quieten_mlflow() -> None:
-    """Settings that MLflow reads from the environment; those of the user stand."""
+    """Settings that MLflow reads from the environment; those of the user stand, but for retries."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    # by default a dead server is tried for four minutes
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    # MLflow sends again what may have arrived, which makes runs twice; the writer looks first
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     # a line for each migration, and "Waiting up to 300 seconds" for what is there at once
-    for name in ("mlflow.store.db.utils", "alembic", "mlflow.store.model_registry.abstract_store"):
+    for name in ("alembic", "mlflow.store.model_registry.abstract_store"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # a traceback for every write that meets a locked database; we try again, and say so
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 
 def _create_database(database: Path) -> None:
@@ -208,6 +220,6 @@ def _ensure_experiment(uri: str, name: str, artifacts: Path | None) -> str:
 def _unreachable(uri: str, error: Exception) -> TrackingError:
     reason = public_uri(str(error).splitlines()[0])[:300]
     return TrackingError(
-        f"tracking.uri={public_uri(uri)} can't be opened: {reason}; start the server, "
-        "or give tracking.uri=null for a file under output_root"
+        f"tracking.uri={public_uri(uri)} can't be opened: {reason}; start the server, or give "
+        "tracking.offline=true to send everything later, or tracking.uri=null for a file"
     )

@@ -2,59 +2,91 @@
 
 from __future__ import annotations
 
+import logging
+import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorasweep.checkpoint import Checkpoint
-from lorasweep.tracking import operations
-from lorasweep.tracking.operations import NewRun, Status
-from lorasweep.tracking.store import (
-    REASON_TAG,
-    Tracking,
-    TrackingError,
-    client_of,
-    create_store,
-    same_run,
-    sqlite_path,
-)
-from lorasweep.tracking.writer import Store, Writer
+from lorasweep.tracking import operations, pictures
+from lorasweep.tracking.connect import writer_for
+from lorasweep.tracking.opening import NewRun, open_operation
+from lorasweep.tracking.operations import RunState, Status
+from lorasweep.tracking.spool import Spool
+from lorasweep.tracking.store import Tracking, TrackingError, public_uri
+from lorasweep.tracking.writer import Writer
 
 if TYPE_CHECKING:
     from PIL import Image
 
+log = logging.getLogger(__name__)
 
 FLUSH_POINTS = 600  # step metrics held back at most, so that a long epoch shows while it runs
 
 
 class Tracker:
-    """Writes the runs of this process to MLflow, in order, on one thread behind the training.
+    """Writes the runs of this process to the disk, and from there to MLflow, behind the training.
 
-    A call waits only while `QUEUE_LIMIT` operations wait before it. What fails to be written
-    raises TrackingError at the next call, or on leaving the `with` block. Leaving it by an
-    exception marks the runs that are still open as failed.
+    No call waits for a server for long. What MLflow can't take now waits in each run's `.tracking/`
+    and is sent when it answers again, on leaving the `with` block, or by `lorasweep sync`. Leaving
+    it by an exception marks the runs that are still open as failed.
     """
 
     def __init__(self, settings: Tracking, output_root: Path) -> None:
-        self._writer = Writer(lambda: _connect(settings, output_root))
-        self._upload_all = settings.upload == "all"
+        self._settings, self._output_root = settings, output_root
+        self._writer = writer_for(settings, output_root)
+        self._spools: dict[Path, Spool] = {}
         self._runs: list[RunLog] = []
 
     def ready(self) -> None:
-        """Wait until the store is open; TrackingError if it can't be opened or written."""
-        self._writer.wait()
+        """Wait until the store is open; TrackingError if it can't be opened or written.
+
+        The runs that were opened are as they were then.
+        """
+        try:
+            self._writer.ready()
+        except TrackingError:
+            self._writer.abandon()
+            for run in self._runs:
+                run.undo()
+            raise
 
     def open_run(self, new: NewRun, *, goes_on: bool = False) -> RunLog:
-        """Start a run in MLflow; its log takes what it does from here on."""
-        run = operations.RunRef(name=new.name, sweep=new.sweep or new.name)
-        self._writer.put(operations.Open(run, new))
-        log = RunLog(self._writer, run, upload=self._upload_all)
-        self._runs.append(log)
-        return log
+        """Start a run in MLflow; its log takes what it does from here on.
+
+        `goes_on` continues the one that `new.output_dir` began, if any. Otherwise an earlier
+        attempt at this run of the sweep is deleted. Raises TrackingError if another process has
+        the folder, or it can't be written.
+        """
+        spool, is_ours = self._spool(new.output_dir)
+        begun = spool.state() if goes_on else None
+        if begun is not None and (begun.name, begun.sweep) == (new.name, new.sweep or new.name):
+            state = replace(begun, is_open=True)
+            begins_after = spool.newest
+            if not is_ours:
+                self._writer.replay(spool)
+        else:
+            if not is_ours:
+                spool.forget()
+            state = self._new_state(new)
+            begins_after = spool.newest
+        run = RunLog(
+            self._writer, spool, state, upload=self._settings.upload == "all", after=begins_after
+        )
+        run.put(open_operation(new, goes_on=goes_on))
+        self._runs.append(run)
+        return run
 
     def close(self) -> None:
-        """Write what still waits and end the thread; raises what could not be written."""
-        self._writer.close()
+        """Send what still waits, as long as the store takes it, and end the thread."""
+        try:
+            if not self._writer.close():
+                log.warning("%s", self._left())
+        finally:
+            for spool in self._spools.values():
+                spool.release()
 
     def __enter__(self) -> Tracker:
         return self
@@ -71,39 +103,82 @@ class Tracker:
     def _abandon(self, error: BaseException) -> None:
         stopped = isinstance(error, (KeyboardInterrupt, GeneratorExit))
         reason = f"{type(error).__name__}: {error}".removesuffix(": ")
-        for run in self._runs:
-            run.finish("KILLED" if stopped else "FAILED", reason)
-        self.close()
+        try:
+            for run in self._runs:
+                run.finish("KILLED" if stopped else "FAILED", reason)
+        finally:
+            self.close()
+
+    def _spool(self, output_dir: Path) -> tuple[Spool, bool]:
+        """The folder's spool, and whether a run of this process used it before."""
+        key = output_dir.resolve()
+        known = self._spools.get(key)
+        if known is not None:
+            if any(run.uses(known) for run in self._runs):
+                raise TrackingError(
+                    f"{output_dir}: two runs can't have one folder; give each its own"
+                )
+            return known, True
+        spool = Spool(key)
+        spool.acquire()
+        self._spools[key] = spool
+        return spool, False
+
+    def _new_state(self, new: NewRun) -> RunState:
+        uri = self._settings.uri
+        return RunState(
+            uid=uuid.uuid4().hex,
+            name=new.name,
+            sweep=new.sweep or new.name,
+            uri=None if uri is None else public_uri(uri),
+            experiment=self._settings.experiment,
+        )
+
+    def _left(self) -> str:
+        """What is said of what could not be sent."""
+        counts = [len(spool.waiting()) for spool in self._spools.values()]
+        number, runs = sum(counts), sum(1 for count in counts if count)
+        uri = public_uri(self._settings.resolve(self._output_root))
+        return (
+            f"MLflow at {uri} did not take everything: {number} writes of {runs}"
+            f" run{'s' if runs != 1 else ''} wait on the disk; send them by `lorasweep sync`"
+        )
 
 
 class RunLog:
-    """The log of one run; made by `Tracker.open_run`. Nothing is logged after `finish`."""
+    """The log of one run; made by `Tracker.open_run`. Nothing is logged after `finish`.
 
-    def __init__(self, writer: Writer, run: operations.RunRef, *, upload: bool) -> None:
-        self._writer = writer
-        self._run = run
-        self._upload = upload
+    What an earlier process has logged is silently not logged again.
+    """
+
+    def __init__(
+        self, writer: Writer, spool: Spool, state: RunState, *, upload: bool, after: int
+    ) -> None:
+        self._writer, self._spool, self._state = writer, spool, state
+        self._upload, self._after = upload, after
         self._points: list[operations.Point] = []
+        self._steps = dict(state.steps)
         self._finished = False
+        self._logged = frozenset(state.epochs)
 
     @property
     def logged_epochs(self) -> frozenset[int]:
-        return frozenset()
-
-    def suspend(self, reason: str) -> None:
-        self.finish("KILLED", reason)
+        """Epochs (0 is the bare base) that earlier processes have logged."""
+        return self._logged
 
     @property
     def run_id(self) -> str:
-        """MLflow's id of the run; waits until the run is opened."""
-        self._writer.wait_for(self._run.id.done)
-        return self._run.id.result()
+        """MLflow's id of the run; waits until it is begun there. TrackingError if it can't be."""
+        return self._writer.run_id(self._state.uid)
 
     def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Note the metrics of an optimizer step; they are written with the epoch's scores."""
-        self._points += operations.points(step, metrics)
+        for point in operations.points(step, metrics):
+            if point.step > self._steps.get(point.key, -1):
+                self._steps[point.key] = point.step
+                self._points.append(point)
         if len(self._points) >= FLUSH_POINTS:
-            self._writer.put(operations.Curves(self._run, self._take_points()))
+            self._flush()
 
     def log_base(self, scores: Mapping[str, float], samples: Mapping[str, Image.Image]) -> None:
         """Log the bare base model, as epoch 0: pictures and scores, no checkpoint."""
@@ -119,78 +194,107 @@ class RunLog:
         """Log a checkpoint with its scores and pictures, and the steps since the one before.
 
         `terms` are what scores are means of, by which `pick` compares checkpoints in pairs.
-        The pictures must not be changed afterwards: they are encoded on the writing thread.
         """
-        self._put_epoch(checkpoint.epoch, checkpoint, scores, samples, terms)
+        kept = replace(checkpoint, path=self._kept(checkpoint.path))
+        model = operations.Model(checkpoint=kept, terms=dict(terms or {}), upload=self._upload)
+        self._put_epoch(checkpoint.epoch, model, scores, samples)
 
     def log_file(self, path: Path, artifact_dir: str | None = None) -> None:
         """Add a finished file to the run's artifacts; it is read later, on the writing thread."""
-        self._writer.put(operations.File(self._run, path, artifact_dir))
+        self.put(operations.File(path=self._kept(path), artifact_dir=artifact_dir))
 
     def log_image(self, image: Image.Image, name: str) -> None:
         """Add one picture to the run's artifacts: `contact_sheet.png`."""
-        self._writer.put(operations.Picture(self._run, image, name))
+        self.put(operations.Picture(png=pictures.png(image), name=name))
 
     def tag(self, key: str, value: str) -> None:
         """Set a tag of the run."""
-        self._writer.put(operations.Tag(self._run, key, value))
+        self.put(operations.Tag(key=key, value=public_uri(value)))
 
     def finish(self, status: Status, reason: str | None = None) -> None:
-        """End the run, once everything of it is written; a second call does nothing."""
+        """End the run; a second call does nothing. Waits for MLflow only while it does well."""
+        told = None if reason is None else public_uri(reason)
+        self._end(operations.Close(time=operations.now(), status=status, reason=told))
+
+    def suspend(self, reason: str) -> None:
+        """End the run for now: another process will go on with it (`goes_on`)."""
+        told = public_uri(reason)
+        self._end(operations.Close(time=operations.now(), status="KILLED", suspended=told))
+
+    def put(self, operation: operations.Operation, state: RunState | None = None) -> None:
+        """Write an operation to the disk, to be sent. Raises TrackingError if the disk is full."""
+        self._writer.put(self._spool, state or self._state, operation)
+        self._state = state or self._state
+
+    def undo(self) -> None:
+        """Take back what this log has written to the disk; nothing of it was sent."""
+        self._finished = True
+        self._spool.forget(after=self._after)
+
+    def uses(self, spool: Spool) -> bool:
+        """Is it the log of a run that goes on in this folder?"""
+        return spool is self._spool and not self._finished
+
+    def _end(self, close: operations.Close) -> None:
         if self._finished:
             return
         self._finished = True
-        if self._points:
-            self._writer.put(operations.Curves(self._run, self._take_points()))
-        self._writer.put(operations.Close(self._run, status, reason))
-        self._writer.wait()
+        self._flush()
+        self.put(close, replace(self._state, is_open=False))
+        self._writer.linger()
 
     def _put_epoch(
         self,
         epoch: int,
-        checkpoint: Checkpoint | None,
+        model: operations.Model | None,
         scores: Mapping[str, float],
         samples: Mapping[str, Image.Image],
-        terms: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
-        points, scored = self._take_points(), operations.points(epoch, scores)
-        self._writer.put(
-            operations.Epoch(
-                self._run,
-                epoch,
-                checkpoint,
-                points,
-                scored,
-                dict(samples),
-                self._upload,
-                terms or {},
-            )
+        if epoch in self._state.epochs:
+            return
+        time = operations.now()
+        drawn = [
+            operations.Sample(pictures.stem(f"samples/{key}", epoch, time), pictures.png(image))
+            for key, image in samples.items()
+        ]
+        scored = operations.points(epoch, scores)
+        logged = operations.Epoch(
+            epoch=epoch, points=self._points, scores=scored, samples=drawn, model=model
         )
+        self._put_points(logged, epochs=(*self._state.epochs, epoch))
 
-    def _take_points(self) -> list[operations.Point]:
-        points, self._points = self._points, []
-        return points
+    def _flush(self) -> None:
+        if self._points:
+            self._put_points(operations.Curves(points=self._points), epochs=self._state.epochs)
+
+    def _put_points(self, operation: operations.Operation, epochs: tuple[int, ...]) -> None:
+        """Write an operation that has all points up to now."""
+        self.put(operation, replace(self._state, epochs=epochs, steps=dict(self._steps)))
+        self._points = []
+
+    def _kept(self, path: Path) -> Path:
+        """Relative to the run's folder where it lies in there, for folders move."""
+        full = path.resolve()
+        inside = full.is_relative_to(self._spool.output_dir)
+        return full.relative_to(self._spool.output_dir) if inside else full
 
 
 def mark_broken(
-    settings: Tracking, output_root: Path, sweep: str | None, name: str, reason: str
+    settings: Tracking, output_root: Path, output_dir: Path, reason: str, at_most: float = 2.0
 ) -> None:
-    """Close a run whose process died without saying so: failed, with the reason."""
-    store = _connect(settings, output_root)
-    where = f"{same_run(sweep or name, name)} AND attributes.status = 'RUNNING'"
-    for run in store.client.search_runs([store.experiment_id], where):
-        store.client.set_tag(run.info.run_id, REASON_TAG, reason)
-        store.client.set_terminated(run.info.run_id, "FAILED")
+    """Close a run whose process died without saying so: failed, with the reason.
 
-
-def _connect(settings: Tracking, output_root: Path) -> Store:
-    uri, artifacts = settings.resolve(output_root), settings.artifacts(output_root)
-    if artifacts is None or sqlite_path(uri) is not None:  # a server, or safe by itself
-        experiment_id = create_store(uri, settings.experiment, artifacts)
-        return Store(client_of(uri), experiment_id)
-    from filelock import FileLock
-
-    output_root.mkdir(parents=True, exist_ok=True)
-    with FileLock(output_root / ".mlflow.lock"):  # two workers can't make the tables at once
-        experiment_id = create_store(uri, settings.experiment, artifacts)
-    return Store(client_of(uri), experiment_id)
+    Sends what the process left, too; a store that doesn't answer gets it later.
+    """
+    spool = Spool(output_dir.resolve())
+    if not spool.folder.is_dir():
+        return
+    with spool.held():
+        state = spool.state()
+        if state is None or not state.is_open:
+            return
+        close = operations.Close(time=operations.now(), status="FAILED", reason=public_uri(reason))
+        spool.put(replace(state, is_open=False), close)
+        writer = writer_for(settings, output_root)
+        writer.replay(spool)
+        writer.close(at_most if writer.can_hang else None)
