@@ -245,9 +245,14 @@ class Session:
         fresh = [one.run.name for one in members if one.run.name not in found]
         if fresh:
             log.info("training %s", ", ".join(fresh))
+        on_the_way: list[_Begun] = []
         for member in members:
-            reports += self._start(member, found.get(member.run.name))
-        return reports
+            state = found.get(member.run.name)
+            report = self._start(member, state)
+            reports.append(report)
+            if state is not None and isinstance(report, Started):
+                on_the_way.append((member, state))
+        return [*reports, *self._behind(on_the_way)]
 
     def _ended_before(self, run: Run, folder: RunFolder) -> list[Report]:
         """Reports of a run that was trained to its end already, for who has not heard of it."""
@@ -274,27 +279,23 @@ class Session:
         step = epoch * self._training.steps_per_epoch
         return Checkpoint(path=path, run=run.name, epoch=epoch, step=step)
 
-    def _start(self, member: _Member, state: State | None) -> list[Report]:
-        """Let a run train, from its beginning or from a state; what there is to report of it."""
+    def _start(self, member: _Member, state: State | None) -> Started | Failure:
+        """Let a run train, from its beginning or from a state."""
         assert self._judge is not None
         run, epochs = member.run, 0 if state is None else state.snapshot.num_epochs
         self._runs[run.name] = member
-        ended = epochs >= run.trainer.max_train_epochs
         try:
-            if not ended:
+            if epochs < run.trainer.max_train_epochs:
                 self._training.join(training_run(run), state)
                 self._check_disk(run)
         except ValueError as error:  # this run's settings: the others go on
             self._training.drop(run.name)
-            return [self._fail(member, str(error))]
+            return self._fail(member, str(error))
         if state is not None:
             log.info("%s goes on after epoch %d", run.name, epochs)
         if 0 not in member.log.logged_epochs:
             member.log.log_base(*self._judge.base_model(run))
-        reports: list[Report] = [Started(run=run.name, device=self.device)]
-        if state is not None:
-            reports += self._behind(member, state)
-        return [*reports, self._finish(member, dropped=False)] if ended else reports
+        return Started(run=run.name, device=self.device)
 
     def _check_disk(self, run: Run) -> None:
         """Raise SettingsError if what the runs will write doesn't fit, as far as can be told."""
@@ -307,23 +308,36 @@ class Session:
                 " free some, or try trainer.save_dtype=fp16, fewer epochs, or another output_root"
             )
 
-    def _behind(self, member: _Member, state: State) -> list[Report]:
-        """Reports of the epochs that a run has behind it; what wasn't logged is logged now."""
-        run, known = member.run, member.log.logged_epochs
-        if state.snapshot.num_batches == 0:
-            for step, values in state.snapshot.records:
-                member.log.log_step(step, values)
+    def _behind(self, begun: Sequence[_Begun]) -> list[Report]:
+        """Reports of the epochs that runs have behind them; what wasn't logged is logged now."""
+        for member, state in begun:
+            if state.snapshot.num_batches == 0:
+                for step, values in state.snapshot.records:
+                    member.log.log_step(step, values)
+        last = max((state.snapshot.num_epochs for _, state in begun), default=0)
         reports: list[Report] = []
-        for epoch in range(1, state.snapshot.num_epochs + 1):
-            found = member.folder.scores(epoch) if epoch in known else None
-            report = self._known(run, epoch, found)
+        for epoch in range(1, last + 1):
+            members = [member for member, state in begun if epoch <= state.snapshot.num_epochs]
+            reports += self._again(members, epoch)
+        for member, state in begun:
+            if state.snapshot.num_epochs == member.run.trainer.max_train_epochs:
+                reports.append(self._finish(member, dropped=False))
+        return reports
+
+    def _again(self, members: Sequence[_Member], epoch: int) -> list[Report]:
+        """Reports of one epoch that runs have behind them; those not logged are scored together."""
+        reports: list[Report] = []
+        left: list[Checkpoint] = []
+        for member in members:
+            known = member.folder.scores(epoch) if epoch in member.log.logged_epochs else None
+            report = self._known(member.run, epoch, known)
             if report is not None:
                 reports.append(report)
-            elif (one := self._checkpoint(run, epoch)).path.is_file():
-                reports += self._scored([one])
+            elif (one := self._checkpoint(member.run, epoch)).path.is_file():
+                left.append(one)
             else:
-                log.warning("%s: %s is missing and can't be scored", run.name, one.path)
-        return reports
+                log.warning("%s is missing and can't be scored", one.path)
+        return [*reports, *self._scored(left)]
 
     def _fail(self, member: _Member, reason: str) -> Failure:
         del self._runs[member.run.name]
@@ -351,17 +365,16 @@ class Session:
             return []
         assert self._judge is not None
         runs = {name: member.run for name, member in self._runs.items()}
+        judged = self._judge.checkpoints(checkpoints, runs)
         reports: list[Report] = []
-        for one, (scored, samples) in zip(
-            checkpoints, self._judge.checkpoints(checkpoints, runs), strict=True
-        ):
-            member = self._runs[one.run]
-            member.folder.save_scores(one.epoch, scored.scores, scored.terms)
-            member.log.log_epoch(one, scored.scores, samples, scored.terms)
-            report = EpochReport(
-                run=one.run, checkpoint=one, scores=scored.scores, terms=scored.terms
-            )
-            reports.append(report)
+        for one, (scored, _) in zip(checkpoints, judged, strict=True):
+            # kept before anything of the epoch is logged: it comes to the same in another company
+            scores, terms = self._runs[one.run].folder.keep_scores(one.epoch, scored)
+            reports.append(EpochReport(run=one.run, checkpoint=one, scores=scores, terms=terms))
+        for report, (_, samples) in zip(reports, judged, strict=True):
+            assert isinstance(report, EpochReport)
+            run_log = self._runs[report.run].log
+            run_log.log_epoch(report.checkpoint, report.scores, samples, report.terms)
         _say(reports)
         return reports
 
@@ -392,6 +405,9 @@ class _Member:
     folder: RunFolder
     log: RunLog
     begun: dict[str, float]
+
+
+_Begun = tuple[_Member, State]
 
 
 def load_base(run: Run, device: str) -> BaseModel:

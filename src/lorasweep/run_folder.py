@@ -22,6 +22,7 @@ from lorasweep.trainers import states
 
 if TYPE_CHECKING:
     from lorasweep.config import Run
+    from lorasweep.metrics import Scored, Scores, Terms
 
 Status = Literal["unfinished", "finished", "failed", "dropped"]
 
@@ -67,6 +68,8 @@ class RunFolder:
             return
         if not self.goes_on:
             states.delete(self.path)
+            for path in (self.path / "scores").glob("*.json"):
+                path.unlink()
             self._write("unfinished")
         for folder in (self.path, states.folder_of(self.path), self.path / "scores"):
             delete_temporaries(folder)
@@ -101,14 +104,16 @@ class RunFolder:
         """Let others have the folder."""
         self._lock.release()
 
-    def save_scores(
-        self, epoch: int, scores: Mapping[str, float], terms: Mapping[str, Any]
-    ) -> None:
-        """Keep what a checkpoint scored, for the reports of a run that goes on."""
-        content = {"scores": dict(scores), "terms": {key: list(of) for key, of in terms.items()}}
+    def keep_scores(self, epoch: int, scored: Scored) -> tuple[Scores, Terms]:
+        """Keep what a checkpoint scored, unless that was done before; what is kept."""
+        if (known := self.scores(epoch)) is not None:
+            return known
+        terms = {name: list(values) for name, values in scored.terms.items()}
+        content = {"scores": dict(scored.scores), "terms": terms}
         write_atomically(self._scores_of(epoch), json.dumps(content).encode())
+        return scored.scores, scored.terms
 
-    def scores(self, epoch: int) -> tuple[dict[str, float], dict[str, list[float]]] | None:
+    def scores(self, epoch: int) -> tuple[Scores, Terms] | None:
         """What the checkpoint of an epoch scored, if it has been."""
         path = self._scores_of(epoch)
         if not path.is_file():
