@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +16,7 @@ import torch
 from mlflow import MlflowClient
 
 from conftest import SMALL
-from lorasweep import checkpoint, cli, run_folder
+from lorasweep import checkpoint, cli, config, run_folder
 from lorasweep.interrupts import Interrupts
 from lorasweep.run import EpochReport, Failure, Finished, Session, run_pack
 from lorasweep.settings import SettingsError
@@ -29,25 +28,48 @@ EPOCHS = 3
 KILLS = int(os.environ.get("LORASWEEP_KILLS", "30"))
 
 
-@pytest.fixture
-def make_pack(make_run):
+TINY = [
+    *SMALL,
+    "dataset.num_images=2",
+    "dataset.num_holdout=1",
+    "trainer.batch_size=1",
+    f"trainer.max_train_epochs={EPOCHS}",
+    "sampling.num_inference_steps=1",
+    "metrics.validation.max_tuples=2",
+    "metrics.validation.num_probe_images=1",
+    "metrics.prior_drift.num_timesteps=1",
+]
+STEPS = 2  # of an epoch
+
+
+@pytest.fixture(scope="module")
+def make_pack(cache_dir):
     """Two unequal runs of a pack, whose everything lies below a folder of their own."""
 
-    def make(folder, *overrides):
-        runs = [
-            make_run(
-                f"adapter.rank={rank}",
-                f"seed={seed}",
-                f"trainer.max_train_epochs={EPOCHS}",
-                f"output_root={folder}",
-                *overrides,
-                number=seed,
+    def make(folder):
+        places = [f"output_root={folder}", f"cache_dir={cache_dir}"]
+        return [
+            config.build_run(
+                config.compose([*TINY, *places, f"adapter.rank={rank}", f"seed={number}"]),
+                output_dir=folder / str(number),
+                sweep="s",
+                number=number,
             )
-            for seed, rank in enumerate((2, 4))
+            for number, rank in enumerate((2, 4))
         ]
-        return [replace(run, output_dir=folder / str(run.number)) for run in runs]
 
     return make
+
+
+@pytest.fixture(scope="module")
+def unbroken(make_pack, base, tmp_path_factory):
+    """What a pack comes to that nobody broke off, and the seconds that it took."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    runs = make_pack(folder)
+    began = time.monotonic()
+    assert os.waitpid(in_a_process(lambda: train(runs, base)), 0)[1] == 0
+    seconds = time.monotonic() - began
+    return outcome(folder, runs), seconds
 
 
 def in_a_process(work):
@@ -68,12 +90,6 @@ def train(runs, base):
     with Session(runs[0], load=lambda *_: base) as session:
         for reports in session.train(runs):
             assert not any(isinstance(report, Failure) for report in reports)
-
-
-def seconds_of(runs, base):
-    began = time.monotonic()
-    assert os.waitpid(in_a_process(lambda: train(runs, base)), 0)[1] == 0
-    return time.monotonic() - began
 
 
 def outcome(folder, runs):
@@ -113,11 +129,9 @@ def logged(folder):
     return sorted(found, key=lambda one: one[0])
 
 
-def killed_at_random(make_pack, base, tmp_path, kills):
+def killed_at_random(unbroken, make_pack, base, tmp_path, kills):
     """Kill packs until all kills are made; each ends as the one that nobody killed."""
-    reference = make_pack(tmp_path / "unbroken")
-    seconds = seconds_of(reference, base)
-    expected = outcome(tmp_path / "unbroken", reference)
+    expected, seconds = unbroken
     moments, made, packs = random.Random(0), 0, 0
     while made < kills:
         folder = tmp_path / f"killed{packs}"
@@ -135,13 +149,17 @@ def killed_at_random(make_pack, base, tmp_path, kills):
         packs += 1
 
 
-def test_a_pack_killed_at_random_moments_ends_as_if_it_had_not_been(make_pack, base, tmp_path):
-    killed_at_random(make_pack, base, tmp_path, KILLS)
+def test_a_pack_killed_at_random_moments_ends_as_if_it_had_not_been(
+    unbroken, make_pack, base, tmp_path
+):
+    killed_at_random(unbroken, make_pack, base, tmp_path, KILLS)
 
 
 @pytest.mark.slow
-def test_a_pack_killed_a_hundred_times_ends_as_if_it_had_not_been(make_pack, base, tmp_path):
-    killed_at_random(make_pack, base, tmp_path, 100)
+def test_a_pack_killed_a_hundred_times_ends_as_if_it_had_not_been(
+    unbroken, make_pack, base, tmp_path
+):
+    killed_at_random(unbroken, make_pack, base, tmp_path, 100)
 
 
 WRITES = ["fsync", "replace", "unlink"]
@@ -150,8 +168,6 @@ WRITES = ["fsync", "replace", "unlink"]
 @pytest.mark.parametrize("call", WRITES)
 def test_a_death_at_any_call_that_changes_the_disk_loses_nothing(call, make_pack, base, tmp_path):
     """The child dies before its n-th such call, for every n there is in an epoch or so."""
-    reference = make_pack(tmp_path / "unbroken")
-    assert os.waitpid(in_a_process(lambda: train(reference, base)), 0)[1] == 0
     runs = make_pack(tmp_path / "broken")
     number, ended = 0, False
     while not ended:
@@ -173,7 +189,7 @@ def test_a_death_at_any_call_that_changes_the_disk_loses_nothing(call, make_pack
         status = os.waitpid(in_a_process(work), 0)[1]
         ended = not os.WIFSIGNALED(status)
     assert status == 0
-    assert outcome(tmp_path / "broken", runs) == outcome(tmp_path / "unbroken", reference)
+    assert outcome(tmp_path / "broken", runs) == unbroken[0]
 
 
 class Signalled:
@@ -195,26 +211,24 @@ class Signalled:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_step_and_the_run_goes_on_from_it(
-    number, make_pack, tmp_path, monkeypatch, capsys
+    number, unbroken, make_pack, tmp_path, monkeypatch, capsys
 ):
-    expected = make_pack(tmp_path / "unbroken")
-    assert len([r for r in run_pack(expected) if isinstance(r, Finished)]) == 2
     runs = make_pack(tmp_path / "stopped")
     with monkeypatch.context() as patch:
-        told = Signalled(patch, step=6, number=number)
+        told = Signalled(patch, step=STEPS + 1, number=number)
         with (
             pytest.raises(Stopped),
             run_folder.stoppable(runs[0].output_dir) as interrupts,
         ):
             list(run_pack(runs, interrupts))
-    assert told.finished[-1] == 6
+    assert told.finished[-1] == STEPS + 1
     error = capsys.readouterr().err
     assert f"lorasweep resume {runs[0].output_dir}" in error
-    assert {one.snapshot.num_steps for one in states.together(places(runs)).values()} == {6}
+    assert {one.snapshot.num_steps for one in states.together(places(runs)).values()} == {STEPS + 1}
     found = list(run_pack(runs))
     epochs = [r.checkpoint.epoch for r in found if isinstance(r, EpochReport)]
     assert epochs == [1, 1, 2, 2, 3, 3]  # the first again, for whoever follows the run
-    assert outcome(tmp_path / "stopped", runs) == outcome(tmp_path / "unbroken", expected)
+    assert outcome(tmp_path / "stopped", runs) == unbroken[0]
 
 
 def places(runs):
@@ -246,9 +260,9 @@ def test_between_steps_a_signal_stops_at_once():
 
 
 @pytest.mark.parametrize("file", ["000002.safetensors", ".state"])
-def test_a_full_disk_stops_the_runs_with_whole_states(file, make_pack, tmp_path, monkeypatch):
-    expected = make_pack(tmp_path / "unbroken")
-    list(run_pack(expected))
+def test_a_full_disk_stops_the_runs_with_whole_states(
+    file, unbroken, make_pack, tmp_path, monkeypatch
+):
     runs = make_pack(tmp_path / "full")
     with monkeypatch.context() as patch:
         fill_disk(patch, file, after=4)
@@ -257,7 +271,7 @@ def test_a_full_disk_stops_the_runs_with_whole_states(file, make_pack, tmp_path,
     assert not list(tmp_path.rglob("*.tmp"))
     assert len(states.together(places(runs))) == 2
     list(run_pack(runs))
-    assert outcome(tmp_path / "full", runs) == outcome(tmp_path / "unbroken", expected)
+    assert outcome(tmp_path / "full", runs) == unbroken[0]
 
 
 def fill_disk(patch, ending, after):
@@ -311,12 +325,12 @@ def test_what_could_not_fit_the_disk_is_said_before_training(make_run, monkeypat
 def command(tmp_path, cache_dir, monkeypatch):
     """`lorasweep train` on the small demo, in a folder of its own; its first words."""
     monkeypatch.chdir(tmp_path)
-    return ["train", *SMALL, f"cache_dir={cache_dir}", "adapter.rank=2", "name=mine"]
+    return ["train", *TINY, f"cache_dir={cache_dir}", "adapter.rank=2", "name=mine"]
 
 
 def broken_off(command, monkeypatch):
     with monkeypatch.context() as patch:
-        Signalled(patch, step=5)
+        Signalled(patch, step=STEPS + 1)
         with pytest.raises(SystemExit) as stopped:
             cli.main(command)
     assert stopped.value.code == 130
