@@ -110,14 +110,14 @@ def _by_store(
     found: dict[Tracking, list[Spool]] = {}
     for spool in spools:
         state = spool.state()
-        place = settings if uri_is_given or state is None else _place(settings, state, spool)
+        place = settings if state is None else _place(settings, state, spool, uri_is_given)
         found.setdefault(place, []).append(spool)
     return found
 
 
-def _place(settings: Tracking, state: RunState, spool: Spool) -> Tracking:
+def _place(settings: Tracking, state: RunState, spool: Spool, uri_is_given: bool) -> Tracking:
     ours = None if settings.uri is None else public_uri(settings.uri)
-    uri = settings.uri if state.uri == ours else state.uri
+    uri = settings.uri if uri_is_given or state.uri == ours else state.uri
     if uri is not None and uri != settings.uri and "***" in uri:
         raise TrackingError(
             f"{spool.output_dir} is logged to {uri}, whose password is kept nowhere: give "
