@@ -93,7 +93,7 @@ def die_in(train: Callable[[Path], None], root: Path, *, call: int, patched: lis
 
 CLIENT = [(MlflowClient, name) for name in CALLS.split()]
 DISK = [(spool, "write_atomically"), (os, "fsync"), (Path, "rename")]
-STRIDE = 4  # of the default suite; `slow` does them all
+STRIDE = 6  # of the default suite; `slow` does them all
 
 
 @pytest.mark.parametrize(
@@ -281,6 +281,38 @@ def test_a_server_that_refuses_or_hangs_at_the_start_is_one_line_and_leaves_noth
             assert "secret" not in told
             assert "\n" not in told
             assert tracking.unsent(root) == []
+
+
+def test_a_store_that_took_the_sweep_before_may_be_away_when_more_of_it_starts(
+    root: Path, unbroken: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    away = replace(SETTINGS, uri="http://127.0.0.1:1", max_wait_seconds=0.1)
+    with Tracker(replace(away, uri=SETTINGS.resolve(root)), root) as tracker:
+        tracker.open_run(new_run(root, "b")).finish("FINISHED")
+    done = root / "b" / ".tracking" / "000002.done"
+    text = done.read_text().replace(SETTINGS.resolve(root), "http://127.0.0.1:1")
+    done.write_text(text)  # as if it had been on that server
+    with Tracker(away, root) as tracker:
+        log = tracker.open_run(new_run(root))
+        tracker.ready()
+        log_epochs(log, root / "a")
+        finish(log)
+    assert "waits on the disk" in caplog.text
+    tracking.sync(SETTINGS, root, uri_is_given=True)
+    assert snapshot(SETTINGS.resolve(root))[:1] == unbroken
+
+
+def test_what_an_ended_run_left_is_sent_when_another_of_its_sweep_starts(
+    root: Path, unbroken: list[dict[str, Any]]
+) -> None:
+    with Tracker(replace(SETTINGS, offline=True), root) as tracker:
+        log = tracker.open_run(new_run(root))
+        log_epochs(log, root / "a")
+        finish(log)
+    with Tracker(SETTINGS, root) as tracker:
+        tracker.open_run(new_run(root, "b")).finish("FINISHED")
+    assert tracking.unsent(root) == []
+    assert snapshot(SETTINGS.resolve(root))[:1] == unbroken
 
 
 def test_a_store_that_fails_for_a_while_gets_everything_in_order(

@@ -118,6 +118,7 @@ def test_a_server_that_dies_hangs_and_comes_back_gets_everything_once(
     assert tracking.unsent(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_what_a_dead_server_lacks_at_the_end_is_sent_by_sync(
     server: Server,
     unbroken: list[dict[str, Any]],
