@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import socket
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from mlflow.protos.databricks_pb2 import (
 
 from logged import SETTINGS, finish, log_epochs, new_run, snapshot
 from lorasweep import cli, tracking
-from lorasweep.tracking import Tracker, TrackingError, spool, store, writer
+from lorasweep.tracking import Tracker, TrackingError, connect, spool, store, writer
 
 CALLS = """search_runs create_run log_batch log_inputs log_artifacts log_artifact set_tag delete_tag
     create_logged_model log_outputs log_model_artifacts finalize_logged_model set_terminated
@@ -313,6 +314,27 @@ def test_what_an_ended_run_left_is_sent_when_another_of_its_sweep_starts(
         tracker.open_run(new_run(root, "b")).finish("FINISHED")
     assert tracking.unsent(root) == []
     assert snapshot(SETTINGS.resolve(root))[:1] == unbroken
+
+
+def test_the_end_of_a_run_waits_for_a_hanging_server_only_so_long(
+    root: Path, unbroken: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answered, log_batch = threading.Event(), MlflowClient.log_batch
+
+    def hanging(*args: Any, **kwargs: Any) -> None:
+        answered.wait()
+        log_batch(*args, **kwargs)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", hanging)
+    monkeypatch.setattr(connect, "sqlite_path", lambda _uri: None)  # as for a server
+    with Tracker(SETTINGS, root) as tracker:
+        tracker.ready()
+        log = tracker.open_run(new_run(root))
+        log_epochs(log, root / "a")
+        finish(log)  # comes back, though nothing is answered
+        assert len(spool.Spool(root / "a").waiting()) == 8
+        answered.set()
+    assert snapshot(SETTINGS.resolve(root)) == unbroken
 
 
 def test_a_store_that_fails_for_a_while_gets_everything_in_order(
