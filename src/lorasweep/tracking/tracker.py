@@ -89,8 +89,8 @@ class Tracker:
     def close(self) -> None:
         """Send what still waits, as long as the store takes it, and end the thread."""
         try:
-            if not self._writer.close():
-                log.warning("%s", self._left())
+            if not self._writer.close() and (left := self._left()):
+                log.warning("%s", left)
         finally:
             for spool in self._spools.values():
                 spool.release()
@@ -148,14 +148,18 @@ class Tracker:
             experiment=self._settings.experiment,
         )
 
-    def _left(self) -> str:
-        """What is said of what could not be sent."""
+    def _left(self) -> str | None:
+        """What is said of what could not be sent, if there is any."""
         counts = [len(spool.waiting()) for spool in self._spools.values()]
         number, runs = sum(counts), sum(1 for count in counts if count)
         uri = public_uri(self._settings.resolve(self._output_root))
         return (
-            f"MLflow at {uri} did not take everything: {number} writes of {runs}"
-            f" run{'s' if runs != 1 else ''} wait on the disk; send them by `lorasweep sync`"
+            None
+            if not number
+            else (
+                f"MLflow at {uri} did not take everything: {number} writes of {runs}"
+                f" run{'s' if runs != 1 else ''} wait on the disk; send them by `lorasweep sync`"
+            )
         )
 
 
