@@ -346,6 +346,7 @@ def _pick(arguments: argparse.Namespace) -> int:
 
     words, overrides = _split(arguments, at_most=1)
     cfg, settings, output_root = _tracking(overrides, arguments.config_dir)
+    _say_unsent(output_root)
     result = pick.pick(
         settings,
         output_root,
@@ -358,7 +359,6 @@ def _pick(arguments: argparse.Namespace) -> int:
     console.print(pick.table(result, arguments.limit))
     for line in pick.summary(result):
         console.print(line, soft_wrap=True, highlight=False)
-    _say_unsent(output_root)
     return 0
 
 

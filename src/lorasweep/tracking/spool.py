@@ -69,6 +69,14 @@ class Spool:
         for torn in self.folder.glob(".*.json.*"):  # writes that a kill cut short
             torn.unlink()
 
+    def can_be_acquired(self) -> bool:
+        """Take the folder for this process, if no other has it."""
+        try:
+            self.acquire(seconds=0)
+        except TrackingError:
+            return False
+        return True
+
     def release(self) -> None:
         """Let other processes have the folder."""
         self._lock.release()
@@ -143,6 +151,10 @@ class Spool:
             for number in self._numbers(suffix):
                 if number > after:
                     self._file(number, suffix).unlink(missing_ok=True)
+
+    def has_done(self) -> bool:
+        """Did MLflow take anything of it?"""
+        return bool(self._numbers(DONE))
 
     @property
     def newest(self) -> int:

@@ -36,6 +36,14 @@ UID_TAG = "lorasweep.uid"  # made where a run is begun, so that it is found with
 SUSPENDED_TAG = "lorasweep.suspended"
 
 
+_CAUSES = (
+    "connection refused",
+    "timed out",
+    "name or service not known",
+    "no route to host",
+    "network is unreachable",
+    "connection reset",
+)
 _SECRETS = "(?i:password|passwd|secret|token|credential|api_?key|access_?key)"  # in queries
 
 
@@ -144,6 +152,15 @@ def public_uri(text: str) -> str:
     return re.sub(rf"([?&][\w.-]*(?:{_SECRETS})[\w.-]*=)[^&\s'\"<>#]+", r"\1***", text)
 
 
+def explained(error: BaseException) -> str:
+    """The error in part of a line, without secrets."""
+    text = str(error)
+    for cause in _CAUSES:  # requests wraps these in its classes' names, twice
+        if text.startswith("API request to") and cause.lower() in text.lower():
+            return cause
+    return public_uri(text.partition("\n")[0])[:300] or type(error).__name__
+
+
 def same_run(sweep: str, name: str) -> str:
     """MLflow's filter for what belongs to the run `name` of a sweep."""
     return " AND ".join(
@@ -218,8 +235,7 @@ def _ensure_experiment(uri: str, name: str, artifacts: Path | None) -> str:
 
 
 def _unreachable(uri: str, error: Exception) -> TrackingError:
-    reason = public_uri(str(error).splitlines()[0])[:300]
     return TrackingError(
-        f"tracking.uri={public_uri(uri)} can't be opened: {reason}; start the server, or give "
-        "tracking.offline=true to send everything later, or tracking.uri=null for a file"
+        f"tracking.uri={public_uri(uri)} can't be opened: {explained(error)}; start the server, or"
+        " give tracking.offline=true to send everything later, or tracking.uri=null for a file"
     )

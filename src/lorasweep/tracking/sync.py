@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lorasweep.tracking.connect import writer_for
 from lorasweep.tracking.operations import RunState
-from lorasweep.tracking.spool import FOLDER, Spool
+from lorasweep.tracking.spool import FOLDER, WAITS, Spool
 from lorasweep.tracking.store import Tracking, TrackingError, public_uri
 
 _NO_RUNS = frozenset({"mlartifacts", "datasets", "picked", "samples", "export"})
@@ -57,15 +57,39 @@ def sync(
     return results
 
 
+def was_reached(run: RunState, output_dir: Path) -> bool:
+    """Did the store take anything of this run, or of others of its sweep, before?"""
+    folders = output_dir.parent.glob(f"*/{FOLDER}")
+    return any(_is_of_sweep(spool, run) and spool.has_done() for spool in _spools(folders))
+
+
+def left_by_ended(run: RunState, output_dir: Path) -> list[Spool]:
+    """Spools with what is left of runs of the same sweep and store that have ended."""
+    files = output_dir.parent.glob(f"*/{FOLDER}/*{WAITS}")
+    found = _spools(file.parent for file in files)
+    return [spool for spool in found if _is_of_sweep(spool, run, ended=True)]
+
+
+def _spools(folders: Iterable[Path]) -> Iterator[Spool]:
+    """The spools in those `.tracking/`, each once, sorted; a sweep's lie side by side."""
+    return (Spool(folder.parent) for folder in sorted(set(folders)))
+
+
+def _is_of_sweep(spool: Spool, run: RunState, *, ended: bool = False) -> bool:
+    state = spool.state()
+    if state is None or (ended and state.is_open):
+        return False
+    place = (run.sweep, run.uri, run.experiment)
+    return (state.sweep, state.uri, state.experiment) == place
+
+
 def _send(settings: Tracking, output_root: Path, spools: Sequence[Spool]) -> list[Synced]:
     writer = writer_for(replace(settings, offline=False), output_root)
     held: dict[Spool, int] = {}
     try:
         writer.ready()
         for spool in spools:
-            try:
-                spool.acquire(seconds=0)
-            except TrackingError:
+            if not spool.can_be_acquired():
                 continue
             spool.retry_refused()
             held[spool] = len(spool.waiting())
@@ -110,14 +134,14 @@ def _by_store(
     found: dict[Tracking, list[Spool]] = {}
     for spool in spools:
         state = spool.state()
-        place = settings if uri_is_given or state is None else _place(settings, state, spool)
+        place = settings if state is None else _place(settings, state, spool, uri_is_given)
         found.setdefault(place, []).append(spool)
     return found
 
 
-def _place(settings: Tracking, state: RunState, spool: Spool) -> Tracking:
+def _place(settings: Tracking, state: RunState, spool: Spool, uri_is_given: bool) -> Tracking:
     ours = None if settings.uri is None else public_uri(settings.uri)
-    uri = settings.uri if state.uri == ours else state.uri
+    uri = settings.uri if uri_is_given or state.uri == ours else state.uri
     if uri is not None and uri != settings.uri and "***" in uri:
         raise TrackingError(
             f"{spool.output_dir} is logged to {uri}, whose password is kept nowhere: give "

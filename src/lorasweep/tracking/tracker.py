@@ -16,6 +16,7 @@ from lorasweep.tracking.opening import NewRun, open_operation
 from lorasweep.tracking.operations import RunState, Status
 from lorasweep.tracking.spool import Spool
 from lorasweep.tracking.store import Tracking, TrackingError, public_uri
+from lorasweep.tracking.sync import left_by_ended, was_reached
 from lorasweep.tracking.writer import Writer
 
 if TYPE_CHECKING:
@@ -43,11 +44,15 @@ class Tracker:
     def ready(self) -> None:
         """Wait until the store is open; TrackingError if it can't be opened or written.
 
-        The runs that were opened are as they were then.
+        The runs that were opened are then as they were before. A store that took a run of the same
+        sweep before may be away: that is said, and what is logged waits for it.
         """
         try:
             self._writer.ready()
-        except TrackingError:
+        except TrackingError as error:
+            if any(was_reached(run.state, run.output_dir) for run in self._runs):
+                log.warning("%s; work goes on, and what is logged waits on the disk", error)
+                return
             self._writer.abandon()
             for run in self._runs:
                 run.undo()
@@ -77,13 +82,15 @@ class Tracker:
         )
         run.put(open_operation(new, goes_on=goes_on))
         self._runs.append(run)
+        if len(self._runs) == 1:
+            self._adopt(run)
         return run
 
     def close(self) -> None:
         """Send what still waits, as long as the store takes it, and end the thread."""
         try:
-            if not self._writer.close():
-                log.warning("%s", self._left())
+            if not self._writer.close() and (left := self._left()):
+                log.warning("%s", left)
         finally:
             for spool in self._spools.values():
                 spool.release()
@@ -124,6 +131,13 @@ class Tracker:
         self._spools[key] = spool
         return spool, False
 
+    def _adopt(self, run: RunLog) -> None:
+        """Send what runs of the sweep that have ended left when their process was killed."""
+        for spool in left_by_ended(run.state, run.output_dir):
+            if spool.output_dir not in self._spools and spool.can_be_acquired():
+                self._spools[spool.output_dir] = spool
+                self._writer.replay(spool)
+
     def _new_state(self, new: NewRun) -> RunState:
         uri = self._settings.uri
         return RunState(
@@ -134,14 +148,18 @@ class Tracker:
             experiment=self._settings.experiment,
         )
 
-    def _left(self) -> str:
-        """What is said of what could not be sent."""
+    def _left(self) -> str | None:
+        """What is said of what could not be sent, if there is any."""
         counts = [len(spool.waiting()) for spool in self._spools.values()]
         number, runs = sum(counts), sum(1 for count in counts if count)
         uri = public_uri(self._settings.resolve(self._output_root))
         return (
-            f"MLflow at {uri} did not take everything: {number} writes of {runs}"
-            f" run{'s' if runs != 1 else ''} wait on the disk; send them by `lorasweep sync`"
+            None
+            if not number
+            else (
+                f"MLflow at {uri} did not take everything: {number} writes of {runs}"
+                f" run{'s' if runs != 1 else ''} wait on the disk; send them by `lorasweep sync`"
+            )
         )
 
 
@@ -160,6 +178,16 @@ class RunLog:
         self._steps = dict(state.steps)
         self._finished = False
         self._logged = frozenset(state.epochs)
+
+    @property
+    def state(self) -> RunState:
+        """What is logged up to now."""
+        return self._state
+
+    @property
+    def output_dir(self) -> Path:
+        """The run's own folder."""
+        return self._spool.output_dir
 
     @property
     def logged_epochs(self) -> frozenset[int]:
@@ -291,10 +319,13 @@ def mark_broken(
         return
     with spool.held():
         state = spool.state()
-        if state is None or not state.is_open:
+        if state is None:
             return
-        close = operations.Close(time=operations.now(), status="FAILED", reason=public_uri(reason))
-        spool.put(replace(state, is_open=False), close)
+        if state.is_open:
+            close = operations.Close(
+                time=operations.now(), status="FAILED", reason=public_uri(reason)
+            )
+            spool.put(replace(state, is_open=False), close)
         writer = writer_for(settings, output_root)
         writer.replay(spool)
         writer.close(at_most if writer.can_hang else None)

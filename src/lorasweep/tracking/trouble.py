@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lorasweep.tracking.operations import Store
-from lorasweep.tracking.store import TrackingError, public_uri
+from lorasweep.tracking.store import TrackingError
 
 _NOT_NOW = frozenset({"TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED"})
 _NOT_YOU = frozenset({"UNAUTHENTICATED", "PERMISSION_DENIED", "CUSTOMER_UNAUTHORIZED"})
@@ -32,12 +32,6 @@ def answers(store: Store) -> bool:
     except Exception as error:  # whatever it is, it is no answer
         return not is_of_store(error)
     return True
-
-
-def explained(error: BaseException) -> str:
-    """The error in part of a line, without secrets."""
-    first = str(error).partition("\n")[0]
-    return public_uri(first)[:300] or type(error).__name__
 
 
 def _is_transient(status: int) -> bool:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from lorasweep.tracking.operations import Delivery, Open, Operation, RunGone, RunState, Store
 from lorasweep.tracking.spool import Spool, SpoolError
-from lorasweep.tracking.store import TrackingError
-from lorasweep.tracking.trouble import answers, explained, is_of_store
+from lorasweep.tracking.store import TrackingError, explained, quieten_mlflow
+from lorasweep.tracking.trouble import answers, is_of_store
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Writer:
         self._change = threading.Condition()
         self._store: Store | None = None
         self._trouble: Exception | None = None
-        self._closing = self._hurried = self._stopped = False
+        self._is_loaded = self._closing = self._hurried = self._stopped = False
         self._ended = connect is None
         self._progress = time.monotonic()
         # A daemon: an interpreter that exits without close() must not hang on a dead server.
@@ -78,8 +78,11 @@ class Writer:
     def ready(self) -> None:
         """Wait until the store is open; TrackingError if it can't be, or doesn't answer in time."""
         with self._change:
+            # loading MLflow takes its time, and is not the server's fault
+            self._change.wait_for(lambda: self._is_loaded or self._ended)
             self._change.wait_for(
-                lambda: bool(self._store or self._trouble or self._ended), timeout=self._patience
+                lambda: bool(self._store or self._trouble or self._ended),
+                timeout=self._patience if self.can_hang else None,
             )
             if self._store or self._connect is None:
                 return
@@ -164,6 +167,7 @@ class Writer:
     def _work(self) -> None:
         pause = FIRST_PAUSE
         try:
+            self._load()
             while not self._is_done():
                 trouble = self._step()
                 if trouble is None:
@@ -179,6 +183,15 @@ class Writer:
             with self._change:
                 self._ended = True
                 self._change.notify_all()
+
+    def _load(self) -> None:
+        """Import MLflow: on this thread alone, for two that do so can lock each other out."""
+        quieten_mlflow()
+        import mlflow  # noqa: F401
+
+        with self._change:
+            self._is_loaded = True
+            self._change.notify_all()
 
     def _is_done(self) -> bool:
         with self._change:
