@@ -129,7 +129,7 @@ def test_a_file_without_its_vae_is_refused(embedded, single, tmp_path):
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("conditioner.embedders.0.x", "SDXL comes later"),
+        ("conditioner.embedders.0.x", "single files of SDXL come later"),
         ("cond_stage_model.model.x", "only 1.x is supported"),
         ("lora_unet_x.alpha", "a LoRA, not a whole model"),
         ("x", "not a whole model"),

@@ -13,11 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorasweep import lora_file, report
+from lorasweep import report
 from lorasweep.adapters import Site, Stack
 from lorasweep.adapters.pack import Pack
+from lorasweep.export import sdxl
 from lorasweep.export.sd_layout import Weights, prefixed
-from lorasweep.models import BaseModel
+from lorasweep.export.sdxl import Base, SDXLModel
 
 if TYPE_CHECKING:
     import torch
@@ -102,7 +103,7 @@ class Agreement:
         return f"pixels differ by {self.mean:.3f} of 255 on average, {self.largest} at most"
 
 
-def draw(base: BaseModel, adapters: Weighted = (), prompt: str = PROMPT) -> Image.Image:
+def draw(base: Base, adapters: Weighted = (), prompt: str = PROMPT) -> Image.Image:
     """The picture of our own adapters, at their weights, on the base; of the bare base without."""
     with attached(adapters):
         return draw_with(pipeline_of(base), base, prompt)
@@ -110,7 +111,7 @@ def draw(base: BaseModel, adapters: Weighted = (), prompt: str = PROMPT) -> Imag
 
 def draw_with(
     pipeline: Any,
-    base: BaseModel,
+    base: Base,
     prompt: str = PROMPT,
     scheduler_config: Mapping[str, Any] | None = None,
 ) -> Image.Image:
@@ -120,11 +121,12 @@ def draw_with(
     hold one (a single file). Sampled by DDIM (arXiv 2010.02502), which adds no noise of its own.
     """
     import torch
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from diffusers import DDIMScheduler
 
     config = dict(scheduler_config or pipeline.scheduler.config)
     parts = {**pipeline.components, "scheduler": DDIMScheduler.from_config(config)}
-    pipeline = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    with quiet():
+        pipeline = _assembled(parts, base)
     pipeline.set_progress_bar_config(disable=True)
     side, skip = _side(base), base.settings.clip_skip
     drawn = pipeline(
@@ -159,9 +161,9 @@ def compare(
     )
 
 
-def approximation(before: Image.Image, base: BaseModel, written: Path) -> str:
+def approximation(before: Image.Image, base: Base, written: Path) -> str:
     """The line on a LoRA file that approximates what drew `before`, drawn on its base."""
-    pack = Pack.from_files(base.parts, [lora_file.read(written).tensors])
+    pack = Pack.from_files(base.parts, [sdxl.read_lora(written, base).tensors])
     agreement = compare(before, draw(base, [(pack, 1.0)]), draw(base))
     return agreement.approximate_line("the base with the written LoRA")
 
@@ -241,13 +243,14 @@ def _add_weighted(
     return total
 
 
-def load_folder(folder: Path, kind: str = TEXT_TO_IMAGE) -> Any:
+def load_folder(folder: Path, kind: str = TEXT_TO_IMAGE, variant: str | None = None) -> Any:
     """A diffusers folder as its user loads it who asks for no type: fp32. `kind` is a class."""
     import diffusers
 
+    asked = {"variant": variant} if variant else {}
     with quiet():
         return getattr(diffusers, kind).from_pretrained(
-            folder, use_safetensors=True, local_files_only=True
+            folder, use_safetensors=True, local_files_only=True, **asked
         )
 
 
@@ -285,10 +288,13 @@ def quiet() -> Iterator[None]:
             library.set_verbosity(level)
 
 
-def pipeline_of(base: BaseModel) -> Any:
+def pipeline_of(base: Base) -> Any:
     """diffusers' own pipeline over the base's modules, not copies of them."""
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DDPMScheduler, StableDiffusionPipeline
 
+    if isinstance(base, SDXLModel):
+        schedule = DDPMScheduler.from_config(dict(base.scheduler_config))
+        return _assembled({**base.pipeline.components, "scheduler": schedule}, base)
     return StableDiffusionPipeline(
         vae=base.vae,
         text_encoder=base.text_encoder,
@@ -301,7 +307,19 @@ def pipeline_of(base: BaseModel) -> Any:
     )
 
 
-def _side(base: BaseModel) -> int:
+def _assembled(parts: Mapping[str, Any], base: Base) -> Any:
+    """The text-to-image pipeline of the base's architecture, of these parts."""
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    if isinstance(base, SDXLModel):
+        zeros = base.pipeline.config.force_zeros_for_empty_prompt
+        return StableDiffusionXLPipeline(
+            **parts, force_zeros_for_empty_prompt=zeros, add_watermarker=False
+        )
+    return StableDiffusionPipeline(**parts, requires_safety_checker=False)
+
+
+def _side(base: Base) -> int:
     """Pixels a side: what the model is made for, or less where that is large."""
     own = int(base.unet.config.sample_size) * base.vae_scale_factor
     return max(base.size_multiple, min(own, MAX_SIDE) // base.size_multiple * base.size_multiple)

@@ -1,12 +1,14 @@
-"""Reading and writing a whole Stable Diffusion 1.x model: diffusers folder or single file.
+"""Reading and writing a whole model: diffusers folder, or single file of Stable Diffusion 1.x.
 
-Only safetensors are read. Tensors keep their type and their bits.
+Only safetensors are read. Tensors keep their type and their bits. SDXL is read and written as a
+diffusers folder, also with its weights in fp16 under the names of a variant.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shutil
 from collections import Counter
@@ -28,8 +30,12 @@ FILES = {
     "text_encoder": "model.safetensors",
     "unet": "diffusion_pytorch_model.safetensors",
     "vae": "diffusion_pytorch_model.safetensors",
+    "text_encoder_2": "model.safetensors",  # SDXL's
 }
 """A folder's weights by part."""
+VARIANT: Precision = "fp16"
+"""The variant that SDXL's folders have beside, or instead of, their plain weights."""
+SDXL = "StableDiffusionXLPipeline"
 _COPIED = ("scheduler", "tokenizer")
 _NOT_NEEDED = {"safety_checker", "feature_extractor", "image_encoder"}
 _IGNORED = {
@@ -43,7 +49,8 @@ _IGNORED = {
 }
 """What real files hold beside the model, by pattern, and what it is."""
 _OTHERS = {
-    "conditioner.embedders.": "an SDXL checkpoint: SDXL comes later",
+    "conditioner.embedders.": "an SDXL checkpoint: single files of SDXL come later; a diffusers"
+    " folder of SDXL is read for merged, diffusers-lora and offline-lora",
     "cond_stage_model.model.": "a Stable Diffusion 2 checkpoint: only 1.x is supported",
     "lora_unet_": "a LoRA, not a whole model",
     "model.diffusion_model.double_blocks.": "a Flux checkpoint: only Stable Diffusion 1.x is"
@@ -81,10 +88,12 @@ def read(
     config: str | None = None,
     revision: str | None = None,
     names: tuple[str, str] = ("model.path", "model.config"),
+    *,
+    sdxl: bool = False,
 ) -> WholeModel:
     """Read a diffusers folder, a hub id, or a single file with `config`'s configs (folder or id).
 
-    Messages call `source` and `config` by these names.
+    Messages call `source` and `config` by these names. With `sdxl` a folder may be of SDXL too.
 
     Raises ModelError in one line for another architecture, a missing or misshapen tensor, a pickle.
     Tensors that no part of the model needs are left out, with a warning unless they are known.
@@ -93,10 +102,10 @@ def read(
     if path.is_file():
         return _read_file(path, config, names[1])
     folder = local_folder(source, revision, names[0], weights=True)
-    layout = _layout(folder)
+    layout = _layout(folder, sdxl)
     weights: dict[str, dict[str, Tensor]] = {}
     leftover: list[str] = []
-    for part in FILES:
+    for part in layout.shapes:
         found = {_modern(part, name): tensor for name, tensor in _load_part(folder, part).items()}
         weights[part] = {name: found[name] for name in layout.shapes[part] if name in found}
         leftover += [f"{part}/{name}" for name in found if name not in weights[part]]
@@ -113,12 +122,12 @@ def write_folder(
     model: WholeModel, folder: Path, scheduler: Mapping[str, Any] | None = None
 ) -> None:
     """Write a diffusers folder, without safety checker; `scheduler` changes its config."""
-    for part, name in FILES.items():
-        _save(folder / part / name, model.weights[part])
+    for part, tensors in model.weights.items():
+        _save(folder / part / FILES[part], tensors)
         # for a user who asks for no type: diffusers takes fp32, transformers 5 the config's
-        changes = {"dtype": "float32"} if part == "text_encoder" else {}
+        changes = {"dtype": "float32"} if part.startswith("text_encoder") else {}
         _copy_json(model.configs / part / "config.json", folder, changes, drop={"torch_dtype"})
-    for part in _COPIED:
+    for part in _copied(model.layout.is_sdxl):
         for file in sorted((model.configs / part).iterdir()):
             (folder / part).mkdir(exist_ok=True)
             shutil.copyfile(file, folder / part / file.name)
@@ -126,8 +135,41 @@ def write_folder(
         _copy_json(model.configs / "scheduler" / "scheduler_config.json", folder, dict(scheduler))
     index = _index(model.configs)
     dropped: dict[str, Any] = {name: [None, None] for name in _NOT_NEEDED & set(index)}
-    content = {**index, **dropped, "requires_safety_checker": False}
-    (folder / "model_index.json").write_text(json.dumps(content, indent=2) + "\n")
+    if not model.layout.is_sdxl:
+        dropped["requires_safety_checker"] = False
+    (folder / "model_index.json").write_text(json.dumps({**index, **dropped}, indent=2) + "\n")
+
+
+def write_variant(model: WholeModel, folder: Path) -> WholeModel:
+    """Write the weights beside a folder's plain ones, in fp16 under the variant's names.
+
+    Files whose tensors are fp16 already are the same ones under a second name. Returns what they
+    hold.
+    """
+    result = model.cast(VARIANT)
+    for part, tensors in result.weights.items():
+        plain = folder / part / FILES[part]
+        target = _variant_of(plain)
+        given = model.weights[part].values()
+        if any(tensor.dtype != _dtype(VARIANT) for tensor in given) or not _linked(plain, target):
+            _save(target, tensors)
+    return result
+
+
+def is_sdxl(source: str, revision: str | None = None) -> bool:
+    """Is it a diffusers folder, or a hub id, of SDXL? Raises ModelError for what can't be had."""
+    if Path(source).expanduser().is_file():
+        return False
+    folder = local_folder(source, revision, "model.path", weights=False)
+    return bool(_index(folder).get("_class_name") == SDXL)
+
+
+def has_variant_only(folder: Path) -> bool:
+    """Does a diffusers folder hold a part's weights in fp16, under a variant's name, alone?"""
+    return any(
+        _variant_of(folder / part / name).is_file() and not _pieces(folder / part / name)
+        for part, name in FILES.items()
+    )
 
 
 def precision_of(model: WholeModel) -> Precision:
@@ -162,6 +204,20 @@ def local_folder(source: str, revision: str | None, key: str, *, weights: bool) 
         ) from None
 
 
+def downloaded(source: str, revision: str | None) -> Path | None:
+    """A diffusers folder, or the copy of a hub id that lies on this machine; asks no server."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(source, revision=revision, local_files_only=True))
+    except (OSError, HFValidationError):
+        return None
+
+
 def _read_file(path: Path, config: str | None, key: str) -> WholeModel:
     if config is None:
         raise ModelError(
@@ -175,21 +231,31 @@ def _read_file(path: Path, config: str | None, key: str) -> WholeModel:
     if not any(name.startswith(PREFIXES["unet"]) for name in tensors):
         raise ModelError(f"{path} holds no {PREFIXES['unet']}* tensors: it is not a whole model")
     configs = local_folder(config, None, key, weights=False)
-    layout = _layout(configs)
+    layout = _layout(configs, sdxl=False)
     weights, leftover = layout.to_diffusers(tensors)
     layout.check(weights)
     return WholeModel(weights, configs, layout, _leftover_notes(path, leftover))
 
 
-def _layout(folder: Path) -> Layout:
+def _layout(folder: Path, sdxl: bool) -> Layout:
     name = _index(folder).get("_class_name")
-    if name != "StableDiffusionPipeline":
-        later = "SDXL comes later" if "XL" in str(name) else "only StableDiffusionPipeline is read"
+    is_sdxl = name == SDXL
+    if name != "StableDiffusionPipeline" and not (is_sdxl and sdxl):
+        later = (
+            "SDXL comes later (export --to merged, diffusers-lora and offline-lora know its"
+            " diffusers folders)"
+            if is_sdxl
+            else "only StableDiffusionPipeline is read"
+        )
         raise ModelError(f"{folder} is a {name}: {later}")
-    for part in _COPIED:
+    for part in _copied(is_sdxl):
         if not (folder / part).is_dir():
             raise ModelError(f"{folder} has no {part}: give a whole diffusers folder")
-    return Layout.of(folder)
+    return Layout.of(folder, is_sdxl)
+
+
+def _copied(is_sdxl: bool) -> tuple[str, ...]:
+    return (*_COPIED, "tokenizer_2") if is_sdxl else _COPIED
 
 
 def _index(folder: Path) -> dict[str, Any]:
@@ -202,13 +268,45 @@ def _index(folder: Path) -> dict[str, Any]:
 
 
 def _load_part(folder: Path, part: str) -> Mapping[str, Tensor]:
+    """A part's tensors: in one piece, in those that diffusers cuts large ones into, or in fp16."""
     path = folder / part / FILES[part]
-    if not path.is_file():
+    variant = _variant_of(path)
+    pieces = _pieces(path) or ([variant] if variant.is_file() else [])
+    if not pieces:
         raise ModelError(
-            f"{path} is missing; only safetensors in one piece are read, not pickles (.bin) or"
-            " variants"
+            f"{path} is missing; only safetensors are read (in pieces too, or {variant.name}), not"
+            " pickles (.bin)"
         )
-    return _load(path)
+    return {name: tensor for piece in pieces for name, tensor in _load(piece).items()}
+
+
+def _pieces(path: Path) -> list[Path]:
+    """The file, or the pieces that the index beside it names; none where there is neither."""
+    if path.is_file():
+        return [path]
+    index = path.with_name(f"{path.name}.index.json")
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ModelError(f"{index} can't be read: give a whole diffusers folder") from None
+    if stray := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
+        raise ModelError(f"{index} names {stray[0]!r}, which is no file beside it")
+    return [path.with_name(name) for name in sorted(names)]
+
+
+def _variant_of(path: Path) -> Path:
+    return path.with_name(f"{path.stem}.{VARIANT}{path.suffix}")
+
+
+def _linked(path: Path, target: Path) -> bool:
+    """Give a file a second name, where the file system can."""
+    try:
+        os.link(path, target)
+    except OSError:
+        return False
+    return True
 
 
 def _load(path: Path) -> dict[str, Tensor]:
@@ -219,6 +317,8 @@ def _load(path: Path) -> dict[str, Tensor]:
         raise ModelError(f"{path}: only .safetensors files are read, for others can run any code")
     try:
         return load_file(path)
+    except FileNotFoundError:
+        raise ModelError(f"{path} is missing: give a whole diffusers folder") from None
     except SafetensorError as error:
         raise ModelError(f"{path} is not a whole safetensors file: {error}") from None
 
