@@ -198,7 +198,11 @@ def _add_file_commands(commands: Any) -> None:
     resize.add_argument("--rank", type=int, help="the new rank; with --energy, the largest")
     resize.add_argument("--energy", type=float, help="share to keep; each module gets its own rank")
     resize.add_argument("--out", type=Path, help="file to write (default: beside, NAME-resized)")
-    resize.add_argument("--model", help="base model, to draw a picture before and after")
+    resize.add_argument(
+        "--model",
+        help="base model to draw a picture with, before and after: an option's name (sd15,"
+        " embedded), folder, file or hub id (default: the one it was trained on, if it is here)",
+    )
     resize.add_argument("--config", help="for a single file: diffusers folder or hub id of configs")
     resize.add_argument("--overwrite", action="store_true", help="replace the file to write")
     _add_extract(commands)
@@ -207,8 +211,8 @@ def _add_file_commands(commands: Any) -> None:
 def _add_extract(commands: Any) -> None:
     extract = commands.add_parser("extract", help="make a LoRA of the difference of two models")
     extract.set_defaults(command=_extract)
-    extract.add_argument("tuned", help="the tuned model: a diffusers folder, a file, or a hub id")
-    extract.add_argument("base", help="the model it was tuned from")
+    extract.add_argument("tuned", help="the tuned model: a diffusers folder, file or hub id")
+    extract.add_argument("base", help="the model it was tuned from, or embedded for the demo's")
     extract.add_argument("--rank", type=int, required=True, help="rank of the LoRA")
     extract.add_argument("--conv-rank", type=int, help="of 3x3 convolutions (default: --rank)")
     extract.add_argument(
@@ -397,23 +401,18 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _resize(arguments: argparse.Namespace) -> int:
-    from lorasweep import lora_file
-    from lorasweep.adapters.pack import Pack
-    from lorasweep.export import check
-    from lorasweep.lora_file import resize
+    from lorasweep.export import resized
 
     source: Path = arguments.file
-    target = arguments.out or source.with_name(f"{source.stem}-resized.safetensors")
-    result = resize.resize(
-        source, target, arguments.rank, arguments.energy, overwrite=arguments.overwrite
+    resized.resized(
+        source,
+        arguments.out or source.with_name(f"{source.stem}-resized.safetensors"),
+        arguments.rank,
+        arguments.energy,
+        model=_model_of(arguments.model, arguments.config) if arguments.model else None,
+        overwrite=arguments.overwrite,
+        say=lambda line: print(line, flush=True),
     )
-    print("\n".join(result.lines()))
-    if arguments.model is None:
-        print("Not checked by a picture: --model PATH, the base model, draws one before and after")
-        return 0
-    base = _base_model(arguments.model, arguments.config)
-    pack = Pack.from_files(base.parts, [lora_file.read(source).tensors])
-    print(check.approximation(check.draw(base, [(pack, 1.0)]), base, target))
     return 0
 
 
@@ -424,7 +423,7 @@ def _extract(arguments: argparse.Namespace) -> int:
     extract.check_ranks(arguments.rank, arguments.conv_rank)
     check_target(arguments.out, arguments.overwrite)
     tuned, base = (
-        _base_model(path, arguments.config) for path in (arguments.tuned, arguments.base)
+        _model_of(path, arguments.config).load() for path in (arguments.tuned, arguments.base)
     )
     result = extract.extract(
         tuned, base, arguments.out, arguments.rank, arguments.conv_rank, arguments.targets
@@ -434,16 +433,20 @@ def _extract(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _base_model(path: str, config: str | None) -> Any:
-    """A model by its path alone, with the options of conf/model/sd15."""
+def _model_of(path: str, config: str | None) -> Any:
+    """A model by its path alone, with conf/model/sd15's values, or that of an option."""
     from lorasweep import lora_file
-    from lorasweep.config import compose, quoted
+    from lorasweep.config import compose, groups, quoted
     from lorasweep.settings import build
 
     lora_file.refuse_as_model(Path(path))
     configs = [f"model.config={quoted(config)}"] if config else []
-    overrides = ["dataset.image_dir=lorasweep", "model=sd15", f"model.path={quoted(path)}"]
-    return build(compose([*overrides, *configs]).model, "model").load()
+    if path in groups()["model"] and not Path(path).exists():
+        chosen = [f"model={path}"]
+    else:
+        chosen = ["model=sd15", f"model.path={quoted(path)}"]
+    cfg = compose(["dataset.image_dir=lorasweep", *chosen, *configs])
+    return build(cfg.model, "model")
 
 
 def _ui(arguments: argparse.Namespace) -> int:
