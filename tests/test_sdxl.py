@@ -20,6 +20,7 @@ from lorasweep.checkpoint import CheckpointError
 from lorasweep.export import check as export_check
 from lorasweep.export import convert, sd_files, sdxl
 from lorasweep.export.check import ExportError
+from lorasweep.export.part_files import FILES
 from lorasweep.export.sd_layout import Layout
 from lorasweep.models import Model, ModelError
 from test_export_lora import dora, dora_here_and_there, loha, lora
@@ -273,7 +274,7 @@ def test_offline_lora_holds_the_variant_fp16_too(settings, write, tmp_path):
         ' device="cuda", img_size=1024, offline_lora='
     )
     for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
-        name = sd_files.FILES[part]
+        name = FILES[part]
         plain = load_file(target / part / name)
         half = load_file(target / part / name.replace(".safetensors", ".fp16.safetensors"))
         assert {t.dtype for t in plain.values()} == {torch.float32}
@@ -355,7 +356,7 @@ def test_a_folder_of_the_variant_alone_or_in_pieces_is_read(folder, model, write
 
     pipeline = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
     pipeline.save_pretrained(tmp_path / "pieces", max_shard_size="200KB")
-    assert not (tmp_path / "pieces" / "unet" / sd_files.FILES["unet"]).exists()
+    assert not (tmp_path / "pieces" / "unet" / FILES["unet"]).exists()
     found = sd_files.read(str(tmp_path / "pieces"), sdxl=True)
     for part, tensors in model.weights.items():
         assert all(torch.equal(found.weights[part][n], t) for n, t in tensors.items())
@@ -367,7 +368,7 @@ def test_a_folder_of_the_variant_alone_or_in_pieces_is_read(folder, model, write
 
 def test_an_index_that_leads_out_of_the_folder_is_refused(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "model")
-    unet = tmp_path / "model" / "unet" / sd_files.FILES["unet"]
+    unet = tmp_path / "model" / "unet" / FILES["unet"]
     unet.rename(tmp_path / "elsewhere.safetensors")
     index = unet.with_name(f"{unet.name}.index.json")
     for text, says in {

@@ -13,6 +13,8 @@ from lorasweep.export import check as export_check
 from lorasweep.export import sd_files, sdxl
 from lorasweep.export.check import TEXT_TO_IMAGE, TOLERANCES, ExportError, Weighted
 from lorasweep.export.convert import is_file, load, load_base, reader, schedule, write
+from lorasweep.export.feature import SD15, SDXL, Loader, paste
+from lorasweep.export.part_files import VARIANT
 from lorasweep.export.sd_layout import Weights, prefixed
 from lorasweep.models import Model, Precision
 from lorasweep.staging import staged
@@ -29,37 +31,6 @@ Loras = Sequence[tuple[Path, float]]
 """LoRA files and the weight of each one's delta; 1 is as trained."""
 
 
-@dataclass(frozen=True)
-class Loader:
-    """How generic diffusion feature loads an architecture (its feature/components/models.py)."""
-
-    version: str
-    config: str
-    img_size: int
-    pipeline: str
-    base: str
-    """What it attaches LoRA files to."""
-
-
-SD15 = Loader(
-    version="1-5",
-    config="config_15_practical.json",
-    img_size=512,
-    pipeline="StableDiffusionImg2ImgPipeline",
-    base="stable-diffusion-v1-5/stable-diffusion-v1-5",
-)
-SDXL = Loader(
-    version="xl",
-    config="config_xl_practical.json",
-    img_size=1024,
-    pipeline="StableDiffusionXLImg2ImgPipeline",
-    base="stabilityai/stable-diffusion-xl-base-1.0",
-)
-PASTE = (
-    "from diffusion_feature import FeatureExtractor",
-    'df = FeatureExtractor(layer="feature/configs/{loader.config}", version="{loader.version}",'
-    ' device="cuda", img_size={loader.img_size}, {arguments})',
-)
 AUTO = "AutoPipelineForText2Image"
 V_NOTE = (
     "The model predicts v, which a single file can't say: tell your program (A1111: a .yaml beside"
@@ -149,7 +120,7 @@ def offline_lora(
         return _offline_file(base, loras, target, rank, overwrite, loader)
     export = _merged(base, loras, target, precision, overwrite, loader)
     arguments = f"offline_lora={str(target.absolute())!r}"
-    return replace(export, lines=(*export.lines, *_paste(arguments, loader)))
+    return replace(export, lines=(*export.lines, *paste(arguments, loader)))
 
 
 def merge(
@@ -217,12 +188,12 @@ def _variant(
     """Write SDXL's variant fp16 into the folder, read back and drawn as the plain weights were."""
     weights = sd_files.write_variant(whole, place).weights
     _require_finite(weights)
-    written = export_check.load_folder(place, kind, sd_files.VARIANT)
+    written = export_check.load_folder(place, kind, VARIANT)
     read_back = export_check.require_weights(written, weights)
     bare, before = pictures
     after = export_check.draw_with(written, base)
     agreement = export_check.compare(before, after, bare, TOLERANCES["fp16"])
-    line = export_check.require(agreement, reader(place, kind, sd_files.VARIANT))
+    line = export_check.require(agreement, reader(place, kind, VARIANT))
     return [f"Variant fp16: {read_back}", line]
 
 
@@ -242,7 +213,7 @@ def _offline_file(
         f" {base.path}. A whole model folder (--out without .safetensors) holds its own base."
     )
     notes = () if base.path == loader.base else (note,)
-    return Export(target, (*written.lines, *notes, *_paste(arguments, loader)))
+    return Export(target, (*written.lines, *notes, *paste(arguments, loader)))
 
 
 def _lora_file(
@@ -272,10 +243,6 @@ def _weighted(text: str) -> tuple[Path, float]:
         return Path(file), float(weight)
     except ValueError:
         raise ExportError(f"--with {text}: give FILE=WEIGHT, e.g. other.safetensors=0.5") from None
-
-
-def _paste(arguments: str, loader: Loader) -> list[str]:
-    return ["", *(line.format(arguments=arguments, loader=loader) for line in PASTE)]
 
 
 def _require_finite(weights: Weights) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import shutil
 from collections import Counter
@@ -17,24 +16,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorasweep.export.part_files import (
+    FILES,
+    VARIANT,
+    dtype_of,
+    link,
+    load,
+    load_part,
+    save,
+    variant_of,
+)
 from lorasweep.export.sd_layout import PREFIXES, Layout, Weights, modern_vae_name, prefixed
 from lorasweep.models import ModelError, Precision
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-FILES = {
-    "text_encoder": "model.safetensors",
-    "unet": "diffusion_pytorch_model.safetensors",
-    "vae": "diffusion_pytorch_model.safetensors",
-    "text_encoder_2": "model.safetensors",  # SDXL's
-}
-"""A folder's weights by part."""
-VARIANT: Precision = "fp16"
-"""The variant that SDXL's folders have beside, or instead of, their plain weights."""
 SDXL = "StableDiffusionXLPipeline"
 _COPIED = ("scheduler", "tokenizer")
 _NOT_NEEDED = {"safety_checker", "feature_extractor", "image_encoder"}
@@ -73,7 +72,7 @@ class WholeModel:
         """The same in another precision; None keeps each tensor as it is."""
         if precision is None:
             return self
-        dtype = _dtype(precision)
+        dtype = dtype_of(precision)
         return replace(
             self,
             weights={
@@ -106,7 +105,7 @@ def read(
     weights: dict[str, dict[str, Tensor]] = {}
     leftover: list[str] = []
     for part in layout.shapes:
-        found = {_modern(part, name): tensor for name, tensor in _load_part(folder, part).items()}
+        found = {_modern(part, name): tensor for name, tensor in load_part(folder, part).items()}
         weights[part] = {name: found[name] for name in layout.shapes[part] if name in found}
         leftover += [f"{part}/{name}" for name in found if name not in weights[part]]
     layout.check(weights)
@@ -115,7 +114,7 @@ def read(
 
 def write_file(model: WholeModel, path: Path) -> None:
     """Write the original single-file layout."""
-    _save(path, model.layout.to_original(model.weights))
+    save(path, model.layout.to_original(model.weights))
 
 
 def write_folder(
@@ -123,7 +122,7 @@ def write_folder(
 ) -> None:
     """Write a diffusers folder, without safety checker; `scheduler` changes its config."""
     for part, tensors in model.weights.items():
-        _save(folder / part / FILES[part], tensors)
+        save(folder / part / FILES[part], tensors)
         # for a user who asks for no type: diffusers takes fp32, transformers 5 the config's
         changes = {"dtype": "float32"} if part.startswith("text_encoder") else {}
         _copy_json(model.configs / part / "config.json", folder, changes, drop={"torch_dtype"})
@@ -149,10 +148,10 @@ def write_variant(model: WholeModel, folder: Path) -> WholeModel:
     result = model.cast(VARIANT)
     for part, tensors in result.weights.items():
         plain = folder / part / FILES[part]
-        target = _variant_of(plain)
+        target = variant_of(plain)
         given = model.weights[part].values()
-        if any(tensor.dtype != _dtype(VARIANT) for tensor in given) or not _linked(plain, target):
-            _save(target, tensors)
+        if any(tensor.dtype != dtype_of(VARIANT) for tensor in given) or not link(plain, target):
+            save(target, tensors)
     return result
 
 
@@ -164,19 +163,11 @@ def is_sdxl(source: str, revision: str | None = None) -> bool:
     return bool(_index(folder).get("_class_name") == SDXL)
 
 
-def has_variant_only(folder: Path) -> bool:
-    """Does a diffusers folder hold a part's weights in fp16, under a variant's name, alone?"""
-    return any(
-        _variant_of(folder / part / name).is_file() and not _pieces(folder / part / name)
-        for part, name in FILES.items()
-    )
-
-
 def precision_of(model: WholeModel) -> Precision:
     """The coarsest type among a model's tensors."""
     found = {tensor.dtype for tensors in model.weights.values() for tensor in tensors.values()}
     order: tuple[Precision, ...] = ("bf16", "fp16", "fp32")
-    return next((name for name in order if _dtype(name) in found), "fp32")
+    return next((name for name in order if dtype_of(name) in found), "fp32")
 
 
 def local_folder(source: str, revision: str | None, key: str, *, weights: bool) -> Path:
@@ -224,7 +215,7 @@ def _read_file(path: Path, config: str | None, key: str) -> WholeModel:
             f"{path} is a single file, which holds no configs and no tokenizer: give the folder or"
             f" the hub id of a diffusers model that has them, by {key}"
         )
-    tensors = _load(path)
+    tensors = load(path)
     for mark, what in _OTHERS.items():
         if any(name.startswith(mark) for name in tensors):
             raise ModelError(f"{path} is {what}")
@@ -267,62 +258,6 @@ def _index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def _load_part(folder: Path, part: str) -> Mapping[str, Tensor]:
-    """A part's tensors: in one piece, in those that diffusers cuts large ones into, or in fp16."""
-    path = folder / part / FILES[part]
-    variant = _variant_of(path)
-    pieces = _pieces(path) or ([variant] if variant.is_file() else [])
-    if not pieces:
-        raise ModelError(
-            f"{path} is missing; only safetensors are read (in pieces too, or {variant.name}), not"
-            " pickles (.bin)"
-        )
-    return {name: tensor for piece in pieces for name, tensor in _load(piece).items()}
-
-
-def _pieces(path: Path) -> list[Path]:
-    """The file, or the pieces that the index beside it names; none where there is neither."""
-    if path.is_file():
-        return [path]
-    index = path.with_name(f"{path.name}.index.json")
-    try:
-        names = set(json.loads(index.read_text())["weight_map"].values())
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ModelError(f"{index} can't be read: give a whole diffusers folder") from None
-    if stray := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
-        raise ModelError(f"{index} names {stray[0]!r}, which is no file beside it")
-    return [path.with_name(name) for name in sorted(names)]
-
-
-def _variant_of(path: Path) -> Path:
-    return path.with_name(f"{path.stem}.{VARIANT}{path.suffix}")
-
-
-def _linked(path: Path, target: Path) -> bool:
-    """Give a file a second name, where the file system can."""
-    try:
-        os.link(path, target)
-    except OSError:
-        return False
-    return True
-
-
-def _load(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if path.suffix != ".safetensors":
-        raise ModelError(f"{path}: only .safetensors files are read, for others can run any code")
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise ModelError(f"{path} is missing: give a whole diffusers folder") from None
-    except SafetensorError as error:
-        raise ModelError(f"{path} is not a whole safetensors file: {error}") from None
-
-
 def _modern(part: str, name: str) -> str:
     rename: Mapping[str, Callable[[str], str]] = {"vae": modern_vae_name, "text_encoder": prefixed}
     return rename[part](name) if part in rename else name
@@ -342,14 +277,6 @@ def _leftover_notes(source: Path, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(f"Left out: {count} x {why}" for why, count in counts.items())
 
 
-def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    from safetensors.torch import save_file
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(whole, path, metadata={"format": "pt"})
-
-
 def _copy_json(
     source: Path, folder: Path, changes: Mapping[str, Any], drop: Iterable[str] = ()
 ) -> None:
@@ -358,9 +285,3 @@ def _copy_json(
     kept = {key: value for key, value in content.items() if not (changes and key in drop)}
     target = folder / source.parent.name / source.name
     target.write_text(json.dumps({**kept, **changes}, indent=2, sort_keys=True) + "\n")
-
-
-def _dtype(precision: Precision) -> torch.dtype:
-    import torch
-
-    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]

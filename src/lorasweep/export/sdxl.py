@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasweep import lora_file
-from lorasweep.export import sd_files
+from lorasweep.export import part_files
 from lorasweep.header import CheckpointError, shown
 from lorasweep.lora_file import LoRAFile
 from lorasweep.models import BaseModel, Model, ModelError
@@ -108,7 +108,7 @@ def load(settings: Model, model: WholeModel) -> SDXLModel:
             f"model.clip_skip={settings.clip_skip} has no effect on SDXL, whose text embeddings are"
             " always of the last layer but one: leave it at 1"
         )
-    variant = sd_files.VARIANT if sd_files.has_variant_only(model.configs) else None
+    variant = part_files.VARIANT if part_files.has_variant_only(model.configs) else None
     pipeline = StableDiffusionXLPipeline.from_pretrained(
         model.configs,
         use_safetensors=True,
