@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from lorasweep.adapters.pack import Pack
 from lorasweep.export import check as export_check
 from lorasweep.export import sd_files, sdxl
-from lorasweep.export.check import TEXT_TO_IMAGE, TOLERANCES, ExportError, Weighted
+from lorasweep.export.check import TEXT_TO_IMAGE, TOLERANCES, Canvas, ExportError, Weighted
 from lorasweep.export.convert import is_file, load, load_base, reader, schedule, write
 from lorasweep.export.feature import SD15, SDXL, Loader, paste
 from lorasweep.export.part_files import VARIANT
@@ -161,29 +161,35 @@ def _merged(
     """`feature`: how generic diffusion feature will load it, which is then what reads it back."""
     if is_file(target) and sd_files.is_sdxl(settings.path, settings.revision):
         raise ExportError(f"{target}: SDXL as a single file comes later; give a folder's name")
-    kind = feature.pipeline if feature else None
     with export_check.quiet(), staged(target, overwrite) as place:
         model = sd_files.read(settings.path, settings.config, settings.revision, sdxl=True)
         base = load(settings, model)
         adapters = attachable(base, loras)
         bare, before = export_check.draw(base), export_check.draw(base, adapters)
         whole = merge(base, model, adapters, precision)
-        kind = kind or (AUTO if model.layout.is_sdxl else TEXT_TO_IMAGE)
+        canvas, noise = export_check.Canvas.of(base), schedule(base, place)
+        notes = [*model.notes, *_note(base, place)]
+        del base, adapters  # a large model doesn't fit twice
+        plain = AUTO if model.layout.is_sdxl else TEXT_TO_IMAGE
+        kind = feature.pipeline if feature else plain
         written, read_back = write(whole, place, settings.prediction_type, kind)
-        after = export_check.draw_with(written, base, scheduler_config=schedule(base, place))
+        after = export_check.draw_with(written, canvas, scheduler_config=noise)
         tolerance = TOLERANCES[sd_files.precision_of(whole)]
         agreement = export_check.compare(before, after, bare, tolerance)
         lines = [read_back, export_check.require(agreement, reader(place, kind))]
         if feature and model.layout.is_sdxl:
-            lines += _variant(whole, place, kind, base, (bare, before))
+            lines += _variant(whole, place, kind, canvas, (bare, before))
     picture = target.with_name(f"{target.name}-check.png")
     export_check.side_by_side(picture, bare, before, after)
-    notes = [V_NOTE] if is_file(target) and base.prediction_type == "v_prediction" else []
-    return Export(target, (*model.notes, *notes, *lines, f"Side by side: {picture}"))
+    return Export(target, (*notes, *lines, f"Side by side: {picture}"))
+
+
+def _note(base: Base, place: Path) -> list[str]:
+    return [V_NOTE] if is_file(place) and base.prediction_type == "v_prediction" else []
 
 
 def _variant(
-    whole: WholeModel, place: Path, kind: str, base: Base, pictures: tuple[Image, Image]
+    whole: WholeModel, place: Path, kind: str, canvas: Canvas, pictures: tuple[Image, Image]
 ) -> list[str]:
     """Write SDXL's variant fp16 into the folder, read back and drawn as the plain weights were."""
     weights = sd_files.write_variant(whole, place).weights
@@ -191,7 +197,7 @@ def _variant(
     written = export_check.load_folder(place, kind, VARIANT)
     read_back = export_check.require_weights(written, weights)
     bare, before = pictures
-    after = export_check.draw_with(written, base)
+    after = export_check.draw_with(written, canvas)
     agreement = export_check.compare(before, after, bare, TOLERANCES["fp16"])
     line = export_check.require(agreement, reader(place, kind, VARIANT))
     return [f"Variant fp16: {read_back}", line]

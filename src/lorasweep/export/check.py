@@ -103,15 +103,47 @@ class Agreement:
         return f"pixels differ by {self.mean:.3f} of 255 on average, {self.largest} at most"
 
 
+@dataclass(frozen=True)
+class Canvas:
+    """What a picture of a base needs besides its modules, so that they can leave memory."""
+
+    side: int
+    """Pixels."""
+    clip_skip: int
+    sdxl_zeros: bool | None
+    """SDXL's force_zeros_for_empty_prompt; None: it is Stable Diffusion 1.x."""
+
+    @classmethod
+    def of(cls, base: Base) -> Canvas:
+        """For a model's own size, or less where that is large."""
+        own = int(base.unet.config.sample_size) * base.vae_scale_factor
+        step = base.size_multiple
+        zeros = None
+        if isinstance(base, SDXLModel):
+            zeros = bool(base.pipeline.config.force_zeros_for_empty_prompt)
+        side = max(step, min(own, MAX_SIDE) // step * step)
+        return cls(side, base.settings.clip_skip, zeros)
+
+    def pipeline(self, parts: Mapping[str, Any]) -> Any:
+        """diffusers' text-to-image pipeline of these parts."""
+        from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+        if self.sdxl_zeros is None:
+            return StableDiffusionPipeline(**parts, requires_safety_checker=False)
+        return StableDiffusionXLPipeline(
+            **parts, force_zeros_for_empty_prompt=self.sdxl_zeros, add_watermarker=False
+        )
+
+
 def draw(base: Base, adapters: Weighted = (), prompt: str = PROMPT) -> Image.Image:
     """The picture of our own adapters, at their weights, on the base; of the bare base without."""
     with attached(adapters):
-        return draw_with(pipeline_of(base), base, prompt)
+        return draw_with(pipeline_of(base), Canvas.of(base), prompt)
 
 
 def draw_with(
     pipeline: Any,
-    base: Base,
+    canvas: Canvas,
     prompt: str = PROMPT,
     scheduler_config: Mapping[str, Any] | None = None,
 ) -> Image.Image:
@@ -126,9 +158,9 @@ def draw_with(
     config = dict(scheduler_config or pipeline.scheduler.config)
     parts = {**pipeline.components, "scheduler": DDIMScheduler.from_config(config)}
     with quiet():
-        pipeline = _assembled(parts, base)
+        pipeline = canvas.pipeline(parts)
     pipeline.set_progress_bar_config(disable=True)
-    side, skip = _side(base), base.settings.clip_skip
+    side, skip = canvas.side, canvas.clip_skip
     drawn = pipeline(
         prompt,
         width=side,
@@ -294,7 +326,7 @@ def pipeline_of(base: Base) -> Any:
 
     if isinstance(base, SDXLModel):
         schedule = DDPMScheduler.from_config(dict(base.scheduler_config))
-        return _assembled({**base.pipeline.components, "scheduler": schedule}, base)
+        return Canvas.of(base).pipeline({**base.pipeline.components, "scheduler": schedule})
     return StableDiffusionPipeline(
         vae=base.vae,
         text_encoder=base.text_encoder,
@@ -305,24 +337,6 @@ def pipeline_of(base: Base) -> Any:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-
-
-def _assembled(parts: Mapping[str, Any], base: Base) -> Any:
-    """The text-to-image pipeline of the base's architecture, of these parts."""
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-
-    if isinstance(base, SDXLModel):
-        zeros = base.pipeline.config.force_zeros_for_empty_prompt
-        return StableDiffusionXLPipeline(
-            **parts, force_zeros_for_empty_prompt=zeros, add_watermarker=False
-        )
-    return StableDiffusionPipeline(**parts, requires_safety_checker=False)
-
-
-def _side(base: Base) -> int:
-    """Pixels a side: what the model is made for, or less where that is large."""
-    own = int(base.unet.config.sample_size) * base.vae_scale_factor
-    return max(base.size_multiple, min(own, MAX_SIDE) // base.size_multiple * base.size_multiple)
 
 
 def _image(pixels: Any) -> Image.Image:

@@ -145,7 +145,7 @@ def _draw_written(file: LoRAFile, path: Path, base: Base) -> Image.Image:
     try:
         _load(pipeline, path)
         _require_adapted([known[key] for key in file.sites], base)
-        return export_check.draw_with(pipeline, base)
+        return export_check.draw_with(pipeline, export_check.Canvas.of(base))
     finally:
         pipeline.unload_lora_weights()
 
