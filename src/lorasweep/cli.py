@@ -384,7 +384,11 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 def _say(lines: Sequence[str]) -> None:
     for line in lines:
-        print(line, flush=True)
+        _say_line(line)
+
+
+def _say_line(line: str) -> None:
+    print(line, flush=True)
 
 
 def _info(arguments: argparse.Namespace) -> int:
@@ -401,35 +405,34 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _resize(arguments: argparse.Namespace) -> int:
-    from lorasweep.export import resized
+    from lorasweep.export import derived
 
     source: Path = arguments.file
-    resized.resized(
+    derived.resized(
         source,
         arguments.out or source.with_name(f"{source.stem}-resized.safetensors"),
         arguments.rank,
         arguments.energy,
         model=_model_of(arguments.model, arguments.config) if arguments.model else None,
         overwrite=arguments.overwrite,
-        say=lambda line: print(line, flush=True),
+        say=_say_line,
     )
     return 0
 
 
 def _extract(arguments: argparse.Namespace) -> int:
-    from lorasweep.export import check
-    from lorasweep.lora_file import check_target, extract
+    from lorasweep.export import derived
 
-    extract.check_ranks(arguments.rank, arguments.conv_rank)
-    check_target(arguments.out, arguments.overwrite)
-    tuned, base = (
-        _model_of(path, arguments.config).load() for path in (arguments.tuned, arguments.base)
+    tuned, base = (_model_of(path, arguments.config) for path in (arguments.tuned, arguments.base))
+    derived.extracted(
+        (tuned, base),
+        arguments.out,
+        arguments.rank,
+        arguments.conv_rank,
+        arguments.targets,
+        overwrite=arguments.overwrite,
+        say=_say_line,
     )
-    result = extract.extract(
-        tuned, base, arguments.out, arguments.rank, arguments.conv_rank, arguments.targets
-    )
-    print("\n".join(result.lines()))
-    print(check.approximation(check.draw(tuned), base, arguments.out))
     return 0
 
 

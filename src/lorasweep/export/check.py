@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from lorasweep import report
 from lorasweep.adapters import Site, Stack
 from lorasweep.adapters.pack import Pack
-from lorasweep.export import sdxl
 from lorasweep.export.sd_layout import Weights, prefixed
 from lorasweep.export.sdxl import Base, SDXLModel
 
@@ -191,13 +190,6 @@ def compare(
         effect=None if bare is None else float(_levels(before, bare).mean()),
         tolerance=tolerance,
     )
-
-
-def approximation(before: Image.Image, base: Base, written: Path) -> str:
-    """The line on a LoRA file that approximates what drew `before`, drawn on its base."""
-    pack = Pack.from_files(base.parts, [sdxl.read_lora(written, base).tensors])
-    agreement = compare(before, draw(base, [(pack, 1.0)]), draw(base))
-    return agreement.approximate_line("the base with the written LoRA")
 
 
 def require(agreement: Agreement, reader: str) -> str:

@@ -14,9 +14,10 @@ from lorasweep.adapters.pack import Pack
 from lorasweep.export import check as export_check
 from lorasweep.export import sdxl
 from lorasweep.export.check import TOLERANCES, Agreement, ExportError, Tolerance
-from lorasweep.export.to_diffusers import REMEDY, How, convert
+from lorasweep.export.to_diffusers import REMEDY, How, convert, diffusers_reads
 from lorasweep.header import CheckpointError, shown
 from lorasweep.lora_file import FACTORED, LoRAFile, svd
+from lorasweep.models import BaseModel
 from lorasweep.staging import staged
 
 if TYPE_CHECKING:
@@ -85,6 +86,24 @@ def diffusers_lora(
         checkpoint.write(place, tensors, _metadata(file, how))
         agreement = None if base_model is None else _check(file, place, base_model, how)
     return DiffusersFile(target, how, loss, agreement)
+
+
+def approximation(before: Image.Image, base: Base, written: Path) -> str:
+    """The line on a LoRA file that approximates what drew `before`.
+
+    It is read by diffusers, where that reads kohya's names right, and must be read as we read it;
+    raises ExportError otherwise.
+    """
+    file = sdxl.read_lora(written, base)
+    with export_check.quiet():
+        bare, own, reader = export_check.draw(base), _draw(file, base), "the base with the LoRA"
+        after = own
+        if isinstance(base, BaseModel) and diffusers_reads(file):
+            after, reader = _draw_written(file, written, base), "diffusers' load_lora_weights"
+        must = export_check.compare(own, after, bare, _tolerance(file))
+        if not must.holds:
+            raise ExportError(f"{must.line(reader)} Nothing was written")
+    return export_check.compare(before, after, bare).approximate_line(reader)
 
 
 def _check_fit(file: LoRAFile, base: Base) -> None:

@@ -1,4 +1,4 @@
-"""`lorasweep resize`: another rank, with a picture before and after if the base is at hand."""
+"""LoRA files made of others (resize) or of two models (extract), drawn before they appear."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from lorasweep import config, lora_file
 from lorasweep.adapters.pack import Pack
 from lorasweep.export import check, origin, sd_files, sdxl
 from lorasweep.export.convert import load_base
+from lorasweep.export.lora import approximation
 from lorasweep.header import CheckpointError
-from lorasweep.lora_file import resize
+from lorasweep.lora_file import extract, resize
 from lorasweep.models import Model, ModelError
 from lorasweep.settings import SettingsError
+from lorasweep.staging import staged
 from lorasweep.tracking import TrackingError
 
 if TYPE_CHECKING:
@@ -52,13 +54,38 @@ def resized(
     lora_file.check_target(target, overwrite)
     resize.check(rank, energy)
     before = _before(source, load_base(model)) if model else _found(source, say)
-    result = resize.resize(source, target, rank, energy, overwrite=overwrite)
-    for line in result.lines():
+    with staged(target, overwrite) as place:
+        result = resize.resize(source, place, rank, energy)
+        if isinstance(before, str):
+            told = f"{UNCHECKED}: {before}"
+        else:
+            told = approximation(before.picture, before.base, place)
+    for line in (*replace(result, path=target).lines(), told):
         say(line)
-    if isinstance(before, str):
-        say(f"{UNCHECKED}: {before}")
-    else:
-        say(check.approximation(before.picture, before.base, target))
+
+
+def extracted(
+    models: tuple[Model, Model],
+    target: Path,
+    rank: int,
+    conv_rank: int | None,
+    targets: str,
+    *,
+    overwrite: bool,
+    say: Callable[[str], None],
+) -> None:
+    """Write a LoRA of the difference of two `models`, the tuned and its base, drawn on both.
+
+    Raises as `extract.extract` does, and TargetError.
+    """
+    extract.check_ranks(rank, conv_rank)
+    lora_file.check_target(target, overwrite)
+    tuned, base = (model.load() for model in models)
+    with staged(target, overwrite) as place:
+        result = extract.extract(tuned, base, place, rank, conv_rank, targets)
+        told = approximation(check.draw(tuned), base, place)
+    for line in (*replace(result, path=target).lines(), told):
+        say(line)
 
 
 def _found(source: Path, say: Callable[[str], None]) -> _Before | str:

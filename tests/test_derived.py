@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lorasweep import checkpoint, lora_file
+from lorasweep import checkpoint, export, lora_file
 from lorasweep.cli import main
+from lorasweep.export import lora as export_lora
 from lorasweep.export import origin
 from test_adapters import trained
 from test_pick import candidate
@@ -109,3 +110,29 @@ def test_a_file_that_is_no_lora_is_told_as_such(tmp_path, capsys):
     file.write_bytes(b"\x10")
     code, out, err = resize(capsys, file, "--rank", 2)
     assert (code, out) == (2, "") and "not a whole safetensors file" in err
+
+
+def test_a_merged_lora_is_extracted_again_and_drawn_by_diffusers(write, base, tmp_path, capsys):
+    path = write(EMBEDDED)
+    export.merged(base.settings, [(path, 1.0)], tmp_path / "tuned", precision="fp32")
+    with pytest.raises(SystemExit) as ended:
+        main(["extract", "tuned", "embedded", "--rank", "4", "--out", "again.safetensors"])
+    out = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert "Kept energy: 100.00%" in out and "Wrote again.safetensors" in out
+    assert "are close: drawn by diffusers' load_lora_weights" in out
+
+
+def test_a_file_that_diffusers_reads_otherwise_never_appears(write, capsys, tmp_path, monkeypatch):
+    path, honest = write(EMBEDDED), export_lora._load
+
+    def other(pipeline, file):
+        tensors, metadata = checkpoint.read(file)
+        wrong = {n: t * 0.1 if n.endswith("alpha") else t for n, t in tensors.items()}
+        checkpoint.write(tmp_path / "x" / "wrong.safetensors", wrong, metadata)
+        honest(pipeline, tmp_path / "x" / "wrong.safetensors")
+
+    monkeypatch.setattr(export_lora, "_load", other)
+    code, _, err = resize(capsys, path, "--rank", 2)
+    assert code == 2 and "DISAGREE: drawn by diffusers' load_lora_weights" in err
+    assert not (tmp_path / "lora-resized.safetensors").exists()
