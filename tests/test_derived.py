@@ -5,26 +5,33 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lorasweep import checkpoint, export, lora_file
+from lorasweep import checkpoint, config, export, lora_file
 from lorasweep.cli import main
 from lorasweep.export import lora as export_lora
 from lorasweep.export import origin
+from lorasweep.settings import build
 from test_adapters import trained
 from test_pick import candidate
 
 
+@pytest.fixture(scope="module")
+def tensors(base):
+    """A LoRA of the embedded model, as if it had been trained."""
+    cfg = config.compose(["experiment=demo", "adapter.rank=4"])
+    return trained(base, (build(cfg.adapter, "adapter"), 0)).file_tensors(0)
+
+
 @pytest.fixture
-def write(base, make_run, tmp_path, monkeypatch):
-    """Write a LoRA of the embedded model with this metadata, and work in its folder."""
+def write(tensors, tmp_path, monkeypatch):
+    """Write that LoRA with this metadata, and work in its folder."""
     monkeypatch.chdir(tmp_path)
 
     def write(metadata, width=None):
-        pack = trained(base, (make_run("adapter=lora", "adapter.rank=4").adapter, 0))
-        tensors = pack.file_tensors(0)
+        own = dict(tensors)
         if width is not None:
-            down = next(name for name in tensors if name.endswith("attn2_to_k.lora_down.weight"))
-            tensors[down] = torch.ones(4, width)
-        checkpoint.write(tmp_path / "lora.safetensors", tensors, metadata)
+            down = next(name for name in own if name.endswith("attn2_to_k.lora_down.weight"))
+            own[down] = torch.ones(4, width)
+        checkpoint.write(tmp_path / "lora.safetensors", own, metadata)
         return tmp_path / "lora.safetensors"
 
     return write
@@ -49,17 +56,7 @@ def test_the_base_that_the_metadata_names_draws_the_pictures(write, capsys):
     assert lora_file.read(path.with_name("lora-resized.safetensors")).sites
 
 
-def test_the_config_beside_the_file_names_the_base(write, capsys, tmp_path):
-    path = write({})
-    (tmp_path / "config.yaml").write_text(
-        "model: {path: '${embedded:base_model}', revision: null, config: null,"
-        " allow_pickle: false, clip_skip: 1, prediction_type: null}"
-    )
-    _, out, _ = resize(capsys, path, "--rank", 2)
-    assert "config.yaml" in out and "The pictures before and after are" in out
-
-
-def test_a_copy_of_a_runs_file_is_found_by_its_hash(base, write, tmp_path, monkeypatch, capsys):
+def test_a_copy_of_a_runs_file_is_found_by_its_hash(base, write, tmp_path, monkeypatch):
     mine = write({})
     elsewhere = tmp_path / "run" / "fox-000003.safetensors"
     elsewhere.parent.mkdir()
@@ -72,9 +69,11 @@ def test_a_copy_of_a_runs_file_is_found_by_its_hash(base, write, tmp_path, monke
     monkeypatch.setattr(
         origin.tracking, "config_of", lambda *_: f"model: {{path: {base.settings.path}, {rest}}}"
     )
-    _, out, _ = resize(capsys, mine, "--rank", 2)
-    assert "Base model, of a-e003 in the tracking store" in out
-    assert "The pictures before and after are" in out
+    model, told = origin.trained_on(mine, config.compose(origin.NEEDED))
+    assert model.path == base.settings.path
+    assert "Base model, of a-e003 in the tracking store" in told
+    checkpoint.write(mine, lora_file.read(mine).tensors | {"lora_unet_x.alpha": torch.ones(())}, {})
+    assert origin.trained_on(mine, config.compose(origin.NEEDED)) is None
 
 
 @pytest.mark.parametrize(

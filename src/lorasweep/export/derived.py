@@ -53,8 +53,9 @@ def resized(
     """
     lora_file.check_target(target, overwrite)
     resize.check(rank, energy)
-    before = _before(source, load_base(model)) if model else _found(source, say)
-    with staged(target, overwrite) as place:
+    with check.quiet():
+        before = _before(source, load_base(model)) if model else _found(source, say)
+    with check.quiet(), staged(target, overwrite) as place:
         result = resize.resize(source, place, rank, energy)
         if isinstance(before, str):
             told = f"{UNCHECKED}: {before}"
@@ -80,8 +81,8 @@ def extracted(
     """
     extract.check_ranks(rank, conv_rank)
     lora_file.check_target(target, overwrite)
-    tuned, base = (model.load() for model in models)
-    with staged(target, overwrite) as place:
+    with check.quiet(), staged(target, overwrite) as place:
+        tuned, base = (model.load() for model in models)
         result = extract.extract(tuned, base, place, rank, conv_rank, targets)
         told = approximation(check.draw(tuned), base, place)
     for line in (*replace(result, path=target).lines(), told):
