@@ -46,8 +46,8 @@ _WORDS = {
     "caption": "DIR: folder of images",
     "pick": "SWEEP: name of another sweep",
     "export": "a LoRA's .safetensors file, a run's name, or a checkpoint's (RUN-e012)",
-    "convert": "SOURCE: a diffusers folder, hub id or .safetensors file; TARGET: what to write, a"
-    " name in .safetensors for a file",
+    "convert": "SOURCE: a diffusers folder, hub id or .safetensors file, or embedded for the demo's"
+    " model; TARGET: what to write, a name in .safetensors for a file",
 }
 _TRAIN_HELP = """\
 usage: lorasweep train [-m] [--cfg job] [--config-dir DIR] [GROUP=OPTION | KEY=VALUE ...]
@@ -372,9 +372,9 @@ def _convert(arguments: argparse.Namespace) -> int:
         raise SettingsError("convert needs SOURCE and TARGET: one ends in .safetensors")
     cfg = compose(["dataset.image_dir=lorasweep", *overrides], arguments.config_dir)
     done = convert.convert(
-        words[0],
+        _model_path(words[0]),
         Path(words[1]),
-        config=arguments.config or cfg.model.config,
+        config=_model_path(arguments.config) if arguments.config else cfg.model.config,
         precision=arguments.dtype,
         overwrite=arguments.overwrite,
     )
@@ -437,19 +437,25 @@ def _extract(arguments: argparse.Namespace) -> int:
 
 
 def _model_of(path: str, config: str | None) -> Any:
-    """A model by its path alone, with conf/model/sd15's values, or that of an option."""
+    """A model by its path, or its option's name, with conf/model/sd15's other values."""
     from lorasweep import lora_file
-    from lorasweep.config import compose, groups, quoted
+    from lorasweep.config import compose, quoted
     from lorasweep.settings import build
 
     lora_file.refuse_as_model(Path(path))
-    configs = [f"model.config={quoted(config)}"] if config else []
-    if path in groups()["model"] and not Path(path).exists():
-        chosen = [f"model={path}"]
-    else:
-        chosen = ["model=sd15", f"model.path={quoted(path)}"]
+    configs = [f"model.config={quoted(_model_path(config))}"] if config else []
+    chosen = ["model=sd15", f"model.path={quoted(_model_path(path))}"]
     cfg = compose(["dataset.image_dir=lorasweep", *chosen, *configs])
     return build(cfg.model, "model")
+
+
+def _model_path(word: str) -> str:
+    """A model's own path; of an option of conf/model (embedded, sd15) what it says."""
+    from lorasweep.config import compose, groups
+
+    if word not in groups()["model"] or Path(word).exists():
+        return word
+    return str(compose(["dataset.image_dir=lorasweep", f"model={word}"]).model.path)
 
 
 def _ui(arguments: argparse.Namespace) -> int:
