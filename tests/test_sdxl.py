@@ -312,8 +312,8 @@ def loaded(xl, path):
     ("make", "names"), [(dora_here_and_there, "original"), (lora, "diffusers")]
 )
 def test_diffusers_loads_every_module_of_the_lora_file(make, names, xl, settings, write, tmp_path):
-    given = {"names": {}} if names == "diffusers" else {}
-    path = write(make, everywhere, **given)
+    is_original = names == "original"
+    path = write(make, everywhere) if is_original else write(make, is_attention, names={})
     target = tmp_path / "out.safetensors"
     done = export.offline_lora(settings, [(path, 1.0)], target)
     assert done.lines[0].startswith("Converted exactly")
@@ -344,7 +344,7 @@ def test_a_module_that_diffusers_leaves_out_is_found(settings, write, tmp_path, 
 
 
 def test_loha_is_refused_or_approximated_with_its_error(settings, write, tmp_path):
-    path = write(loha, is_attention)
+    path = write(loha, lambda site: site.part != "unet")
     target = tmp_path / "out.safetensors"
     with pytest.raises(ExportError, match="--rank 64"):
         export.offline_lora(settings, [(path, 1.0)], target)
