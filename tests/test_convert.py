@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lorasweep.cli import main
 from lorasweep.export import check as export_check
 from lorasweep.export import convert as convert_module
 from lorasweep.export import sd_files
@@ -129,7 +130,7 @@ def test_a_file_without_its_vae_is_refused(embedded, single, tmp_path):
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("conditioner.embedders.0.x", "SDXL comes later"),
+        ("conditioner.embedders.0.x", "single files of SDXL come later"),
         ("cond_stage_model.model.x", "only 1.x is supported"),
         ("lora_unet_x.alpha", "a LoRA, not a whole model"),
         ("x", "not a whole model"),
@@ -210,3 +211,12 @@ def test_a_wrong_picture_is_an_error_and_leaves_nothing(embedded, tmp_path, monk
     with pytest.raises(ExportError, match="DISAGREE"):
         convert(embedded, tmp_path / "model.safetensors", config=None)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_demos_model_is_known_by_its_name(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words in (["embedded", "one.safetensors"], ["one.safetensors", "two", "--config=embedded"]):
+        with pytest.raises(SystemExit) as ended:
+            main(["convert", *words])
+        assert ended.value.code == 0, capsys.readouterr().err
+    assert "pictures before and after agree" in capsys.readouterr().out

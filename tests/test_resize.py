@@ -165,6 +165,9 @@ def test_metadata_is_carried_and_corrected(tmp_path):
     [
         ("lora_unet_mid_block_resnets_0_conv1", (18, 36), (2, 4, 3, 3)),
         ("lora_unet_mid_block_attentions_0_proj_in", (18, 36), (2, 36, 1, 1)),
+        ("lora_unet_input_blocks_4_0_in_layers_2", (18, 36), (2, 4, 3, 3)),  # as kohya names SDXL's
+        ("lora_unet_input_blocks_4_0_skip_connection", (18, 36), (2, 36, 1, 1)),
+        ("lora_unet_input_blocks_4_0_emb_layers_1", (18, 36), (2, 36)),
         (LINEAR, (18, 36), (2, 36)),
     ],
 )

@@ -50,8 +50,8 @@ _WORDS = {
     "pick": "SWEEP: name of another sweep",
     "sync": "DIR: a run's folder or one of several, or RUN: a run's name (default: all)",
     "export": "a LoRA's .safetensors file, a run's name, or a checkpoint's (RUN-e012)",
-    "convert": "SOURCE: a diffusers folder, hub id or .safetensors file; TARGET: what to write, a"
-    " name in .safetensors for a file",
+    "convert": "SOURCE: a diffusers folder, hub id or .safetensors file, or embedded for the demo's"
+    " model; TARGET: what to write, a name in .safetensors for a file",
 }
 _TRAIN_HELP = """\
 usage: lorasweep train [-m] [--cfg job] [--config-dir DIR] [GROUP=OPTION | KEY=VALUE ...]
@@ -204,7 +204,11 @@ def _add_file_commands(commands: Any) -> None:
     resize.add_argument("--rank", type=int, help="the new rank; with --energy, the largest")
     resize.add_argument("--energy", type=float, help="share to keep; each module gets its own rank")
     resize.add_argument("--out", type=Path, help="file to write (default: beside, NAME-resized)")
-    resize.add_argument("--model", help="base model, to draw a picture before and after")
+    resize.add_argument(
+        "--model",
+        help="base model to draw a picture with, before and after: an option's name (sd15,"
+        " embedded), folder, file or hub id (default: the one it was trained on, if it is here)",
+    )
     resize.add_argument("--config", help="for a single file: diffusers folder or hub id of configs")
     resize.add_argument("--overwrite", action="store_true", help="replace the file to write")
     _add_extract(commands)
@@ -213,8 +217,8 @@ def _add_file_commands(commands: Any) -> None:
 def _add_extract(commands: Any) -> None:
     extract = commands.add_parser("extract", help="make a LoRA of the difference of two models")
     extract.set_defaults(command=_extract)
-    extract.add_argument("tuned", help="the tuned model: a diffusers folder, a file, or a hub id")
-    extract.add_argument("base", help="the model it was tuned from")
+    extract.add_argument("tuned", help="the tuned model: a diffusers folder, file or hub id")
+    extract.add_argument("base", help="the model it was tuned from, or embedded for the demo's")
     extract.add_argument("--rank", type=int, required=True, help="rank of the LoRA")
     extract.add_argument("--conv-rank", type=int, help="of 3x3 convolutions (default: --rank)")
     extract.add_argument(
@@ -396,9 +400,9 @@ def _convert(arguments: argparse.Namespace) -> int:
         raise SettingsError("convert needs SOURCE and TARGET: one ends in .safetensors")
     cfg = compose(["dataset.image_dir=lorasweep", *overrides], arguments.config_dir)
     done = convert.convert(
-        words[0],
+        _model_path(words[0]),
         Path(words[1]),
-        config=arguments.config or cfg.model.config,
+        config=_model_path(arguments.config) if arguments.config else cfg.model.config,
         precision=arguments.dtype,
         overwrite=arguments.overwrite,
     )
@@ -408,7 +412,11 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 def _say(lines: Sequence[str]) -> None:
     for line in lines:
-        print(line, flush=True)
+        _say_line(line)
+
+
+def _say_line(line: str) -> None:
+    print(line, flush=True)
 
 
 def _info(arguments: argparse.Namespace) -> int:
@@ -425,53 +433,57 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _resize(arguments: argparse.Namespace) -> int:
-    from lorasweep import lora_file
-    from lorasweep.adapters.pack import Pack
-    from lorasweep.export import check
-    from lorasweep.lora_file import resize
+    from lorasweep.export import derived
 
     source: Path = arguments.file
-    target = arguments.out or source.with_name(f"{source.stem}-resized.safetensors")
-    result = resize.resize(
-        source, target, arguments.rank, arguments.energy, overwrite=arguments.overwrite
+    derived.resized(
+        source,
+        arguments.out or source.with_name(f"{source.stem}-resized.safetensors"),
+        arguments.rank,
+        arguments.energy,
+        model=_model_of(arguments.model, arguments.config) if arguments.model else None,
+        overwrite=arguments.overwrite,
+        say=_say_line,
     )
-    print("\n".join(result.lines()))
-    if arguments.model is None:
-        print("Not checked by a picture: --model PATH, the base model, draws one before and after")
-        return 0
-    base = _base_model(arguments.model, arguments.config)
-    pack = Pack.from_files(base.parts, [lora_file.read(source).tensors])
-    print(check.approximation(check.draw(base, [(pack, 1.0)]), base, target))
     return 0
 
 
 def _extract(arguments: argparse.Namespace) -> int:
-    from lorasweep.export import check
-    from lorasweep.lora_file import check_target, extract
+    from lorasweep.export import derived
 
-    extract.check_ranks(arguments.rank, arguments.conv_rank)
-    check_target(arguments.out, arguments.overwrite)
-    tuned, base = (
-        _base_model(path, arguments.config) for path in (arguments.tuned, arguments.base)
+    tuned, base = (_model_of(path, arguments.config) for path in (arguments.tuned, arguments.base))
+    derived.extracted(
+        (tuned, base),
+        arguments.out,
+        arguments.rank,
+        arguments.conv_rank,
+        arguments.targets,
+        overwrite=arguments.overwrite,
+        say=_say_line,
     )
-    result = extract.extract(
-        tuned, base, arguments.out, arguments.rank, arguments.conv_rank, arguments.targets
-    )
-    print("\n".join(result.lines()))
-    print(check.approximation(check.draw(tuned), base, arguments.out))
     return 0
 
 
-def _base_model(path: str, config: str | None) -> Any:
-    """A model by its path alone, with the options of conf/model/sd15."""
+def _model_of(path: str, config: str | None) -> Any:
+    """A model by its path, or its option's name, with conf/model/sd15's other values."""
     from lorasweep import lora_file
     from lorasweep.config import compose, quoted
     from lorasweep.settings import build
 
     lora_file.refuse_as_model(Path(path))
-    configs = [f"model.config={quoted(config)}"] if config else []
-    overrides = ["dataset.image_dir=lorasweep", "model=sd15", f"model.path={quoted(path)}"]
-    return build(compose([*overrides, *configs]).model, "model").load()
+    configs = [f"model.config={quoted(_model_path(config))}"] if config else []
+    chosen = ["model=sd15", f"model.path={quoted(_model_path(path))}"]
+    cfg = compose(["dataset.image_dir=lorasweep", *chosen, *configs])
+    return build(cfg.model, "model")
+
+
+def _model_path(word: str) -> str:
+    """A model's own path; of an option of conf/model (embedded, sd15) what it says."""
+    from lorasweep.config import compose, groups
+
+    if word not in groups()["model"] or Path(word).exists():
+        return word
+    return str(compose(["dataset.image_dir=lorasweep", f"model={word}"]).model.path)
 
 
 def _ui(arguments: argparse.Namespace) -> int:

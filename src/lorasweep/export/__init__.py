@@ -8,35 +8,30 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorasweep import lora_file
 from lorasweep.adapters.pack import Pack
 from lorasweep.export import check as export_check
-from lorasweep.export import sd_files
-from lorasweep.export.check import TEXT_TO_IMAGE, TOLERANCES, ExportError, Weighted
-from lorasweep.export.convert import is_file, load, reader, schedule, write
-from lorasweep.export.sd_layout import prefixed
+from lorasweep.export import sd_files, sdxl
+from lorasweep.export.check import TEXT_TO_IMAGE, Canvas, ExportError, Weighted
+from lorasweep.export.convert import is_file, load, load_base, reader, schedule, write
+from lorasweep.export.feature import SD15, SDXL, Loader, paste
+from lorasweep.export.part_files import VARIANT
+from lorasweep.export.sd_layout import Weights, prefixed
 from lorasweep.models import Model, Precision
 from lorasweep.staging import staged
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
 
     from lorasweep.export.origin import Origin
     from lorasweep.export.sd_files import WholeModel
-    from lorasweep.models import BaseModel
+    from lorasweep.export.sdxl import Base
 
 Loras = Sequence[tuple[Path, float]]
 """LoRA files and the weight of each one's delta; 1 is as trained."""
 
-IMG2IMG = "StableDiffusionImg2ImgPipeline"
-"""What generic diffusion feature loads SD1.5 with (its feature/components/models.py)."""
-ITS_BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-"""What it attaches LoRA files to."""
-PASTE = (
-    "from diffusion_feature import FeatureExtractor",
-    'df = FeatureExtractor(layer="feature/configs/config_15_practical.json", version="1-5",'
-    ' device="cuda", img_size=512, {arguments})',
-)
+
+AUTO = "AutoPipelineForText2Image"
 V_NOTE = (
     "The model predicts v, which a single file can't say: tell your program (A1111: a .yaml beside"
     " it; ComfyUI: the node ModelSamplingDiscrete; kohya: --v_parameterization)"
@@ -116,18 +111,20 @@ def offline_lora(
     """Write what generic diffusion feature (arXiv 2410.03558) loads, with the lines to paste.
 
     A `target` ending in .safetensors is a LoRA file that diffusers loads, for `offline_lora` and
-    `offline_lora_filename`; it is attached to SD1.5 then. Any other is a whole model folder, for
-    `offline_lora` alone. Raises as `merged` and `diffusers_lora` do.
+    `offline_lora_filename`; it is attached to SD1.5 or SDXL then. Any other is a whole model
+    folder, for `offline_lora` alone; of SDXL it holds the variant fp16 too, which is what is
+    loaded. Raises as `merged` and `diffusers_lora` do.
     """
+    loader = SDXL if sd_files.is_sdxl(base.path, base.revision) else SD15
     if is_file(target):
-        return _offline_file(base, loras, target, rank, overwrite)
-    export = _merged(base, loras, target, precision, overwrite, IMG2IMG)
+        return _offline_file(base, loras, target, rank, overwrite, loader)
+    export = _merged(base, loras, target, precision, overwrite, loader)
     arguments = f"offline_lora={str(target.absolute())!r}"
-    return replace(export, lines=(*export.lines, *_paste(arguments)))
+    return replace(export, lines=(*export.lines, *paste(arguments, loader)))
 
 
 def merge(
-    base: BaseModel, model: WholeModel, adapters: Weighted, precision: Precision | None = None
+    base: Base, model: WholeModel, adapters: Weighted, precision: Precision | None = None
 ) -> WholeModel:
     """The model's tensors with the sum of all weighted deltas added in fp32, rounded once.
 
@@ -145,10 +142,10 @@ def merge(
     return replace(result, weights=weights)
 
 
-def attachable(base: BaseModel, loras: Loras) -> Weighted:
+def attachable(base: Base, loras: Loras) -> Weighted:
     """The LoRA files as packs of one on this base. Raises CheckpointError for a misfit."""
     return [
-        (Pack.from_files(base.parts, [lora_file.read(path).tensors]), weight)
+        (Pack.from_files(base.parts, [sdxl.read_lora(path, base).tensors]), weight)
         for path, weight in loras
     ]
 
@@ -159,37 +156,68 @@ def _merged(
     target: Path,
     precision: Precision | None,
     overwrite: bool,
-    kind: str = TEXT_TO_IMAGE,
+    feature: Loader | None = None,
 ) -> Export:
+    """`feature`: how generic diffusion feature will load it, which is then what reads it back."""
+    if is_file(target) and sd_files.is_sdxl(settings.path, settings.revision):
+        raise ExportError(f"{target}: SDXL as a single file comes later; give a folder's name")
     with export_check.quiet(), staged(target, overwrite) as place:
-        model = sd_files.read(settings.path, settings.config, settings.revision)
+        model = sd_files.read(settings.path, settings.config, settings.revision, sdxl=True)
         base = load(settings, model)
         adapters = attachable(base, loras)
         bare, before = export_check.draw(base), export_check.draw(base, adapters)
         whole = merge(base, model, adapters, precision)
+        canvas, noise = export_check.Canvas.of(base), schedule(base, place)
+        notes = [*model.notes, *_note(base, place)]
+        del base, adapters  # a large model doesn't fit twice
+        plain = AUTO if model.layout.is_sdxl else TEXT_TO_IMAGE
+        kind = feature.pipeline if feature else plain
         written, read_back = write(whole, place, settings.prediction_type, kind)
-        after = export_check.draw_with(written, base, scheduler_config=schedule(base, place))
-        tolerance = TOLERANCES[sd_files.precision_of(whole)]
+        after = export_check.draw_with(written, canvas, scheduler_config=noise)
+        tolerance = canvas.tolerance(sd_files.precision_of(whole))
         agreement = export_check.compare(before, after, bare, tolerance)
-        line = export_check.require(agreement, reader(place, kind))
+        lines = [read_back, export_check.require(agreement, reader(place, kind))]
+        if feature and model.layout.is_sdxl:
+            lines += _variant(whole, place, kind, canvas, before)
     picture = target.with_name(f"{target.name}-check.png")
     export_check.side_by_side(picture, bare, before, after)
-    notes = [V_NOTE] if is_file(target) and base.prediction_type == "v_prediction" else []
-    return Export(target, (*model.notes, *notes, read_back, line, f"Side by side: {picture}"))
+    return Export(target, (*notes, *lines, f"Side by side: {picture}"))
+
+
+def _note(base: Base, place: Path) -> list[str]:
+    return [V_NOTE] if is_file(place) and base.prediction_type == "v_prediction" else []
+
+
+def _variant(whole: WholeModel, place: Path, kind: str, canvas: Canvas, before: Image) -> list[str]:
+    """Write SDXL's variant fp16 into the folder, read back and drawn as the plain weights were."""
+    weights = sd_files.write_variant(whole, place).weights
+    _require_finite(weights)
+    written = export_check.load_folder(place, kind, VARIANT)
+    read_back = export_check.require_weights(written, weights)
+    after = export_check.draw_with(written, canvas)
+    # no part of the LoRA can be missing, for the tensors are the plain ones, rounded
+    agreement = export_check.compare(before, after, tolerance=canvas.tolerance(VARIANT))
+    line = export_check.require(agreement, reader(place, kind, VARIANT))
+    return [f"Variant fp16: {read_back}", line]
 
 
 def _offline_file(
-    base: Model, loras: Loras, target: Path, rank: int | None, overwrite: bool
+    base: Model,
+    loras: Loras,
+    target: Path,
+    rank: int | None,
+    overwrite: bool,
+    loader: Loader,
 ) -> Export:
     written = _lora_file(base, loras, target, rank, overwrite)
     folder, name = str(target.absolute().parent), target.name
     arguments = f"offline_lora={folder!r}, offline_lora_filename={name!r}"
     note = (
-        f"With a file, generic diffusion feature takes {ITS_BASE} as the base; this LoRA's is"
+        f"With a file, generic diffusion feature takes {loader.base} as the base; this LoRA's is"
         f" {base.path}. A whole model folder (--out without .safetensors) holds its own base."
     )
-    notes = () if base.path == ITS_BASE else (note,)
-    return Export(target, (*written.lines, *notes, *_paste(arguments)))
+    notes = () if base.path == loader.base else (note,)
+    return Export(target, (*written.lines, *notes, *paste(arguments, loader)))
 
 
 def _lora_file(
@@ -204,7 +232,7 @@ def _lora_file(
             " (--to merged, or --to offline-lora with --out FOLDER)"
         )
     with export_check.quiet():
-        written = diffusers_lora(source, target, base.load(), rank, overwrite=overwrite)
+        written = diffusers_lora(source, target, load_base(base), rank, overwrite=overwrite)
     return Export(target, tuple(written.lines))
 
 
@@ -221,8 +249,14 @@ def _weighted(text: str) -> tuple[Path, float]:
         raise ExportError(f"--with {text}: give FILE=WEIGHT, e.g. other.safetensors=0.5") from None
 
 
-def _paste(arguments: str) -> list[str]:
-    return ["", *(line.format(arguments=arguments) for line in PASTE)]
+def _require_finite(weights: Weights) -> None:
+    for part, tensors in weights.items():
+        for name, tensor in tensors.items():
+            if not bool(tensor.isfinite().all()):
+                raise ExportError(
+                    f"the {part}'s {name} is too large for the variant fp16, which generic"
+                    " diffusion feature loads: it can't have this model as a folder"
+                )
 
 
 def _finite(weight: Tensor, key: str) -> Tensor:

@@ -13,11 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorasweep import lora_file, report
+from lorasweep import report
 from lorasweep.adapters import Site, Stack
 from lorasweep.adapters.pack import Pack
 from lorasweep.export.sd_layout import Weights, prefixed
-from lorasweep.models import BaseModel
+from lorasweep.export.sdxl import Base, SDXLModel
+from lorasweep.models import Precision
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +62,13 @@ Ten times and twice the mean measured on the embedded model with LoRAs that chan
 to 80 (0.14; 2.8). In bf16 an edge moves, so that single pixels say nothing.
 """
 
+ROUNDED_SDXL = Tolerance(mean=12.0, largest=255)
+"""SDXL's in fp16 or bf16, beside the tensors' own comparison, bit by bit.
+
+On an SDXL of random weights fp16 changes a noise prediction by 0.0008 of its norm whatever the
+LoRA, and eight steps make 4 to 9 levels of that; how it is with real weights wasn't measured.
+"""
+
 
 @dataclass(frozen=True)
 class Agreement:
@@ -102,15 +110,52 @@ class Agreement:
         return f"pixels differ by {self.mean:.3f} of 255 on average, {self.largest} at most"
 
 
-def draw(base: BaseModel, adapters: Weighted = (), prompt: str = PROMPT) -> Image.Image:
+@dataclass(frozen=True)
+class Canvas:
+    """What a picture of a base needs besides its modules, so that they can leave memory."""
+
+    side: int
+    """Pixels."""
+    clip_skip: int
+    sdxl_zeros: bool | None
+    """SDXL's force_zeros_for_empty_prompt; None: it is Stable Diffusion 1.x."""
+
+    @classmethod
+    def of(cls, base: Base) -> Canvas:
+        """For a model's own size, or less where that is large."""
+        own = int(base.unet.config.sample_size) * base.vae_scale_factor
+        step = base.size_multiple
+        zeros = None
+        if isinstance(base, SDXLModel):
+            zeros = bool(base.pipeline.config.force_zeros_for_empty_prompt)
+        side = max(step, min(own, MAX_SIDE) // step * step)
+        return cls(side, base.settings.clip_skip, zeros)
+
+    def tolerance(self, precision: Precision) -> Tolerance:
+        """How far a picture may be off that is drawn with weights rounded to a precision."""
+        is_rounded_sdxl = self.sdxl_zeros is not None and precision != "fp32"
+        return ROUNDED_SDXL if is_rounded_sdxl else TOLERANCES[precision]
+
+    def pipeline(self, parts: Mapping[str, Any]) -> Any:
+        """diffusers' text-to-image pipeline of these parts."""
+        from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+        if self.sdxl_zeros is None:
+            return StableDiffusionPipeline(**parts, requires_safety_checker=False)
+        return StableDiffusionXLPipeline(
+            **parts, force_zeros_for_empty_prompt=self.sdxl_zeros, add_watermarker=False
+        )
+
+
+def draw(base: Base, adapters: Weighted = (), prompt: str = PROMPT) -> Image.Image:
     """The picture of our own adapters, at their weights, on the base; of the bare base without."""
     with attached(adapters):
-        return draw_with(pipeline_of(base), base, prompt)
+        return draw_with(pipeline_of(base), Canvas.of(base), prompt)
 
 
 def draw_with(
     pipeline: Any,
-    base: BaseModel,
+    canvas: Canvas,
     prompt: str = PROMPT,
     scheduler_config: Mapping[str, Any] | None = None,
 ) -> Image.Image:
@@ -120,13 +165,14 @@ def draw_with(
     hold one (a single file). Sampled by DDIM (arXiv 2010.02502), which adds no noise of its own.
     """
     import torch
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from diffusers import DDIMScheduler
 
     config = dict(scheduler_config or pipeline.scheduler.config)
     parts = {**pipeline.components, "scheduler": DDIMScheduler.from_config(config)}
-    pipeline = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    with quiet():
+        pipeline = canvas.pipeline(parts)
     pipeline.set_progress_bar_config(disable=True)
-    side, skip = _side(base), base.settings.clip_skip
+    side, skip = canvas.side, canvas.clip_skip
     drawn = pipeline(
         prompt,
         width=side,
@@ -157,13 +203,6 @@ def compare(
         effect=None if bare is None else float(_levels(before, bare).mean()),
         tolerance=tolerance,
     )
-
-
-def approximation(before: Image.Image, base: BaseModel, written: Path) -> str:
-    """The line on a LoRA file that approximates what drew `before`, drawn on its base."""
-    pack = Pack.from_files(base.parts, [lora_file.read(written).tensors])
-    agreement = compare(before, draw(base, [(pack, 1.0)]), draw(base))
-    return agreement.approximate_line("the base with the written LoRA")
 
 
 def require(agreement: Agreement, reader: str) -> str:
@@ -241,13 +280,14 @@ def _add_weighted(
     return total
 
 
-def load_folder(folder: Path, kind: str = TEXT_TO_IMAGE) -> Any:
+def load_folder(folder: Path, kind: str = TEXT_TO_IMAGE, variant: str | None = None) -> Any:
     """A diffusers folder as its user loads it who asks for no type: fp32. `kind` is a class."""
     import diffusers
 
+    asked = {"variant": variant} if variant else {}
     with quiet():
         return getattr(diffusers, kind).from_pretrained(
-            folder, use_safetensors=True, local_files_only=True
+            folder, use_safetensors=True, local_files_only=True, **asked
         )
 
 
@@ -285,10 +325,13 @@ def quiet() -> Iterator[None]:
             library.set_verbosity(level)
 
 
-def pipeline_of(base: BaseModel) -> Any:
+def pipeline_of(base: Base) -> Any:
     """diffusers' own pipeline over the base's modules, not copies of them."""
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DDPMScheduler, StableDiffusionPipeline
 
+    if isinstance(base, SDXLModel):
+        schedule = DDPMScheduler.from_config(dict(base.scheduler_config))
+        return Canvas.of(base).pipeline({**base.pipeline.components, "scheduler": schedule})
     return StableDiffusionPipeline(
         vae=base.vae,
         text_encoder=base.text_encoder,
@@ -299,12 +342,6 @@ def pipeline_of(base: BaseModel) -> Any:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-
-
-def _side(base: BaseModel) -> int:
-    """Pixels a side: what the model is made for, or less where that is large."""
-    own = int(base.unet.config.sample_size) * base.vae_scale_factor
-    return max(base.size_multiple, min(own, MAX_SIDE) // base.size_multiple * base.size_multiple)
 
 
 def _image(pixels: Any) -> Image.Image:

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasweep.export import check as export_check
-from lorasweep.export import sd_files
+from lorasweep.export import sd_files, sdxl
 from lorasweep.export.check import EXACT, TEXT_TO_IMAGE, TOLERANCES, ExportError, Tolerance
 from lorasweep.models import Model, Precision
 from lorasweep.staging import staged
 
 if TYPE_CHECKING:
     from lorasweep.export.sd_files import WholeModel
-    from lorasweep.models import BaseModel
+    from lorasweep.export.sdxl import Base
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ def convert(
         before = load(_settings(source), model)
         picture = export_check.draw(before)
         written, read_back = write(model.cast(precision), place)
-        after = export_check.draw_with(written, before, scheduler_config=schedule(before, place))
+        canvas, noise = export_check.Canvas.of(before), schedule(before, place)
+        after = export_check.draw_with(written, canvas, scheduler_config=noise)
         agreement = export_check.compare(picture, after, tolerance=_tolerance(precision))
         line = export_check.require(agreement, reader(place))
     return Conversion(target, (*model.notes, read_back, line))
@@ -81,20 +82,30 @@ def write(
     return pipeline, export_check.require_weights(pipeline, model.weights)
 
 
-def schedule(base: BaseModel, place: Path) -> dict[str, Any] | None:
+def schedule(base: Base, place: Path) -> dict[str, Any] | None:
     """The noise schedule to draw with: a file has none, and its user gives it."""
     return dict(base.scheduler_config) if is_file(place) else None
 
 
-def reader(place: Path, kind: str = TEXT_TO_IMAGE) -> str:
+def reader(place: Path, kind: str = TEXT_TO_IMAGE, variant: str | None = None) -> str:
     """What loaded it, in words."""
-    return f"diffusers' {kind}.{'from_single_file' if is_file(place) else 'from_pretrained'}"
+    call = "from_single_file" if is_file(place) else "from_pretrained"
+    return f"diffusers' {kind}.{call}" + (f" with variant={variant!r}" if variant else "")
 
 
-def load(settings: Model, model: WholeModel) -> BaseModel:
+def load(settings: Model, model: WholeModel) -> Base:
     """The model as lorasweep computes with it, from the files on this machine that were read."""
+    if model.layout.is_sdxl:
+        return sdxl.load(settings, model)
     path = settings.path if settings.is_single_file else str(model.configs)
     return replace(settings, path=path, config=str(model.configs), revision=None).load()
+
+
+def load_base(settings: Model) -> Base:
+    """The model that exports attach LoRAs to, whatever its architecture. Raises ModelError."""
+    if not sd_files.is_sdxl(settings.path, settings.revision):
+        return settings.load()
+    return load(settings, sd_files.read(settings.path, None, settings.revision, sdxl=True))
 
 
 def _settings(source: str) -> Model:

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorasweep import checkpoint, lora_file
-from lorasweep.adapters import peft
+from lorasweep.adapters import Site, peft
+from lorasweep.adapters.keys import every_site
 from lorasweep.adapters.pack import Pack
 from lorasweep.export import check as export_check
+from lorasweep.export import sdxl
 from lorasweep.export.check import TOLERANCES, Agreement, ExportError, Tolerance
-from lorasweep.export.to_diffusers import REMEDY, How, convert
+from lorasweep.export.to_diffusers import REMEDY, How, convert, diffusers_reads
 from lorasweep.header import CheckpointError, shown
 from lorasweep.lora_file import FACTORED, LoRAFile, svd
+from lorasweep.models import BaseModel
 from lorasweep.staging import staged
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from lorasweep.models import BaseModel
+    from lorasweep.export.sdxl import Base
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class DiffusersFile:
 def diffusers_lora(
     source: Path,
     target: Path,
-    base_model: BaseModel | None,
+    base_model: Base | None,
     rank: int | None,
     *,
     overwrite: bool = False,
@@ -69,7 +73,7 @@ def diffusers_lora(
     before and after. Raises TargetError for a taken target, and ExportError, naming the remedy, for
     what can't be exported or is read otherwise by diffusers; nothing is written then.
     """
-    file = lora_file.read(source)
+    file = lora_file.read(source) if base_model is None else sdxl.read_lora(source, base_model)
     with staged(target, overwrite) as place:
         if base_model is not None:
             _check_fit(file, base_model)
@@ -84,7 +88,25 @@ def diffusers_lora(
     return DiffusersFile(target, how, loss, agreement)
 
 
-def _check_fit(file: LoRAFile, base: BaseModel) -> None:
+def approximation(before: Image.Image, base: Base, written: Path) -> str:
+    """The line on a LoRA file that approximates what drew `before`.
+
+    It is read by diffusers, where that reads kohya's names right, and must be read as we read it;
+    raises ExportError otherwise.
+    """
+    file = sdxl.read_lora(written, base)
+    with export_check.quiet():
+        bare, own, reader = export_check.draw(base), _draw(file, base), "the base with the LoRA"
+        after = own
+        if isinstance(base, BaseModel) and diffusers_reads(file):
+            after, reader = _draw_written(file, written, base), "diffusers' load_lora_weights"
+        must = export_check.compare(own, after, bare, _tolerance(file))
+        if not must.holds:
+            raise ExportError(f"{must.line(reader)} Nothing was written")
+    return export_check.compare(before, after, bare).approximate_line(reader)
+
+
+def _check_fit(file: LoRAFile, base: Base) -> None:
     """Raise ExportError for a LoRA of another base, before any library is asked.
 
     Types that can't be exported are left for what refuses them by name.
@@ -112,41 +134,58 @@ def _metadata(file: LoRAFile, how: How) -> dict[str, str]:
     return {**carried, "ss_training_comment": f"{how} for diffusers from {file.path.name}"}
 
 
-def _check(file: LoRAFile, written: Path, base: BaseModel, how: How) -> Agreement:
+def _check(file: LoRAFile, written: Path, base: Base, how: How) -> Agreement:
     """Compare the source's picture with the one that diffusers draws.
 
     Raises ExportError where they must agree and don't: an approximation must still be read as it
     was written.
     """
     with export_check.quiet():
-        bare, after = export_check.draw(base), _draw_written(written, base)
+        bare, after = export_check.draw(base), _draw_written(file, written, base)
         before = _draw(file, base)
         agreement = export_check.compare(before, after, bare, _tolerance(file))
         must = agreement
         if how == "approximated":
-            itself = _draw(lora_file.read(written), base)
+            itself = _draw(sdxl.read_lora(written, base), base)
             must = export_check.compare(itself, after, bare, _tolerance(file))
     if not must.holds:
         raise ExportError(f"{file.path}: {must.line('diffusers')} Nothing was written; {REMEDY}")
     return agreement
 
 
-def _draw(file: LoRAFile, base: BaseModel) -> Image.Image:
+def _draw(file: LoRAFile, base: Base) -> Image.Image:
     pack = Pack.from_files(base.parts, [file.tensors])
     return export_check.draw(base, [(pack, 1.0)])
 
 
-def _draw_written(path: Path, base: BaseModel) -> Image.Image:
+def _draw_written(file: LoRAFile, path: Path, base: Base) -> Image.Image:
     """The picture that diffusers draws with a LoRA file; the base is as before afterwards."""
-    pipeline = export_check.pipeline_of(base)
+    pipeline, known = export_check.pipeline_of(base), every_site(base.parts)
+    try:
+        _load(pipeline, path)
+        _require_adapted([known[key] for key in file.sites], base)
+        return export_check.draw_with(pipeline, export_check.Canvas.of(base))
+    finally:
+        pipeline.unload_lora_weights()
+
+
+def _load(pipeline: Any, path: Path) -> None:
     try:
         pipeline.load_lora_weights(str(path.parent), weight_name=path.name, use_safetensors=True)
-        return export_check.draw_with(pipeline, base)
     except (ValueError, RuntimeError, KeyError) as error:
         cause = shown(str(error).splitlines()[0])
         raise ExportError(f"diffusers can't load it ({cause}): {REMEDY}") from None
-    finally:
-        pipeline.unload_lora_weights()
+
+
+def _require_adapted(sites: Sequence[Site], base: Base) -> None:
+    """Raise ExportError for a module that diffusers has left bare, without a word of its own."""
+    roots = {part: root for part, (_, root) in base.parts.items()}
+    bare = [s for s in sites if not hasattr(roots[s.part].get_submodule(s.path), "lora_A")]
+    if bare:
+        raise ExportError(
+            f"diffusers leaves {len(bare)} of the {len(sites)} modules out, first"
+            f" {shown(bare[0].key)}: {REMEDY}"
+        )
 
 
 def _tolerance(file: LoRAFile) -> Tolerance:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasweep import checkpoint, config, pick, tracking
+from lorasweep.header import CheckpointError, shown
 from lorasweep.settings import SettingsError, build
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def find(word: str, overrides: Sequence[str], config_dir: Path | None = None) ->
     newest sweep. The base model is the one that the overrides name (model=…, model.path=…), else
     the one it was trained on. Raises OriginError.
     """
-    cfg = config.compose([*_NEEDED, *overrides], config_dir)
+    cfg = config.compose([*NEEDED, *overrides], config_dir)
     lines: list[str] = []
     if word.endswith(".safetensors") or Path(word).is_file():
         path, model = Path(word), None
@@ -50,7 +51,12 @@ def find(word: str, overrides: Sequence[str], config_dir: Path | None = None) ->
     if _names_model(overrides):
         model = build(cfg.model, "model")
     elif model is None:
-        model, where = _trained_on(path)
+        found = trained_on(path, cfg)
+        if found is None:
+            raise OriginError(
+                f"{path}: {unknown_base(path)}; give model=OPTION or model.path=FOLDER"
+            )
+        model, where = found
         lines = [*lines, where]
     return Origin(path, path.stem, model, tuple(lines), Path(cfg.output_root) / "exports")
 
@@ -83,10 +89,7 @@ def _of_run(name: str, cfg: Any) -> tuple[Path, Model, list[str]]:
     if not path.is_file():
         path = output_root / "exports" / chosen.path.name
         tracking.fetch_file(uri, chosen, path)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "config.yaml"
-        file.write_text(tracking.config_of(uri, chosen))
-        model = config.saved_model(file, trusted=True)
+    model = _base_of_run(uri, chosen)
     lines = [f"{chosen.name} of sweep {chosen.sweep}, {why}: {path}", f"Its base: {model.path}"]
     return path, model, lines
 
@@ -102,8 +105,12 @@ def _best(candidates: Sequence[Candidate], by: str) -> tuple[Candidate, str]:
     return best, f"the best of its {len(candidates)} by {by} ({best.scores[by]:.4f})"
 
 
-def _trained_on(path: Path) -> tuple[Model, str]:
-    """The base model of a file: by the config that lies beside it, else by its metadata."""
+def trained_on(path: Path, cfg: Any) -> tuple[Model, str] | None:
+    """The base model of a file, and how it was found; None for one that nothing names.
+
+    By the config that lies beside it, by its metadata, or by the run in the tracking store of `cfg`
+    that wrote it. Raises SettingsError for a config beside it that can't be read.
+    """
     metadata = checkpoint.read_metadata(path)
     for file in (path.parent / "config.yaml", path.parent / ".hydra" / "config.yaml"):
         if file.is_file():
@@ -111,13 +118,46 @@ def _trained_on(path: Path) -> tuple[Model, str]:
             return model, f"Base model, of {file}: {model.path}"
     named = metadata.get("ss_sd_model_name", "")
     for option in config.groups()["model"]:
-        model = build(config.compose([*_NEEDED, f"model={option}"]).model, "model")
+        model = build(config.compose([*NEEDED, f"model={option}"]).model, "model")
         if named and named in (model.path, Path(model.path).name):
             return model, f"Base model, by its metadata: {model.path} (model={option})"
-    says = f"its metadata says {named}" if named else "its metadata doesn't say"
-    raise OriginError(
-        f"{path}: which base model is it for? {says}; give model=OPTION or model.path=FOLDER"
-    )
+    return _by_hash(metadata.get("sshs_model_hash"), cfg)
 
 
-_NEEDED = ["dataset.image_dir=lorasweep"]
+def unknown_base(path: Path) -> str:
+    """Why the base of a file isn't known, in words that name the file's own."""
+    named = checkpoint.read_metadata(path).get("ss_sd_model_name", "")
+    says = f"its metadata says {shown(named)}" if named else "its metadata doesn't say"
+    return f"which base model is it for? {says}"
+
+
+def _by_hash(wanted: str | None, cfg: Any) -> tuple[Model, str] | None:
+    """The base of the run whose checkpoint has this hash; a store that isn't there has none."""
+    settings: Tracking = build(cfg.tracking, "tracking")
+    uri = settings.resolve(Path(cfg.output_root).absolute())
+    store = tracking.sqlite_path(uri)
+    if not wanted or (store is not None and not store.is_file()):
+        return None
+    for one in tracking.candidates(uri, settings.experiment):
+        if one.path.is_file() and _hash_of(one.path) == wanted:
+            model = _base_of_run(uri, one)
+            return model, f"Base model, of {one.name} in the tracking store: {model.path}"
+    return None
+
+
+def _hash_of(path: Path) -> str | None:
+    try:
+        return checkpoint.read_metadata(path).get("sshs_model_hash")
+    except CheckpointError:  # a run's file that was cut since
+        return None
+
+
+def _base_of_run(uri: str, candidate: Candidate) -> Model:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.yaml"
+        file.write_text(tracking.config_of(uri, candidate))
+        return config.saved_model(file, trusted=True)
+
+
+NEEDED = ["dataset.image_dir=lorasweep"]
+"""What composing the config asks for, though nothing here reads images."""

@@ -1,6 +1,7 @@
-"""Reading and writing a whole Stable Diffusion 1.x model: diffusers folder or single file.
+"""Reading and writing a whole model: diffusers folder, or single file of Stable Diffusion 1.x.
 
-Only safetensors are read. Tensors keep their type and their bits.
+Only safetensors are read. Tensors keep their type and their bits. SDXL is read and written as a
+diffusers folder, also with its weights in fp16 under the names of a variant.
 """
 
 from __future__ import annotations
@@ -15,21 +16,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorasweep.export.part_files import (
+    FILES,
+    VARIANT,
+    dtype_of,
+    link,
+    load,
+    load_part,
+    save,
+    variant_of,
+)
 from lorasweep.export.sd_layout import PREFIXES, Layout, Weights, modern_vae_name, prefixed
 from lorasweep.models import ModelError, Precision
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-FILES = {
-    "text_encoder": "model.safetensors",
-    "unet": "diffusion_pytorch_model.safetensors",
-    "vae": "diffusion_pytorch_model.safetensors",
-}
-"""A folder's weights by part."""
+SDXL = "StableDiffusionXLPipeline"
 _COPIED = ("scheduler", "tokenizer")
 _NOT_NEEDED = {"safety_checker", "feature_extractor", "image_encoder"}
 _IGNORED = {
@@ -43,7 +48,8 @@ _IGNORED = {
 }
 """What real files hold beside the model, by pattern, and what it is."""
 _OTHERS = {
-    "conditioner.embedders.": "an SDXL checkpoint: SDXL comes later",
+    "conditioner.embedders.": "an SDXL checkpoint: single files of SDXL come later; a diffusers"
+    " folder of SDXL is read for merged, diffusers-lora and offline-lora",
     "cond_stage_model.model.": "a Stable Diffusion 2 checkpoint: only 1.x is supported",
     "lora_unet_": "a LoRA, not a whole model",
     "model.diffusion_model.double_blocks.": "a Flux checkpoint: only Stable Diffusion 1.x is"
@@ -66,7 +72,7 @@ class WholeModel:
         """The same in another precision; None keeps each tensor as it is."""
         if precision is None:
             return self
-        dtype = _dtype(precision)
+        dtype = dtype_of(precision)
         return replace(
             self,
             weights={
@@ -81,10 +87,12 @@ def read(
     config: str | None = None,
     revision: str | None = None,
     names: tuple[str, str] = ("model.path", "model.config"),
+    *,
+    sdxl: bool = False,
 ) -> WholeModel:
     """Read a diffusers folder, a hub id, or a single file with `config`'s configs (folder or id).
 
-    Messages call `source` and `config` by these names.
+    Messages call `source` and `config` by these names. With `sdxl` a folder may be of SDXL too.
 
     Raises ModelError in one line for another architecture, a missing or misshapen tensor, a pickle.
     Tensors that no part of the model needs are left out, with a warning unless they are known.
@@ -93,11 +101,11 @@ def read(
     if path.is_file():
         return _read_file(path, config, names[1])
     folder = local_folder(source, revision, names[0], weights=True)
-    layout = _layout(folder)
+    layout = _layout(folder, sdxl)
     weights: dict[str, dict[str, Tensor]] = {}
     leftover: list[str] = []
-    for part in FILES:
-        found = {_modern(part, name): tensor for name, tensor in _load_part(folder, part).items()}
+    for part in layout.shapes:
+        found = {_modern(part, name): tensor for name, tensor in load_part(folder, part).items()}
         weights[part] = {name: found[name] for name in layout.shapes[part] if name in found}
         leftover += [f"{part}/{name}" for name in found if name not in weights[part]]
     layout.check(weights)
@@ -106,19 +114,19 @@ def read(
 
 def write_file(model: WholeModel, path: Path) -> None:
     """Write the original single-file layout."""
-    _save(path, model.layout.to_original(model.weights))
+    save(path, model.layout.to_original(model.weights))
 
 
 def write_folder(
     model: WholeModel, folder: Path, scheduler: Mapping[str, Any] | None = None
 ) -> None:
     """Write a diffusers folder, without safety checker; `scheduler` changes its config."""
-    for part, name in FILES.items():
-        _save(folder / part / name, model.weights[part])
+    for part, tensors in model.weights.items():
+        save(folder / part / FILES[part], tensors)
         # for a user who asks for no type: diffusers takes fp32, transformers 5 the config's
-        changes = {"dtype": "float32"} if part == "text_encoder" else {}
+        changes = {"dtype": "float32"} if part.startswith("text_encoder") else {}
         _copy_json(model.configs / part / "config.json", folder, changes, drop={"torch_dtype"})
-    for part in _COPIED:
+    for part in _copied(model.layout.is_sdxl):
         for file in sorted((model.configs / part).iterdir()):
             (folder / part).mkdir(exist_ok=True)
             shutil.copyfile(file, folder / part / file.name)
@@ -126,15 +134,40 @@ def write_folder(
         _copy_json(model.configs / "scheduler" / "scheduler_config.json", folder, dict(scheduler))
     index = _index(model.configs)
     dropped: dict[str, Any] = {name: [None, None] for name in _NOT_NEEDED & set(index)}
-    content = {**index, **dropped, "requires_safety_checker": False}
-    (folder / "model_index.json").write_text(json.dumps(content, indent=2) + "\n")
+    if not model.layout.is_sdxl:
+        dropped["requires_safety_checker"] = False
+    (folder / "model_index.json").write_text(json.dumps({**index, **dropped}, indent=2) + "\n")
+
+
+def write_variant(model: WholeModel, folder: Path) -> WholeModel:
+    """Write the weights beside a folder's plain ones, in fp16 under the variant's names.
+
+    Files whose tensors are fp16 already are the same ones under a second name. Returns what they
+    hold.
+    """
+    result = model.cast(VARIANT)
+    for part, tensors in result.weights.items():
+        plain = folder / part / FILES[part]
+        target = variant_of(plain)
+        given = model.weights[part].values()
+        if any(tensor.dtype != dtype_of(VARIANT) for tensor in given) or not link(plain, target):
+            save(target, tensors)
+    return result
+
+
+def is_sdxl(source: str, revision: str | None = None) -> bool:
+    """Is it a diffusers folder, or a hub id, of SDXL? Raises ModelError for what can't be had."""
+    if Path(source).expanduser().is_file():
+        return False
+    folder = local_folder(source, revision, "model.path", weights=False)
+    return bool(_index(folder).get("_class_name") == SDXL)
 
 
 def precision_of(model: WholeModel) -> Precision:
     """The coarsest type among a model's tensors."""
     found = {tensor.dtype for tensors in model.weights.values() for tensor in tensors.values()}
     order: tuple[Precision, ...] = ("bf16", "fp16", "fp32")
-    return next((name for name in order if _dtype(name) in found), "fp32")
+    return next((name for name in order if dtype_of(name) in found), "fp32")
 
 
 def local_folder(source: str, revision: str | None, key: str, *, weights: bool) -> Path:
@@ -162,34 +195,58 @@ def local_folder(source: str, revision: str | None, key: str, *, weights: bool) 
         ) from None
 
 
+def downloaded(source: str, revision: str | None) -> Path | None:
+    """A diffusers folder, or the copy of a hub id that lies on this machine; asks no server."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(source, revision=revision, local_files_only=True))
+    except (OSError, HFValidationError):
+        return None
+
+
 def _read_file(path: Path, config: str | None, key: str) -> WholeModel:
     if config is None:
         raise ModelError(
             f"{path} is a single file, which holds no configs and no tokenizer: give the folder or"
             f" the hub id of a diffusers model that has them, by {key}"
         )
-    tensors = _load(path)
+    tensors = load(path)
     for mark, what in _OTHERS.items():
         if any(name.startswith(mark) for name in tensors):
             raise ModelError(f"{path} is {what}")
     if not any(name.startswith(PREFIXES["unet"]) for name in tensors):
         raise ModelError(f"{path} holds no {PREFIXES['unet']}* tensors: it is not a whole model")
     configs = local_folder(config, None, key, weights=False)
-    layout = _layout(configs)
+    layout = _layout(configs, sdxl=False)
     weights, leftover = layout.to_diffusers(tensors)
     layout.check(weights)
     return WholeModel(weights, configs, layout, _leftover_notes(path, leftover))
 
 
-def _layout(folder: Path) -> Layout:
+def _layout(folder: Path, sdxl: bool) -> Layout:
     name = _index(folder).get("_class_name")
-    if name != "StableDiffusionPipeline":
-        later = "SDXL comes later" if "XL" in str(name) else "only StableDiffusionPipeline is read"
+    is_sdxl = name == SDXL
+    if name != "StableDiffusionPipeline" and not (is_sdxl and sdxl):
+        later = (
+            "SDXL comes later (export --to merged, diffusers-lora and offline-lora know its"
+            " diffusers folders)"
+            if is_sdxl
+            else "only StableDiffusionPipeline is read"
+        )
         raise ModelError(f"{folder} is a {name}: {later}")
-    for part in _COPIED:
+    for part in _copied(is_sdxl):
         if not (folder / part).is_dir():
             raise ModelError(f"{folder} has no {part}: give a whole diffusers folder")
-    return Layout.of(folder)
+    return Layout.of(folder, is_sdxl)
+
+
+def _copied(is_sdxl: bool) -> tuple[str, ...]:
+    return (*_COPIED, "tokenizer_2") if is_sdxl else _COPIED
 
 
 def _index(folder: Path) -> dict[str, Any]:
@@ -199,28 +256,6 @@ def _index(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         raise ModelError(f"{folder} is not a diffusers folder: no model_index.json") from None
     return index
-
-
-def _load_part(folder: Path, part: str) -> Mapping[str, Tensor]:
-    path = folder / part / FILES[part]
-    if not path.is_file():
-        raise ModelError(
-            f"{path} is missing; only safetensors in one piece are read, not pickles (.bin) or"
-            " variants"
-        )
-    return _load(path)
-
-
-def _load(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if path.suffix != ".safetensors":
-        raise ModelError(f"{path}: only .safetensors files are read, for others can run any code")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ModelError(f"{path} is not a whole safetensors file: {error}") from None
 
 
 def _modern(part: str, name: str) -> str:
@@ -242,14 +277,6 @@ def _leftover_notes(source: Path, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(f"Left out: {count} x {why}" for why, count in counts.items())
 
 
-def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    from safetensors.torch import save_file
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(whole, path, metadata={"format": "pt"})
-
-
 def _copy_json(
     source: Path, folder: Path, changes: Mapping[str, Any], drop: Iterable[str] = ()
 ) -> None:
@@ -258,9 +285,3 @@ def _copy_json(
     kept = {key: value for key, value in content.items() if not (changes and key in drop)}
     target = folder / source.parent.name / source.name
     target.write_text(json.dumps({**kept, **changes}, indent=2, sort_keys=True) + "\n")
-
-
-def _dtype(precision: Precision) -> torch.dtype:
-    import torch
-
-    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Weights = Mapping[str, Mapping[str, "Tensor"]]
-"""A model's tensors: unet, vae and text_encoder, each by diffusers' names.
+"""A model's tensors: unet, vae, text_encoder and SDXL's text_encoder_2, by diffusers' names.
 
-The text encoder's have the `text_model.` that transformers 5 has dropped, as all files' have.
+The text encoders' have the `text_model.` that transformers 5 has dropped, as all files' have.
 """
 
 PREFIXES = {
@@ -37,6 +37,8 @@ _UNET_OUTER = {
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",  # SDXL's
+    "add_embedding.linear_2": "label_emb.0.2",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
@@ -75,35 +77,61 @@ class Layout:
     num_vae_levels: int
 
     @classmethod
-    def of(cls, folder: Path) -> Layout:
+    def of(cls, folder: Path, has_two_text_encoders: bool = False) -> Layout:
         """The layout that the configs of a diffusers folder describe. Raises ModelError."""
         import torch
         from diffusers import AutoencoderKL, UNet2DConditionModel
-        from transformers import CLIPTextConfig, CLIPTextModel
+        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
         unet, vae, text = (_config(folder, part) for part in ("unet", "vae", "text_encoder"))
+        second = None
         with torch.device("meta"):  # names and shapes cost no memory
+            if has_two_text_encoders:
+                config = CLIPTextConfig.from_dict(_config(folder, "text_encoder_2"))
+                second = CLIPTextModelWithProjection(config)
             return cls.from_modules(
                 UNet2DConditionModel.from_config(unet),
                 AutoencoderKL.from_config(vae),
                 CLIPTextModel(CLIPTextConfig.from_dict(text)),
+                second,
             )
 
     @classmethod
-    def from_modules(cls, unet: Any, vae: Any, text_encoder: Any) -> Layout:
-        """The layout of these modules; their weights don't matter. Raises ModelError."""
-        if unet.config.use_linear_projection:
+    def from_modules(
+        cls, unet: Any, vae: Any, text_encoder: Any, text_encoder_2: Any = None
+    ) -> Layout:
+        """The layout of these modules; their weights don't matter. Raises ModelError.
+
+        With a second text encoder it is SDXL's.
+        """
+        if unet.config.use_linear_projection and text_encoder_2 is None:
             raise ModelError("it is a Stable Diffusion 2 model: only 1.x has this layout")
         layers = unet.config.layers_per_block
         if not isinstance(layers, int):
             raise ModelError(f"a UNet with layers_per_block={layers} has no original layout")
         text = {prefixed(name): value for name, value in text_encoder.state_dict().items()}
         parts = {"text_encoder": text, "unet": unet.state_dict(), "vae": vae.state_dict()}
+        if text_encoder_2 is not None:
+            parts["text_encoder_2"] = text_encoder_2.state_dict()
         shapes = {
             part: {name: tuple(value.shape) for name, value in tensors.items()}
             for part, tensors in parts.items()
         }
         return cls(shapes, layers, len(vae.config.block_out_channels))
+
+    @property
+    def is_sdxl(self) -> bool:
+        """Is it SDXL's, which has no single-file form here yet?"""
+        return "text_encoder_2" in self.shapes
+
+    @cached_property
+    def original_unet_paths(self) -> Mapping[str, str]:
+        """Dotted paths of the UNet's modules by those in the original layout."""
+        names = [name for name in self.shapes["unet"] if name.endswith(".weight")]
+        return {
+            self._original_name("unet", name).removesuffix(".weight"): name.removesuffix(".weight")
+            for name in names
+        }
 
     @cached_property
     def original(self) -> Mapping[str, tuple[str, str]]:
@@ -147,7 +175,8 @@ class Layout:
             if missing:
                 raise ModelError(
                     f"{len(missing)} of the {part}'s {len(shapes)} tensors are missing, first"
-                    f" {missing[0]}: it is not a whole Stable Diffusion 1.x model"
+                    f" {missing[0]}: it is not a whole"
+                    f" {'SDXL' if self.is_sdxl else 'Stable Diffusion 1.x'} model"
                 )
             for name, shape in shapes.items():
                 found = tuple(weights[part][name].shape)

@@ -14,6 +14,7 @@ from lorasweep.adapters.deltas import Tensors, algorithm, has_magnitude, low_ran
 from lorasweep.adapters.dora import DoRAStack
 from lorasweep.adapters.keys import every_site
 from lorasweep.export.check import ExportError
+from lorasweep.export.sdxl import Base, SDXLModel
 from lorasweep.header import shown
 from lorasweep.lora_file import FACTORED, LoRAFile, svd
 
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lorasweep.adapters import Site
-    from lorasweep.models import BaseModel
+
+SDXL_WIDTH = 2048
+"""Width of the text embeddings of SDXL (`LoRAFile.text_width`)."""
 
 How = Literal["as it is", "converted", "approximated"]
 
@@ -29,13 +32,15 @@ REMEDY = "export --to merged instead, which is exact"
 
 
 def convert(
-    file: LoRAFile, base: BaseModel | None, rank: int | None
+    file: LoRAFile, base: Base | None, rank: int | None
 ) -> tuple[Mapping[str, Tensor], How, svd.Loss | None]:
     """Tensors that diffusers reads right, what was done, and what approximations lost.
 
     Raises ExportError, naming the remedy, for what has no such form.
     """
-    if diffusers_reads(file):
+    if base is None and file.text_width == SDXL_WIDTH:
+        raise ExportError("it is of SDXL, whose modules only the base model tells: give it")
+    if not isinstance(base, SDXLModel) and diffusers_reads(file):
         return file.tensors, "as it is", None
     known = None if base is None else every_site(base.parts)
     sites: dict[str, dict[str, Tensor]] = {}

@@ -41,7 +41,11 @@ _NAMES = {
     "tlora": {"q_layer.weight", "p_layer.weight", "lambda_layer"},
 }
 _READERS = ("attn2_to_k", "attn2_to_v")
-_KERNEL_3 = ("_conv", "_conv1", "_conv2", "_conv_in", "_conv_out", "_op")
+_KERNEL_3 = (
+    *("_conv", "_conv1", "_conv2", "_conv_in", "_conv_out", "_op"),
+    *("_in_layers_2", "_out_layers_3", "_input_blocks_0_0", "_unet_out_2"),  # the original names
+)
+_KERNEL_1 = ("_conv_shortcut", "_skip_connection")
 _ADAPTER_CONFIG = "adapter_config.json"
 
 
@@ -95,7 +99,7 @@ class LoRAFile:
             return found
         if key.endswith(_KERNEL_3) and found[1] % 9 == 0:
             return found[0], found[1] // 9, 3, 3
-        is_conv = key.endswith("_conv_shortcut")
+        is_conv = key.endswith(_KERNEL_1)
         if key.endswith(("_proj_in", "_proj_out")):  # SD1.x's are convolutions, later ones linear
             if self.text_width is None:
                 raise CheckpointError(f"{shown(key)}: the file doesn't tell what its base is")

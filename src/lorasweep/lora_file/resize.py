@@ -53,7 +53,7 @@ def resize(
     With both, `rank` is the limit. DoRA keeps its magnitudes. Raises CheckpointError for a type
     whose change is no sum with the weight (OFT, IA3, …), TargetError for a taken target.
     """
-    _check(rank, energy)
+    check(rank, energy)
     lora_file.check_target(target, overwrite)
     file = lora_file.read(source)
     unfit = {kind for kind in file.algorithms.values() if kind not in RESIZABLE}
@@ -75,6 +75,16 @@ def resize(
     return Resized(target, ranks, svd.Loss.of(kept))
 
 
+def check(rank: int | None, energy: float | None) -> None:
+    """Raise CheckpointError for what no LoRA can be resized to."""
+    if rank is None and energy is None:
+        raise CheckpointError("say to what: --rank N or --energy 0.95")
+    if rank is not None and not 1 <= rank <= lora_file.MAX_RANK:
+        raise CheckpointError(f"--rank {rank}: give 1 to {lora_file.MAX_RANK}")
+    if energy is not None and not 0 < energy <= 1:
+        raise CheckpointError(f"--energy {energy}: give a share above 0, at most 1")
+
+
 def _as_lora(site: Mapping[str, Tensor], down: Tensor, up: Tensor) -> dict[str, Tensor]:
     """File tensors with alpha = rank, in the type the site came in."""
     import torch
@@ -92,15 +102,6 @@ def _own_rank(found: svd.Spectrum, rank: int | None, energy: float | None) -> in
     own = found.rank_for(energy) if energy is not None else rank
     assert own is not None, "rank or energy is given"
     return min(own, rank) if rank is not None else own
-
-
-def _check(rank: int | None, energy: float | None) -> None:
-    if rank is None and energy is None:
-        raise CheckpointError("say to what: --rank N or --energy 0.95")
-    if rank is not None and not 1 <= rank <= lora_file.MAX_RANK:
-        raise CheckpointError(f"--rank {rank}: give 1 to {lora_file.MAX_RANK}")
-    if energy is not None and not 0 < energy <= 1:
-        raise CheckpointError(f"--energy {energy}: give a share above 0, at most 1")
 
 
 def _metadata(file: LoRAFile, ranks: Mapping[int, int]) -> dict[str, str]:
