@@ -15,6 +15,7 @@ from lorasweep.export import sd_files
 from lorasweep.export.check import TEXT_TO_IMAGE, TOLERANCES, ExportError, Weighted
 from lorasweep.export.convert import is_file, load, reader, schedule, write
 from lorasweep.export.sd_layout import prefixed
+from lorasweep.header import CheckpointError
 from lorasweep.models import Model, Precision
 from lorasweep.staging import staged
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from lorasweep.export.sd_files import WholeModel
     from lorasweep.models import BaseModel
 
+OTHER_BASE = "Give the one it was trained on by model=OPTION or model.path=FOLDER"
 Loras = Sequence[tuple[Path, float]]
 """LoRA files and the weight of each one's delta; 1 is as trained."""
 
@@ -147,10 +149,14 @@ def merge(
 
 def attachable(base: BaseModel, loras: Loras) -> Weighted:
     """The LoRA files as packs of one on this base. Raises CheckpointError for a misfit."""
-    return [
-        (Pack.from_files(base.parts, [lora_file.read(path).tensors]), weight)
-        for path, weight in loras
-    ]
+    found = []
+    for path, weight in loras:
+        tensors = lora_file.read(path).tensors
+        try:
+            found.append((Pack.from_files(base.parts, [tensors]), weight))
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}; is it of another base? {OTHER_BASE}") from None
+    return found
 
 
 def _merged(
@@ -216,6 +222,8 @@ def _weighted(text: str) -> tuple[Path, float]:
     """FILE=WEIGHT of the command line."""
     file, _, weight = text.rpartition("=")
     try:
+        if not math.isfinite(float(weight)):
+            raise ValueError
         return Path(file), float(weight)
     except ValueError:
         raise ExportError(f"--with {text}: give FILE=WEIGHT, e.g. other.safetensors=0.5") from None

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasweep.export.sd_layout import PREFIXES, Layout, Weights, modern_vae_name, prefixed
+from lorasweep.header import shown
+from lorasweep.model_files import load_error, load_errors, read_object, refuse_others
 from lorasweep.models import ModelError, Precision
 
 if TYPE_CHECKING:
@@ -42,14 +44,6 @@ _IGNORED = {
     r"first_stage_model\.loss\.": "loss of the VAE's training",
 }
 """What real files hold beside the model, by pattern, and what it is."""
-_OTHERS = {
-    "conditioner.embedders.": "an SDXL checkpoint: SDXL comes later",
-    "cond_stage_model.model.": "a Stable Diffusion 2 checkpoint: only 1.x is supported",
-    "lora_unet_": "a LoRA, not a whole model",
-    "model.diffusion_model.double_blocks.": "a Flux checkpoint: only Stable Diffusion 1.x is"
-    " supported",
-}
-"""Names that tell other models, and what is said of them."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +148,11 @@ def local_folder(source: str, revision: str | None, key: str, *, weights: bool) 
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
     except (OSError, HFValidationError) as error:
+        from huggingface_hub.constants import HF_HUB_OFFLINE
+
         first = (str(error).splitlines() or ["no answer"])[0]
+        if HF_HUB_OFFLINE:
+            first = "HF_HUB_OFFLINE is set, so nothing is downloaded, and it is not in the cache"
         file = " or a .safetensors file" if weights else ""
         raise ModelError(
             f"{key}={source}: no such file or folder, and as a hub id it can't be had ({first});"
@@ -169,9 +167,7 @@ def _read_file(path: Path, config: str | None, key: str) -> WholeModel:
             f" the hub id of a diffusers model that has them, by {key}"
         )
     tensors = _load(path)
-    for mark, what in _OTHERS.items():
-        if any(name.startswith(mark) for name in tensors):
-            raise ModelError(f"{path} is {what}")
+    refuse_others(str(path), tensors)
     if not any(name.startswith(PREFIXES["unet"]) for name in tensors):
         raise ModelError(f"{path} holds no {PREFIXES['unet']}* tensors: it is not a whole model")
     configs = local_folder(config, None, key, weights=False)
@@ -184,21 +180,24 @@ def _read_file(path: Path, config: str | None, key: str) -> WholeModel:
 def _layout(folder: Path) -> Layout:
     name = _index(folder).get("_class_name")
     if name != "StableDiffusionPipeline":
+        name = shown(str(name))
         later = "SDXL comes later" if "XL" in str(name) else "only StableDiffusionPipeline is read"
         raise ModelError(f"{folder} is a {name}: {later}")
     for part in _COPIED:
         if not (folder / part).is_dir():
             raise ModelError(f"{folder} has no {part}: give a whole diffusers folder")
-    return Layout.of(folder)
+    try:
+        return Layout.of(folder)
+    except ModelError:
+        raise
+    except load_errors() as error:
+        raise load_error(str(folder), error) from None
 
 
 def _index(folder: Path) -> dict[str, Any]:
-    path = folder / "model_index.json"
-    try:
-        index: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError):
-        raise ModelError(f"{folder} is not a diffusers folder: no model_index.json") from None
-    return index
+    if not (folder / "model_index.json").is_file():
+        raise ModelError(f"{folder} is not a diffusers folder: no model_index.json")
+    return read_object(folder / "model_index.json", str(folder))
 
 
 def _load_part(folder: Path, part: str) -> Mapping[str, Tensor]:

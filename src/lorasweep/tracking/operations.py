@@ -245,8 +245,13 @@ class Close:
         run_id = self.run.id.result()
         if self.reason:
             store.client.set_tag(run_id, REASON_TAG, self.reason[:MAX_TAG])
-            store.client.set_tag(run_id, "mlflow.note.content", self.reason[:MAX_TAG])
+            store.client.set_tag(run_id, "mlflow.note.content", _note(self.reason)[:MAX_TAG])
         store.client.set_terminated(run_id, self.status)
+
+
+def _note(text: str) -> str:
+    """A note is Markdown, where the names of a person's files may be HTML or links."""
+    return re.sub(r"[\\`*_\[\]<>#|!&]", lambda found: f"\\{found[0]}", text)
 
 
 def points(step: int, metrics: Mapping[str, float]) -> list[Point]:
