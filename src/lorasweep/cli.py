@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if {"-h", "--help"} & set(argv):
                 print(_train_help())
                 return
-            train(argv[1:])
+            train(_flags_first(argv[1:]))
             return
         if argv[:1] == ["sweep"]:
             _sweep(argv[1:])
@@ -180,10 +180,16 @@ def _sweep(argv: Sequence[str]) -> None:
         raise SettingsError(
             f"{name}: a sweep's name comes first; there are {', '.join(groups()['sweeps'])}"
         )
-    # Hydra's parser wants all overrides in one piece
-    overrides = [word for word in argv[1:] if word[0] != "-" and ("=" in word or word[0] == "~")]
-    flags = [word for word in argv[1:] if word not in overrides]
-    train(["-m", *flags, f"+sweeps={name}", *overrides])
+    train(_flags_first(["-m", f"+sweeps={name}", *argv[1:]]))
+
+
+def _flags_first(argv: Sequence[str]) -> list[str]:
+    """Hydra's parser wants all overrides in one piece."""
+    is_override = [word[:1] != "-" and ("=" in word or word[:1] == "~") for word in argv]
+    found = list(zip(argv, is_override, strict=True))
+    return [word for word, is_one in found if not is_one] + [
+        word for word, is_one in found if is_one
+    ]
 
 
 def _add_export(commands: Any) -> None:

@@ -249,6 +249,8 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, YAMLError):
         told = " ".join(str(error).split())
         return f"{shown(told, 300)}: it is not YAML; mend the file"
+    if isinstance(error, UnicodeDecodeError):
+        return f"a file of settings is not UTF-8 text ({error.reason}); save it so"
     if isinstance(error, UnicodeEncodeError):
         return f"{error.object[:100]!r} can't be written as {error.encoding}; give it another name"
     if isinstance(error, ValueError) and "Config group override must be" in str(error):
