@@ -12,7 +12,7 @@ PACKAGE = Path(lorasweep.__file__).parent
 LEVELS = [
     {"settings", "rng", "images", "progress", "staging"},
     {"dataset", "folders", "checkpoint", "header"},
-    {"captions", "models", "adapters", "optimizers", "lora_file"},
+    {"captions", "models", "model_files", "adapters", "optimizers", "lora_file"},
     {"latents", "sampling", "metrics"},
     {"trainers"},
     {"tracking", "report", "study"},

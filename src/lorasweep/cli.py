@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -83,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if {"-h", "--help"} & set(argv):
                 print(_train_help())
                 return
-            train(argv[1:])
+            train(_flags_first(argv[1:]))
             return
         if argv[:1] == ["sweep"]:
             _sweep(argv[1:])
@@ -108,8 +110,17 @@ def _parsed(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
+class _OneLineParser(argparse.ArgumentParser):
+    """argparse, without its lines of usage before each mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        from lorasweep.settings import SettingsError
+
+        raise SettingsError(f"{message}; see {self.prog} --help")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _OneLineParser(
         prog="lorasweep",
         description="Train, compare and choose LoRAs of Stable Diffusion.",
         epilog=_EPILOG,
@@ -126,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     pick.add_argument("--run", help="only this run's; together with --epoch it is your own choice")
     pick.add_argument("--epoch", type=int, help="only this epoch's checkpoints")
-    pick.add_argument("--limit", type=int, default=15, help="rows of the table (default 15)")
+    pick.add_argument("--limit", type=_count, default=15, help="rows of the table (default 15)")
     _add_export(commands)
     convert = _add(
         commands, "convert", "SOURCE TARGET ", "diffusers folder <-> single .safetensors", _convert
@@ -142,11 +153,24 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SWEEP",
         help="show a sweep's study in optuna-dashboard instead (default: the newest)",
     )
-    ui.add_argument("--port", type=int, default=5000, help="port to listen on (default 5000)")
+    ui.add_argument("--port", type=_port, default=5000, help="port to listen on (default 5000)")
     _add(commands, "sync", "[DIR|RUN] ", "send MLflow what it could not take before", _sync)
     _add_file_commands(commands)
     _add(commands, "doctor", "", "check devices, disk, models, weights and tracking", _doctor)
     return parser
+
+
+def _port(text: str) -> int:
+    """Of a server: those below 1024 are the system's."""
+    if not 1024 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError("give a port from 1024 to 65535")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("give a number of at least 1")
+    return int(text)
 
 
 def _sweep(argv: Sequence[str]) -> None:
@@ -158,14 +182,20 @@ def _sweep(argv: Sequence[str]) -> None:
         print(_SWEEP_HELP.format(sweeps=", ".join(groups()["sweeps"])))
         return
     name = argv[0]
-    if "=" in name or name.startswith("-"):
+    if not re.fullmatch(r"\w[\w-]*", name):
         raise SettingsError(
             f"{name}: a sweep's name comes first; there are {', '.join(groups()['sweeps'])}"
         )
-    # Hydra's parser wants all overrides in one piece
-    overrides = [word for word in argv[1:] if word[0] != "-" and ("=" in word or word[0] == "~")]
-    flags = [word for word in argv[1:] if word not in overrides]
-    train(["-m", *flags, f"+sweeps={name}", *overrides])
+    train(_flags_first(["-m", f"+sweeps={name}", *argv[1:]]))
+
+
+def _flags_first(argv: Sequence[str]) -> list[str]:
+    """Hydra's parser wants all overrides in one piece."""
+    is_override = [word[:1] != "-" and ("=" in word or word[:1] == "~") for word in argv]
+    found = list(zip(argv, is_override, strict=True))
+    return [word for word, is_one in found if not is_one] + [
+        word for word, is_one in found if is_one
+    ]
 
 
 def _add_export(commands: Any) -> None:
@@ -257,10 +287,17 @@ def _split(arguments: argparse.Namespace, at_most: int) -> tuple[list[str], list
     """Words and overrides. Raises SettingsError for more than `at_most` words."""
     from lorasweep.settings import SettingsError
 
-    words = [word for word in arguments.words if "=" not in word]
+    # a file's name may have a = too
+    words = [word for word in arguments.words if "=" not in word or _is_there(word)]
     if len(words) > at_most:
         raise SettingsError(f"{words[at_most]}: not understood; settings are given as KEY=VALUE")
-    return words, [word for word in arguments.words if "=" in word]
+    if "" in words:
+        raise SettingsError("an empty word names nothing")
+    return words, [word for word in arguments.words if word not in words]
+
+
+def _is_there(word: str) -> bool:
+    return os.path.lexists(word) and "\0" not in word
 
 
 def train(argv: Sequence[str]) -> None:
@@ -269,11 +306,22 @@ def train(argv: Sequence[str]) -> None:
 
     from lorasweep.config import conf_dir, register_resolvers
 
+    _check_flags(argv)
     register_resolvers()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and we say it in one line
     sys.argv = ["lorasweep train", *argv]
     app = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
     app(_job)()
+
+
+def _check_flags(argv: Sequence[str]) -> None:
+    """Raise SettingsError for a flag that Hydra would answer with its usage in ten lines."""
+    from hydra._internal.utils import get_args_parser
+
+    parser = get_args_parser()
+    parser.prog = "lorasweep train"
+    parser.error = partial(_OneLineParser.error, parser)  # type: ignore[method-assign]
+    parser.parse_args(list(argv))
 
 
 def _job(cfg: Any) -> None:
@@ -332,8 +380,12 @@ def _resume(arguments: argparse.Namespace) -> int:
 
 def _caption(arguments: argparse.Namespace) -> int:
     from lorasweep.config import build_run, compose, quoted
+    from lorasweep.settings import SettingsError
 
     words, overrides = _split(arguments, at_most=1)
+    given = [one for one in overrides if one.lstrip("+").startswith("dataset.image_dir=")]
+    if words and given:
+        raise SettingsError(f"{words[0]} and {given[0]}: give one folder of images")
     images = [f"dataset.image_dir={quoted(words[0])}"] if words else []
     run = build_run(compose([*overrides, *images], arguments.config_dir), output_dir=Path())
     from lorasweep.run import write_folders
@@ -532,18 +584,19 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 def _tracking(overrides: Sequence[str], config_dir: Path | None) -> tuple[Any, Any, Path]:
     """The composed config, its tracking settings and its output_root; no images are needed."""
-    from lorasweep.config import compose
+    from lorasweep.config import compose, folder
     from lorasweep.settings import build
 
     cfg = compose(["dataset.image_dir=lorasweep", *overrides], config_dir)
-    return cfg, build(cfg.tracking, "tracking"), Path(cfg.output_root).absolute()
+    return cfg, build(cfg.tracking, "tracking"), folder(cfg.output_root, "output_root")
 
 
 def _exit(error: Exception) -> NoReturn:
     from lorasweep.config import one_line
+    from lorasweep.header import harmless
 
     line = one_line(error)
     if line is None:
         raise error
-    print(f"lorasweep: {line}", file=sys.stderr)
+    print(f"lorasweep: {harmless(line)}", file=sys.stderr)
     sys.exit(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -13,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lorasweep.header import shown
 from lorasweep.settings import SettingsError, build, build_class, unknown_key
+from lorasweep.tracking.store import explain as explain_store
 
 if TYPE_CHECKING:
     from lorasweep.adapters import Adapter
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PACKAGE = Path(__file__).parent
+MAX_NAME = 100  # bytes of a run's name; file systems allow 255, and numbers and endings are added
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +111,7 @@ def register_resolvers() -> None:
     resolvers: dict[str, Any] = {
         "embedded": lambda path: str(PACKAGE / "embedded" / path),
         "half": lambda number: number / 2 if isinstance(number, int | float) else number,
+        "named": lambda name, key="name": _name(name, None, key),
         "times": lambda a, b: a * b,
         "over": lambda a, b: a / b,
         "basename": lambda path: re.sub(r"[^\w-]+", "-", Path(path).name).strip("-") or "lora",
@@ -162,7 +167,10 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> DictCon
     from hydra import initialize_config_dir
 
     register_resolvers()
-    extra = [f"hydra.searchpath=[file://{config_dir.absolute()}]"] if config_dir else []
+    if config_dir is not None and not config_dir.is_dir():  # Hydra goes on without it
+        raise SettingsError(f"--config-dir {config_dir}: there is no such folder")
+    place = quoted(f"file://{config_dir.absolute()}") if config_dir else ""
+    extra = [f"hydra.searchpath=[{place}]"] if config_dir else []
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         return hydra_compose("config", [*extra, *overrides])
 
@@ -198,8 +206,16 @@ def begun_by(folder: Path) -> Command:
 
 def quoted(text: str) -> str:
     """A value for Hydra's grammar, whatever characters it has."""
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    literal = text.replace("${", "\\${")  # no interpolation of OmegaConf's
+    escaped = re.sub(r"\\+(?='|$)", lambda found: found[0] * 2, literal).replace("'", "\\'")
     return f"'{escaped}'"
+
+
+def folder(value: object, key: str) -> Path:
+    """A folder that a setting names, absolute. Raises SettingsError for no text."""
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
+        raise SettingsError(f"{key}={value}: give a folder")
+    return Path(value).expanduser().absolute()
 
 
 def saved_model(config_file: Path, *, trusted: bool) -> Model:
@@ -242,9 +258,9 @@ def build_run(
         name=_name(values["name"], number),
         seed=_integer(values["seed"], "seed"),
         sweep=sweep,
-        output_root=Path(values["output_root"]).expanduser().absolute(),
+        output_root=folder(values["output_root"], "output_root"),
         output_dir=output_dir.absolute(),
-        cache_dir=Path(values["cache_dir"]).expanduser().absolute(),
+        cache_dir=folder(values["cache_dir"], "cache_dir"),
         captions=_group(values.get("captions"), "captions"),
         metrics=_group(values.get("metrics"), "metrics"),
         config_yaml=OmegaConf.to_yaml(OmegaConf.create(values)),
@@ -278,7 +294,7 @@ def job_identity(hydra_cfg: DictConfig) -> dict[str, Any]:
 
 def one_line(error: Exception) -> str | None:
     """What a person is told of an error; None for one of ours, which keeps its traceback."""
-    line = explain(error)
+    line = explain(error) or explain_store(error)
     if line is None and type(error).__module__.startswith("lorasweep"):
         return str(error)
     return line
@@ -287,21 +303,36 @@ def one_line(error: Exception) -> str | None:
 def explain(error: Exception) -> str | None:
     """One line for what the user can mend, naming key and remedy; None for any other error."""
     from hydra.errors import HydraException, OverrideParseException
+    from yaml import YAMLError  # type: ignore[import-untyped]
 
     if isinstance(error, OverrideParseException):
         cause = str(error).splitlines()[0]
-        return f"{error.override}: can't be read ({cause}); quote values that hold , [ ] {{ }} or ="
+        override = shown(str(error.override))
+        return f"{override}: can't be read ({cause}); quote values that hold , [ ] {{ }} or ="
     if isinstance(error, SettingsError):
         return str(error)
+    if isinstance(error, YAMLError):
+        told = " ".join(str(error).split())
+        return f"{shown(told, 300)}: it is not YAML; mend the file"
+    if isinstance(error, UnicodeDecodeError):
+        return f"a file of settings is not UTF-8 text ({error.reason}); save it so"
+    if isinstance(error, UnicodeEncodeError):
+        return f"{error.object[:100]!r} can't be written as {error.encoding}; give it another name"
+    if isinstance(error, ValueError) and "Config group override must be" in str(error):
+        return "a group takes the name of an option, not null or a number: GROUP=OPTION"
     if not isinstance(error, HydraException | OmegaConfBaseException):
-        return None
+        return _explain_os(error) if isinstance(error, OSError) else None
     message = str(error)
+    if named := re.search(
+        r"(?s)raised while resolving interpolation: (\S*name=.*it names files\))", message
+    ):
+        return shown(named[1])
     if missing := re.search(r"[Mm]issing mandatory value: ([\w.]+)", message):
         return _explain_missing(missing[1])
     if "Ambiguous value for argument" in message:
         override = message.partition("'")[2].partition("'")[0]
         return f"{override}: several values make a sweep; train it by lorasweep train -m …"
-    if option := re.search(r"Could not find '(.+?)/([^/']+)'", message):
+    if option := re.search(r"Could not (?:find|load) '(.+?)/([^/']+)'", message):
         group, name = option.groups()
         return f"{group}={name}: there is no such option; choose one of {_options(group)}"
     if there := re.search(r"An item is already at '(.+?)'", message):
@@ -314,8 +345,40 @@ def explain(error: Exception) -> str | None:
     return " ".join(lines[:2])
 
 
+_OF_THE_PLACE = {
+    errno.EACCES: "make it accessible",
+    errno.EPERM: "make it accessible",
+    errno.EROFS: "give a place that can be written to",
+    errno.ENOSPC: "free some disk, or give another place",
+    errno.EDQUOT: "free some disk, or give another place",
+    errno.EFBIG: "free some disk, or give another place",
+    errno.EIO: "the disk or its connection is at fault",
+    errno.ENOTDIR: "a file is where a folder is needed",
+    errno.EEXIST: "a file is where a folder is needed",
+    errno.EISDIR: "a folder is where a file is needed",
+    errno.ENOENT: "give a place that exists",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ELOOP: "it is a link to itself",
+    errno.EMFILE: "allow more open files (ulimit -n)",
+}
+"""What a person can do about errors of files and folders."""
+
+
+def _explain_os(error: OSError) -> str | None:
+    """One line for what files, folders and disks refuse; None for any other error."""
+    remedy = _OF_THE_PLACE.get(error.errno or 0)
+    if remedy is None:
+        return None
+    place = error.filename if error.filename2 is None else error.filename2
+    where = (
+        shown(os.fsdecode(place), 300) if isinstance(place, str | bytes | os.PathLike) else "a file"
+    )
+    return f"{where}: {error.strerror}; {remedy}"
+
+
 def _options(group: str) -> str:
-    names = {path.stem for path in (conf_dir() / group).glob("*.yaml")}
+    folder = sweeps_dir() if group == "sweeps" else conf_dir() / group
+    names = {path.stem for path in folder.glob("*.yaml")}
     return ", ".join(sorted(names)) or "none"
 
 
@@ -398,10 +461,14 @@ def _resolved(cfg: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in values.items() if key not in _OF_SWEEP}
 
 
-def _name(name: object, number: int | None) -> str:
+def _name(name: object, number: int | None, key: str = "name") -> str:
     text = str(name)
-    if not re.fullmatch(r"[\w-]+", text):
-        raise SettingsError(f"name={text}: use letters, digits, - and _ only (it names files)")
+    if name is None or not re.fullmatch(r"[\w-]+", text):
+        raise SettingsError(
+            f"{key}={shown(text)}: use letters, digits, - and _ only (it names files)"
+        )
+    if len(text.encode()) > MAX_NAME:
+        raise SettingsError(f"{key}={text[:20]}…: use at most {MAX_NAME} bytes (it names files)")
     return text if number is None else f"{text}-{number}"
 
 
@@ -418,6 +485,10 @@ def _group(nodes: Mapping[str, Any] | None, key: str) -> dict[str, Any]:
     for name, node in (nodes or {}).items():
         if not re.fullmatch(r"[\w-]+", name):
             raise SettingsError(f"{key}.{name}: use letters, digits, - and _ (it names a folder)")
+        if not isinstance(node, Mapping):
+            raise SettingsError(
+                f"{key}.{name}={node}: change one of its settings, as {key}.{name}.KEY"
+            )
         if "_target_" not in node:
             raise SettingsError(
                 f"{key}.{name} has settings but is not chosen: add its option to {key}=[…], or"
@@ -482,7 +553,10 @@ def _check_used(run: Run) -> None:
     if run.adapter.targets in ("attn-mlp", "unet-only"):
         unused |= dict.fromkeys(_KERNELS, "adapter.targets=full (or conv)")
     for override in run.overrides:
-        key = override.partition("=")[0].lstrip("+")
+        key, _, value = override.partition("=")
+        key = key.lstrip("+")
+        if key in _COMPONENTS and value.startswith("["):
+            raise SettingsError(f"{key}={value}: choose one option; several make a sweep, by -m")
         if key in unused:
             raise SettingsError(
                 f"{key} has no effect without {unused[key]}; set that or leave it out"

@@ -16,11 +16,13 @@ from typing import Annotated
 from pydantic import NonNegativeInt, PlainValidator, PositiveInt
 
 from lorasweep import images
+from lorasweep.header import shown
 from lorasweep.images import open_image as open_image
 from lorasweep.settings import Probability, Settings, SettingsError
 
 logger = logging.getLogger(__name__)
 
+_MAX_SIDE = 8192  # pixels: a typing error above it, which would take all memory before it failed
 _MAX_LISTED = 20  # names in one message: enough to act on, and it still fits a screen
 
 
@@ -42,11 +44,12 @@ def _resolution(value: object) -> int | tuple[int, int]:
                 sides = (width, height)
             case _:
                 raise ValueError
-        if len(sides) > 2 or min(sides) < 1:
+        if len(sides) > 2 or min(sides) < 1 or max(sides) > _MAX_SIDE:
             raise ValueError
     except ValueError:
         raise ValueError(
-            f"dataset.resolution={value}: must be a number of pixels or [width, height]"
+            f"dataset.resolution={value}: must be a number of pixels or [width, height], at most"
+            f" {_MAX_SIDE} a side"
         ) from None
     return sides[0] if len(sides) == 1 else (sides[0], sides[1])
 
@@ -227,7 +230,7 @@ def find(settings: Dataset) -> tuple[Path, ...]:
 
 def listed(names: Iterable[str]) -> str:
     """Names for a message: the first of them, and how many more there are."""
-    names = list(names)
+    names = [shown(name, 300) for name in names]
     rest = len(names) - _MAX_LISTED
     return ", ".join(names[:_MAX_LISTED]) + (f" and {rest} more" if rest > 0 else "")
 
@@ -325,7 +328,8 @@ def _decode(path: Path, name: str) -> ImageFile:
 def _report_bad(bad: Mapping[str, str], settings: Dataset, num_usable: int) -> None:
     if not bad:
         return
-    lines = "".join(f"\n  {name}: {reason}" for name, reason in sorted(bad.items()))
+    found = sorted(bad.items())
+    lines = "".join(f"\n  {shown(name, 300)}: {shown(reason, 300)}" for name, reason in found)
     if not settings.skip_bad:
         raise BadImagesError(
             f"dataset.image_dir={settings.image_dir}: {len(bad)} bad images; "

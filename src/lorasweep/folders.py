@@ -33,6 +33,7 @@ from lorasweep.settings import SettingsError
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+MAX_REPEATS = 10_000  # of a folder; more is a typing error, and would make an epoch without end
 _VERSION = (
     1  # part of what a folder is written from: count up when the same inputs give other files
 )
@@ -330,7 +331,9 @@ def _read_arm(folder: Path, caption_extension: str) -> Arm | None:
     if not images:
         logger.warning("%s: ignored, there are no images in it", folder)
         return None
-    repeats, name = int(match[1]), match[2]
+    repeats, name = int(match[1][:9]), match[2]
+    if repeats > MAX_REPEATS:
+        raise FoldersError(f"{folder}: repeats are at most {MAX_REPEATS}; rename the folder")
     return Arm(name, repeats, _read_items(folder, images, name, caption_extension))
 
 

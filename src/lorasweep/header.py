@@ -46,6 +46,8 @@ def read(path: Path) -> Header:
     """The header of a safetensors file of weights. Raises CheckpointError for one that lies."""
     if path.suffix != ".safetensors":
         raise CheckpointError(f"{path}: only .safetensors files are read; convert it first")
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise CheckpointError(f"{path} is a device or a pipe, not a file")  # reading may never end
     try:
         text, data_size = _text(path)
         return _checked(_parsed(text), data_size)
@@ -137,6 +139,11 @@ def _bytes(name: str, dtype: Any, count: int) -> int:
     if not isinstance(dtype, str) or dtype not in known:
         raise _Lie(f"{shown(name)} is of type {shown(str(dtype))}, which no weights are")
     return known[dtype]
+
+
+def harmless(text: str) -> str:
+    """A message of lines, fit for a terminal: no other control characters than their ends."""
+    return "".join(one if one.isprintable() or one == "\n" else "?" for one in text)
 
 
 def shown(text: str, limit: int = 120) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import math
 from collections.abc import Sequence
@@ -163,19 +164,17 @@ class _Encoder:
         return self._digests[path]
 
     def _cached(self, path: Path, flip: bool) -> Tensor:
-        from safetensors import SafetensorError
-        from safetensors.torch import load, save
-
         bucket = self.bucket(path)
-        depends = repr((self._digest(path), self.base.vae_identity, bucket, flip))
-        file = self.folder / f"{hashlib.sha256(depends.encode()).hexdigest()}.safetensors"
+        depends = repr(("checked", self._digest(path), self.base.vae_identity, bucket, flip))
+        key = hashlib.sha256(depends.encode()).hexdigest()
+        file = self.folder / f"{key}.safetensors"
         if file.exists():
-            try:
-                return load(file.read_bytes())["latents"].to(self.base.device)
-            except (SafetensorError, KeyError):
-                log.warning("%s is torn and is made again", file)
+            found = _unpacked(file.read_bytes(), key)
+            if found is not None:
+                return found.to(self.base.device)
+            log.warning("%s is torn and is made again", file)
         latents = self._encode(path, bucket, flip)
-        checkpoint.write_atomically(file, save({"latents": latents.cpu().contiguous()}))
+        checkpoint.write_atomically(file, _packed(latents, key))
         return latents
 
     def _encode(self, path: Path, bucket: Size, flip: bool) -> Tensor:
@@ -185,3 +184,29 @@ class _Encoder:
         if flip:
             image = ImageOps.mirror(image)
         return self.base.encode_images(pixels(image)[None])[0]
+
+
+def _packed(latents: Tensor, key: str) -> bytes:
+    """A cache file's content, with a checksum: some disks leave zeros where a write was lost."""
+    from safetensors.torch import save
+
+    kept = latents.cpu().contiguous()
+    return save({"latents": kept}, {"check": _checksum(kept, key)})
+
+
+def _unpacked(content: bytes, key: str) -> Tensor | None:
+    """The latents, or None of a torn or changed file, or one of another key."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        latents = load(content)["latents"]
+        size = int.from_bytes(content[:8], "little")
+        metadata = json.loads(content[8 : 8 + size])["__metadata__"]
+    except (SafetensorError, KeyError, ValueError):
+        return None
+    return latents if metadata.get("check") == _checksum(latents, key) else None
+
+
+def _checksum(latents: Tensor, key: str) -> str:
+    return hashlib.sha256(key.encode() + latents.numpy().tobytes()).hexdigest()

@@ -12,6 +12,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import PositiveInt
 
+from lorasweep.model_files import ModelError as ModelError
+from lorasweep.model_files import (
+    check_file,
+    check_folder,
+    check_missing,
+    check_values,
+    load_error,
+    load_errors,
+    quiet_libraries,
+)
 from lorasweep.settings import Settings, SettingsError
 
 if TYPE_CHECKING:
@@ -27,10 +37,6 @@ PICKLED = {".ckpt", ".pt", ".pth", ".bin"}
 Precision = Literal["fp32", "fp16", "bf16"]
 
 
-class ModelError(ValueError):
-    """The base model can't be used; the message says why and what to do."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Model(Settings):
     """Which base model, and how it is read."""
@@ -43,6 +49,8 @@ class Model(Settings):
     prediction_type: Literal["epsilon", "v_prediction"] | None
 
     def __post_init__(self) -> None:
+        if not self.path.strip() or "\0" in self.path:
+            raise SettingsError("model.path is empty: give a diffusers folder, a .safetensors file")
         file = Path(self.path)
         pickled = file.suffix.lower() in PICKLED
         if file.is_file():  # anything but safetensors may be a pickle, whatever its name
@@ -68,27 +76,55 @@ class Model(Settings):
         """Load the model, frozen, in evaluation mode. Raises ModelError with the remedy."""
         _quieten()
         dtype = _weight_dtype(device, precision)
-        components = self._from_file(dtype) if self.is_single_file else self._from_folder(dtype)
-        return BaseModel.assemble(self, components, device, precision)
+        name = f"model.path={self.path}"
+        try:
+            with quiet_libraries():
+                read = self._from_file if self.is_single_file else self._from_folder
+                components = read(dtype)
+            base = BaseModel.assemble(self, components, device, precision)
+            base.noise_scheduler  # noqa: B018  # its config is read here, and may be wrong
+        except (ModelError, SettingsError):
+            raise
+        except load_errors() as error:
+            if isinstance(error, RuntimeError) and is_out_of_memory(error):
+                raise
+            raise load_error(name, error) from None
+        parts = {key: components[key] for key in ("text_encoder", "unet", "vae")}
+        check_values(name, parts, len(components["tokenizer"]))
+        return base
 
     def _from_folder(self, dtype: torch.dtype) -> dict[str, Any]:
         import diffusers
         import torch
         from transformers import CLIPTextModel, CLIPTokenizer
 
+        if Path(self.path).is_dir():
+            name = f"model.path={self.path}"
+            check_folder(Path(self.path), name, allow_pickle=self.allow_pickle)
         where = {"pretrained_model_name_or_path": self.path, "revision": self.revision}
         safe = None if self.allow_pickle else True
-        weights: dict[str, Any] = {**where, "use_safetensors": safe, "dtype": dtype}
+        weights: dict[str, Any] = {
+            **where,
+            "use_safetensors": safe,
+            "dtype": dtype,
+            "output_loading_info": True,
+        }
         unet, vae = diffusers.UNet2DConditionModel, diffusers.AutoencoderKL
         try:
             self._check_architecture()
-            return {
-                "tokenizer": CLIPTokenizer.from_pretrained(
-                    self.path, subfolder="tokenizer", revision=self.revision
-                ),
+            tokenizer = CLIPTokenizer.from_pretrained(
+                self.path, subfolder="tokenizer", revision=self.revision
+            )
+            loaded = {
                 "text_encoder": CLIPTextModel.from_pretrained(**weights, subfolder="text_encoder"),
                 "unet": unet.from_pretrained(**weights, subfolder="unet"),
                 "vae": vae.from_pretrained(**{**weights, "dtype": torch.float32}, subfolder="vae"),
+            }
+            missing = {part: told["missing_keys"] for part, (_, told) in loaded.items()}
+            check_missing(f"model.path={self.path}", missing)
+            return {
+                "tokenizer": tokenizer,
+                **{part: module for part, (module, _) in loaded.items()},
                 "scheduler": diffusers.DDPMScheduler.load_config(**where, subfolder="scheduler"),
             }
         except OSError as error:
@@ -115,6 +151,8 @@ class Model(Settings):
                 "model.config is null, but a single file needs the configs and the tokenizer of a"
                 " diffusers model: give its hub id or folder"
             )
+        if Path(self.path).suffix.lower() not in PICKLED:
+            check_file(Path(self.path), f"model.path={self.path}")
         try:
             pipeline = StableDiffusionPipeline.from_single_file(
                 self.path,
@@ -159,6 +197,11 @@ class BaseModel:
         for name in ("text_encoder", "unet", "vae"):
             components[name].requires_grad_(False).eval().to(device)
         components["vae"].float()
+        layers = int(components["text_encoder"].config.num_hidden_layers)
+        if settings.clip_skip > layers:
+            raise SettingsError(
+                f"model.clip_skip={settings.clip_skip}: the text encoder has {layers} layers"
+            )
         config = dict(components["scheduler"])
         if settings.prediction_type is not None:
             config["prediction_type"] = settings.prediction_type
@@ -453,8 +496,13 @@ def _weight_dtype(device: str, precision: Precision) -> torch.dtype:
 
 
 def _not_found(key: str, path: str, error: OSError) -> str:
-    first = str(error).splitlines()[0]
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    first = (str(error).splitlines() or ["no answer"])[0]
+    is_local = Path(path).expanduser().exists()
+    offline = " (HF_HUB_OFFLINE is set: nothing is downloaded)" if HF_HUB_OFFLINE else ""
     return (
-        f"{key}={path} can't be loaded: {first} Give a diffusers folder or a .safetensors"
-        " file on this machine, a hub id that can be reached, or model=embedded"
+        f"{key}={path} can't be loaded: {first}{'' if is_local else offline} Give a diffusers"
+        " folder or a .safetensors file on this machine, a hub id that can be reached, or"
+        " model=embedded"
     )

@@ -97,8 +97,9 @@ class Optimizer(Settings):
             for name, rate in self._rates().items()
             if parameters.get(name)
         ]
+        cls = self._class()
         try:
-            created: torch.optim.Optimizer = self._class()(groups, **self.args)
+            created: torch.optim.Optimizer = cls(groups, **self.args)
         except (TypeError, ValueError) as error:
             raise SettingsError(f"optimizer.args: {self.type} refuses them: {error}") from None
         return created
@@ -121,7 +122,9 @@ class Optimizer(Settings):
             ) from None
         except AttributeError:
             found = None
-        if not isinstance(found, type):
+        from torch.optim import Optimizer as TorchOptimizer
+
+        if not (isinstance(found, type) and issubclass(found, TorchOptimizer)):
             raise SettingsError(
                 f"optimizer.type={self.type}: {module_name or 'torch.optim'} has no class"
                 f" {name}; upper and lower case count, as in optimizer.type=AdamW"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import re
+import shlex
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorasweep import tracking
+from lorasweep.header import harmless
 from lorasweep.tracking import Candidate, Tracking
 
 if TYPE_CHECKING:
@@ -38,9 +41,9 @@ Prompts that its samples were drawn with:
 ```python
 from diffusers import StableDiffusionPipeline
 
-pipe = StableDiffusionPipeline.from_pretrained("{base}")
+pipe = StableDiffusionPipeline.from_pretrained({base_python})
 pipe.load_lora_weights(".", weight_name="{name}.safetensors")
-image = pipe("{prompt}", cross_attention_kwargs={{"scale": 1.0}}{skip_diffusers}).images[0]
+image = pipe({prompt_python}, cross_attention_kwargs={{"scale": 1.0}}{skip_diffusers}).images[0]
 image.save("image.png")
 ```
 
@@ -48,13 +51,13 @@ image.save("image.png")
 
 Copy `{name}.safetensors` into `models/Lora/` and prompt:
 
-    {prompt} <lora:{name}:1>
+    {prompt_plain} <lora:{name}:1>
 {skip_webui}
 ## kohya sd-scripts, kohya_ss
 
-    python gen_img.py --ckpt "{base}" --network_module networks.lora \\
+    python gen_img.py --ckpt {base_shell} --network_module networks.lora \\
         --network_weights {name}.safetensors --network_mul 1.0 \\
-        --prompt "{prompt}" --outdir images{skip_kohya}
+        --prompt {prompt_shell} --outdir images{skip_kohya}
 
 ## ComfyUI
 
@@ -265,6 +268,8 @@ def _copy_out(
     uri: str, winner: Candidate, root: Path, by: str, chosen_by: Literal["rule", "person"]
 ) -> Path:
     """Put the file, its config and how to use it into a folder of their own."""
+    if not re.fullmatch(r"[\w-]+", winner.name):  # a shared store is written by others too
+        raise PickError(f"{harmless(winner.name)!r} is no name of a checkpoint")
     folder = root / winner.name
     folder.mkdir(parents=True, exist_ok=True)
     tracking.fetch_file(uri, winner, folder / f"{winner.name}.safetensors")
@@ -290,7 +295,8 @@ def _readme(winner: Candidate, config_yaml: str, by: str, chosen_by: str) -> str
 
     config = yaml.safe_load(config_yaml)
     prompts = [_bare(line) for line in _at(config, "sampling", "prompts") or []] or ["your prompt"]
-    clip_skip = _at(config, "model", "clip_skip") or 1
+    clip_skip = int(_at(config, "model", "clip_skip") or 1)
+    base = _one_line(_at(config, "model", "path") or "the base model of config.yaml")
     return README.format(
         name=winner.name,
         run=winner.run,
@@ -298,9 +304,13 @@ def _readme(winner: Candidate, config_yaml: str, by: str, chosen_by: str) -> str
         sweep=winner.sweep,
         chosen="a person" if chosen_by == "person" else f"rule ({by}; of equals, the lowest drift)",
         score=f"{by} = {winner.scores[by]:.4f}.\n" if by in winner.scores else "",
-        base=_at(config, "model", "path") or "the base model of config.yaml",
-        prompts="\n".join(f"- {prompt}" for prompt in prompts),
-        prompt=prompts[0],
+        base=_text(base),
+        base_python=json.dumps(base, ensure_ascii=False),
+        base_shell=shlex.quote(base),
+        prompts="\n".join(f"- {_text(prompt)}" for prompt in prompts),
+        prompt_python=json.dumps(prompts[0], ensure_ascii=False),
+        prompt_shell=shlex.quote(prompts[0]),
+        prompt_plain=prompts[0],
         **_clip_skip_hints(clip_skip),
     )
 
@@ -319,7 +329,17 @@ def _clip_skip_hints(clip_skip: int) -> dict[str, str]:
 
 def _bare(prompt_line: str) -> str:
     """A prompt without kohya's options: `text --n negative --s 20`."""
-    return re.split(r"\s--[a-z]+\s", prompt_line, maxsplit=1)[0].strip()
+    return _one_line(re.split(r"\s--[a-z]+\s", prompt_line, maxsplit=1)[0])
+
+
+def _one_line(text: object) -> str:
+    """Without line ends and control characters, which would end a line of the README's code."""
+    return " ".join(harmless(str(text)).split())
+
+
+def _text(text: str) -> str:
+    """For Markdown: no HTML, no links, no code."""
+    return re.sub(r"[\\`*_\[\]<>#|!&]", lambda found: f"\\{found[0]}", text)
 
 
 def _at(node: Any, *keys: str) -> Any:

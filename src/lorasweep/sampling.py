@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from itertools import groupby
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 _OPTIONS = {"n": str, "w": int, "h": int, "d": int, "l": float, "s": int}
 """kohya's options of a prompt line that we understand."""
 _MIN_SIDE, _MAX_STEPS = 64, 1000  # as kohya clamps them
+_MAX_SIDE = 8192  # pixels; a larger picture is a typing error, and would take all memory
+Side = Annotated[int, Field(gt=0, le=_MAX_SIDE)]
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,8 @@ class Sampling(Settings):
 
     prompts: tuple[str, ...]
     every_n_epochs: NonNegativeInt
-    width: PositiveInt | None
-    height: PositiveInt | None
+    width: Side | None
+    height: Side | None
     num_inference_steps: Annotated[int, Field(ge=1, le=1000)]
     guidance_scale: PositiveFloat
     negative_prompt: str
@@ -61,7 +63,8 @@ class Sampling(Settings):
         """Raise SettingsError unless the sampler exists, before any work."""
         import diffusers
 
-        if not hasattr(diffusers, self.scheduler) or not self.scheduler.endswith("Scheduler"):
+        found = getattr(diffusers, self.scheduler, None)
+        if not self.scheduler.endswith("Scheduler") or not _can_sample(found):
             raise SettingsError(
                 f"sampling.scheduler={self.scheduler}: diffusers has no such scheduler; give e.g."
                 " DDIMScheduler, EulerDiscreteScheduler or DPMSolverMultistepScheduler"
@@ -92,6 +95,16 @@ class Sampling(Settings):
                 )
             )
         return prompts
+
+
+def _can_sample(scheduler: Any) -> bool:
+    """Does the class take a prediction a step, as samplers of text to image do?"""
+    step = getattr(scheduler, "step", None)
+    needed = {"self", "model_output", "timestep", "sample"}
+    if step is None:
+        return False
+    parameters = signature(step).parameters.values()
+    return {one.name for one in parameters if one.default is one.empty} == needed
 
 
 def render(
@@ -176,4 +189,8 @@ def _parse(line: str) -> tuple[str, dict[str, str | int | float]]:
             options[name.lower()] = kind(value.strip())
         except ValueError:
             raise SettingsError(f"sampling.prompts: --{name} in {line!r} wants a number") from None
+        if name.lower() in ("w", "h") and int(options[name.lower()]) > _MAX_SIDE:
+            raise SettingsError(
+                f"sampling.prompts: --{name} in {line!r} is more than {_MAX_SIDE} pixels"
+            )
     return text.strip(), options

@@ -26,7 +26,9 @@ class SettingsError(ValueError):
 class Settings:
     """Base of every component's settings. Values are checked against the fields' types."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", use_enum_values=True)
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(
+        extra="forbid", use_enum_values=True, allow_inf_nan=False
+    )
 
 
 def build(node: Mapping[str, Any], key: str) -> Any:
@@ -34,15 +36,21 @@ def build(node: Mapping[str, Any], key: str) -> Any:
 
     Raises SettingsError in one line that names the key below `key` and what to do.
     """
+    if not isinstance(node, Mapping):
+        raise SettingsError(f"{key}={node}: give the name of an option, or change {key}.KEY=VALUE")
     values = dict(node)
     target = values.pop("_target_", None)
     if target is None:
         raise SettingsError(f"{key}._target_ is missing: it names the class that {key} configures")
-    return build_class(locate(str(target), f"{key}._target_"), values, key)
+    cls = locate(str(target), f"{key}._target_")
+    if not (isinstance(cls, type) and issubclass(cls, Settings)):
+        raise SettingsError(f"{key}._target_={target}: is no class of settings of lorasweep")
+    return build_class(cls, values, key)
 
 
 def build_class(cls: type, values: Mapping[str, Any], key: str) -> Any:
     """Build `cls` from plain values, as `build` does once the class is known."""
+    _refuse_bools(cls, values, key)
     try:
         return TypeAdapter(cls).validate_python(dict(values))
     except ValidationError as error:
@@ -56,6 +64,15 @@ def locate(path: str, key: str) -> Any:
         return getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise SettingsError(f"{key}={path}: {error}; give the dotted path of a class") from None
+
+
+def _refuse_bools(cls: type, values: Mapping[str, Any], key: str) -> None:
+    """pydantic takes true for the number 1."""
+    kinds = get_type_hints(cls)
+    for name, value in values.items():
+        kind = kinds.get(name)
+        if isinstance(value, bool) and {int, float} & {kind, *get_args(kind)}:
+            raise SettingsError(f"{key}.{name}={str(value).lower()}: must be a number")
 
 
 def _explain(error: ValidationError, cls: type, key: str) -> str:
@@ -95,5 +112,6 @@ def unknown_key(key: str, known: list[str]) -> str:
     close = get_close_matches(key, [name for name in known if name != key], n=1)
     parent = key.rpartition(".")[0]
     siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == parent]
-    hint = f"did you mean {close[0]}?" if close else f"{parent} has {', '.join(sorted(siblings))}"
+    there = f"{parent} has" if parent else "there are"
+    hint = f"did you mean {close[0]}?" if close else f"{there} {', '.join(sorted(siblings))}"
     return f"{key}: there is no such setting; {hint}"

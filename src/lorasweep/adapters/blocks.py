@@ -15,14 +15,14 @@ from pydantic import (
     BeforeValidator,
     Field,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
-    PositiveInt,
 )
 
 from lorasweep.adapters import Site
 from lorasweep.settings import Settings, SettingsError
 
+MAX_RANK = 4096  # as of the files that are read; the widest layer of SDXL has 10,240 channels
+Rank = Annotated[int, Field(gt=0, le=MAX_RANK)]
 WAY = 12
 """Blocks of the way down, conv_in among them, and of the way up."""
 
@@ -47,8 +47,9 @@ def _twelve(value: Any) -> Any:
     return (value,) * WAY if isinstance(value, int | float) else value
 
 
+RankOrNone = Annotated[int, Field(ge=0, le=MAX_RANK)]
 _Way = Field(min_length=WAY, max_length=WAY)
-Ranks = Annotated[tuple[NonNegativeInt, ...], BeforeValidator(_twelve), _Way]
+Ranks = Annotated[tuple[RankOrNone, ...], BeforeValidator(_twelve), _Way]
 """12 ranks, or one for all 12."""
 Weights = Annotated[tuple[NonNegativeFloat, ...], BeforeValidator(_twelve), _Way]
 """12 factors, or one for all 12."""
@@ -59,7 +60,7 @@ class BlockRanks(Settings):
     """A rank for each block; 0 leaves the block without adapters."""
 
     down: Ranks
-    mid: NonNegativeInt
+    mid: RankOrNone
     up: Ranks
 
     @property
@@ -86,7 +87,7 @@ class BlockWeights(Settings):
 class Ranked(Settings):
     """What types with a rank have in common; to be inherited from beside Adapter."""
 
-    rank: PositiveInt
+    rank: Rank
     alpha: PositiveFloat
     block_ranks: BlockRanks | None
 
@@ -128,7 +129,7 @@ class Ranked(Settings):
 class ConvRanked(Ranked):
     """Ranked, with a rank of their own for kernels larger than 1x1, as kohya's conv_dim."""
 
-    conv_rank: PositiveInt | None
+    conv_rank: Rank | None
     conv_alpha: PositiveFloat | None
 
     def check_conv_rank(self) -> None:

@@ -14,10 +14,13 @@ from pydantic import Field
 
 from lorasweep.captions.cache import CaptionCache
 from lorasweep.dataset import ImageFile
+from lorasweep.folders import MAX_REPEATS
 from lorasweep.settings import SettingsError
 
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 """auto (CUDA where there is one), cpu, cuda, or one of several: cuda:1."""
+Repeats = Annotated[int, Field(gt=0, le=MAX_REPEATS)]
+"""How often an epoch shows each image of an arm."""
 
 
 class CaptionerError(ValueError):

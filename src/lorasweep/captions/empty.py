@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pydantic import PositiveInt
-
+from lorasweep.captions import Repeats
 from lorasweep.dataset import ImageFile
 from lorasweep.settings import Settings
 
@@ -18,7 +17,7 @@ class Empty(Settings):
 
     cached: ClassVar[bool] = False
 
-    repeats: PositiveInt
+    repeats: Repeats
 
     def identity(self) -> str:
         """Nothing but its kind."""

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import PositiveInt
 
-from lorasweep.captions import CaptionerError, Device, in_batches
+from lorasweep.captions import CaptionerError, Device, Repeats, in_batches
 from lorasweep.captions.weights import Weights, find_weights, not_found
 from lorasweep.dataset import ImageFile
+from lorasweep.header import shown
 from lorasweep.images import open_image
 from lorasweep.settings import Settings
 
@@ -28,7 +29,7 @@ class Kosmos2(Settings):
 
     cached: ClassVar[bool] = True
 
-    repeats: PositiveInt
+    repeats: Repeats
     model: str
     """Folder or hub id."""
     revision: str | None
@@ -50,8 +51,9 @@ class Kosmos2(Settings):
         """Describe the images, a batch at a time; the most probable words, nothing is drawn."""
         device = self._torch_device()
         weights = self._weights()
-        processor = _load_processor(weights)
-        model = self._load_model(weights, device)
+        if not any(weights.folder.glob("*.safetensors")):
+            raise not_found(self.model, _NEEDED, "no .safetensors file there")
+        processor, model = self._loaded(weights, device)
         for batch in in_batches(images, self.batch_size):
             yield self._describe(batch, model, processor)
 
@@ -87,6 +89,21 @@ class Kosmos2(Settings):
             raise CaptionerError(f"device={self.device}: there is no CUDA device; set device=cpu")
         return torch.device(self.device)
 
+    def _loaded(self, weights: Weights, device: torch.device) -> tuple[Any, Any]:
+        """The processor and the model. Raises CaptionerError for files that are not theirs."""
+        from safetensors import SafetensorError
+
+        try:
+            return _load_processor(weights), self._load_model(weights, device)
+        except CaptionerError:
+            raise
+        except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            raise CaptionerError(
+                f"model={self.model}: its files can't be loaded as Kosmos-2's"
+                f" ({shown(first, 300)}); download it again"
+            ) from None
+
     def _load_model(self, weights: Weights, device: torch.device) -> Any:
         import torch
         from transformers import Kosmos2ForConditionalGeneration
@@ -94,8 +111,6 @@ class Kosmos2(Settings):
 
         if not sys.stderr.isatty():
             transformers_logging.disable_progress_bar()  # it would fill log files
-        if not any(weights.folder.glob("*.safetensors")):
-            raise not_found(self.model, _NEEDED, "no .safetensors file there")
         dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
         model, loaded = Kosmos2ForConditionalGeneration.from_pretrained(
             weights.folder,

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
-from pydantic import PositiveInt
-
-from lorasweep.captions import CaptionerError
+from lorasweep.captions import CaptionerError, Repeats
 from lorasweep.dataset import ImageFile, listed
+from lorasweep.header import shown
 from lorasweep.settings import Settings
+
+MAX_CAPTION = 1_000_000  # bytes of a file; 10,000 long tags have a fifth of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +25,7 @@ class Sidecar(Settings):
 
     cached: ClassVar[bool] = False
 
-    repeats: PositiveInt
+    repeats: Repeats
     suffix: str | None
     """Put in place of the image's extension: `.txt`, or `_wd.txt` for fox_wd.txt beside fox.png."""
     jsonl: Path | None
@@ -63,6 +65,8 @@ class Sidecar(Settings):
             _key(image.name): image.path.with_name(f"{image.path.stem}{self.suffix}")
             for image in images
         }
+        for image, path in zip(images, files.values(), strict=True):
+            _refuse_link_out(path, image)
         return {key: _read(path, "suffix") for key, path in files.items() if path.is_file()}
 
     def _from_jsonl(self, jsonl: Path) -> dict[str, str]:
@@ -80,7 +84,7 @@ class Sidecar(Settings):
     def _parse(self, line: str, where: str) -> tuple[str, str]:
         try:
             entry = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CaptionerError(f"{where} is not JSON ({error}); mend it") from None
         match entry:
             case {"file": str(file), self.text_key: str(text)}:
@@ -110,12 +114,30 @@ def _key(name: str) -> str:
     return unicodedata.normalize("NFC", PurePosixPath(name.replace("\\", "/")).as_posix())
 
 
+def _refuse_link_out(path: Path, image: ImageFile) -> None:
+    """A folder from a stranger could make any file of this machine a caption, and log it."""
+    root = image.path.parents[image.name.count("/")]
+    if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(root):
+        raise CaptionerError(
+            f"suffix: {shown(str(path), 300)} is a link that leads out of the image folder; put a"
+            " copy of what it points to in its place"
+        )
+
+
 def _read(path: Path, field: str) -> str:
+    name, path = shown(str(path), 300), path.expanduser()
     try:
-        return path.expanduser().read_text(encoding="utf-8-sig")
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise CaptionerError(f"{field}: {name} is a device or a pipe; give a file")
+        if field == "suffix" and path.stat().st_size > MAX_CAPTION:
+            raise CaptionerError(
+                f"{field}: {name} has {path.stat().st_size} bytes, and a caption at most"
+                f" {MAX_CAPTION}; shorten it"
+            )
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise CaptionerError(f"{field}: {path} is not UTF-8 ({error.reason}); save it so") from None
+        raise CaptionerError(f"{field}: {name} is not UTF-8 ({error.reason}); save it so") from None
     except OSError as error:
         raise CaptionerError(
-            f"{field}: cannot read {path}: {error.strerror}; give a file that can be read"
+            f"{field}: cannot read {name}: {error.strerror}; give a file that can be read"
         ) from None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field, PositiveInt
 
-from lorasweep.captions import CaptionerError, Device, in_batches
+from lorasweep.captions import CaptionerError, Device, Repeats, in_batches
 from lorasweep.captions.weights import Weights, find_weights, not_found
 from lorasweep.dataset import ImageFile
 from lorasweep.images import open_image
@@ -47,7 +47,7 @@ class WD14(Settings):
 
     cached: ClassVar[bool] = True
 
-    repeats: PositiveInt
+    repeats: Repeats
     model: str
     """Folder, hub id, or hub id with a subfolder."""
     revision: str | None
@@ -115,7 +115,7 @@ class WD14(Settings):
 
     def _session(self, path: Path) -> Any:
         import onnxruntime
-        from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidGraph, InvalidProtobuf
+        from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors only: warnings about the graph are not the user's
@@ -123,7 +123,13 @@ class WD14(Settings):
             session = onnxruntime.InferenceSession(
                 path, sess_options=options, providers=self._providers()
             )
-        except (Fail, InvalidGraph, InvalidProtobuf) as error:
+        except (
+            errors.Fail,
+            errors.InvalidArgument,
+            errors.InvalidGraph,
+            errors.InvalidProtobuf,
+            errors.NotImplemented,
+        ) as error:
             raise CaptionerError(
                 f"model={self.model}: onnxruntime cannot load {path.name} "
                 f"({str(error).partition(chr(10))[0]}); download it again"
@@ -217,7 +223,7 @@ def read_labels(path: Path) -> list[Label]:
             mapping = json.loads(path.read_text(encoding="utf-8"))
             entries = [mapping[str(index)] for index in range(len(mapping))]
             rows = [(entry["tag"], entry["category"].lower()) for entry in entries]
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CaptionerError(
             f"model: {path} is not a tagger's label file ({error!r}); download it again"
         ) from None

@@ -53,6 +53,13 @@ def not_found(model: str, needed: str, reason: str) -> CaptionerError:
     )
 
 
+def why_not_fetched() -> str:
+    """Why the hub gave nothing."""
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    return "HF_HUB_OFFLINE is set: nothing is downloaded" if HF_HUB_OFFLINE else "out of reach"
+
+
 @lru_cache(maxsize=64)  # one answer a process: the hub may get a new commit while we caption
 def _from_hub(
     repo_id: str, subfolder: str, revision: str | None, patterns: tuple[str, ...], needed: str
@@ -65,7 +72,7 @@ def _from_hub(
     try:
         snapshot = snapshot_download(repo_id, revision=revision, allow_patterns=wanted)
     except LocalEntryNotFoundError:
-        reason = "no such folder, not in the hub's cache, and the hub is offline or out of reach"
+        reason = f"no such folder, not in the hub's cache, and {why_not_fetched()}"
         raise not_found(model, needed, reason) from None
     except (HfHubHTTPError, HFValidationError) as error:
         raise not_found(model, needed, str(error).partition("\n")[0]) from None

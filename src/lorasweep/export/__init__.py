@@ -16,6 +16,7 @@ from lorasweep.export.convert import is_file, load, load_base, reader, schedule,
 from lorasweep.export.feature import SD15, SDXL, Loader, paste
 from lorasweep.export.part_files import VARIANT
 from lorasweep.export.sd_layout import Weights, prefixed
+from lorasweep.header import CheckpointError
 from lorasweep.models import Model, Precision
 from lorasweep.staging import staged
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from lorasweep.export.sd_files import WholeModel
     from lorasweep.export.sdxl import Base
 
+OTHER_BASE = "Give the one it was trained on by model=OPTION or model.path=FOLDER"
 Loras = Sequence[tuple[Path, float]]
 """LoRA files and the weight of each one's delta; 1 is as trained."""
 
@@ -144,10 +146,14 @@ def merge(
 
 def attachable(base: Base, loras: Loras) -> Weighted:
     """The LoRA files as packs of one on this base. Raises CheckpointError for a misfit."""
-    return [
-        (Pack.from_files(base.parts, [sdxl.read_lora(path, base).tensors]), weight)
-        for path, weight in loras
-    ]
+    found = []
+    for path, weight in loras:
+        tensors = sdxl.read_lora(path, base).tensors
+        try:
+            found.append((Pack.from_files(base.parts, [tensors]), weight))
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}; is it of another base? {OTHER_BASE}") from None
+    return found
 
 
 def _merged(
@@ -244,6 +250,8 @@ def _weighted(text: str) -> tuple[Path, float]:
     """FILE=WEIGHT of the command line."""
     file, _, weight = text.rpartition("=")
     try:
+        if not math.isfinite(float(weight)):
+            raise ValueError
         return Path(file), float(weight)
     except ValueError:
         raise ExportError(f"--with {text}: give FILE=WEIGHT, e.g. other.safetensors=0.5") from None

@@ -73,7 +73,7 @@ def _names_model(overrides: Sequence[str]) -> bool:
 
 def _of_run(name: str, cfg: Any) -> tuple[Path, Model, list[str]]:
     settings: Tracking = build(cfg.tracking, "tracking")
-    output_root = Path(cfg.output_root).absolute()
+    output_root = config.folder(cfg.output_root, "output_root")
     uri = settings.resolve(output_root)
     found = tracking.candidates(uri, settings.experiment)
     wanted = [one for one in found if name in (one.run, one.name)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -84,12 +85,19 @@ def load(path: Path) -> dict[str, Tensor]:
 
 
 def save(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors as diffusers does."""
+    """Write tensors as diffusers does. Raises OSError where the disk is full."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(whole, path, metadata={"format": "pt"})
+    try:
+        save_file(whole, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk, in its words
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
 
 
 def has_variant_only(folder: Path) -> bool:

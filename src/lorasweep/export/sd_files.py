@@ -27,6 +27,8 @@ from lorasweep.export.part_files import (
     variant_of,
 )
 from lorasweep.export.sd_layout import PREFIXES, Layout, Weights, modern_vae_name, prefixed
+from lorasweep.header import shown
+from lorasweep.model_files import load_error, load_errors, read_object, refuse_others
 from lorasweep.models import ModelError, Precision
 
 if TYPE_CHECKING:
@@ -47,15 +49,6 @@ _IGNORED = {
     r"first_stage_model\.loss\.": "loss of the VAE's training",
 }
 """What real files hold beside the model, by pattern, and what it is."""
-_OTHERS = {
-    "conditioner.embedders.": "an SDXL checkpoint: single files of SDXL come later; a diffusers"
-    " folder of SDXL is read for merged, diffusers-lora and offline-lora",
-    "cond_stage_model.model.": "a Stable Diffusion 2 checkpoint: only 1.x is supported",
-    "lora_unet_": "a LoRA, not a whole model",
-    "model.diffusion_model.double_blocks.": "a Flux checkpoint: only Stable Diffusion 1.x is"
-    " supported",
-}
-"""Names that tell other models, and what is said of them."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +180,11 @@ def local_folder(source: str, revision: str | None, key: str, *, weights: bool) 
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
     except (OSError, HFValidationError) as error:
+        from huggingface_hub.constants import HF_HUB_OFFLINE
+
         first = (str(error).splitlines() or ["no answer"])[0]
+        if HF_HUB_OFFLINE:
+            first = "HF_HUB_OFFLINE is set, so nothing is downloaded, and it is not in the cache"
         file = " or a .safetensors file" if weights else ""
         raise ModelError(
             f"{key}={source}: no such file or folder, and as a hub id it can't be had ({first});"
@@ -216,9 +213,7 @@ def _read_file(path: Path, config: str | None, key: str) -> WholeModel:
             f" the hub id of a diffusers model that has them, by {key}"
         )
     tensors = load(path)
-    for mark, what in _OTHERS.items():
-        if any(name.startswith(mark) for name in tensors):
-            raise ModelError(f"{path} is {what}")
+    refuse_others(str(path), tensors)
     if not any(name.startswith(PREFIXES["unet"]) for name in tensors):
         raise ModelError(f"{path} holds no {PREFIXES['unet']}* tensors: it is not a whole model")
     configs = local_folder(config, None, key, weights=False)
@@ -232,6 +227,7 @@ def _layout(folder: Path, sdxl: bool) -> Layout:
     name = _index(folder).get("_class_name")
     is_sdxl = name == SDXL
     if name != "StableDiffusionPipeline" and not (is_sdxl and sdxl):
+        name = shown(str(name))
         later = (
             "SDXL comes later (export --to merged, diffusers-lora and offline-lora know its"
             " diffusers folders)"
@@ -242,7 +238,12 @@ def _layout(folder: Path, sdxl: bool) -> Layout:
     for part in _copied(is_sdxl):
         if not (folder / part).is_dir():
             raise ModelError(f"{folder} has no {part}: give a whole diffusers folder")
-    return Layout.of(folder, is_sdxl)
+    try:
+        return Layout.of(folder, is_sdxl)
+    except ModelError:
+        raise
+    except load_errors() as error:
+        raise load_error(str(folder), error) from None
 
 
 def _copied(is_sdxl: bool) -> tuple[str, ...]:
@@ -250,12 +251,9 @@ def _copied(is_sdxl: bool) -> tuple[str, ...]:
 
 
 def _index(folder: Path) -> dict[str, Any]:
-    path = folder / "model_index.json"
-    try:
-        index: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError):
-        raise ModelError(f"{folder} is not a diffusers folder: no model_index.json") from None
-    return index
+    if not (folder / "model_index.json").is_file():
+        raise ModelError(f"{folder} is not a diffusers folder: no model_index.json")
+    return read_object(folder / "model_index.json", str(folder))
 
 
 def _modern(part: str, name: str) -> str:

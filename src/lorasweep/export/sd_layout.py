@@ -7,7 +7,6 @@ converts, whatever its number of levels and layers.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorasweep.model_files import read_object
 from lorasweep.models import ModelError
 
 if TYPE_CHECKING:
@@ -278,9 +278,4 @@ def _vae_name(name: str, levels: int) -> str:
 
 
 def _config(folder: Path, part: str) -> dict[str, Any]:
-    path = folder / part / "config.json"
-    try:
-        config: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} can't be read ({error}); give a whole diffusers folder") from None
-    return config
+    return read_object(folder / part / "config.json", str(folder))

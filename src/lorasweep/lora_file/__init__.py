@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lorasweep import checkpoint
 from lorasweep.adapters import peft
+from lorasweep.adapters.blocks import MAX_RANK as MAX_RANK
 from lorasweep.adapters.deltas import algorithm, has_magnitude, low_rank_delta, rank_of
 from lorasweep.adapters.keys import by_site
 from lorasweep.header import CheckpointError, shown
@@ -25,7 +26,6 @@ Writer = Literal["kohya", "LyCORIS", "PEFT", "diffusers", "lorasweep", "unknown"
 FACTORED = ("lora", "loha", "lokr")
 """Algorithms whose delta the file alone gives (`low_rank_delta`)."""
 MAX_WEIGHT = 2**27  # values of one delta; SDXL's largest weight has a tenth
-MAX_RANK = 2**12
 
 _SITE = re.compile(r"^lora_(unet|te|te1|te2)_\w+$")
 _LYCORIS_NAMES = re.compile(r"(_|^)(conv_in|conv_out|time_embedding_linear_[12])$")

@@ -111,7 +111,13 @@ def _journal(path: Path) -> BaseStorage:
         _mend(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the lock is not of Optuna's own class
-        return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))  # type: ignore[arg-type]
+        try:
+            return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))  # type: ignore[arg-type]
+        except (ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+            raise SettingsError(
+                f"{path} is damaged, or no journal of a study ({type(error).__name__}): move it"
+                " away, or give another study.name"
+            ) from None
 
 
 class _FileLock:

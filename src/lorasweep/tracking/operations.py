@@ -363,7 +363,7 @@ class Close(Plain):
             _remove_late_ones(to)
         if self.reason:
             to.client.set_tag(run_id, REASON_TAG, self.reason[:MAX_TAG])
-            to.client.set_tag(run_id, NOTE_TAG, self.reason[:MAX_TAG])
+            to.client.set_tag(run_id, NOTE_TAG, _note(self.reason)[:MAX_TAG])
         if self.suspended:
             to.client.set_tag(run_id, SUSPENDED_TAG, self.suspended[:MAX_TAG])
         to.client.set_terminated(run_id, self.status, end_time=self.time)
@@ -372,6 +372,11 @@ class Close(Plain):
 Operation = Annotated[
     Open | Curves | Epoch | File | Picture | Tag | Close, Field(discriminator="kind")
 ]
+
+
+def _note(text: str) -> str:
+    """A note is Markdown, where the names of a person's files may be HTML or links."""
+    return re.sub(r"[\\`*_\[\]<>#|!&]", lambda found: f"\\{found[0]}", text)
 
 
 def points(step: int, metrics: Mapping[str, float]) -> list[Point]:

@@ -96,6 +96,7 @@ def create_store(uri: str, experiment: str, artifacts: Path | None) -> str:
     database = sqlite_path(uri)
     if database is None:
         return _ensure_experiment(uri, experiment, artifacts)
+    _check_file(database)
     try:
         database.parent.mkdir(parents=True, exist_ok=True)
         # MLflow's own set-up is not safe: of four processes on a fresh file it kills three.
@@ -116,11 +117,20 @@ def open_experiment(uri: str, experiment: str) -> tuple[MlflowClient, str]:
     missing = f"nothing is tracked yet in {public_uri(uri)}, experiment {experiment}: train first"
     if database is not None and not database.exists():
         raise TrackingError(missing)
+    _check_file(database)
     client = client_of(uri)
     found = client.get_experiment_by_name(experiment)
     if found is None:
         raise TrackingError(missing)
     return client, str(found.experiment_id)
+
+
+def _check_file(database: Path | None) -> None:
+    """Raise TrackingError for what MLflow would try to open for minutes."""
+    if database is not None and database.exists() and not database.is_file():
+        raise TrackingError(
+            f"tracking store {database} is not a file; give another output_root or tracking.uri"
+        )
 
 
 def client_of(uri: str) -> MlflowClient:
@@ -134,6 +144,15 @@ def client_of(uri: str) -> MlflowClient:
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
     except (MlflowException, SQLAlchemyError) as error:
         raise _unreachable(uri, error) from error
+
+
+def explain(error: Exception) -> str | None:
+    """One line for what MLflow, or the database behind it, raised; None for any other error."""
+    origin = type(error).__module__.partition(".")[0]
+    if origin not in ("mlflow", "sqlalchemy", "alembic"):
+        return None
+    lines = str(error).splitlines() or [type(error).__name__]
+    return f"the tracking store refuses: {public_uri(lines[0])[:300]}"
 
 
 def sqlite_path(uri: str) -> Path | None:

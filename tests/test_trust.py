@@ -1,0 +1,134 @@
+"""No pickle and no download unasked, servers on this machine only, no HTML in Markdown."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lorasweep
+from bad_files import BASE, base, both, without
+from lorasweep import config, pick
+from lorasweep.settings import build
+from lorasweep.tracking import operations, server
+
+SOURCES = sorted(Path(lorasweep.__file__).parent.rglob("*.py"))
+PICKLE = b"\x80\x04cposix\nsystem\n(S'touch PWNED'\ntR."
+
+
+def calls(path: Path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), {one.arg: one.value for one in node.keywords}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_no_source_unpickles_and_weights_are_asked_for_as_safetensors(path):
+    for name, keywords in calls(path):
+        assert not name.endswith(("torch.load", "pickle.load", "pickle.loads", "joblib.load"))
+        assert name != "yaml.load" and not name.endswith("yaml.unsafe_load")
+        reads_weights = name.endswith(("Model.from_pretrained", "Generation.from_pretrained"))
+        if reads_weights or name.endswith(".load_lora_weights"):
+            spread = None in keywords  # **weights, which the next test tries
+            assert spread or ast.unparse(keywords["use_safetensors"]) == "True", name
+
+
+def test_a_folder_of_pickles_is_not_loaded_unless_it_is_trusted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    unet, text = "unet/diffusion_pytorch_model", "text_encoder/model"
+    both(base(), without(f"model/{unet}.safetensors", f"model/{text}.safetensors"))(tmp_path)
+    for name in (f"{unet}.bin", "text_encoder/pytorch_model.bin"):
+        (tmp_path / "model" / name).write_bytes(PICKLE)
+    cfg = config.compose(["experiment=demo", "model.path=model"])
+    with pytest.raises(ValueError, match=r"as a pickle alone .* trust it by model\.allow_pickle"):
+        build(cfg.model, "model").load()
+    assert not (tmp_path / "PWNED").exists()
+
+
+def test_beside_safetensors_a_pickle_is_not_looked_at(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base()(tmp_path)
+    for name in ("unet/diffusion_pytorch_model.bin", "text_encoder/pytorch_model.bin"):
+        (tmp_path / "model" / name).write_bytes(PICKLE)
+    cfg = config.compose(["experiment=demo", "model.path=model"])
+    build(cfg.model, "model").load()
+    assert not (tmp_path / "PWNED").exists()
+
+
+def test_with_hf_hub_offline_nothing_on_the_network_is_asked(tmp_path):
+    """In a process of its own, whose sockets are counted."""
+    script = (
+        "import socket, sys\n"
+        "asked = []\n"
+        "def refuse(self, address): asked.append(address); raise OSError('no network')\n"
+        "socket.socket.connect = refuse\n"
+        "socket.getaddrinfo = lambda *a, **k: asked.append(a) or []\n"
+        "from lorasweep import config\n"
+        "from lorasweep.settings import build\n"
+        "node = config.compose(['experiment=demo', 'model.path=nobody/nothing']).model\n"
+        "try: build(node, 'model').load()\n"
+        "except ValueError as error: print(error)\n"
+        "print(asked)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path
+    )
+    message, asked = done.stdout.strip().splitlines()[-2:]
+    assert "HF_HUB_OFFLINE is set: nothing is downloaded" in message
+    assert asked == "[]"
+
+
+def test_mlflows_pages_are_served_to_this_machine_only(monkeypatch, tmp_path):
+    started = []
+    monkeypatch.setattr(server.os, "execve", lambda *arguments: started.append(arguments))
+    server._become_server("sqlite:///x.db", tmp_path, 5001)
+    ((_, command, environment),) = started
+    assert command[command.index("--host") + 1] == "127.0.0.1"
+    assert "x.db" not in " ".join(command)  # a URI may hold a password
+    assert environment["MLFLOW_BACKEND_STORE_URI"] == "sqlite:///x.db"
+
+
+def test_the_dashboard_is_served_to_this_machine_only(monkeypatch, tmp_path):
+    import optuna_dashboard
+
+    from lorasweep.study import storage
+
+    served = []
+    monkeypatch.setattr(optuna_dashboard, "run_server", lambda _, **where: served.append(where))
+    (tmp_path / "x" / "s").mkdir(parents=True)
+    (tmp_path / "x" / "s" / "study.journal").touch()
+    storage.show("x-s", None, tmp_path, 5001)
+    assert served == [{"host": "127.0.0.1", "port": 5001}]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_no_source_binds_to_other_machines(path):
+    assert "0.0.0.0" not in path.read_text()
+
+
+def test_what_mlflow_shows_as_markdown_holds_no_html_and_no_links():
+    note = operations._note("<img src=x onerror=alert(1)>.png [a](javascript:b) `c`")
+    for mark in "<>[]`":
+        assert note.count(mark) == note.count(f"\\{mark}")
+
+
+def test_a_prompt_can_not_leave_the_readmes_code():
+    prompt = 'a "quoted" cat"); import os; os.system("x") <script> $(y) `z`'
+    candidate = pick.Candidate(
+        name="a-e001", run="a", sweep="s", epoch=1, path=BASE, scores={}, terms={},
+        run_id="", model_id="", experiment_id="", created=0,
+    )  # fmt: skip
+    text = pick._readme(candidate, f"sampling:\n  prompts: ['{prompt}']\n", "val/loss", "rule")
+    code = text.partition("```python\n")[2].partition("```")[0]
+    assert [name for name, _ in calls_of(code)].count("os.system") == 0
+    assert f"--prompt '{prompt}'" in text  # quoted for the shell
+    assert '- a "quoted" cat"); import os; os.system("x") \\<script\\>' in text
+
+
+def calls_of(code: str):
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
