@@ -14,7 +14,7 @@ from types import TracebackType
 
 from filelock import FileLock
 
-from lorasweep import captions, dataset, folders, latents
+from lorasweep import captions, dataset, folders, latents, provenance
 from lorasweep.checkpoint import Checkpoint
 from lorasweep.config import Run
 from lorasweep.judge import Clock, Judge, load_pack
@@ -221,10 +221,31 @@ class Session:
             member.log.finish("FAILED", str(error))
             return Failure(run=name, reason=str(error))
         self._runs[name] = member
+        self._log_origin(member)
         member.log.log_base(*self._judge.base_model(member.run))
         return Started(run=name, device=self.device)
 
+    def _log_origin(self, member: _Member) -> None:
+        """Log what the run is made with; its images too, if they are to be kept in MLflow."""
+        run = member.run
+        made_with = provenance.record(run.output_dir, run.model, run.cache_dir, self.device)
+        made_with.append(run.output_dir / "captions.json")
+        if run.dataset.log_images:
+            made_with.append(folders.pack_originals(self._folder, run.dataset.image_dir))
+        for file in made_with:
+            member.log.log_file(file)
+
+    def _note_companions(self, epoch: Epoch) -> None:
+        """Log with whom each run has trained this epoch."""
+        members = [(one.run, one.epoch) for one in epoch.checkpoints]
+        for name, _ in members:
+            run = self._runs[name]
+            run.log.log_file(
+                provenance.note_companions(run.run.output_dir, name, members, epoch.failures)
+            )
+
     def _reports(self, epoch: Epoch) -> list[Report]:
+        self._note_companions(epoch)
         for name, steps in epoch.steps.items():
             for step, values in steps:
                 self._runs[name].log.log_step(step, values)
@@ -351,6 +372,7 @@ def _new_run(run: Run, data: Path, texts: str) -> NewRun:
             "lorasweep.output_dir": str(run.output_dir),
             "lorasweep.folders": str(data),
             **({} if run.number is None else {TRIAL_TAG: str(run.number)}),
+            **run.tags,
         },
     )
 

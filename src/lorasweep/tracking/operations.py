@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorasweep.checkpoint import Checkpoint
+from lorasweep.tracking.history import hash_tags
 from lorasweep.tracking.source import source_tags
 from lorasweep.tracking.store import (
     CHECKPOINT_TAG,
@@ -169,6 +170,7 @@ class Epoch:
             CHECKPOINT_TAG: checkpoint.name,
             EPOCH_TAG: str(checkpoint.epoch),
             PATH_TAG: str(checkpoint.path.resolve()),
+            **hash_tags(checkpoint.path),
         }
         terms = json.dumps({name: [round(x, 7) for x in of] for name, of in self.terms.items()})
         if len(terms) <= MAX_TAG:  # without them, pick falls back to the score's own interval

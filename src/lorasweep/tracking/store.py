@@ -30,6 +30,7 @@ REASON_TAG = "lorasweep.reason"
 TERMS_TAG = "lorasweep.terms"
 TRIAL_TAG = "lorasweep.trial"
 PRUNED_TAG = "lorasweep.pruned"
+HASH_TAG = "lorasweep.hash"  # of a checkpoint's data: kohya's sshs_model_hash
 
 
 class TrackingError(RuntimeError):
