@@ -212,11 +212,11 @@ def test_strict_stops_at_a_difference_before_anything_is_trained(trained, places
         options=Options(places=places),
         strict=True,
     )
-    before = len(trained.log.names())
+    before = len(trained.log.names()), sorted(trained.root.glob("*-reproduced/*"))
     with pytest.raises(ReproduceError, match="--strict: "):
         command.execute(request, Console(width=200))
     assert "trained together with demo-1" in capsys.readouterr().out
-    assert len(trained.log.names()) == before
+    assert (len(trained.log.names()), sorted(trained.root.glob("*-reproduced/*"))) == before
 
 
 def test_another_model_library_and_device_are_told(trained, places, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,7 @@ def execute(request: Request, console: Console) -> int:
     else:
         console.print("Everything is as it was.")
     if plan.differences and request.strict:
+        shutil.rmtree(plan.home)
         raise ReproduceError(
             f"--strict: {len(plan.differences)} differences, and nothing was trained"
         )

@@ -52,6 +52,8 @@ class Plan:
     differences: Sequence[Difference]
     notes: Sequence[str]
     is_variation: bool
+    home: Path
+    """Folder of its images, captions and runs."""
 
     @property
     def run(self) -> Run:
@@ -94,6 +96,7 @@ def prepare(original: Original, options: Options) -> Plan:
         differences=found,
         notes=[*followed, *found_notes, *pack_notes],
         is_variation=bool(options.overrides),
+        home=home,
     )
 
 
