@@ -10,14 +10,14 @@ import lorasweep
 PACKAGE = Path(lorasweep.__file__).parent
 
 LEVELS = [
-    {"settings", "rng", "images", "progress", "staging"},
+    {"settings", "rng", "images", "progress", "staging", "interrupts"},
     {"dataset", "folders", "checkpoint", "header"},
     {"captions", "models", "model_files", "adapters", "optimizers", "lora_file"},
-    {"latents", "sampling", "metrics"},
+    {"latents", "sampling", "metrics", "provenance"},
     {"trainers"},
-    {"tracking", "report", "study"},
+    {"tracking", "report", "study", "run_folder"},
     {"config"},
-    {"judge", "run", "pick", "doctor", "export"},
+    {"judge", "run", "pick", "doctor", "export", "reproduce"},
     {"worker", "fleet", "engines"},
     {"launcher", "search"},
     {"jobs"},
@@ -30,7 +30,7 @@ LEVELS = [
 
 HOMES = {
     "hydra": {"config", "launcher", "search", "batches", "cli", "doctor"},
-    "omegaconf": {"config", "search", "jobs", "sweeper", "launcher", "doctor", "pick"},
+    "omegaconf": {"config", "search", "jobs", "sweeper", "launcher", "doctor", "pick", "reproduce"},
     "mlflow": {"tracking"},
     "optuna": {"study"},
     "optuna_dashboard": {"study"},

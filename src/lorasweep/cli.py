@@ -22,6 +22,7 @@ Settings are Hydra overrides (KEY=VALUE); `lorasweep train --cfg job` shows them
   lorasweep train -m dataset.image_dir=DIR adapter.rank=4,8,16 optimizer.unet_lr=1e-4,3e-4
   lorasweep sweep rank_lr dataset.image_dir=DIR           search with Optuna; again = go on
   lorasweep pick                                          choose among the last sweep's checkpoints
+  lorasweep reproduce RUN                                 make a logged run again, and compare
   lorasweep export RUN --to merged                        the base model with the LoRA in it
   lorasweep ui                                            look at everything in MLflow
   lorasweep sync                                          send MLflow what it could not take before
@@ -51,6 +52,7 @@ _WORDS = {
     "caption": "DIR: folder of images",
     "pick": "SWEEP: name of another sweep",
     "sync": "DIR: a run's folder or one of several, or RUN: a run's name (default: all)",
+    "reproduce": "a run's name or MLflow id, or a LoRA's .safetensors file",
     "export": "a LoRA's .safetensors file, a run's name, or a checkpoint's (RUN-e012)",
     "convert": "SOURCE: a diffusers folder, hub id or .safetensors file, or embedded for the demo's"
     " model; TARGET: what to write, a name in .safetensors for a file",
@@ -138,6 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     pick.add_argument("--run", help="only this run's; together with --epoch it is your own choice")
     pick.add_argument("--epoch", type=int, help="only this epoch's checkpoints")
     pick.add_argument("--limit", type=_count, default=15, help="rows of the table (default 15)")
+    _add_reproduce(commands)
     _add_export(commands)
     convert = _add(
         commands, "convert", "SOURCE TARGET ", "diffusers folder <-> single .safetensors", _convert
@@ -196,6 +199,24 @@ def _flags_first(argv: Sequence[str]) -> list[str]:
     return [word for word, is_one in found if not is_one] + [
         word for word, is_one in found if is_one
     ]
+
+
+def _add_reproduce(commands: Any) -> None:
+    again = _add(commands, "reproduce", "RUN|FILE ", "make a logged run again", _reproduce)
+    again.add_argument("--strict", action="store_true", help="stop if anything is not as it was")
+    again.add_argument("--same-pack", action="store_true", help="with the runs it trained with")
+    again.add_argument("--recaption", action="store_true", help="make the captions again too")
+    again.add_argument(
+        "--override",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="train a variation; may be given several times",
+    )
+    again.add_argument(
+        "--as-config", type=Path, metavar="DIR", help="only write a folder for train --config-dir"
+    )
 
 
 def _add_export(commands: Any) -> None:
@@ -416,6 +437,32 @@ def _pick(arguments: argparse.Namespace) -> int:
     for line in pick.summary(result):
         console.print(line, soft_wrap=True, highlight=False)
     return 0
+
+
+def _reproduce(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from lorasweep.reproduce import Options, command
+    from lorasweep.settings import SettingsError
+
+    words, places = _split(arguments, at_most=1)
+    if not words:
+        raise SettingsError("reproduce what? Give a run's name, its MLflow id or a LoRA file")
+    _, settings, output_root = _tracking(places, arguments.config_dir)
+    request = command.Request(
+        word=words[0],
+        uri=settings.resolve(output_root),
+        experiment=settings.experiment,
+        options=Options(
+            places=places,
+            overrides=arguments.overrides,
+            same_pack=arguments.same_pack,
+            recaption=arguments.recaption,
+        ),
+        strict=arguments.strict,
+        as_config=arguments.as_config,
+    )
+    return command.execute(request, Console())
 
 
 def _export(arguments: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +60,8 @@ class Run:
     overrides: Sequence[str]
     number: int | None = None
     """In its sweep: of its job, and of its trial if there is a study."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    """Further tags in MLflow."""
 
     def check(self) -> None:
         """Raise SettingsError for what can be known to be wrong before any work."""

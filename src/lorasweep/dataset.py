@@ -70,6 +70,7 @@ class Dataset(Settings):
     max_pixels: PositiveInt
     """Width times height; a larger image is bad, and is not decoded to find that out."""
     skip_bad: bool
+    log_images: bool
     caption_extension: str
     allow_other_extension: bool
 

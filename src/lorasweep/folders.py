@@ -25,14 +25,16 @@ from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from zipfile import ZIP_STORED, ZipFile, ZipInfo
 
+from lorasweep.checkpoint import write_atomically
 from lorasweep.dataset import ImageFile, ImageSet, listed
 from lorasweep.images import open_image, plain_format
 from lorasweep.settings import SettingsError
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
+MANIFEST, ORIGINALS = "manifest.json", "originals.zip"
 MAX_REPEATS = 10_000  # of a folder; more is a typing error, and would make an epoch without end
 _VERSION = (
     1  # part of what a folder is written from: count up when the same inputs give other files
@@ -110,6 +112,31 @@ def read(split_dir: Path, caption_extension: str = ".txt") -> list[Arm]:
         raise FoldersError(f"{split_dir}: there is no such folder; write the folders first")
     arms = (_read_arm(path, caption_extension) for path in sorted(split_dir.iterdir()))
     return [arm for arm in arms if arm is not None]
+
+
+def pack_originals(root: Path, image_dir: Path) -> Path:
+    """One archive with the images that `root` was written from, by the sha256 of their bytes.
+
+    An image that was changed or removed since is left out, with a warning.
+    """
+    path = root / ORIGINALS
+    if path.is_file():
+        return path
+    manifest = _read_manifest(root)
+    assert manifest is not None
+    content, gone = BytesIO(), []
+    with ZipFile(content, "w", ZIP_STORED) as archive:  # images don't shrink
+        for image in manifest["images"]:
+            file = image_dir.expanduser() / image["file"]
+            data = file.read_bytes() if file.is_file() else b""
+            if hashlib.sha256(data).hexdigest() == image["sha256"]:
+                archive.writestr(ZipInfo(image["sha256"]), data)
+            else:
+                gone.append(image["file"])
+    if gone:
+        logger.warning("dataset.log_images: changed or gone meanwhile: %s", listed(gone))
+    write_atomically(path, content.getvalue())
+    return path
 
 
 def clean_caption(text: str) -> str:

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
@@ -16,7 +16,7 @@ from types import TracebackType
 
 from filelock import FileLock
 
-from lorasweep import captions, dataset, folders, latents
+from lorasweep import captions, dataset, folders, latents, provenance
 from lorasweep.checkpoint import Checkpoint, DiskFullError, checkpoint_path
 from lorasweep.config import Run
 from lorasweep.interrupts import Interrupts
@@ -293,6 +293,7 @@ class Session:
             return self._fail(member, str(error))
         if state is not None:
             log.info("%s goes on after epoch %d", run.name, epochs)
+        self._log_origin(member)
         if 0 not in member.log.logged_epochs:
             member.log.log_base(*self._judge.base_model(run))
         return Started(run=run.name, device=self.device)
@@ -312,6 +313,7 @@ class Session:
         """Reports of the epochs that runs have behind them; what wasn't logged is logged now."""
         for member, state in begun:
             if state.snapshot.num_batches == 0:
+                self._note_companions(member, [(name, n) for name, n, _ in state.pack], {})
                 for step, values in state.snapshot.records:
                     member.log.log_step(step, values)
         last = max((state.snapshot.num_epochs for _, state in begun), default=0)
@@ -345,7 +347,27 @@ class Session:
         member.folder.end("failed")
         return Failure(run=member.run.name, reason=reason)
 
+    def _log_origin(self, member: _Member) -> None:
+        """Log what the run is made with; its images too, if they are to be kept in MLflow."""
+        run = member.run
+        made_with = provenance.record(run.output_dir, run.model, run.cache_dir, self.device)
+        made_with.append(run.output_dir / "captions.json")
+        if run.dataset.log_images:
+            made_with.append(folders.pack_originals(self._folder, run.dataset.image_dir))
+        for file in made_with:
+            member.log.log_file(file)
+
+    def _note_companions(
+        self, member: _Member, pack: Sequence[tuple[str, int]], failures: Mapping[str, str]
+    ) -> None:
+        """Log with whom a run has trained an epoch, by (run, its epoch)."""
+        folder, name = member.run.output_dir, member.run.name
+        member.log.log_file(provenance.note_companions(folder, name, pack, failures))
+
     def _reports(self, epoch: Epoch) -> list[Report]:
+        pack = [(one.run, one.epoch) for one in epoch.checkpoints]
+        for name, _ in pack:
+            self._note_companions(self._runs[name], pack, epoch.failures)
         for name, steps in epoch.steps.items():
             for step, values in steps:
                 self._runs[name].log.log_step(step, values)
@@ -478,6 +500,7 @@ def _new_run(run: Run, data: Path, texts: str) -> NewRun:
             "lorasweep.output_dir": str(run.output_dir),
             "lorasweep.folders": str(data),
             **({} if run.number is None else {TRIAL_TAG: str(run.number)}),
+            **run.tags,
         },
     )
 

@@ -21,6 +21,7 @@ from pydantic import ConfigDict, Field, PlainSerializer
 
 from lorasweep.checkpoint import Checkpoint
 from lorasweep.tracking import pictures
+from lorasweep.tracking.history import hash_tags
 from lorasweep.tracking.store import (
     CHECKPOINT_TAG,
     EPOCH_TAG,
@@ -420,6 +421,7 @@ def _create_model(to: Delivery, model: Model) -> str:
         CHECKPOINT_TAG: checkpoint.name,
         EPOCH_TAG: str(checkpoint.epoch),
         PATH_TAG: str((to.output_dir / checkpoint.path).resolve()),
+        **hash_tags(to.output_dir / checkpoint.path),
     }
     terms = json.dumps({name: [round(x, 7) for x in of] for name, of in model.terms.items()})
     if len(terms) <= MAX_TAG:  # without them, pick falls back to the score's own interval

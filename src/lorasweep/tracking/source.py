@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+
+from lorasweep.provenance import git
 
 LIBRARIES = ("lorasweep", "torch", "diffusers", "transformers", "safetensors", "mlflow")
 
@@ -25,22 +26,13 @@ def source_tags() -> dict[str, str]:
 
 def _git_tags(file: Path) -> dict[str, str]:
     """Commit of the checkout that holds this code; nothing when it is installed."""
-    if _git(file, "ls-files", "--error-unmatch", file.name) is None:
+    if git(file.parent, "ls-files", "--error-unmatch", file.name) is None:
         return {}
-    commit = _git(file, "rev-parse", "--verify", "HEAD")
+    commit = git(file.parent, "rev-parse", "--verify", "HEAD")
     if commit is None:
         return {}
-    dirty = bool(_git(file, "status", "--porcelain", "--untracked-files=no"))
+    dirty = bool(git(file.parent, "status", "--porcelain", "--untracked-files=no"))
     return {"mlflow.source.git.commit": commit, "mlflow.source.git.dirty": str(dirty).lower()}
-
-
-def _git(file: Path, *arguments: str) -> str | None:
-    command = ["git", "-C", str(file.parent), *arguments]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):  # no git, no checkout, or no commit yet
-        return None
-    return done.stdout.strip()
 
 
 def _version(name: str) -> str | None:

@@ -34,7 +34,7 @@ TRIAL_TAG = "lorasweep.trial"
 PRUNED_TAG = "lorasweep.pruned"
 UID_TAG = "lorasweep.uid"  # made where a run is begun, so that it is found without MLflow's id
 SUSPENDED_TAG = "lorasweep.suspended"
-
+HASH_TAG = "lorasweep.hash"  # of a checkpoint's data: kohya's sshs_model_hash
 
 _CAUSES = (
     "connection refused",
