@@ -119,6 +119,24 @@ def test_settings_that_carry_state_go_on_bit_by_bit(overrides, make_run, base, d
     assert weights(run) == weights(other)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_pack_goes_on_bit_by_bit_on_cuda_too(precision, make_run):
+    unbroken, broken = packs(
+        make_run,
+        "trainer.device=cuda",
+        "trainer.deterministic=true",
+        f"trainer.precision={precision}",
+    )
+    base = unbroken[0].model.load("cuda", precision)
+    data = load(unbroken[0], base)
+    train(base, data, unbroken)
+    train(base, data, broken, stop_at=5)
+    train(base, data, broken, resume=True)
+    assert [weights(run) for run in unbroken] == [weights(run) for run in broken]
+
+
 def test_states_are_bounded_and_written_within_epochs_too(make_run, base, data):
     run = make_run("trainer.save_every_n_steps=1", "trainer.keep_states=3")
     train(base, data, [run], stop_at=7)

@@ -82,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     # threads that wait by spinning make every step several times slower where a core is shared
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # what CUDA's matrix products need to be the same each time, where trainer.deterministic asks it
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     try:
         if argv[:1] == ["train"]:  # Hydra reads the rest, its own flags included
             if {"-h", "--help"} & set(argv):
