@@ -54,7 +54,7 @@ def sweep(tmp_path, monkeypatch):
 def study_of(tmp_path):
     journal = storage.find_journal(None, tmp_path / "outputs")
     opened = storage.open_storage(str(journal), tmp_path)
-    return optuna.load_study(study_name="demo-mine", storage=opened)
+    return optuna.load_study(study_name=None, storage=opened)  # the only one
 
 
 def test_a_sweep_fills_its_packs_and_goes_on_where_it_was(sweep, tmp_path, capsys):
@@ -159,6 +159,19 @@ def test_through_a_launcher_of_hydras_jobs_report_themselves_and_stop_when_prune
     store = f"sqlite:///{tmp_path}/outputs/mlflow.db"
     known = [(one.run, one.epoch) for one in tracking.candidates(store, "lorasweep", "demo-mine")]
     assert sorted(known) == [("demo-0", 1), ("demo-0", 2), ("demo-1", 1)]
+
+
+def test_a_warm_start_says_once_how_many_trials_fit(sweep, capsys):
+    sweep("study.n_trials=3", "study.name=old")
+    narrow = "optimizer.unet_lr=0.001"
+    known = "study.warm_start=demo-old"
+    capsys.readouterr()
+    sweep("study.n_trials=1", "study.name=mine", known)
+    assert "3 of 3 trials of demo-old fit" in capsys.readouterr().out
+    sweep("study.n_trials=2", "study.name=mine", known)
+    assert "warm start" not in capsys.readouterr().out
+    sweep("study.n_trials=1", "study.name=narrow", narrow, known)
+    assert "0 of 3 trials of demo-old fit" in capsys.readouterr().out
 
 
 def test_the_dashboard_is_given_the_sweeps_study_on_this_machine_alone(

@@ -98,10 +98,9 @@ class Study:
         )
         self._check_basis(dict(basis or {}))
         self._by_first = FirstObjective(self._study, self.storage) if settings.pareto else None
-        if settings.pareto:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that it is experimental
-                self._study.set_metric_names(list(settings.objectives))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is experimental
+            self._study.set_metric_names(list(settings.objectives))  # for the dashboard
 
     @property
     def n_trials(self) -> int:
@@ -212,9 +211,15 @@ class Study:
         else:
             self.complete(trial)
 
+    @property
+    def has_learned(self) -> bool:
+        """Has it taken another study's trials as knowledge?"""
+        found = self._study.get_trials(deepcopy=False)
+        return any(trial.user_attrs.get(ORIGIN) == "warm start" for trial in found)
+
     def learn(self, other: Sequence[FrozenTrial], name: str) -> int:
         """Take another study's trials as knowledge, once; how many fit this one."""
-        if any(t.user_attrs.get(ORIGIN) == "warm start" for t in self._study.get_trials()):
+        if self.has_learned:
             return 0
         known = [trial for trial in map(self._known, other) if trial is not None]
         for trial in known:
