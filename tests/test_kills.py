@@ -1,6 +1,6 @@
 """Sweeps whose processes are killed at random moments: nothing is lost, nothing is there twice.
 
-LORASWEEP_KILLS says how many kills; the moments follow from a seed.
+LORASWEEP_KILLS says how many kills of a kind the slow tests make; the moments follow from a seed.
 """
 
 import os
@@ -18,11 +18,11 @@ import pytest
 from mlflow import MlflowClient
 
 from conftest import SMALL
+from lorasweep import cli, fleet
 from lorasweep.study import storage
 
 KILLS = int(os.environ.get("LORASWEEP_KILLS", "10"))
 TRIALS, EPOCHS = 3, 2
-pytestmark = pytest.mark.slow
 
 SWEEP = f"""\
 # @package _global_
@@ -51,9 +51,10 @@ class Sweep:
         (folder / "sweeps").mkdir(parents=True)
         (folder / "sweeps" / "mine.yaml").write_text(SWEEP)
         places = [f"output_root={folder}/outputs", f"cache_dir={folder}/cache"]
-        command = [sys.executable, "-m", "lorasweep", "sweep", "mine", "--config-dir", str(folder)]
         settings = [one for one in SMALL if not one.startswith("sampling.")]
-        self.command = [*command, *settings, *places, "name=kills"]
+        self.arguments = ["sweep", "mine", "--config-dir", str(folder), *settings, *places]
+        self.arguments.append("name=kills")
+        self.command = [sys.executable, "-m", "lorasweep", *self.arguments]
         self.folder, self.log = folder, folder / "log.txt"
 
     def start(self) -> subprocess.Popen:
@@ -98,23 +99,55 @@ def unbroken(tmp_path_factory):
     return sweep, sweep.finish()
 
 
-def assert_came_to_the_same(sweep: Sweep, unbroken: Sweep) -> None:
+def assert_everything_is_there_once(sweep: Sweep) -> None:
     expected = [(number, "COMPLETE") for number in range(TRIALS)]
     assert [(trial.number, trial.state.name) for trial in sweep.trials] == expected
-    assert [trial.params for trial in sweep.trials] == [trial.params for trial in unbroken.trials]
-    assert sweep.runs() == unbroken.runs()
     names = [f"kills-{number}" for number in range(TRIALS)]
     assert [(name, status) for name, status, _ in sweep.runs()] == [(n, "FINISHED") for n in names]
     epochs = list(range(EPOCHS + 1))  # the bare model is epoch 0
     assert all(logged["val/loss_rel"] == epochs for _, _, logged in sweep.runs())
+    known = {one.user_attrs["best"]["path"] for one in sweep.trials}
+    assert all(Path(path).is_file() for path in known)
+
+
+def assert_came_to_the_same(sweep: Sweep, unbroken: Sweep) -> None:
+    assert_everything_is_there_once(sweep)
+    assert [trial.params for trial in sweep.trials] == [trial.params for trial in unbroken.trials]
+    assert sweep.runs() == unbroken.runs()
     ours, theirs = sweep.best(), unbroken.best()
     assert ours.number == theirs.number
     assert ours.user_attrs["best"]["epoch"] == theirs.user_attrs["best"]["epoch"]
     # a pack rounds by its members
     assert ours.value == pytest.approx(theirs.value, rel=1e-3)
-    assert Path(ours.user_attrs["best"]["path"]).is_file()
 
 
+def test_a_sweep_whose_driver_and_then_a_worker_are_killed_has_everything_once(
+    tmp_path, monkeypatch
+):
+    sweep = Sweep(tmp_path / "sweep")
+    with subprocess.Popen(
+        sweep.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as driver:
+        assert any("epoch 1, val/loss_rel" in line for line in driver.stdout)
+        driver.kill()
+    killed = []
+
+    def events(workers, timeout=None, real=fleet.Fleet.events):
+        found = real(workers, timeout)
+        if not killed and any(isinstance(event, fleet.EpochReport) for event in found):
+            killed.append(workers._seats[0].process)
+            killed[0].kill()
+        return found
+
+    monkeypatch.setattr(fleet.Fleet, "events", events)
+    cli.main(sweep.arguments)  # the same command, in this process
+    assert killed
+    assert_everything_is_there_once(sweep)
+    reasons = [trial.user_attrs.get("reason") for trial in sweep.trials]
+    assert any("killed by SIGKILL" in reason for reason in reasons if reason)
+
+
+@pytest.mark.slow
 def test_a_driver_killed_at_random_moments_leaves_no_trace_in_the_end(unbroken, tmp_path):
     reference, seconds = unbroken
     sweeps, moments, kills = sweeps_in(tmp_path), random.Random(0), 0
@@ -132,6 +165,7 @@ def test_a_driver_killed_at_random_moments_leaves_no_trace_in_the_end(unbroken, 
     assert_came_to_the_same(sweep, reference)
 
 
+@pytest.mark.slow
 def test_workers_killed_at_random_moments_cost_only_their_packs(unbroken, tmp_path):
     reference, seconds = unbroken
     sweeps, moments, kills = sweeps_in(tmp_path), random.Random(1), 0

@@ -1,6 +1,9 @@
 """The launcher: its settings, its retries, and packs as jobs of other engines."""
 
+from importlib.util import find_spec
+
 import pytest
+from hydra.errors import HydraException
 
 from lorasweep import config, engines
 from lorasweep.fleet import Failure, Finished
@@ -101,3 +104,20 @@ def test_a_job_trains_its_pack_and_tells_what_failed(make_run):
     assert list(engines.train_pack(runs)) == ["demo-1"]
     (broken,) = [make_run("model.path=nowhere", number=3)]
     assert "model.path=nowhere" in engines.train_pack([broken])["demo-3"]
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "remedy"),
+    [
+        ("ray", "ray", "pip install 'lorasweep[ray]', or take launcher.pack_via=ray"),
+        ("submitit_slurm", "submitit", "pip install 'lorasweep[cluster]'"),
+    ],
+)
+def test_a_launcher_of_hydras_that_is_missing_says_how_it_comes(name, package, remedy):
+    if find_spec(f"hydra_plugins.hydra_{package}_launcher"):
+        pytest.skip("it is installed")
+    with pytest.raises(HydraException) as refused:
+        config.compose(["experiment=demo", f"hydra/launcher={name}"])
+    said = config.one_line(refused.value)  # what the command line ends with
+    assert said.startswith(f"hydra/launcher={name} is not installed: {remedy}")
+    assert "\n" not in said

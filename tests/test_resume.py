@@ -169,7 +169,9 @@ WRITES = ["fsync", "replace", "unlink"]
 
 
 @pytest.mark.parametrize("call", WRITES)
-def test_a_death_at_any_call_that_changes_the_disk_loses_nothing(call, make_pack, base, tmp_path):
+def test_a_death_at_any_call_that_changes_the_disk_loses_nothing(
+    call, unbroken, make_pack, base, tmp_path
+):
     """The child dies before its n-th such call, for every n there is in an epoch or so."""
     runs = make_pack(tmp_path / "broken")
     number, ended = 0, False

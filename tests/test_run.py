@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -43,6 +44,7 @@ def test_scoring_out_of_memory_goes_on_with_fewer_at_once(make_run, monkeypatch,
         return forward(self, sample, *args, **kwargs)
 
     monkeypatch.setattr(UNet2DConditionModel, "forward", limited)
+    runs = [replace(run, output_dir=run.output_dir / "limited") for run in runs]
     with caplog.at_level(logging.WARNING):
         found = {(r.run, r.checkpoint.epoch): r.scores["val/loss_rel"] for r in reports(*runs)}
     assert "fewer are scored at once" in caplog.text

@@ -1,6 +1,8 @@
 """The study: what it asks, notes, prunes, tries again and goes on with; nothing is trained."""
 
 import math
+import statistics
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -176,6 +178,88 @@ def test_several_objectives_are_those_of_the_best_candidate_by_the_first(open_st
         report(trial, epoch, value, **{"val/prior_drift": drift})
     study.complete(trial)
     assert study.trials[0].values == [0.5, 0.3]
+
+
+@pytest.mark.parametrize("pruner", ["median", "asha", "wilcoxon"])
+def test_pruning_by_the_first_objective_decides_as_with_that_objective_alone(open_study, pruner):
+    one = open_study(name="one", pruner=pruner, n_trials=9)
+    two = open_study(name="two", pruner=pruner, n_trials=9, objectives=[SCORE, "val/prior_drift"])
+    decisions = []
+    for _ in range(3):  # packs of three, as trials overlap in a sweep
+        pack = [(one.next(), two.next()) for _ in range(3)]
+        for epoch in (1, 2, 3):
+            values = [(7 * ours.number) % 5 + 1 / epoch for ours, _ in pack]
+            terms = [[value + i / 100 for i in range(8)] for value in values]
+            for (ours, theirs), value, of_images in zip(pack, values, terms, strict=True):
+                report(ours, epoch, value, of_images)
+                report(theirs, epoch, value, of_images, **{"val/prior_drift": 1.0})
+            decisions += [(a.should_prune(), b.should_prune()) for a, b in pack]
+        for ours, theirs in pack:
+            one.complete(ours)
+            two.complete(theirs)
+    assert [ours for ours, _ in decisions] == [theirs for _, theirs in decisions]
+    assert {ours for ours, _ in decisions} == {True, False}
+
+
+def test_deciding_what_to_prune_costs_no_more_when_there_are_many_trials(open_study):
+    study = open_study(n_trials=80, pruner="median", objectives=[SCORE, "val/prior_drift"])
+    costs = []
+    while trial := study.next():
+        trial.plan(9)
+        trial.report(1, Path("e1"), {SCORE: trial.number, "val/prior_drift": 1.0}, {})
+        costs.append(calls(trial.should_prune))
+        study.complete(trial)
+    assert max(costs[70:]) < 2 * max(costs[5:15])
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "cmaes", "nsgaii"])
+def test_what_is_searched_is_found_out_without_reading_all_trials_again(open_study, sampler):
+    study = open_study(n_trials=60)
+    run(study, epochs=1)
+    settings, trials = replace(SETTINGS, sampler=sampler), study.optuna_study
+    first, anew = (make_sampler(settings, SPACE, number) for number in (0, 60))
+    later = make_sampler(settings, SPACE, 60, first)
+    known = first.infer_relative_search_space(trials, None)
+    found = []
+    costs = [
+        calls(lambda one=one: found.append(one.infer_relative_search_space(trials, None)))
+        for one in (later, anew)
+    ]
+    assert found == [known, known]
+    assert costs[0] * 3 < costs[1]
+
+
+def calls(function):
+    """How many functions of Python it calls: its cost, without a clock."""
+    count = 0
+
+    def note(frame, event, argument):
+        nonlocal count
+        count += event == "call"
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        function()
+    finally:
+        sys.setprofile(before)
+    return count
+
+
+def test_batch_mates_are_told_apart(open_study):
+    """TPE that doesn't know of running trials asks for the same good place again and again."""
+
+    def rates_asked(**options):
+        name = f"mates{len(options)}"
+        study = open_study(name=name, n_trials=30, sampler="tpe", sampler_options=options)
+        for _ in range(14):
+            trial = study.next()
+            report(trial, 1, abs(math.log10(trial.params["optimizer.unet_lr"]) + 4))
+            study.complete(trial)
+        mates = [study.next() for _ in range(16)]
+        return statistics.pstdev(math.log10(one.params["optimizer.unet_lr"]) for one in mates)
+
+    assert rates_asked() > rates_asked(constant_liar=False)
 
 
 def test_a_candidate_that_keeps_the_constraints_goes_before_a_better_one(open_study):

@@ -2,13 +2,15 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
 from optuna.trial import TrialState
 
+from conftest import SMALL
 from fake_fleet import FakeFleet
-from lorasweep import cli, fleet
+from lorasweep import cli, fleet, flow, sweeper, tracking
 from lorasweep.run import Failure
 from lorasweep.study import storage
 
@@ -52,7 +54,7 @@ def sweep(tmp_path, monkeypatch):
 def study_of(tmp_path):
     journal = storage.find_journal(None, tmp_path / "outputs")
     opened = storage.open_storage(str(journal), tmp_path)
-    return optuna.load_study(study_name="demo-mine", storage=opened)
+    return optuna.load_study(study_name=None, storage=opened)  # the only one
 
 
 def test_a_sweep_fills_its_packs_and_goes_on_where_it_was(sweep, tmp_path, capsys):
@@ -117,6 +119,78 @@ def test_a_hopeless_sweep_stops(sweep, capsys):
     said = capsys.readouterr()
     assert "2 trials failed one after another" in said.err
     assert "no such luck" in said.err
+
+
+def test_no_trial_begins_when_the_time_is_up_and_those_that_train_go_on(sweep, monkeypatch, caplog):
+    hours = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: hours[0] * 3600)
+    monkeypatch.setattr(flow, "time", clock)
+    monkeypatch.setattr(sweeper, "time", clock)
+
+    def script(run, epoch):
+        hours[0] += 0.2  # an epoch of a run
+        return by_rate(run, epoch)
+
+    study, workers = sweep("study.max_hours=1", "study.n_trials=9", script=script)
+    assert [run.name for run in workers.submitted] == ["demo-0", "demo-1"]
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE"]
+    hours[0] = 0.0
+    study, _ = sweep("study.max_hours=null", "study.n_trials=4")  # the same command goes on
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 4
+
+
+def test_through_a_launcher_of_hydras_jobs_report_themselves_and_stop_when_pruned(
+    tmp_path, cache_dir
+):
+    (tmp_path / "sweeps").mkdir()
+    (tmp_path / "sweeps" / "mine.yaml").write_text(SWEEP)
+    places = [f"output_root={tmp_path}/outputs", f"cache_dir={cache_dir}"]
+    small = [
+        *(one for one in SMALL if not one.startswith("sampling.")),
+        "sampling.every_n_epochs=0",
+    ]
+    asked = ["study.n_trials=2", "study.batch_size=1", "study.pruner=asha", "study.min_epochs=1"]
+    rates = ["optimizer.unet_lr=choice(1e-3,1e-6)", "study.sampler=grid", "adapter.rank=4"]
+    given = [*small, *places, *asked, *rates, "hydra/launcher=basic", "study.startup_trials=0"]
+    cli.main(["sweep", "mine", "--config-dir", str(tmp_path), *given])
+    study = study_of(tmp_path)
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "PRUNED"]
+    assert [trial.user_attrs["epochs"] for trial in study.trials] == [2, 1]
+    store = f"sqlite:///{tmp_path}/outputs/mlflow.db"
+    known = [(one.run, one.epoch) for one in tracking.candidates(store, "lorasweep", "demo-mine")]
+    assert sorted(known) == [("demo-0", 1), ("demo-0", 2), ("demo-1", 1)]
+
+
+def test_a_warm_start_says_once_how_many_trials_fit(sweep, capsys):
+    sweep("study.n_trials=3", "study.name=old")
+    narrow = "optimizer.unet_lr=0.001"
+    known = "study.warm_start=demo-old"
+    capsys.readouterr()
+    sweep("study.n_trials=1", "study.name=mine", known)
+    assert "3 of 3 trials of demo-old fit" in capsys.readouterr().out
+    sweep("study.n_trials=2", "study.name=mine", known)
+    assert "warm start" not in capsys.readouterr().out
+    sweep("study.n_trials=1", "study.name=narrow", narrow, known)
+    assert "0 of 3 trials of demo-old fit" in capsys.readouterr().out
+
+
+def test_the_dashboard_is_given_the_sweeps_study_on_this_machine_alone(
+    sweep, tmp_path, monkeypatch
+):
+    dashboard = pytest.importorskip("optuna_dashboard")
+    sweep("study.n_trials=2")
+    shown = []
+
+    def run_server(opened, host, port):
+        names = optuna.get_all_study_names(opened)
+        shown.append((names, host, port))
+
+    monkeypatch.setattr(dashboard, "run_server", run_server)
+    places = [f"output_root={tmp_path}/outputs", "experiment=demo"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["ui", "--optuna", "demo-mine", "--port", "8123", *places])
+    assert ended.value.code == 0
+    assert shown == [(["demo-mine"], "127.0.0.1", 8123)]
 
 
 def test_what_a_killed_driver_left_goes_on_under_its_number(sweep, tmp_path):

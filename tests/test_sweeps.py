@@ -2,7 +2,7 @@
 
 import pytest
 
-from conftest import options
+from conftest import SMALL, options
 from fake_fleet import FakeFleet
 from lorasweep import cli, config, fleet
 
@@ -39,6 +39,18 @@ def test_a_shipped_sweep_runs(ship, name, capsys):
     said = capsys.readouterr().out
     assert "trial 2" in said
     assert "Best" in said or "On the front" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [one for one in STUDIES if one not in CAPTIONED])
+def test_a_shipped_sweep_trains(name, tmp_path, cache_dir, capsys):
+    """As above, but with real workers."""
+    small = [one for one in SMALL if not one.startswith("sampling.")]
+    places = [f"output_root={tmp_path}", f"cache_dir={cache_dir}", "sampling.every_n_epochs=0"]
+    cli.main(["sweep", name, *small, *places, "study.n_trials=3"])
+    said = capsys.readouterr().out
+    assert "Trained 6 epochs of 6 planned" in said  # the shortest runs are not pruned
+    assert len(list((tmp_path / "demo" / name).glob("*/*-000002.safetensors"))) == 3
 
 
 def test_the_guides_own_advice_is_the_first_trial_of_its_sweep(ship):

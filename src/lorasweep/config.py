@@ -336,6 +336,8 @@ def explain(error: Exception) -> str | None:
         return f"{override}: several values make a sweep; train it by lorasweep train -m …"
     if option := re.search(r"Could not (?:find|load) '(.+?)/([^/']+)'", message):
         group, name = option.groups()
+        if group == "hydra/launcher" and name in _LAUNCHERS:
+            return f"hydra/launcher={name} is not installed: {_LAUNCHERS[name]}"
         return f"{group}={name}: there is no such option; choose one of {_options(group)}"
     if there := re.search(r"An item is already at '(.+?)'", message):
         return f"{there[1]} is there already: change it without the +, by {there[1]}=VALUE"
@@ -376,6 +378,14 @@ def _explain_os(error: OSError) -> str | None:
         shown(os.fsdecode(place), 300) if isinstance(place, str | bytes | os.PathLike) else "a file"
     )
     return f"{where}: {error.strerror}; {remedy}"
+
+
+_LAUNCHERS = {  # of Hydra's own, by the extra that brings them
+    **dict.fromkeys(
+        ("joblib", "submitit_local", "submitit_slurm"), "pip install 'lorasweep[cluster]'"
+    ),
+    "ray": "pip install 'lorasweep[ray]', or take launcher.pack_via=ray (lorasweep[cluster])",
+}
 
 
 def _options(group: str) -> str:

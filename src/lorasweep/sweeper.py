@@ -97,9 +97,15 @@ def _basis(fixed: Sequence[str]) -> list[str]:
 def _warm_start(study: Study, other: str, output_root: Path) -> None:
     from lorasweep.study.study import known_trials
 
+    if study.has_learned:  # by the command that began it
+        return
     found = known_trials(other, study.settings.storage, output_root)
     taken = study.learn(found, other)
-    log.info("warm start: %d of %d trials of %s fit this search space", taken, len(found), other)
+    level = logging.INFO if taken else logging.WARNING
+    said = (
+        "warm start: %d of %d trials of %s fit this search space (same parameters, values within)"
+    )
+    log.log(level, said, taken, len(found), other)
 
 
 def _show(study: Study) -> None:

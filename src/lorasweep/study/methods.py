@@ -16,7 +16,6 @@ from optuna.distributions import (
 )
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
-from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
@@ -141,18 +140,28 @@ PRUNERS: dict[str, type[BasePruner]] = {
 }
 
 
-def make_sampler(settings: StudySettings, space: Space, number: int) -> BaseSampler:
+def make_sampler(
+    settings: StudySettings, space: Space, number: int, first: BaseSampler | None = None
+) -> BaseSampler:
     """The sampler of the trial `number`, with randomness of its own: a resumed sweep goes on alike.
 
-    Raises SettingsError for an option that the sampler doesn't have.
+    `first` is another one of the same study and tells what is searched: it reads only the trials
+    that have come since, where each anew would read all. Raises SettingsError for an option that
+    the sampler doesn't have.
     """
     own: dict[str, Any] = {"seed": key_seed(settings.seed, "sampler", number) % 2**31}
     if settings.sampler == "qmc":  # one scrambled sequence for all trials
         own = {"seed": settings.seed, "scramble": True, "warn_asynchronous_seeding": False}
     if settings.sampler == "tpe":  # with group: parameters that only some trials have
         own["group"] = bool(space.conditions)
+    options = settings.sampler_options
     kind = SAMPLERS[settings.sampler]
-    return _make(kind, "sampler", settings.sampler, own, settings, settings.sampler_options)
+    made = _make(kind, "sampler", settings.sampler, own, settings, options)
+    is_its_own = settings.sampler == "qmc" or {**own, **options}.get("group")
+    if first is not None and not is_its_own:
+        made.infer_relative_search_space = first.infer_relative_search_space
+    sampler: BaseSampler = made
+    return sampler
 
 
 def make_pruner(settings: StudySettings, max_epochs: int) -> BasePruner:
@@ -177,39 +186,6 @@ def distribution(parameter: Parameter) -> BaseDistribution:
         return IntDistribution(int(parameter.low), int(parameter.high), parameter.log, step)
     step_size = None if parameter.step is None else float(parameter.step)
     return FloatDistribution(parameter.low, parameter.high, parameter.log, step_size)
-
-
-def prune_by_first(
-    pruner: BasePruner, study: optuna.Study, number: int, storage: BaseStorage
-) -> bool:
-    """Ask the pruner about a trial of a study with several objectives, by the first of them.
-
-    Optuna prunes with one objective only, so the pruner is shown a copy of the study in memory
-    that has just this one. What a pruner notes of the trial is written back.
-    """
-    trials = study.get_trials(deepcopy=False)
-    copy = optuna.create_study(direction=study.directions[0], study_name=study.study_name)
-    for trial in trials:
-        copy.add_trial(_with_curve(trial))
-    copied = copy.get_trials(deepcopy=True)[number]
-    decision = pruner.prune(copy, copied)
-    noted = copy.get_trials(deepcopy=False)[number].system_attrs
-    for key in noted.keys() - trials[number].system_attrs.keys():
-        storage.set_trial_system_attr(trials[number]._trial_id, key, noted[key])
-    return decision
-
-
-def _with_curve(trial: FrozenTrial) -> FrozenTrial:
-    """The trial as if the first objective were the only one."""
-    curve: Mapping[str, float] = trial.user_attrs.get(CURVE, {})
-    is_complete = trial.state == TrialState.COMPLETE
-    return optuna.trial.create_trial(
-        state=trial.state,
-        value=trial.values[0] if is_complete else None,
-        intermediate_values={int(epoch): value for epoch, value in curve.items()},
-        user_attrs=trial.user_attrs,
-        system_attrs=trial.system_attrs,
-    )
 
 
 def _make(

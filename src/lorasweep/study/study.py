@@ -17,6 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lorasweep.settings import SettingsError
 from lorasweep.study.methods import check_installed, distribution, make_pruner, make_sampler
+from lorasweep.study.pareto import FirstObjective
 from lorasweep.study.settings import StudySettings
 from lorasweep.study.space import Choice, Parameter, Space, Value
 from lorasweep.study.storage import find_journal, open_storage, sweep_name
@@ -84,7 +85,7 @@ class Study:
         self._guesses = [space.inside(guess) for guess in guesses]
         self._grid = space.grid() if settings.sampler == "grid" else []
         pruner = make_pruner(settings, max_epochs)
-        make_sampler(settings, space, 0)  # its options, before any work
+        self._sampler = make_sampler(settings, space, 0)  # checks its options, before any work
         self.storage: BaseStorage = open_storage(settings.storage, folder)
         self._again: deque[int] = deque()  # trials to be trained once more
         self._plan: _Plan | None = None
@@ -96,10 +97,10 @@ class Study:
             load_if_exists=True,
         )
         self._check_basis(dict(basis or {}))
-        if settings.pareto:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that it is experimental
-                self._study.set_metric_names(list(settings.objectives))
+        self._by_first = FirstObjective(self._study, self.storage) if settings.pareto else None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is experimental
+            self._study.set_metric_names(list(settings.objectives))  # for the dashboard
 
     @property
     def n_trials(self) -> int:
@@ -139,14 +140,14 @@ class Study:
     def _begin(self, number: int | None) -> Trial:
         """Ask for a trial, or for one by its number; parameters that it has already stay."""
         known = self._upcoming() if number is None else number
-        self._study.sampler = make_sampler(self.settings, self.space, known)
+        self._study.sampler = make_sampler(self.settings, self.space, known, self._sampler)
         trial = self._study.ask() if number is None else self.trial(number)._trial
         if trial.params and not self.space.holds(trial.params):
             _skip_draws(trial, self.space)
         self.space.ask(lambda name, parameter: _suggest(trial, name, parameter))
         if trial.user_attrs.get(PRUNED):
             trial.set_user_attr(PRUNED, False)
-        return Trial(trial, self.settings, self.space, self.storage)
+        return Trial(trial, self.settings, self.space, self._by_first)
 
     def _upcoming(self) -> int:
         """The number that Optuna's next trial gets, whose parameters may have to be given."""
@@ -167,7 +168,8 @@ class Study:
         trial_id = self.storage.get_trial_id_from_study_id_trial_number(
             self._study._study_id, number
         )
-        return Trial(optuna.Trial(self._study, trial_id), self.settings, self.space, self.storage)
+        live = optuna.Trial(self._study, trial_id)
+        return Trial(live, self.settings, self.space, self._by_first)
 
     def complete(self, trial: Trial) -> None:
         """The run has trained to its end: its value is its best candidate's."""
@@ -209,9 +211,15 @@ class Study:
         else:
             self.complete(trial)
 
+    @property
+    def has_learned(self) -> bool:
+        """Has it taken another study's trials as knowledge?"""
+        found = self._study.get_trials(deepcopy=False)
+        return any(trial.user_attrs.get(ORIGIN) == "warm start" for trial in found)
+
     def learn(self, other: Sequence[FrozenTrial], name: str) -> int:
         """Take another study's trials as knowledge, once; how many fit this one."""
-        if any(t.user_attrs.get(ORIGIN) == "warm start" for t in self._study.get_trials()):
+        if self.has_learned:
             return 0
         known = [trial for trial in map(self._known, other) if trial is not None]
         for trial in known:
@@ -281,7 +289,8 @@ def join_study(settings: StudySettings, folder: Path, number: int, *, max_epochs
         study_name=sweep_name(folder), storage=storage, pruner=make_pruner(settings, max_epochs)
     )
     trial_id = storage.get_trial_id_from_study_id_trial_number(study._study_id, number)
-    return Trial(optuna.Trial(study, trial_id), settings, Space({}, {}), storage)
+    by_first = FirstObjective(study, storage) if settings.pareto else None
+    return Trial(optuna.Trial(study, trial_id), settings, Space({}, {}), by_first)
 
 
 def known_trials(sweep: str, storage: str | None, output_root: Path) -> list[FrozenTrial]:

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.pruners import BasePruner
-from optuna.storages import BaseStorage
 
 from lorasweep.settings import SettingsError
-from lorasweep.study.methods import CURVE, TERMS, prune_by_first
+from lorasweep.study.methods import CURVE, TERMS
+from lorasweep.study.pareto import FirstObjective
 from lorasweep.study.settings import StudySettings
 from lorasweep.study.space import Space
 
@@ -39,9 +38,15 @@ class Trial:
     """A trial under way. Any process that reaches the storage can hold one."""
 
     def __init__(
-        self, trial: optuna.Trial, settings: StudySettings, space: Space, storage: BaseStorage
+        self,
+        trial: optuna.Trial,
+        settings: StudySettings,
+        space: Space,
+        by_first: FirstObjective | None = None,
     ) -> None:
-        self._trial, self._settings, self._space, self._storage = trial, settings, space, storage
+        """`by_first` decides what is pruned where there are several objectives."""
+        self._trial, self._settings, self._space = trial, settings, space
+        self._by_first = by_first
         self.number = trial.number
         best = trial.user_attrs.get(BEST)
         self.best = Candidate(**best) if best else None
@@ -96,10 +101,9 @@ class Trial:
             return False
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if not self._settings.pareto:
-                return self._trial.should_prune()
-            pruner: BasePruner = self._trial.study.pruner
-            return prune_by_first(pruner, self._trial.study, self.number, self._storage)
+            if self._by_first is not None:
+                return self._by_first.should_prune(self.number)
+            return self._trial.should_prune()
 
     def mark_pruned(self) -> None:
         """Note, from the job's own process, that the run has stopped for it was to be pruned."""
