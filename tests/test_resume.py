@@ -20,7 +20,7 @@ from lorasweep import checkpoint, cli, config, run_folder
 from lorasweep.interrupts import Interrupts
 from lorasweep.run import EpochReport, Failure, Finished, Session, run_pack
 from lorasweep.settings import SettingsError
-from lorasweep.tracking import candidates
+from lorasweep.tracking import candidates, create_store
 from lorasweep.trainers import Stopped, states
 from lorasweep.trainers.native import NativeTraining
 
@@ -68,6 +68,7 @@ def make_pack(cache_dir):
 def unbroken(make_pack, base, tmp_path_factory):
     """What a pack comes to that nobody broke off, and the seconds that it took."""
     folder = tmp_path_factory.mktemp("unbroken")
+    create_store(f"sqlite:///{folder}/other.db", "warm", folder)  # loads what all children need
     runs = make_pack(folder)
     began = time.monotonic()
     assert os.waitpid(in_a_process(lambda: train(runs, base)), 0)[1] == 0
@@ -142,7 +143,7 @@ def killed_at_random(unbroken, make_pack, base, tmp_path, kills):
         while not ended:
             child = in_a_process(lambda runs=runs: train(runs, base))
             if made < kills:
-                time.sleep(moments.uniform(0.05, 0.9) * seconds)
+                time.sleep(moments.uniform(0.0, 0.6) * seconds)
                 os.kill(child, signal.SIGKILL)
             status = os.waitpid(child, 0)[1]
             ended = not os.WIFSIGNALED(status)
@@ -176,7 +177,7 @@ def test_a_death_at_any_call_that_changes_the_disk_loses_nothing(
     runs = make_pack(tmp_path / "broken")
     number, ended = 0, False
     while not ended:
-        number += 3  # each go makes some progress, at another place
+        number += 5  # each go makes some progress, at another place
 
         def work(number=number):
             real, left = getattr(os, call), number

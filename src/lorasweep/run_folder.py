@@ -65,6 +65,7 @@ class RunFolder:
             self._lock.release()
             raise
         if self.is_done:
+            states.delete(self.path)  # a kill may have come between the record and that
             return
         if not self.goes_on:
             states.delete(self.path)
@@ -223,11 +224,17 @@ def read_record(folder: Path) -> Record | None:
 
 
 def ended(run: Run) -> Status | None:
-    """How a run that was trained in its folder ended; None for one that is to be trained."""
+    """How a run that was trained in its folder ended; None for one that is to be trained.
+
+    States that a kill left of one that has ended are deleted.
+    """
     record = read_record(run.output_dir)
     if record is None or record.status in ("unfinished", "dropped"):
         return None
-    return record.status if record.settings == settings_digest(run.params) else None
+    if record.settings != settings_digest(run.params):
+        return None
+    states.delete(run.output_dir)
+    return record.status
 
 
 def find(target: str, output_root: Path) -> Path:
