@@ -17,7 +17,7 @@ LEVELS = [
     {"trainers"},
     {"tracking", "report", "study", "run_folder"},
     {"config"},
-    {"judge", "run", "pick", "doctor", "export", "reproduce"},
+    {"judge", "prepare", "run", "pick", "doctor", "export", "reproduce"},
     {"worker", "fleet", "engines"},
     {"launcher", "search"},
     {"jobs"},

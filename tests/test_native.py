@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lorasweep import checkpoint, folders, latents
+from lorasweep.models import is_out_of_memory
 from lorasweep.run import training_run, write_folders
 from lorasweep.trainers import TrainerError, TrainingData
 from lorasweep.trainers.batches import caption_of, epoch_batches
@@ -128,6 +129,11 @@ NO_MEMORY = [
 
 
 @pytest.mark.parametrize("error", NO_MEMORY, ids=["cuda", "cpu", "cublas"])
+def test_every_way_of_running_out_of_memory_is_known(error):
+    assert is_out_of_memory(error)
+
+
+@pytest.mark.parametrize("error", NO_MEMORY[:1], ids=["cuda"])
 def test_out_of_memory_splits_the_pack_and_loses_nothing(
     error, make_run, base, data, monkeypatch, caplog
 ):

@@ -166,7 +166,7 @@ def test_a_pack_killed_a_hundred_times_ends_as_if_it_had_not_been(
     killed_at_random(unbroken, make_pack, base, tmp_path, 100)
 
 
-WRITES = ["fsync", "replace", "unlink"]
+WRITES = ["fsync", "replace", pytest.param("unlink", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("call", WRITES)
@@ -215,7 +215,9 @@ class Signalled:
         monkeypatch.setattr(NativeTraining, "_step", signalled)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_signal_ends_the_step_and_the_run_goes_on_from_it(
     number, unbroken, make_pack, tmp_path, monkeypatch, capsys
 ):
@@ -294,7 +296,8 @@ def fill_disk(patch, ending, after):
     patch.setattr(os, "replace", no_room)
 
 
-def test_two_processes_do_not_train_in_one_folder(make_run):
+def test_two_processes_do_not_train_in_one_folder(make_run, monkeypatch):
+    monkeypatch.setattr(run_folder, "LOCK_SECONDS", 0)
     run = make_run()
     held = run_folder.lock(run.output_dir)
     (failure,) = run_pack([run])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -11,23 +10,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from types import TracebackType
 
-from filelock import FileLock
-
-from lorasweep import captions, dataset, folders, latents, provenance
+from lorasweep import folders, provenance
 from lorasweep.checkpoint import Checkpoint, DiskFullError, checkpoint_path
 from lorasweep.config import Run
 from lorasweep.interrupts import Interrupts
 from lorasweep.judge import Clock, Judge, load_pack
-from lorasweep.metrics import Images, Scores, Terms
+from lorasweep.metrics import Scores, Terms
 from lorasweep.models import BaseModel, memory_for, resolve_device
+from lorasweep.prepare import captions_used, images_of, new_run, training_run, write_folders
 from lorasweep.progress import Screen, Show
 from lorasweep.run_folder import RunFolder
 from lorasweep.settings import SettingsError
-from lorasweep.tracking import PRUNED_TAG, TRIAL_TAG, NewRun, RunLog, Tracker
-from lorasweep.trainers import Epoch, Stopped, Training, TrainingData, TrainingRun, states
+from lorasweep.tracking import PRUNED_TAG, RunLog, Tracker
+from lorasweep.trainers import Epoch, Stopped, Training, TrainingData, states
 from lorasweep.trainers.states import State
 
 __all__ = [
@@ -205,7 +202,7 @@ class Session:
         with self.clock("prepare"):
             self._base = self._load(self.first, self.device)
             self._tracker.ready()  # a store that can't be written ends here, before any training
-            images = _images(self._base, self.first, self._folder)
+            images = images_of(self._base, self.first, self._folder)
             self._data = TrainingData(images.train, self.first.dataset)
             self._judge = Judge(self._base, self.first, images, self.clock)
             self._fitting = self._measure()
@@ -226,20 +223,7 @@ class Session:
         """Take in who waits, while there is room; what became of each."""
         room = None if self.max_runs is None else max(0, self.max_runs - len(self._runs))
         coming, self._waiting = self._waiting[:room], self._waiting[len(self._waiting[:room]) :]
-        reports: list[Report] = []
-        members: list[_Member] = []
-        for run in coming:
-            new = _new_run(run, self._folder, self._captions)
-            try:
-                folder = RunFolder(run, new.dataset_digest)
-            except ValueError as error:  # another's, or begun otherwise
-                reports.append(Failure(run=run.name, reason=str(error)))
-                continue
-            if folder.is_done:
-                reports += self._ended_before(run, folder)
-                continue
-            run_log = self._tracker.open_run(new, goes_on=folder.goes_on)
-            members.append(_Member(run, folder, run_log, dict(self.clock.seconds)))
+        members, reports = self._open(coming)
         begun = {one.run.name: one.run.output_dir for one in members if one.folder.goes_on}
         found = states.together(begun)
         fresh = [one.run.name for one in members if one.run.name not in found]
@@ -253,6 +237,24 @@ class Session:
             if state is not None and isinstance(report, Started):
                 on_the_way.append((member, state))
         return [*reports, *self._behind(on_the_way)]
+
+    def _open(self, runs: Sequence[Run]) -> tuple[list[_Member], list[Report]]:
+        """Take the folders of runs and begin their logs; what is said of those that won't train."""
+        members: list[_Member] = []
+        reports: list[Report] = []
+        for run in runs:
+            new = new_run(run, self._folder, self._captions)
+            try:
+                folder = RunFolder(run, new.dataset_digest)
+            except ValueError as error:  # another's, or begun otherwise
+                reports.append(Failure(run=run.name, reason=str(error)))
+                continue
+            if folder.is_done:
+                reports += self._ended_before(run, folder)
+                continue
+            run_log = self._tracker.open_run(new, goes_on=folder.goes_on)
+            members.append(_Member(run, folder, run_log, dict(self.clock.seconds)))
+        return members, reports
 
     def _ended_before(self, run: Run, folder: RunFolder) -> list[Report]:
         """Reports of a run that was trained to its end already, for who has not heard of it."""
@@ -445,84 +447,3 @@ def _say(reports: Sequence[Report]) -> None:
             f"{report.run} {report.scores.get('val/loss_rel', math.nan):.3f}" for report in of_epoch
         )
         log.info("epoch %d, val/loss_rel: %s", epoch, shown)
-
-
-def write_folders(run: Run) -> Path:
-    """Draw, caption and write the images into kohya's folders; the same inputs share one place."""
-    images = dataset.select(run.dataset)
-    texts = {
-        arm: folders.ArmCaptions(
-            repeats=captioner.repeats,
-            captions=tuple(
-                captions.caption_images(captioner, images.images, run.cache_dir, arm=arm)
-            ),
-            captioner=captioner.identity(),
-        )
-        for arm, captioner in run.captions.items()
-    }
-    inputs = repr((images.digest, texts, run.dataset.caption_extension)).encode()
-    name = f"{run.dataset.image_dir.resolve().name}-{hashlib.sha256(inputs).hexdigest()[:8]}"
-    root = run.output_root / "datasets" / name
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(root.with_name(f".{name}.lock")):
-        return folders.write(images, texts, root, run.dataset.caption_extension)
-
-
-def captions_used(run: Run, data: Path) -> str:
-    """The folders' captions as they are now, edited ones too, as JSON: split, folder, file."""
-    found = {
-        split: {
-            f"{arm.repeats}_{arm.name}": {item.path.name: item.caption for item in arm.items}
-            for arm in folders.read(data / split, run.dataset.caption_extension)
-        }
-        for split in ("train", "holdout")
-        if (data / split).is_dir()
-    }
-    return json.dumps(found, indent=1, ensure_ascii=False)
-
-
-def _new_run(run: Run, data: Path, texts: str) -> NewRun:
-    manifest = data / "manifest.json"
-    used = run.output_dir / "captions.json"
-    used.parent.mkdir(parents=True, exist_ok=True)
-    used.write_text(texts)
-    return NewRun(
-        name=run.name,
-        sweep=run.sweep,
-        output_dir=run.output_dir,
-        params=run.params,
-        config_yaml=run.config_yaml,
-        overrides=run.overrides,
-        manifest=manifest,
-        image_dir=run.dataset.image_dir,
-        dataset_digest=hashlib.sha256(manifest.read_bytes() + texts.encode()).hexdigest(),
-        tags={
-            "lorasweep.output_dir": str(run.output_dir),
-            "lorasweep.folders": str(data),
-            **({} if run.number is None else {TRIAL_TAG: str(run.number)}),
-            **run.tags,
-        },
-    )
-
-
-def training_run(run: Run) -> TrainingRun:
-    return TrainingRun(
-        name=run.name,
-        seed=run.seed,
-        output_dir=run.output_dir,
-        max_train_epochs=run.trainer.max_train_epochs,
-        noise_offset=run.trainer.noise_offset,
-        min_snr_gamma=run.trainer.min_snr_gamma,
-        adapter=run.adapter,
-        optimizer=run.optimizer,
-        lr_scheduler=run.lr_scheduler,
-    )
-
-
-def _images(base: BaseModel, run: Run, data: Path) -> Images:
-    def split(name: str) -> list[latents.Item]:
-        folder = data / name
-        arms = folders.read(folder, run.dataset.caption_extension) if folder.is_dir() else []
-        return latents.encode(base, arms, run.dataset, run.cache_dir)
-
-    return Images(train=split("train"), holdout=split("holdout"))

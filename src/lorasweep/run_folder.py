@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Status = Literal["unfinished", "finished", "failed", "dropped"]
 
 RECORD, SWEEP_RECORD = "run.json", "sweep.json"
-LOCK = ".lock"
+LOCK, LOCK_SECONDS = ".lock", 5.0
 MULTIRUN = "multirun.yaml"  # Hydra's, in a multirun's folder
 
 _PLACES = ("output_root", "cache_dir", "tracking.", "launcher.", "pick.", "trainer.device")
@@ -161,12 +161,15 @@ def taken(folder: Path) -> Iterator[None]:
         held.release()
 
 
-def lock(folder: Path) -> FileLock:
-    """Be the only process that works in the folder. Raises SettingsError if another does."""
+def lock(folder: Path, seconds: float | None = None) -> FileLock:
+    """Be the only process that works in the folder. Raises SettingsError if another does.
+
+    It is waited for a little (LOCK_SECONDS): a process that was stopped may be on its way out.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     held = FileLock(folder / LOCK)
     try:
-        held.acquire(blocking=False)
+        held.acquire(timeout=LOCK_SECONDS if seconds is None else seconds)
     except Timeout:
         raise SettingsError(
             f"{folder}: another process trains here; wait for it, or give another hydra.run.dir"
@@ -177,7 +180,7 @@ def lock(folder: Path) -> FileLock:
 def is_free(folder: Path) -> bool:
     """Does no process work in the folder?"""
     try:
-        lock(folder).release()
+        lock(folder, seconds=0).release()
     except SettingsError:
         return False
     return True
