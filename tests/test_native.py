@@ -175,13 +175,14 @@ def test_out_of_memory_alone_says_what_to_try(make_run, base, data, monkeypatch)
         train(base, data, make_run())
 
 
-def test_each_epoch_leaves_a_file_with_kohyas_name_and_metadata(make_run, base, data):
-    run = make_run("adapter.rank=4", "trainer.save_dtype=fp16")
+@pytest.mark.parametrize(("name", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
+def test_each_epoch_leaves_a_file_with_kohyas_name_and_metadata(name, dtype, make_run, base, data):
+    run = make_run("adapter.rank=4", f"trainer.save_dtype={name}")
     _, last, _ = train(base, data, run)
     files = sorted(path.name for path in run.output_dir.glob("*.safetensors"))
     assert files == [f"{run.name}-000001.safetensors", f"{run.name}-000002.safetensors"]
     weights, metadata = checkpoint.read(last[run.name].path)
-    assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
+    assert {tensor.dtype for tensor in weights.values()} == {dtype}
     assert metadata["ss_epoch"] == "2"
     assert metadata["ss_network_dim"] == "4"
     assert metadata["ss_network_alpha"] == "2.0"

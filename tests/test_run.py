@@ -34,7 +34,7 @@ def test_every_checkpoint_is_reported_once_with_scores(make_run):
 def test_scoring_out_of_memory_goes_on_with_fewer_at_once(make_run, monkeypatch, caplog):
     from diffusers import UNet2DConditionModel
 
-    runs = [make_run("adapter.rank=2", f"seed={n}", number=n) for n in range(2)]
+    runs = [make_run("trainer.max_train_epochs=1", f"seed={n}", number=n) for n in range(2)]
     expected = {(r.run, r.checkpoint.epoch): r.scores["val/loss_rel"] for r in reports(*runs)}
     forward = UNet2DConditionModel.forward
 

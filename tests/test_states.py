@@ -14,7 +14,7 @@ from lorasweep.trainers import Stopped, TrainingData, states
 from lorasweep.trainers.native import NativeTraining
 from lorasweep.trainers.states import StateError
 
-EPOCHS = 3
+EPOCHS = 2
 ADAPTERS = [name for name in options("adapter") if name != "lycoris"]
 
 
@@ -91,10 +91,10 @@ def test_a_pack_goes_on_bit_by_bit_from_any_step(stop_at, make_run, base, data):
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_every_adapter_goes_on_bit_by_bit(name, make_run, base, data):
-    run = make_run(f"adapter={name}", "trainer.max_train_epochs=2")
+    run = make_run(f"adapter={name}", "trainer.max_train_epochs=1")
     other = replace(run, output_dir=run.output_dir / "broken")
     train(base, data, [run])
-    train(base, data, [other], stop_at=6)
+    train(base, data, [other], stop_at=2)
     train(base, data, [other], resume=True)
     assert weights(run) == weights(other)
 
@@ -105,12 +105,16 @@ def test_every_adapter_goes_on_bit_by_bit(name, make_run, base, data):
         ["adapter.init=pissa"],
         ["adapter.network_dropout=0.3", "adapter.rank_dropout=0.2"],
         ["optimizer=sgd", "lr_scheduler=cosine_with_restarts"],
-        ["trainer.precision=bf16", "trainer.gradient_accumulation_steps=3"],
+        [
+            "trainer.precision=bf16",
+            "trainer.gradient_accumulation_steps=2",
+            "trainer.max_train_epochs=2",
+        ],
         ["optimizer.text_encoder_lr=0", "trainer.noise_offset=0.1", "trainer.min_snr_gamma=5"],
     ],
 )
 def test_settings_that_carry_state_go_on_bit_by_bit(overrides, make_run, base, data):
-    run = make_run(*overrides, "trainer.max_train_epochs=2")
+    run = make_run("trainer.max_train_epochs=1", *overrides)
     other = replace(run, output_dir=run.output_dir / "broken")
     train(base, data, [run])
     train(base, data, [other], stop_at=1)
