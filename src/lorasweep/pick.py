@@ -30,7 +30,7 @@ README = """\
 
 Run `{run}`, epoch {epoch}, of sweep `{sweep}`; chosen by {chosen}.
 {score}
-A LoRA for the base model `{base}`. `config.yaml` is how it was trained.
+A LoRA for the base model {base}. `config.yaml` is how it was trained.
 
 Prompts that its samples were drawn with:
 
