@@ -32,6 +32,25 @@ def ship(tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.parametrize(
+    "choice",
+    [
+        ["study.pruner=wilcoxon"],
+        ["study.pruner=wilcoxon", "++study.pruner_options.p_threshold=0.2"],
+        ["study.sampler=random"],
+    ],
+    ids=str,
+)
+def test_another_pruner_or_sampler_than_the_files_has_its_own_options(ship, choice):
+    assert len(ship("guide", *choice).submitted) >= 3
+
+
+def test_options_beside_a_named_pruner_are_its_own(ship, capsys):
+    with pytest.raises(SystemExit):
+        ship("guide", "study.pruner=wilcoxon", "++study.pruner_options.no_such=2")
+    assert "study.pruner_options.no_such: there is no such setting" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_shipped_sweep_runs(ship, name, capsys):
     workers = ship(name)

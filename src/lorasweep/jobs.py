@@ -102,18 +102,28 @@ def trial_of(cfg: DictConfig, hydra_cfg: DictConfig) -> Trial:
     """The trial that a Hydra job is, which a sweep started."""
     from lorasweep.study.study import join_study
 
-    settings = study_settings(cfg)
+    settings = study_settings(cfg, hydra_cfg.overrides.task)
     epochs = int(cfg.trainer.max_train_epochs)
     return join_study(
         settings, Path(hydra_cfg.sweeper.folder), int(hydra_cfg.job.num), max_epochs=epochs
     )
 
 
-def study_settings(config: DictConfig) -> Any:
-    """The typed settings of `study`. Raises SettingsError."""
+def study_settings(config: DictConfig, overrides: Sequence[str] = ()) -> Any:
+    """The typed settings of `study`. Raises SettingsError.
+
+    A sampler or pruner that the command's overrides name has the options that they give: those of
+    the sweep's file are another's.
+    """
     values = OmegaConf.to_container(config.study, resolve=True)
     assert isinstance(values, dict)
     given = {str(key): value for key, value in values.items()}
+    keys = [one.lstrip("+").partition("=")[0] for one in overrides]
+    for what in ("sampler", "pruner"):
+        options = given.get(f"{what}_options") or {}
+        if f"study.{what}" in keys and f"study.{what}_options" not in keys:
+            own = {k: v for k, v in options.items() if f"study.{what}_options.{k}" in keys}
+            given[f"{what}_options"] = own
     empty: dict[str, Any] = {key: {} for key in _MAPS if given.get(key) is None}
     return build({**given, **empty}, "study")
 

@@ -69,7 +69,7 @@ def open_study(config: DictConfig, found: Search, folder: Path, run: Run) -> Stu
     """The study of a sweep, begun or gone on with, and warmed up if that is wanted."""
     from lorasweep.study.study import Study
 
-    settings = study_settings(config)
+    settings = study_settings(config, config.hydra.overrides.task)
     study = Study(
         settings,
         found.space,
