@@ -29,6 +29,7 @@ def test_every_checkpoint_is_reported_once_with_scores(make_run):
     assert found[0].scores["val/loss_rel"] != found[1].scores["val/loss_rel"]
     seconds = json.loads((runs[0].output_dir / "seconds.json").read_text())
     assert set(seconds) == {"prepare", "train", "score", "sample"}
+    assert all(spent > 0 for spent in seconds.values())
 
 
 def test_scoring_out_of_memory_goes_on_with_fewer_at_once(make_run, monkeypatch, caplog):

@@ -130,6 +130,7 @@ class Session:
         self._judge: Judge | None = None
         self._runs: dict[str, _Member] = {}  # those that train
         self._waiting: list[Run] = []
+        self._joined: dict[str, dict[str, float]] = {}  # the clock as it was when a run came
         self._tracker = Tracker(first.tracking, first.output_root)
 
     def __enter__(self) -> Session:
@@ -178,6 +179,7 @@ class Session:
     def join(self, run: Run) -> None:
         """Train `run` too, from the next epoch on or once there is room."""
         self._waiting.append(run)
+        self._joined[run.name] = dict(self.clock.seconds)
 
     def drop(self, name: str) -> Finished:
         """Let a run leave after the epoch it has finished; its checkpoints stand."""
@@ -253,7 +255,7 @@ class Session:
                 reports += self._ended_before(run, folder)
                 continue
             run_log = self._tracker.open_run(new, goes_on=folder.goes_on)
-            members.append(_Member(run, folder, run_log, dict(self.clock.seconds)))
+            members.append(_Member(run, folder, run_log, self._joined[run.name]))
         return members, reports
 
     def _ended_before(self, run: Run, folder: RunFolder) -> list[Report]:
