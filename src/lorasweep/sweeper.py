@@ -79,6 +79,12 @@ def open_study(config: DictConfig, found: Search, folder: Path, run: Run) -> Stu
         guesses=found.guesses,
         basis={"overrides": _basis(found.fixed)},
     )
+    if settings.n_trials is not None and study.n_trials < settings.n_trials:
+        log.info(
+            "study.n_trials is %d, but there are %d points to try, each once",
+            settings.n_trials,
+            study.n_trials,
+        )
     if settings.warm_start is not None:
         _warm_start(study, settings.warm_start, run.output_root)
     if settings.pareto and settings.pruner != "none":

@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from functools import cached_property
+from itertools import pairwise, product
+from typing import TypeGuard
 
 from lorasweep.settings import SettingsError
 
 Value = str | int | float | bool | None
 """What Optuna keeps of a parameter."""
+
+_UNEVEN = 3.0  # times the smallest gap: values further apart from another are just names
 
 Params = Mapping[str, Value]
 """Parameter to value, for the parameters that a trial has."""
@@ -39,6 +43,35 @@ class Choice:
     def probes(self) -> tuple[Value, ...]:
         """Values to compose before any work, for what is wrong with them."""
         return self.values
+
+    @cached_property
+    def interval(self) -> Number | None:
+        """Where the values are numbers, evenly spread: the interval that they stand for.
+
+        It goes half a gap beyond both ends, so that each value is the nearest to an equal part.
+        """
+        numbers = sorted(one for one in self.values if _is_number(one))
+        if len(set(numbers)) < max(2, len(self.values)):
+            return None
+        by_log = _unevenness([math.log(one) for one in numbers]) if numbers[0] > 0 else math.inf
+        is_log = by_log <= _unevenness(numbers)
+        if min(by_log, _unevenness(numbers)) > _UNEVEN:
+            return None
+        (low, second), (last, high) = numbers[:2], numbers[-2:]
+        ends = (
+            (low * math.sqrt(low / second), high * math.sqrt(high / last))
+            if is_log
+            else (low - (second - low) / 2, high + (high - last) / 2)
+        )
+        if all(isinstance(one, int) for one in numbers):
+            return Number(self.key, min(low, math.ceil(ends[0])), math.floor(ends[1]), is_log)
+        return Number(self.key, float(ends[0]), float(ends[1]), is_log)
+
+    def nearest(self, number: float) -> Value:
+        """The value that a number of the interval stands for."""
+        assert self.interval is not None
+        place = math.log if self.interval.log else float
+        return min(self.values, key=lambda one: abs(place(one) - place(number)))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -155,6 +188,13 @@ class Space:
         kept = [self.ask(lambda name, _, point=point: point[name]) for point in points]  # type: ignore[misc]
         return list({repr(one): one for one in kept}.values())  # without the unused ones: repeats
 
+    def count(self) -> int | None:
+        """How many points there are, if that can be told and matters: up to 10,000."""
+        axes = [one.points() for one in self.parameters.values()]
+        if any(axis is None for axis in axes) or math.prod(map(len, filter(None, axes))) > 10_000:
+            return None
+        return len(self.grid())
+
     def probes(self) -> Iterator[dict[str, Value]]:
         """Points that together have each parameter's probes, few of them."""
         rounds = max((len(p.probes()) for p in self.parameters.values()), default=0)
@@ -235,6 +275,16 @@ def _own(parameter: Parameter, value: object) -> Value:
         return parameter.values[_index(parameter.values, value)]
     assert isinstance(value, int | float)
     return int(value) if parameter.integer else float(value)
+
+
+def _is_number(value: Value) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _unevenness(numbers: Sequence[float]) -> float:
+    """The largest gap over the smallest."""
+    gaps = [after - before for before, after in pairwise(numbers)]
+    return max(gaps) / min(gaps)
 
 
 def _index(values: Sequence[Value], value: object) -> int:

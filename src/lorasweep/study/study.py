@@ -15,9 +15,11 @@ import optuna
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
+from lorasweep.rng import key_seed
 from lorasweep.settings import SettingsError
 from lorasweep.study.methods import check_installed, distribution, make_pruner, make_sampler
 from lorasweep.study.pareto import FirstObjective
+from lorasweep.study.points import PointSampler, point_key
 from lorasweep.study.settings import StudySettings
 from lorasweep.study.space import Choice, Parameter, Space, Value
 from lorasweep.study.storage import find_journal, open_storage, sweep_name
@@ -55,6 +57,8 @@ class _Plan:
     waiting: deque[int]  # created with parameters, and not begun
     wanted: deque[tuple[dict[str, Value], str]]
     """Parameters to be tried, and their origin."""
+    points: dict[str, int]
+    """Of every point that was tried, the first trial."""
 
 
 class Study:
@@ -84,6 +88,7 @@ class Study:
         self.settings, self.space, self.name = settings, space, name
         self._guesses = [space.inside(guess) for guess in guesses]
         self._grid = space.grid() if settings.sampler == "grid" else []
+        self._num_points = len(self._grid) or space.count()
         pruner = make_pruner(settings, max_epochs)
         self._sampler = make_sampler(settings, space, 0)  # checks its options, before any work
         self.storage: BaseStorage = open_storage(settings.storage, folder)
@@ -104,12 +109,9 @@ class Study:
 
     @property
     def n_trials(self) -> int:
-        """Trials in all; of a grid, no more than it has points."""
-        given = self.settings.n_trials
-        if self.settings.sampler != "grid":
-            assert given is not None
-            return given
-        return min(len(self._grid), given or len(self._grid))
+        """Trials in all; no more than the space has points."""
+        bounds = [n for n in (self.settings.n_trials, self._num_points) if n is not None]
+        return min(bounds)
 
     @property
     def trials(self) -> list[FrozenTrial]:
@@ -128,10 +130,10 @@ class Study:
 
     def next(self) -> Trial | None:
         """The next trial to run, those to be trained again first; None once there are enough."""
-        if self._again:
-            return self._begin(self._again.popleft())
         if self._plan is None:
             self._plan = self._read_plan()
+        if self._again:
+            return self._begin(self._again.popleft())
         if self._plan.begun >= self.n_trials:
             return None
         self._plan.begun += 1
@@ -139,12 +141,18 @@ class Study:
 
     def _begin(self, number: int | None) -> Trial:
         """Ask for a trial, or for one by its number; parameters that it has already stay."""
+        assert self._plan is not None
+        points = self._plan.points
         known = self._upcoming() if number is None else number
-        self._study.sampler = make_sampler(self.settings, self.space, known, self._sampler)
+        self._study.sampler = PointSampler(
+            make_sampler(self.settings, self.space, known, self._sampler),
+            self.space,
+            lambda point: points.get(point, known) < known,
+            key_seed(self.settings.seed, "points", known) % 2**31,
+        )
         trial = self._study.ask() if number is None else self.trial(number)._trial
-        if trial.params and not self.space.holds(trial.params):
-            _skip_draws(trial, self.space)
-        self.space.ask(lambda name, parameter: _suggest(trial, name, parameter))
+        params = self.space.ask(lambda name, parameter: _suggest(trial, name, parameter))
+        points.setdefault(point_key(params), known)
         if trial.user_attrs.get(PRUNED):
             trial.set_user_attr(PRUNED, False)
         return Trial(trial, self.settings, self.space, self._by_first)
@@ -237,11 +245,16 @@ class Study:
         trials = self.trials
         origins = {trial.user_attrs.get(ORIGIN) for trial in trials}
         kind, given = ("grid", self._grid) if self._grid else ("guess", self._guesses)
-        named = ((params, f"{kind} {json.dumps(params)}") for params in given if params)
-        wanted = deque((params, origin) for params, origin in named if origin not in origins)
+        named = {f"{kind} {json.dumps(params)}": params for params in given if params}
+        points = {point_key(one.params): one.number for one in reversed(trials) if one.params}
+        wanted = deque(
+            (params, origin)
+            for origin, params in named.items()
+            if origin not in origins and point_key(params) not in points
+        )
         waiting = deque(trial.number for trial in trials if trial.state == TrialState.WAITING)
         created = len(self._study.get_trials(deepcopy=False))
-        return _Plan(created, len(trials) - len(waiting), waiting, wanted)
+        return _Plan(created, len(trials) - len(waiting), waiting, wanted, points)
 
     def _known(self, trial: FrozenTrial) -> FrozenTrial | None:
         """Another study's trial as one of ours; None if it isn't a point of our space."""
@@ -325,20 +338,13 @@ def _difference(key: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) ->
 
 def _suggest(trial: optuna.Trial, name: str, parameter: Parameter) -> Value:
     if isinstance(parameter, Choice):
-        return trial.suggest_categorical(name, parameter.values)
+        if parameter.interval is None:
+            return trial.suggest_categorical(name, parameter.values)
+        number = _suggest(trial, name, parameter.interval)
+        assert isinstance(number, int | float)
+        return parameter.nearest(number)
     step = parameter.step
     if parameter.integer:
         low, high = int(parameter.low), int(parameter.high)
         return trial.suggest_int(name, low, high, step=int(step or 1), log=parameter.log)
     return trial.suggest_float(name, parameter.low, parameter.high, step=step, log=parameter.log)
-
-
-def _skip_draws(trial: optuna.Trial, space: Space) -> None:
-    """Draw what the trial has already, in vain: the rest gets what it got without the break."""
-    sampler, study = trial.study.sampler, trial.study
-    frozen = study._storage.get_trial(trial._trial_id)
-    given = frozen.system_attrs.get("fixed_params", {})
-    for name in trial.params:
-        kind = distribution(space.parameters[name])
-        if name not in given and name not in trial.relative_params and not kind.single():
-            sampler.sample_independent(study, frozen, name, kind)
