@@ -33,28 +33,33 @@ class Point:
     curve: Curve
 
 
+def in_any_order(points: Sequence[Point], seed: int) -> list[Mapping[str, Any]]:
+    """The points' parameters in an order drawn by `seed`."""
+    return [point.params for point in random.Random(seed).sample(points, len(points))]
+
+
 def replay(
-    points: Sequence[Point], seed: int, pruner: str, options: Mapping[str, Any], max_pack: int
+    points: Sequence[Point],
+    settings: Sequence[str],
+    guesses: Sequence[Mapping[str, Any]],
+    max_pack: int,
 ) -> tuple[float, int]:
     """The best score that a sweep over these points finds, and the epochs that it trains.
 
-    The points come in an order drawn by `seed`, `max_pack` of them train at once.
+    `settings` are overrides of `study`; `guesses` come first, `max_pack` trials train at once.
     """
-    order = random.Random(seed).sample(points, len(points))
     num_epochs = max(len(point.curve) for point in points)
-    overrides = [f"study.n_trials={len(points)}", f"study.pruner={pruner}", "study.min_epochs=2"]
-    asked = [f"study.pruner_options={_braced(options)}", "study.sampler=random", "study.name=r"]
-    config = compose(["experiment=demo", "hydra/sweeper=optuna", *overrides, *asked])
+    config = compose(["experiment=demo", "hydra/sweeper=optuna", "study.name=r", *settings])
     demo = compose(["experiment=demo", f"trainer.max_train_epochs={num_epochs}"])
     like = build_run(demo, output_dir=Path("recorded"))
     with tempfile.TemporaryDirectory() as name:
         study = Study(
-            study_settings(config),
+            study_settings(config, settings),
             _space(points),
             "recorded",
             Path(name),
             max_epochs=num_epochs,
-            guesses=[point.params for point in order],
+            guesses=guesses,
         )
         workers = _Recorded({_key(point.params): point.curve for point in points}, max_pack)
         limits = Limits(None, None, time.monotonic())
@@ -69,10 +74,6 @@ def _space(points: Sequence[Point]) -> Space:
         for name in points[0].params
     }
     return Space({n: Choice(n, v, tuple(map(str, v))) for n, v in values.items()}, {})
-
-
-def _braced(options: Mapping[str, Any]) -> str:
-    return "{" + ", ".join(f"{key}: {value}" for key, value in options.items()) + "}"
 
 
 def _key(params: Mapping[str, Any]) -> str:

@@ -44,12 +44,19 @@ sampling:
 """
 
 
+PRUNED = (
+    SWEEP.replace("pruner: none", "pruner: asha\n  pruner_options: {reduction_factor: 2}")
+    .replace(f"n_trials: {TRIALS}", "min_epochs: 1\n  n_trials: 6")
+    .replace("max_pack: 2", "max_pack: 2\n  devices: [cpu, cpu]")
+)
+
+
 class Sweep:
     """A small sweep in a folder of its own, with processes of its own."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, text: str = SWEEP) -> None:
         (folder / "sweeps").mkdir(parents=True)
-        (folder / "sweeps" / "mine.yaml").write_text(SWEEP)
+        (folder / "sweeps" / "mine.yaml").write_text(text)
         places = [f"output_root={folder}/outputs", f"cache_dir={folder}/cache"]
         settings = [one for one in SMALL if not one.startswith("sampling.")]
         self.arguments = ["sweep", "mine", "--config-dir", str(folder), *settings, *places]
@@ -179,9 +186,41 @@ def test_workers_killed_at_random_moments_cost_only_their_packs(unbroken, tmp_pa
         assert_came_to_the_same(sweep, reference)
 
 
-def sweeps_in(folder: Path) -> Iterator[Sweep]:
+@pytest.mark.slow
+def test_a_sweep_that_prunes_on_two_devices_has_everything_once_after_kills_of_both_kinds(tmp_path):
+    moments, kills = random.Random(2), 0
+    seconds = Sweep(tmp_path / "unbroken", PRUNED).finish()
+    sweeps = sweeps_in(tmp_path, PRUNED)
+    while kills < KILLS:
+        sweep = next(sweeps)
+        while (driver := sweep.start()).poll() is None and kills < KILLS:
+            time.sleep(moments.uniform(0.2, 0.8) * seconds)
+            kills += kill_a_worker(driver.pid)
+            time.sleep(moments.uniform(0.0, 0.3) * seconds)
+            if driver.poll() is None:
+                driver.kill()
+                kills += 1
+            if driver.wait() >= 0:
+                break
+        sweep.finish()
+        assert_each_trial_is_there_once_with_all_its_epochs(sweep)
+
+
+def assert_each_trial_is_there_once_with_all_its_epochs(sweep: Sweep) -> None:
+    trials = sweep.trials
+    assert [trial.number for trial in trials] == list(range(6))
+    statuses = {"COMPLETE": "FINISHED", "PRUNED": "KILLED"}
+    expected = [(f"kills-{one.number}", statuses[one.state.name]) for one in trials]
+    assert [(name, status) for name, status, _ in sweep.runs()] == expected
+    for trial, (_, _, logged) in zip(trials, sweep.runs(), strict=True):
+        assert logged["val/loss_rel"] == list(range(trial.user_attrs["epochs"] + 1))
+        assert Path(trial.user_attrs["best"]["path"]).is_file()
+    assert {trial.user_attrs["epochs"] for trial in trials if trial.state.name == "COMPLETE"} == {2}
+
+
+def sweeps_in(folder: Path, text: str = SWEEP) -> Iterator[Sweep]:
     """A sweep, and others for when it has ended before all kills were made."""
-    return (Sweep(folder / f"sweep{number}") for number in count())
+    return (Sweep(folder / f"sweep{number}", text) for number in count())
 
 
 def kill_a_worker(driver: int) -> bool:
