@@ -38,7 +38,7 @@ def test_a_lost_batch_is_launched_again_under_its_numbers_with_its_parameters(tm
     settings = replace(SETTINGS, n_trials=3, batch_size=2)
     study = Study(settings, SPACE, "demo-s", tmp_path / "demo" / "s", max_epochs=2)
     launcher = DyingOnce()
-    Batches(study, JOBS, launcher, Limits(None, None, time.monotonic())).run()
+    Batches(study, JOBS, launcher, Limits(None, 1, time.monotonic())).run()
     assert launcher.launched == [[0, 1], [0, 1], [2]]
     assert [(t.number, t.value) for t in study.trials] == [(0, 0.5), (1, 1.5), (2, 2.5)]
     assert [t.user_attrs.get("attempt") for t in study.trials] == [1, 1, None]

@@ -110,6 +110,16 @@ def test_failures_are_told_with_reasons_and_passing_ones_tried_again(sweep, caps
     assert "Trial 0 was begun again: worker was killed" in capsys.readouterr().out
 
 
+def test_the_death_of_one_worker_does_not_end_a_sweep_whose_whole_pack_it_had(sweep):
+    def script(run, epoch):
+        if epoch == 1:
+            return Failure(run=run.name, reason="worker was killed", transient=True)
+        return by_rate(run, epoch)
+
+    study, _ = sweep("study.n_trials=8", script=script, max_pack=8)
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 8
+
+
 def test_a_hopeless_sweep_stops(sweep, capsys):
     def script(run, epoch):
         return Failure(run=run.name, reason="no such luck", transient=False)
@@ -137,6 +147,22 @@ def test_no_trial_begins_when_the_time_is_up_and_those_that_train_go_on(sweep, m
     hours[0] = 0.0
     study, _ = sweep("study.max_hours=null", "study.n_trials=4")  # the same command goes on
     assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 4
+
+
+def test_a_trial_that_waits_for_room_does_not_begin_when_too_many_have_failed(sweep, monkeypatch):
+    tried = []
+
+    def script(run, epoch):
+        tried.append(run.name)
+        return Failure(run=run.name, reason="loss is NaN", transient=False)
+
+    def room_for(workers, run):  # no other can join: the second trial is asked for, and waits
+        return not workers._live or run.name.endswith("-next")
+
+    monkeypatch.setattr(FakeFleet, "room_for", room_for)
+    with pytest.raises(SystemExit):
+        sweep("study.max_failures=1", "study.n_trials=3", script=script)
+    assert tried == ["demo-0"]
 
 
 def test_through_a_launcher_of_hydras_jobs_report_themselves_and_stop_when_pruned(

@@ -65,7 +65,8 @@ class Batches:
         log.error(
             "trial %d failed%s: %s", trial.number, ", is tried again" if again else "", reason
         )
-        self._limits.failed(reason)
+        if not again:
+            self._limits.failed(reason)
 
 
 def _consecutive(trials: Sequence[Trial]) -> list[list[Trial]]:
