@@ -11,7 +11,7 @@ from optuna.trial import TrialState
 from conftest import SMALL
 from fake_fleet import FakeFleet
 from lorasweep import cli, fleet, flow, sweeper, tracking
-from lorasweep.run import Failure
+from lorasweep.run import Failure, Finished
 from lorasweep.study import storage
 
 SWEEP = """\
@@ -232,6 +232,22 @@ def test_what_a_killed_driver_left_goes_on_under_its_number(sweep, tmp_path):
     assert [t.state.name for t in study.trials] == ["COMPLETE", "COMPLETE"]
     assert [trial.params for trial in study.trials] == left
     assert [run.number for run in workers.submitted] == [0, 1]
+
+
+def test_a_run_that_a_killed_driver_had_dropped_is_told_as_pruned(sweep, monkeypatch):
+    epoch_of = FakeFleet._epoch
+
+    def _epoch(workers, run):
+        found = epoch_of(workers, run)
+        if run.number == 0:
+            del workers._live[run.name]
+            found.append(Finished(run=run.name, dropped=True))
+        return found
+
+    monkeypatch.setattr(FakeFleet, "_epoch", _epoch)
+    study, _ = sweep("study.n_trials=2")
+    assert [trial.state.name for trial in study.trials] == ["PRUNED", "COMPLETE"]
+    assert study.trials[0].user_attrs["epochs"] == 1
 
 
 def test_hydras_own_grammar_on_the_command_line_is_searched(sweep):

@@ -138,7 +138,7 @@ class Flow:
             self._failed(trial, event.reason, transient=event.transient)
         elif isinstance(event, Finished):
             del self._trials[event.run]
-            self._ended(trial, pruned=event.run in self._dropped and event.dropped)
+            self._ended(trial, pruned=event.dropped)  # by us, or by a driver that was killed
 
     def _prune(self, event: Report) -> None:
         trial = self._trials.get(event.run)

@@ -13,7 +13,7 @@ from lorasweep import config as configs
 from lorasweep import dataset
 from lorasweep.config import Run
 from lorasweep.launcher import Job, compose_job, save_hydra_files
-from lorasweep.run import EpochReport, Failure, RunError, Session
+from lorasweep.run import EpochReport, Failure, Finished, RunError, Session
 from lorasweep.search import Search
 from lorasweep.settings import build
 from lorasweep.study.storage import sweep_name
@@ -96,6 +96,8 @@ def train_trial(run: Run, trial: Trial) -> None:
                         say_pruned(trial)
                         session.drop(run.name)
                         trial.mark_pruned()
+                if isinstance(report, Finished) and report.dropped:  # by a job that was killed
+                    trial.mark_pruned()
 
 
 def trial_of(cfg: DictConfig, hydra_cfg: DictConfig) -> Trial:

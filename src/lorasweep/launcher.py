@@ -89,6 +89,7 @@ def _launch(config: DictConfig, jobs: Sequence[Job], settings: Packs) -> dict[st
         run_folder.write_sweep(folder, digest, "unfinished")
         for job in todo:
             save_hydra_files(job)
+            run_folder.forget_drop(job.run.output_dir)
         if todo:
             failed |= train([job.run for job in todo], settings)
         if not any(run_folder.is_unfinished(job.run.output_dir) for job in jobs):

@@ -21,7 +21,7 @@ from lorasweep.metrics import Scores, Terms
 from lorasweep.models import BaseModel, memory_for, resolve_device
 from lorasweep.prepare import captions_used, images_of, new_run, training_run, write_folders
 from lorasweep.progress import Screen, Show
-from lorasweep.run_folder import RunFolder
+from lorasweep.run_folder import RunFolder, forget_drop
 from lorasweep.settings import SettingsError
 from lorasweep.tracking import PRUNED_TAG, RunLog, Tracker
 from lorasweep.trainers import Epoch, Stopped, Training, TrainingData, states
@@ -96,7 +96,10 @@ def run_pack(runs: Sequence[Run], interrupts: Interrupts | None = None) -> Itera
     A run that was begun in its folder and broken off goes on there; the reports of the epochs that
     it has behind it come again. Raises ValueError for what the user must mend (images, captions,
     model, resolution), before any training; a run that fails alone is a Failure, the others go on.
+    Runs that a sweep dropped are trained anew, to their ends.
     """
+    for run in runs:
+        forget_drop(run.output_dir)
     with Screen() as screen, Session(runs[0], show=screen.show, interrupts=interrupts) as session:
         for reports in session.train(runs):
             yield from reports
@@ -251,7 +254,7 @@ class Session:
             except ValueError as error:  # another's, or begun otherwise
                 reports.append(Failure(run=run.name, reason=str(error)))
                 continue
-            if folder.is_done:
+            if folder.ended is not None:
                 reports += self._ended_before(run, folder)
                 continue
             run_log = self._tracker.open_run(new, goes_on=folder.goes_on)
@@ -259,12 +262,14 @@ class Session:
         return members, reports
 
     def _ended_before(self, run: Run, folder: RunFolder) -> list[Report]:
-        """Reports of a run that was trained to its end already, for who has not heard of it."""
+        """Reports of a run that came to its end or was dropped, for who has not heard of it."""
         folder.release()
-        log.info("%s was trained before, in %s", run.name, run.output_dir)
+        dropped = folder.ended == "dropped"
+        how = "dropped" if dropped else "trained"
+        log.info("%s was %s before, in %s", run.name, how, run.output_dir)
         epochs = range(1, run.trainer.max_train_epochs + 1)
         found = [self._known(run, epoch, folder.scores(epoch)) for epoch in epochs]
-        ended = Finished(run=run.name, dropped=False)
+        ended = Finished(run=run.name, dropped=dropped)
         return [
             Started(run=run.name, device=self.device),
             *[one for one in found if one is not None],

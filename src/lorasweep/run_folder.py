@@ -60,11 +60,11 @@ class RunFolder:
         settings = settings_digest(run.params)
         self._record = Record(name=run.name, status="unfinished", settings=settings, data=data)
         try:
-            self.goes_on, self.is_done = self._found()
+            self.goes_on, self.ended = self._found()
         except BaseException:
             self._lock.release()
             raise
-        if self.is_done:
+        if self.ended is not None:
             states.delete(self.path)  # a kill may have come between the record and that
             return
         if not self.goes_on:
@@ -75,16 +75,16 @@ class RunFolder:
         for folder in (self.path, states.folder_of(self.path), self.path / "scores"):
             delete_temporaries(folder)
 
-    def _found(self) -> tuple[bool, bool]:
-        """Was this run begun here, and not ended? Has it been trained to its end?"""
+    def _found(self) -> tuple[bool, Status | None]:
+        """Was this run begun here, and not ended? Or how did it end: finished or dropped?"""
         ours, found = self._record, read_record(self.path)
-        if found is None or found.status in ("failed", "dropped"):
-            return False, False
+        if found is None or found.status == "failed":
+            return False, None
         same = replace(found, status=ours.status) == ours
-        if found.status == "finished":
-            return False, same
+        if found.status in ("finished", "dropped"):
+            return False, found.status if same else None
         if same:
-            return True, False
+            return True, None
         if replace(found, status=ours.status, data=ours.data) == ours:
             raise SettingsError(
                 f"{self.path}: the images or captions have changed since {ours.name} was begun;"
@@ -238,6 +238,13 @@ def ended(run: Run) -> Status | None:
         return None
     states.delete(run.output_dir)
     return record.status
+
+
+def forget_drop(folder: Path) -> None:
+    """Let a run that a sweep dropped in the folder be trained anew, to its end."""
+    record = read_record(folder)
+    if record is not None and record.status == "dropped":
+        (folder / RECORD).unlink()
 
 
 def find(target: str, output_root: Path) -> Path:
