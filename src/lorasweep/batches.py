@@ -50,6 +50,8 @@ class Batches:
         try:
             returns = self._launcher.launch(overrides, initial_job_idx=trials[0].number)
         except Exception as error:  # a launcher raises when a worker dies; which one, it can't say
+            if configs.one_line(error) is not None:  # the user's to mend: the trials stay open
+                raise
             log.exception("the launcher failed")
             returns = [error] * len(trials)
         for trial, returned in zip(trials, returns, strict=True):
@@ -58,8 +60,7 @@ class Batches:
     def _settle(self, trial: Trial, returned: JobReturn | Exception) -> None:
         reason = _reason(returned)
         if reason is None:
-            self._study.settle(trial.number, self._jobs.tracked)
-            self._limits.failures = 0
+            self._complete(trial)
             return
         again = self._study.fail(trial, reason, transient=isinstance(returned, Exception))
         log.error(
@@ -67,6 +68,14 @@ class Batches:
         )
         if not again:
             self._limits.failed(reason)
+
+    def _complete(self, trial: Trial) -> None:
+        self._study.settle(trial.number, self._jobs.tracked)
+        settled = next(one for one in self._study.trials if one.number == trial.number)
+        if settled.state.name == "FAIL":
+            self._limits.failed(str(settled.user_attrs["reason"]))
+        else:
+            self._limits.failures = 0
 
 
 def _consecutive(trials: Sequence[Trial]) -> list[list[Trial]]:
