@@ -1,5 +1,7 @@
 """The launcher: its settings, its retries, and packs as jobs of other engines."""
 
+import os
+import signal
 from importlib.util import find_spec
 
 import pytest
@@ -72,21 +74,23 @@ def test_runs_that_can_share_a_base_are_grouped_in_order(make_run):
     assert names == [["demo-0", "demo-2"], ["demo-1", "demo-3"], ["demo-4"]]
 
 
+@pytest.mark.parametrize("n_jobs", [1, 2])
 def test_packs_are_jobs_of_joblib_and_a_lost_one_fails_its_own_runs(
-    make_run, tmp_path, monkeypatch
+    n_jobs, make_run, tmp_path, monkeypatch
 ):
     def train_pack(pack):
-        if pack[0].name == "demo-1":
+        if pack[0].name == "demo-1" and n_jobs == 1:
             raise OSError("node down (made by the test)")
+        if pack[0].name == "demo-1":
+            os.kill(os.getpid(), signal.SIGKILL)
         return {pack[0].name: "NaN"} if pack[0].name == "demo-2" else {}
 
     monkeypatch.setattr(engines, "train_pack", train_pack)
-    packs = [[make_run(number=n)] for n in range(3)]
-    options = {"n_jobs": 1, "return_as": "list"}
-    with pytest.raises(OSError):
-        engines.train_by_jobs(packs, "joblib", options, tmp_path)
-    del packs[1]
-    assert engines.train_by_jobs(packs, "joblib", {}, tmp_path) == {"demo-2": "NaN"}
+    packs = [[make_run(number=n)] for n in range(4)]
+    reasons = engines.train_by_jobs(packs, "joblib", {"n_jobs": n_jobs}, tmp_path)
+    assert reasons.keys() == {"demo-1", "demo-2"}
+    assert "its joblib job failed: " in reasons["demo-1"]
+    assert ("node down" if n_jobs == 1 else "SIGKILL") in reasons["demo-1"]
 
 
 @pytest.mark.parametrize("engine", ["submitit_local", "ray"])

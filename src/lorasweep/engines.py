@@ -6,7 +6,8 @@ Each job trains one pack in a process of its own; nobody joins it later.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -103,12 +104,36 @@ def _by_joblib(
         from joblib import Parallel, delayed
     except ImportError:
         raise _missing("joblib", "joblib") from None
+    given = {"n_jobs": 1, "return_as": "generator", **options}
     try:
-        parallel = Parallel(**{"n_jobs": 1, "return_as": "generator", **options})
+        Parallel(**given)
     except (TypeError, ValueError) as error:
         raise SettingsError(f"launcher.pack_via=joblib: {_first(error)}") from None
-    results = iter(parallel(delayed(train_pack)(pack) for pack in packs))
-    return iter([lambda: next(results)] * len(packs))
+    return _side_by_side(packs, lambda some: Parallel(**given)(map(delayed(train_pack), some)))
+
+
+def _side_by_side(
+    packs: Sequence[Sequence[Run]],
+    train: Callable[[Sequence[Sequence[Run]]], Iterable[Reasons]],
+) -> Iterator[Callable[[], Reasons]]:
+    """Results in order. A worker's death ends all that train, and joblib can't say whose it was:
+    what is left goes on pack by pack, so that it is known from then on."""
+    done = 0
+    try:
+        for reasons in train(packs):
+            done += 1
+            yield partial(dict, reasons)
+    except Exception as error:
+        log.warning("what is left goes on pack by pack: %s", _first(error) or type(error).__name__)
+    for pack in packs[done:]:
+        yield partial(_alone, train, pack)
+
+
+def _alone(
+    train: Callable[[Sequence[Sequence[Run]]], Iterable[Reasons]], pack: Sequence[Run]
+) -> Reasons:
+    (reasons,) = train([pack])
+    return reasons
 
 
 def _names(pack: Sequence[Run]) -> str:
