@@ -11,6 +11,7 @@ from hydra.core.utils import JobReturn, JobStatus
 
 from lorasweep.batches import Batches
 from lorasweep.flow import Limits
+from lorasweep.run import PassingError, RunError
 from lorasweep.settings import SettingsError
 from lorasweep.study.study import Study
 from test_study import SCORE, SETTINGS, SPACE
@@ -78,3 +79,15 @@ def test_trials_without_a_finite_score_count_as_failures(tmp_path):
     Batches(study_in(tmp_path), jobs, launcher, limits).run()
     assert limits.hopeless
     assert limits.last_reason == f"no epoch had a finite {SCORE}"
+
+
+@pytest.mark.parametrize(("error", "attempts"), [(PassingError, [1, 1]), (RunError, [None, None])])
+def test_trials_whose_job_was_lost_are_tried_again_and_those_that_failed_are_not(
+    error, attempts, tmp_path
+):
+    returned = JobReturn(status=JobStatus.FAILED)
+    returned.return_value = error("its ray job failed")
+    study, limits = study_in(tmp_path), Limits(None, 2, time.monotonic())
+    Batches(study, JOBS, launcher_that(returned), limits).run()
+    assert [trial.user_attrs.get("attempt") for trial in study.trials] == attempts
+    assert limits.hopeless  # in the end

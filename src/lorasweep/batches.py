@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lorasweep import config as configs
 from lorasweep.flow import Limits
 from lorasweep.jobs import Jobs
+from lorasweep.run import PassingError
 
 if TYPE_CHECKING:
     from hydra.core.utils import JobReturn
@@ -62,7 +63,7 @@ class Batches:
         if reason is None:
             self._complete(trial)
             return
-        again = self._study.fail(trial, reason, transient=isinstance(returned, Exception))
+        again = self._study.fail(trial, reason, transient=_may_pass(returned))
         log.error(
             "trial %d failed%s: %s", trial.number, ", is tried again" if again else "", reason
         )
@@ -87,6 +88,11 @@ def _consecutive(trials: Sequence[Trial]) -> list[list[Trial]]:
         else:
             parts.append([trial])
     return parts
+
+
+def _may_pass(returned: JobReturn | Exception) -> bool:
+    """Was it lost with its launcher or with its process, which says nothing of the trial itself?"""
+    return isinstance(returned, Exception) or isinstance(returned._return_value, PassingError)
 
 
 def _reason(returned: JobReturn | Exception) -> str | None:

@@ -18,17 +18,17 @@ from lorasweep.settings import SettingsError
 log = logging.getLogger(__name__)
 
 Engine = Literal["submitit_slurm", "submitit_local", "joblib", "ray"]
-Reasons = dict[str, str]
-"""Run -> why it failed."""
+Failures = list[Failure]
+"""Of the runs of a pack, or of all."""
 
 
 def train_by_jobs(
     packs: Sequence[Sequence[Run]], engine: Engine, options: Mapping[str, Any], folder: Path
-) -> Reasons:
+) -> Failures:
     """Train each pack as one job of the engine; `options` are the engine's own, `folder` its logs.
 
-    A job that is lost fails its pack's runs with what the engine says. Raises SettingsError where
-    the engine isn't installed or doesn't know an option.
+    A job that is lost fails its pack's runs with what the engine says; they may go well another
+    time. Raises SettingsError where the engine isn't installed or doesn't know an option.
     """
     if engine == "ray":
         results = _by_ray(packs, options)
@@ -36,32 +36,32 @@ def train_by_jobs(
         results = _by_joblib(packs, options)
     else:
         results = _by_submitit(packs, engine.removeprefix("submitit_"), options, folder)
-    reasons: Reasons = {}
+    failures: Failures = []
     for pack, result in zip(packs, results, strict=True):
         try:
-            reasons.update(result())
+            failures += result()
         except Exception as error:  # whatever became of this job, the others stand
             reason = f"its {engine} job failed: {str(error).strip() or type(error).__name__}"
-            reasons.update({run.name: reason for run in pack})
-    return reasons
+            failures += [Failure(run=run.name, reason=reason, transient=True) for run in pack]
+    return failures
 
 
-def train_pack(runs: Sequence[Run]) -> Reasons:
+def train_pack(runs: Sequence[Run]) -> Failures:
     """One job: train a pack to its end."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:
-        return {r.run: r.reason for r in run_pack(runs) if isinstance(r, Failure)}
+        return [report for report in run_pack(runs) if isinstance(report, Failure)]
     except Exception as error:
         reason = one_line(error)
         if reason is None:
             log.exception("a pack failed")
             reason = f"{type(error).__name__}: {error}"
-        return {run.name: reason for run in runs}
+        return [Failure(run=run.name, reason=reason) for run in runs]
 
 
 def _by_submitit(
     packs: Sequence[Sequence[Run]], cluster: str, options: Mapping[str, Any], folder: Path
-) -> Iterator[Callable[[], Reasons]]:
+) -> Iterator[Callable[[], Failures]]:
     try:
         import submitit
     except ImportError:
@@ -79,7 +79,7 @@ def _by_submitit(
 
 def _by_ray(
     packs: Sequence[Sequence[Run]], options: Mapping[str, Any]
-) -> Iterator[Callable[[], Reasons]]:
+) -> Iterator[Callable[[], Failures]]:
     try:
         import ray
     except ImportError:
@@ -99,7 +99,7 @@ def _by_ray(
 
 def _by_joblib(
     packs: Sequence[Sequence[Run]], options: Mapping[str, Any]
-) -> Iterator[Callable[[], Reasons]]:
+) -> Iterator[Callable[[], Failures]]:
     try:
         from joblib import Parallel, delayed
     except ImportError:
@@ -114,15 +114,15 @@ def _by_joblib(
 
 def _side_by_side(
     packs: Sequence[Sequence[Run]],
-    train: Callable[[Sequence[Sequence[Run]]], Iterable[Reasons]],
-) -> Iterator[Callable[[], Reasons]]:
+    train: Callable[[Sequence[Sequence[Run]]], Iterable[Failures]],
+) -> Iterator[Callable[[], Failures]]:
     """Results in order. A worker's death ends all that train, and joblib can't say whose it was:
     what is left goes on pack by pack, so that it is known from then on."""
     done = 0
     try:
-        for reasons in train(packs):
+        for failures in train(packs):
             done += 1
-            yield partial(dict, reasons)
+            yield partial(list, failures)
     except Exception as error:
         log.warning("what is left goes on pack by pack: %s", _first(error) or type(error).__name__)
     for pack in packs[done:]:
@@ -130,10 +130,10 @@ def _side_by_side(
 
 
 def _alone(
-    train: Callable[[Sequence[Sequence[Run]]], Iterable[Reasons]], pack: Sequence[Run]
-) -> Reasons:
-    (reasons,) = train([pack])
-    return reasons
+    train: Callable[[Sequence[Sequence[Run]]], Iterable[Failures]], pack: Sequence[Run]
+) -> Failures:
+    (failures,) = train([pack])
+    return failures
 
 
 def _names(pack: Sequence[Run]) -> str:

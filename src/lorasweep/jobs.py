@@ -89,7 +89,7 @@ def train_trial(run: Run, trial: Trial) -> None:
         for reports in session.train([run]):
             for report in reports:
                 if isinstance(report, Failure):
-                    raise RunError(report.reason)
+                    raise RunError.of(report)
                 if isinstance(report, EpochReport):
                     note(trial, report)
                     if trial.should_prune():

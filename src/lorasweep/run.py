@@ -89,6 +89,15 @@ Report = Started | EpochReport | Failure | Finished
 class RunError(RuntimeError):
     """A run of a sweep failed; the message is its reason."""
 
+    @staticmethod
+    def of(failure: Failure) -> RunError:
+        """The error that says so."""
+        return (PassingError if failure.transient else RunError)(failure.reason)
+
+
+class PassingError(RunError):
+    """It may go well another time."""
+
 
 def run_pack(runs: Sequence[Run], interrupts: Interrupts | None = None) -> Iterator[Report]:
     """Train runs together, yielding a report of every checkpoint once it is scored and logged.
