@@ -11,6 +11,7 @@ from hydra.core.utils import JobReturn, JobStatus
 
 from lorasweep.batches import Batches
 from lorasweep.flow import Limits
+from lorasweep.jobs import Scored
 from lorasweep.run import PassingError, RunError
 from lorasweep.settings import SettingsError
 from lorasweep.study.study import Study
@@ -19,9 +20,7 @@ from test_study import SCORE, SETTINGS, SPACE
 JOBS = SimpleNamespace(
     epochs=2,
     overrides=lambda trial, reports: trial.overrides,
-    tracked=lambda number: [
-        SimpleNamespace(epoch=1, path=Path("e1"), scores={SCORE: number + 0.5}, terms={})
-    ],
+    scored=lambda trial: [Scored(1, Path("e1"), {SCORE: trial.number + 0.5}, {})],
 )
 
 
@@ -72,8 +71,8 @@ def test_a_launchers_setting_that_is_wrong_ends_the_sweep_and_no_trial_fails_for
 
 
 def test_trials_without_a_finite_score_count_as_failures(tmp_path):
-    one = SimpleNamespace(epoch=1, path=Path("e1"), scores={SCORE: math.nan}, terms={})
-    jobs = SimpleNamespace(**{**vars(JOBS), "tracked": lambda number: [one]})
+    one = Scored(1, Path("e1"), {SCORE: math.nan}, {})
+    jobs = SimpleNamespace(**{**vars(JOBS), "scored": lambda trial: [one]})
     launcher = launcher_that(JobReturn(status=JobStatus.COMPLETED))
     limits = Limits(None, 2, time.monotonic())
     Batches(study_in(tmp_path), jobs, launcher, limits).run()

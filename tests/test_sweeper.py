@@ -1,5 +1,6 @@
 """Sweeps as a person starts them, with a stand-in for the workers: what is asked, dropped, kept."""
 
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ from optuna.trial import TrialState
 
 from conftest import SMALL
 from fake_fleet import FakeFleet
-from lorasweep import cli, fleet, flow, sweeper, tracking
+from lorasweep import cli, fleet, flow, launcher, sweeper, tracking
 from lorasweep.run import Failure, Finished
 from lorasweep.study import storage
 
@@ -185,6 +186,34 @@ def test_through_a_launcher_of_hydras_jobs_report_themselves_and_stop_when_prune
     store = f"sqlite:///{tmp_path}/outputs/mlflow.db"
     known = [(one.run, one.epoch) for one in tracking.candidates(store, "lorasweep", "demo-mine")]
     assert sorted(known) == [("demo-0", 1), ("demo-0", 2), ("demo-1", 1)]
+
+
+def test_packs_as_jobs_leave_their_scores_in_their_folders_and_a_lost_one_is_tried_again(
+    sweep, monkeypatch
+):
+    launched = []
+
+    def train_by_jobs(packs, engine, options, folder):
+        launched.append([[run.name for run in pack] for pack in packs])
+        if len(launched) == 1:
+            lost = packs[-1]
+            return [Failure(run=run.name, reason="node down", transient=True) for run in lost]
+        for run in (run for pack in packs for run in pack):
+            (run.output_dir / "scores").mkdir(parents=True)
+            for epoch in (1, 2, 3):  # MLflow knows of none
+                scored = {"scores": by_rate(run, epoch), "terms": {}}
+                file = run.output_dir / "scores" / f"{epoch:06d}.json"
+                file.write_text(json.dumps(scored))
+        return []
+
+    monkeypatch.setattr(launcher, "train_by_jobs", train_by_jobs)
+    study, _ = sweep("launcher.pack_via=ray", "launcher.max_pack=2", "study.n_trials=2")
+    assert launched == [[["demo-0", "demo-1"]]] * 2  # by the study: launcher.retries are not added
+    assert [trial.user_attrs["attempt"] for trial in study.trials] == [1, 1]
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE"]
+    for trial in study.trials:
+        best = trial.user_attrs["best"]
+        assert best["path"].endswith(f"mine/{trial.number}/demo-{trial.number}-000002.safetensors")
 
 
 def test_a_warm_start_says_once_how_many_trials_fit(sweep, capsys):

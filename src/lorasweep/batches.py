@@ -71,7 +71,7 @@ class Batches:
             self._limits.failed(reason)
 
     def _complete(self, trial: Trial) -> None:
-        self._study.settle(trial.number, self._jobs.tracked)
+        self._study.settle(trial.number, lambda _: self._jobs.scored(trial))
         settled = next(one for one in self._study.trials if one.number == trial.number)
         if settled.state.name == "FAIL":
             self._limits.failed(str(settled.user_attrs["reason"]))

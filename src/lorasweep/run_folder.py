@@ -111,19 +111,12 @@ class RunFolder:
             return known
         terms = {name: list(values) for name, values in scored.terms.items()}
         content = {"scores": dict(scored.scores), "terms": terms}
-        write_atomically(self._scores_of(epoch), json.dumps(content).encode())
+        write_atomically(_scores_of(self.path, epoch), json.dumps(content).encode())
         return scored.scores, scored.terms
 
     def scores(self, epoch: int) -> tuple[Scores, Terms] | None:
         """What the checkpoint of an epoch scored, if it has been."""
-        path = self._scores_of(epoch)
-        if not path.is_file():
-            return None
-        found = json.loads(path.read_text())
-        return found["scores"], found["terms"]
-
-    def _scores_of(self, epoch: int) -> Path:
-        return self.path / "scores" / f"{epoch:06d}.json"
+        return read_scores(self.path, epoch)
 
     def _write(self, status: Status) -> None:
         values = {**vars(self._record), "status": status}
@@ -224,6 +217,19 @@ def read_record(folder: Path) -> Record | None:
         raise SettingsError(
             f"{folder / RECORD} can't be read ({error}); delete the folder to train anew"
         ) from None
+
+
+def read_scores(folder: Path, epoch: int) -> tuple[Scores, Terms] | None:
+    """What the checkpoint of an epoch of the folder's run scored; None if it hasn't been."""
+    path = _scores_of(folder, epoch)
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_text())
+    return found["scores"], found["terms"]
+
+
+def _scores_of(folder: Path, epoch: int) -> Path:
+    return folder / "scores" / f"{epoch:06d}.json"
 
 
 def ended(run: Run) -> Status | None:
