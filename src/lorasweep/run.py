@@ -21,7 +21,7 @@ from lorasweep.metrics import Scores, Terms
 from lorasweep.models import BaseModel, memory_for, resolve_device
 from lorasweep.prepare import captions_used, images_of, new_run, training_run, write_folders
 from lorasweep.progress import Screen, Show
-from lorasweep.run_folder import RunFolder, forget_drop
+from lorasweep.run_folder import RunFolder, TakenError, forget_drop
 from lorasweep.settings import SettingsError
 from lorasweep.tracking import PRUNED_TAG, RunLog, Tracker
 from lorasweep.trainers import Epoch, Stopped, Training, TrainingData, states
@@ -70,7 +70,8 @@ class Failure:
     run: str
     reason: str
     transient: bool = False
-    """Might it go well another time? A killed worker and memory shared with others are so."""
+    """Might it go well another time? So are a killed worker, memory shared with
+    others, and a folder that a process has which is on its way out."""
     pauses: bool = False
     """Does it go on when the same command is given again? A full disk has to be mended first."""
 
@@ -261,7 +262,8 @@ class Session:
             try:
                 folder = RunFolder(run, new.dataset_digest)
             except ValueError as error:  # another's, or begun otherwise
-                reports.append(Failure(run=run.name, reason=str(error)))
+                passing = isinstance(error, TakenError)
+                reports.append(Failure(run=run.name, reason=str(error), transient=passing))
                 continue
             if folder.ended is not None:
                 reports += self._ended_before(run, folder)

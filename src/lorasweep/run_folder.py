@@ -34,6 +34,10 @@ _PLACES = ("output_root", "cache_dir", "tracking.", "launcher.", "pick.", "train
 _FREE = (*_PLACES, "trainer.keep_states", "trainer.save_every_n_steps")
 
 
+class TakenError(SettingsError):
+    """Another process works in the folder; it may be on its way out."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Record:
     """What a folder's `run.json` says."""
@@ -155,7 +159,7 @@ def taken(folder: Path) -> Iterator[None]:
 
 
 def lock(folder: Path, seconds: float | None = None) -> FileLock:
-    """Be the only process that works in the folder. Raises SettingsError if another does.
+    """Be the only process that works in the folder. Raises TakenError if another does.
 
     It is waited for a little (LOCK_SECONDS): a process that was stopped may be on its way out.
     """
@@ -164,7 +168,7 @@ def lock(folder: Path, seconds: float | None = None) -> FileLock:
     try:
         held.acquire(timeout=LOCK_SECONDS if seconds is None else seconds)
     except Timeout:
-        raise SettingsError(
+        raise TakenError(
             f"{folder}: another process trains here; wait for it, or give another hydra.run.dir"
         ) from None
     return held
@@ -174,7 +178,7 @@ def is_free(folder: Path) -> bool:
     """Does no process work in the folder?"""
     try:
         lock(folder, seconds=0).release()
-    except SettingsError:
+    except TakenError:
         return False
     return True
 
