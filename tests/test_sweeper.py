@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -214,6 +216,19 @@ def test_packs_as_jobs_leave_their_scores_in_their_folders_and_a_lost_one_is_tri
     for trial in study.trials:
         best = trial.user_attrs["best"]
         assert best["path"].endswith(f"mine/{trial.number}/demo-{trial.number}-000002.safetensors")
+
+
+def test_a_sweep_with_packs_as_jobs_that_is_stopped_says_once_how_to_go_on(
+    sweep, monkeypatch, capsys
+):
+    def train_by_jobs(packs, engine, options, folder):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(launcher, "train_by_jobs", train_by_jobs)
+    with pytest.raises(SystemExit) as stopped:
+        sweep("launcher.pack_via=ray", "study.n_trials=2")
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err.count("Go on with: lorasweep resume") == 1
 
 
 def test_a_warm_start_says_once_how_many_trials_fit(sweep, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,13 +87,15 @@ def _launch(config: DictConfig, jobs: Sequence[Job], settings: Packs) -> list[Fa
     todo = [job for job in jobs if ended[job.run.name] is None]
     if done := [name for name, status in ended.items() if status is not None]:
         log.info("%s have ended before and stay as they are", ", ".join(done))
-    with run_folder.taken(folder):
+    of_study = any(_is_trial(job) for job in jobs)  # which can be stopped, and tries again, itself
+    stoppable = nullcontext() if of_study else run_folder.stoppable(folder)
+    with run_folder.taken(folder), stoppable:
         run_folder.write_sweep(folder, digest, "unfinished")
         for job in todo:
             save_hydra_files(job)
             run_folder.forget_drop(job.run.output_dir)
         if todo:
-            retries = 0 if _is_trial(todo[0]) else settings.retries
+            retries = 0 if of_study else settings.retries
             failed += train([job.run for job in todo], settings, retries)
         if not any(run_folder.is_unfinished(job.run.output_dir) for job in jobs):
             run_folder.write_sweep(folder, digest, "finished")
@@ -100,7 +103,7 @@ def _launch(config: DictConfig, jobs: Sequence[Job], settings: Packs) -> list[Fa
 
 
 def _is_trial(job: Job) -> bool:
-    """Did a study give the job? It tries its trials again itself."""
+    """Did a study give the job?"""
     return "folder" in (job.config.hydra.sweeper or {})
 
 

@@ -149,11 +149,10 @@ def shown(folder: Path) -> str:
 
 @contextmanager
 def taken(folder: Path) -> Iterator[None]:
-    """Be the only process that works in the folder, and one that can be stopped."""
+    """Be the only process that works in the folder."""
     held = lock(folder)
     try:
-        with stoppable(folder):
-            yield
+        yield
     finally:
         held.release()
 
