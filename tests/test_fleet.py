@@ -106,6 +106,7 @@ def test_what_breaks_a_pack_fails_its_runs_and_says_if_it_may_go_well_again(
     assert [failure.run for failure in end.reports] == [run.name for run in runs]
     assert {failure.transient for failure in end.reports} == {transient}
     assert end.last is last
+    assert end.max_runs == (1 if transient else None)  # half of those that were too many
     assert error.args[0] in end.reports[0].reason
 
 
@@ -131,6 +132,19 @@ def test_runs_go_to_the_emptiest_device_with_memory_for_them(make_run, monkeypat
         worker.Boundary(reports=[Finished(run=name, dropped=False) for name in second.runs])
     )
     assert workers.room_for(make_run("dataset.seed=5", number=7))
+
+
+def test_runs_that_were_too_many_for_the_memory_come_again_in_smaller_packs(make_run, monkeypatch):
+    monkeypatch.setattr(fleet._Seat, "_start", lambda self: None)
+    workers = Fleet(["cuda:0"], max_pack=4)
+    runs = [make_run(number=n) for n in range(4)]
+    for run in runs:
+        workers.submit(run)
+    failures = [Failure(run=run.name, reason="memory", transient=True) for run in runs]
+    workers._seats[0].note(worker.Boundary(reports=failures, max_runs=2, last=True))
+    for run in runs:
+        workers.submit(run)
+    assert list(workers._seats[0].runs) == ["demo-0", "demo-1"]
 
 
 def test_a_worker_that_cannot_begin_fails_its_runs_once(make_run, monkeypatch):

@@ -1,11 +1,13 @@
 """The launcher: its settings, its retries, and packs as jobs of other engines."""
 
+import os
+import signal
 from importlib.util import find_spec
 
 import pytest
 from hydra.errors import HydraException
 
-from lorasweep import config, engines
+from lorasweep import config, engines, launcher
 from lorasweep.fleet import Failure, Finished
 from lorasweep.launcher import Packs, _train, group
 from lorasweep.settings import SettingsError, build_class
@@ -62,7 +64,11 @@ def test_transient_failures_are_tried_again_and_others_not(make_run):
             "demo-2": [Failure(run="demo-2", reason="NaN")],
         }
     )
-    assert _train(workers, runs, retries=1) == {"demo-1": "killed", "demo-2": "NaN"}
+    failed = _train(workers, runs, retries=1)
+    assert sorted((one.run, one.reason) for one in failed) == [
+        ("demo-1", "killed"),
+        ("demo-2", "NaN"),
+    ]
     assert workers.submitted == ["demo-0", "demo-1", "demo-2", "demo-0", "demo-1"]
 
 
@@ -72,21 +78,42 @@ def test_runs_that_can_share_a_base_are_grouped_in_order(make_run):
     assert names == [["demo-0", "demo-2"], ["demo-1", "demo-3"], ["demo-4"]]
 
 
+@pytest.mark.parametrize("n_jobs", [1, 2])
 def test_packs_are_jobs_of_joblib_and_a_lost_one_fails_its_own_runs(
-    make_run, tmp_path, monkeypatch
+    n_jobs, make_run, tmp_path, monkeypatch
 ):
     def train_pack(pack):
-        if pack[0].name == "demo-1":
+        if pack[0].name == "demo-1" and n_jobs == 1:
             raise OSError("node down (made by the test)")
-        return {pack[0].name: "NaN"} if pack[0].name == "demo-2" else {}
+        if pack[0].name == "demo-1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return [Failure(run=run.name, reason="NaN") for run in pack if run.name == "demo-2"]
 
     monkeypatch.setattr(engines, "train_pack", train_pack)
-    packs = [[make_run(number=n)] for n in range(3)]
-    options = {"n_jobs": 1, "return_as": "list"}
-    with pytest.raises(OSError):
-        engines.train_by_jobs(packs, "joblib", options, tmp_path)
-    del packs[1]
-    assert engines.train_by_jobs(packs, "joblib", {}, tmp_path) == {"demo-2": "NaN"}
+    packs = [[make_run(number=n)] for n in range(4)]
+    lost, failed = engines.train_by_jobs(packs, "joblib", {"n_jobs": n_jobs}, tmp_path)
+    assert failed == Failure(run="demo-2", reason="NaN")
+    assert (lost.run, lost.transient) == ("demo-1", True)
+    assert "its joblib job failed: " in lost.reason
+    assert ("node down" if n_jobs == 1 else "SIGKILL") in lost.reason
+
+
+def test_runs_whose_job_was_lost_are_tried_again_and_those_that_failed_are_not(
+    make_run, monkeypatch
+):
+    launched = []
+
+    def train_by_jobs(packs, engine, options, folder):
+        launched.append([[run.name for run in pack] for pack in packs])
+        lost = [Failure(run=run.name, reason="node down", transient=True) for run in packs[-1]]
+        return [Failure(run="demo-0", reason="NaN"), *lost] if len(launched) == 1 else lost[:1]
+
+    monkeypatch.setattr(launcher, "train_by_jobs", train_by_jobs)
+    runs = [make_run(number=n) for n in range(4)]
+    packs = settings(pack_via="ray", max_pack=2)
+    failed = launcher.train(runs, packs, packs.retries)
+    assert launched == [[["demo-0", "demo-1"], ["demo-2", "demo-3"]], [["demo-2", "demo-3"]]]
+    assert [(one.run, one.reason) for one in failed] == [("demo-0", "NaN"), ("demo-2", "node down")]
 
 
 @pytest.mark.parametrize("engine", ["submitit_local", "ray"])
@@ -101,9 +128,10 @@ def test_a_job_trains_its_pack_and_tells_what_failed(make_run):
         make_run("trainer.max_train_epochs=1", f"optimizer.unet_lr={rate}", number=n)
         for n, rate in enumerate(("1e-3", "1e39"))
     ]
-    assert list(engines.train_pack(runs)) == ["demo-1"]
-    (broken,) = [make_run("model.path=nowhere", number=3)]
-    assert "model.path=nowhere" in engines.train_pack([broken])["demo-3"]
+    assert [failure.run for failure in engines.train_pack(runs)] == ["demo-1"]
+    (failure,) = engines.train_pack([make_run("model.path=nowhere", number=3)])
+    assert "model.path=nowhere" in failure.reason
+    assert not failure.transient
 
 
 @pytest.mark.parametrize(

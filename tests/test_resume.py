@@ -234,8 +234,7 @@ def test_a_signal_ends_the_step_and_the_run_goes_on_from_it(
     assert f"lorasweep resume {runs[0].output_dir}" in error
     assert {one.snapshot.num_steps for one in states.together(places(runs)).values()} == {STEPS + 1}
     found = list(run_pack(runs))
-    epochs = [r.checkpoint.epoch for r in found if isinstance(r, EpochReport)]
-    assert epochs == [1, 1, 2, 2]  # the first again, for whoever follows the run
+    assert epochs(found) == [1, 1, 2, 2]  # the first again, for whoever follows the run
     assert outcome(tmp_path / "stopped", runs) == unbroken[0]
 
 
@@ -303,8 +302,29 @@ def test_two_processes_do_not_train_in_one_folder(make_run, monkeypatch):
     (failure,) = run_pack([run])
     assert isinstance(failure, Failure)
     assert "another process trains here" in failure.reason
+    assert failure.transient  # a worker that was killed may be on its way out
     held.release()
     assert any(isinstance(report, Finished) for report in run_pack([run]))
+
+
+def test_a_dropped_run_is_told_again_to_a_sweep_and_trained_to_its_end_without_one(make_run):
+    run = make_run()
+    for _ in range(2):  # the second: for a driver that was killed before it told the study
+        found = []
+        with Session(run) as session:
+            for reports in session.train([run]):
+                found += reports
+                if any(isinstance(report, EpochReport) for report in reports):
+                    session.drop(run.name)
+        assert epochs(found) == [1]
+        assert not (run.output_dir / "demo-000002.safetensors").exists()
+    assert found[-1] == Finished(run=run.name, dropped=True)
+    assert len(logged(run.output_root)) == 1
+    assert epochs(run_pack([run])) == [1, 2]
+
+
+def epochs(reports):
+    return [report.checkpoint.epoch for report in reports if isinstance(report, EpochReport)]
 
 
 def test_a_run_that_was_begun_otherwise_is_not_gone_on_with(make_run, monkeypatch):

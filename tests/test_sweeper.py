@@ -1,6 +1,9 @@
 """Sweeps as a person starts them, with a stand-in for the workers: what is asked, dropped, kept."""
 
+import json
 import math
+import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,8 +13,8 @@ from optuna.trial import TrialState
 
 from conftest import SMALL
 from fake_fleet import FakeFleet
-from lorasweep import cli, fleet, flow, sweeper, tracking
-from lorasweep.run import Failure
+from lorasweep import cli, fleet, flow, launcher, sweeper, tracking
+from lorasweep.run import Failure, Finished
 from lorasweep.study import storage
 
 SWEEP = """\
@@ -110,6 +113,16 @@ def test_failures_are_told_with_reasons_and_passing_ones_tried_again(sweep, caps
     assert "Trial 0 was begun again: worker was killed" in capsys.readouterr().out
 
 
+def test_the_death_of_one_worker_does_not_end_a_sweep_whose_whole_pack_it_had(sweep):
+    def script(run, epoch):
+        if epoch == 1:
+            return Failure(run=run.name, reason="worker was killed", transient=True)
+        return by_rate(run, epoch)
+
+    study, _ = sweep("study.n_trials=8", script=script, max_pack=8)
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 8
+
+
 def test_a_hopeless_sweep_stops(sweep, capsys):
     def script(run, epoch):
         return Failure(run=run.name, reason="no such luck", transient=False)
@@ -139,6 +152,22 @@ def test_no_trial_begins_when_the_time_is_up_and_those_that_train_go_on(sweep, m
     assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 4
 
 
+def test_a_trial_that_waits_for_room_does_not_begin_when_too_many_have_failed(sweep, monkeypatch):
+    tried = []
+
+    def script(run, epoch):
+        tried.append(run.name)
+        return Failure(run=run.name, reason="loss is NaN", transient=False)
+
+    def room_for(workers, run):  # no other can join: the second trial is asked for, and waits
+        return not workers._live or run.name.endswith("-next")
+
+    monkeypatch.setattr(FakeFleet, "room_for", room_for)
+    with pytest.raises(SystemExit):
+        sweep("study.max_failures=1", "study.n_trials=3", script=script)
+    assert tried == ["demo-0"]
+
+
 def test_through_a_launcher_of_hydras_jobs_report_themselves_and_stop_when_pruned(
     tmp_path, cache_dir
 ):
@@ -159,6 +188,47 @@ def test_through_a_launcher_of_hydras_jobs_report_themselves_and_stop_when_prune
     store = f"sqlite:///{tmp_path}/outputs/mlflow.db"
     known = [(one.run, one.epoch) for one in tracking.candidates(store, "lorasweep", "demo-mine")]
     assert sorted(known) == [("demo-0", 1), ("demo-0", 2), ("demo-1", 1)]
+
+
+def test_packs_as_jobs_leave_their_scores_in_their_folders_and_a_lost_one_is_tried_again(
+    sweep, monkeypatch
+):
+    launched = []
+
+    def train_by_jobs(packs, engine, options, folder):
+        launched.append([[run.name for run in pack] for pack in packs])
+        if len(launched) == 1:
+            lost = packs[-1]
+            return [Failure(run=run.name, reason="node down", transient=True) for run in lost]
+        for run in (run for pack in packs for run in pack):
+            (run.output_dir / "scores").mkdir(parents=True)
+            for epoch in (1, 2, 3):  # MLflow knows of none
+                scored = {"scores": by_rate(run, epoch), "terms": {}}
+                file = run.output_dir / "scores" / f"{epoch:06d}.json"
+                file.write_text(json.dumps(scored))
+        return []
+
+    monkeypatch.setattr(launcher, "train_by_jobs", train_by_jobs)
+    study, _ = sweep("launcher.pack_via=ray", "launcher.max_pack=2", "study.n_trials=2")
+    assert launched == [[["demo-0", "demo-1"]]] * 2  # by the study: launcher.retries are not added
+    assert [trial.user_attrs["attempt"] for trial in study.trials] == [1, 1]
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE"]
+    for trial in study.trials:
+        best = trial.user_attrs["best"]
+        assert best["path"].endswith(f"mine/{trial.number}/demo-{trial.number}-000002.safetensors")
+
+
+def test_a_sweep_with_packs_as_jobs_that_is_stopped_says_once_how_to_go_on(
+    sweep, monkeypatch, capsys
+):
+    def train_by_jobs(packs, engine, options, folder):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(launcher, "train_by_jobs", train_by_jobs)
+    with pytest.raises(SystemExit) as stopped:
+        sweep("launcher.pack_via=ray", "study.n_trials=2")
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err.count("Go on with: lorasweep resume") == 1
 
 
 def test_a_warm_start_says_once_how_many_trials_fit(sweep, capsys):
@@ -206,6 +276,22 @@ def test_what_a_killed_driver_left_goes_on_under_its_number(sweep, tmp_path):
     assert [t.state.name for t in study.trials] == ["COMPLETE", "COMPLETE"]
     assert [trial.params for trial in study.trials] == left
     assert [run.number for run in workers.submitted] == [0, 1]
+
+
+def test_a_run_that_a_killed_driver_had_dropped_is_told_as_pruned(sweep, monkeypatch):
+    epoch_of = FakeFleet._epoch
+
+    def _epoch(workers, run):
+        found = epoch_of(workers, run)
+        if run.number == 0:
+            del workers._live[run.name]
+            found.append(Finished(run=run.name, dropped=True))
+        return found
+
+    monkeypatch.setattr(FakeFleet, "_epoch", _epoch)
+    study, _ = sweep("study.n_trials=2")
+    assert [trial.state.name for trial in study.trials] == ["PRUNED", "COMPLETE"]
+    assert study.trials[0].user_attrs["epochs"] == 1
 
 
 def test_hydras_own_grammar_on_the_command_line_is_searched(sweep):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lorasweep import config as configs
 from lorasweep.flow import Limits
 from lorasweep.jobs import Jobs
+from lorasweep.run import PassingError
 
 if TYPE_CHECKING:
     from hydra.core.utils import JobReturn
@@ -50,6 +51,8 @@ class Batches:
         try:
             returns = self._launcher.launch(overrides, initial_job_idx=trials[0].number)
         except Exception as error:  # a launcher raises when a worker dies; which one, it can't say
+            if configs.one_line(error) is not None:  # the user's to mend: the trials stay open
+                raise
             log.exception("the launcher failed")
             returns = [error] * len(trials)
         for trial, returned in zip(trials, returns, strict=True):
@@ -58,14 +61,22 @@ class Batches:
     def _settle(self, trial: Trial, returned: JobReturn | Exception) -> None:
         reason = _reason(returned)
         if reason is None:
-            self._study.settle(trial.number, self._jobs.tracked)
-            self._limits.failures = 0
+            self._complete(trial)
             return
-        again = self._study.fail(trial, reason, transient=isinstance(returned, Exception))
+        again = self._study.fail(trial, reason, transient=_may_pass(returned))
         log.error(
             "trial %d failed%s: %s", trial.number, ", is tried again" if again else "", reason
         )
-        self._limits.failed(reason)
+        if not again:
+            self._limits.failed(reason)
+
+    def _complete(self, trial: Trial) -> None:
+        self._study.settle(trial.number, lambda _: self._jobs.scored(trial))
+        settled = next(one for one in self._study.trials if one.number == trial.number)
+        if settled.state.name == "FAIL":
+            self._limits.failed(str(settled.user_attrs["reason"]))
+        else:
+            self._limits.failures = 0
 
 
 def _consecutive(trials: Sequence[Trial]) -> list[list[Trial]]:
@@ -77,6 +88,11 @@ def _consecutive(trials: Sequence[Trial]) -> list[list[Trial]]:
         else:
             parts.append([trial])
     return parts
+
+
+def _may_pass(returned: JobReturn | Exception) -> bool:
+    """Was it lost with its launcher or with its process, which says nothing of the trial itself?"""
+    return isinstance(returned, Exception) or isinstance(returned._return_value, PassingError)
 
 
 def _reason(returned: JobReturn | Exception) -> str | None:

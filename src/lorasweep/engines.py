@@ -6,7 +6,8 @@ Each job trains one pack in a process of its own; nobody joins it later.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,17 +18,17 @@ from lorasweep.settings import SettingsError
 log = logging.getLogger(__name__)
 
 Engine = Literal["submitit_slurm", "submitit_local", "joblib", "ray"]
-Reasons = dict[str, str]
-"""Run -> why it failed."""
+Failures = list[Failure]
+"""Of the runs of a pack, or of all."""
 
 
 def train_by_jobs(
     packs: Sequence[Sequence[Run]], engine: Engine, options: Mapping[str, Any], folder: Path
-) -> Reasons:
+) -> Failures:
     """Train each pack as one job of the engine; `options` are the engine's own, `folder` its logs.
 
-    A job that is lost fails its pack's runs with what the engine says. Raises SettingsError where
-    the engine isn't installed or doesn't know an option.
+    A job that is lost fails its pack's runs with what the engine says; they may go well another
+    time. Raises SettingsError where the engine isn't installed or doesn't know an option.
     """
     if engine == "ray":
         results = _by_ray(packs, options)
@@ -35,32 +36,32 @@ def train_by_jobs(
         results = _by_joblib(packs, options)
     else:
         results = _by_submitit(packs, engine.removeprefix("submitit_"), options, folder)
-    reasons: Reasons = {}
+    failures: Failures = []
     for pack, result in zip(packs, results, strict=True):
         try:
-            reasons.update(result())
+            failures += result()
         except Exception as error:  # whatever became of this job, the others stand
             reason = f"its {engine} job failed: {str(error).strip() or type(error).__name__}"
-            reasons.update({run.name: reason for run in pack})
-    return reasons
+            failures += [Failure(run=run.name, reason=reason, transient=True) for run in pack]
+    return failures
 
 
-def train_pack(runs: Sequence[Run]) -> Reasons:
+def train_pack(runs: Sequence[Run]) -> Failures:
     """One job: train a pack to its end."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:
-        return {r.run: r.reason for r in run_pack(runs) if isinstance(r, Failure)}
+        return [report for report in run_pack(runs) if isinstance(report, Failure)]
     except Exception as error:
         reason = one_line(error)
         if reason is None:
             log.exception("a pack failed")
             reason = f"{type(error).__name__}: {error}"
-        return {run.name: reason for run in runs}
+        return [Failure(run=run.name, reason=reason) for run in runs]
 
 
 def _by_submitit(
     packs: Sequence[Sequence[Run]], cluster: str, options: Mapping[str, Any], folder: Path
-) -> Iterator[Callable[[], Reasons]]:
+) -> Iterator[Callable[[], Failures]]:
     try:
         import submitit
     except ImportError:
@@ -78,7 +79,7 @@ def _by_submitit(
 
 def _by_ray(
     packs: Sequence[Sequence[Run]], options: Mapping[str, Any]
-) -> Iterator[Callable[[], Reasons]]:
+) -> Iterator[Callable[[], Failures]]:
     try:
         import ray
     except ImportError:
@@ -98,17 +99,41 @@ def _by_ray(
 
 def _by_joblib(
     packs: Sequence[Sequence[Run]], options: Mapping[str, Any]
-) -> Iterator[Callable[[], Reasons]]:
+) -> Iterator[Callable[[], Failures]]:
     try:
         from joblib import Parallel, delayed
     except ImportError:
         raise _missing("joblib", "joblib") from None
+    given = {"n_jobs": 1, "return_as": "generator", **options}
     try:
-        parallel = Parallel(**{"n_jobs": 1, "return_as": "generator", **options})
+        Parallel(**given)
     except (TypeError, ValueError) as error:
         raise SettingsError(f"launcher.pack_via=joblib: {_first(error)}") from None
-    results = iter(parallel(delayed(train_pack)(pack) for pack in packs))
-    return iter([lambda: next(results)] * len(packs))
+    return _side_by_side(packs, lambda some: Parallel(**given)(map(delayed(train_pack), some)))
+
+
+def _side_by_side(
+    packs: Sequence[Sequence[Run]],
+    train: Callable[[Sequence[Sequence[Run]]], Iterable[Failures]],
+) -> Iterator[Callable[[], Failures]]:
+    """Results in order. A worker's death ends all that train, and joblib can't say whose it was:
+    what is left goes on pack by pack, so that it is known from then on."""
+    done = 0
+    try:
+        for failures in train(packs):
+            done += 1
+            yield partial(list, failures)
+    except Exception as error:
+        log.warning("what is left goes on pack by pack: %s", _first(error) or type(error).__name__)
+    for pack in packs[done:]:
+        yield partial(_alone, train, pack)
+
+
+def _alone(
+    train: Callable[[Sequence[Sequence[Run]]], Iterable[Failures]], pack: Sequence[Run]
+) -> Failures:
+    (failures,) = train([pack])
+    return failures
 
 
 def _names(pack: Sequence[Run]) -> str:

@@ -171,7 +171,8 @@ class _Seat:
         self._joining: list[Run] = []
         self._is_waiting = False  # for its turn
         self._has_begun = False
-        self._max_runs: int | None = None
+        self._max_runs: int | None = None  # of the pack that trains
+        self._at_most: int | None = None  # since a larger pack ran out of memory
 
     def has_room(self, run: Run) -> bool:
         """Can the run train here from the next epoch on?"""
@@ -180,7 +181,7 @@ class _Seat:
             return False
         if not self.runs:
             return True
-        bounds = (self.orders.max_pack, self._max_runs)
+        bounds = (self.orders.max_pack, self._max_runs, self._at_most)
         room = min(bound for bound in bounds if bound is not None)
         return len(staying) < room and next(iter(self.runs.values())).can_share_pack(run)
 
@@ -223,6 +224,7 @@ class _Seat:
                 self.runs.pop(report.run, None)
                 self.dropping.discard(report.run)
         if boundary.last:
+            self._at_most = boundary.max_runs or self._at_most
             self.process = None
             self._restart()
         return boundary.reports

@@ -37,7 +37,10 @@ class Trainers(Protocol):
 
 @dataclass
 class Limits:
-    """When a sweep begins no more trials: its time is up, or too many failed one after another."""
+    """When a sweep begins no more trials: its time is up, or too many failed one after another.
+
+    Trials that are tried again have not failed yet.
+    """
 
     max_hours: float | None
     max_failures: int | None
@@ -93,7 +96,7 @@ class Flow:
 
     def _fill(self) -> None:
         """Begin trials while there is room; each knows all that was told before it."""
-        while self._hold():
+        while not self._limits.reached and self._hold():
             assert self._held is not None
             trial, run = self._held
             if self._trials and not self._fleet.room_for(run):
@@ -135,7 +138,7 @@ class Flow:
             self._failed(trial, event.reason, transient=event.transient)
         elif isinstance(event, Finished):
             del self._trials[event.run]
-            self._ended(trial, pruned=event.run in self._dropped and event.dropped)
+            self._ended(trial, pruned=event.dropped)  # by us, or by a driver that was killed
 
     def _prune(self, event: Report) -> None:
         trial = self._trials.get(event.run)
@@ -161,4 +164,5 @@ class Flow:
         log.error(
             "trial %d failed%s: %s", trial.number, ", is tried again" if again else "", reason
         )
-        self._limits.failed(reason)
+        if not again:  # the death of one worker fails a whole pack
+            self._limits.failed(reason)

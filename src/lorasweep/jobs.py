@@ -4,27 +4,39 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from lorasweep import config as configs
-from lorasweep import dataset
+from lorasweep import dataset, run_folder
+from lorasweep.checkpoint import checkpoint_path
 from lorasweep.config import Run
 from lorasweep.launcher import Job, compose_job, save_hydra_files
-from lorasweep.run import EpochReport, Failure, RunError, Session
+from lorasweep.run import EpochReport, Failure, Finished, RunError, Session
 from lorasweep.search import Search
 from lorasweep.settings import build
-from lorasweep.study.storage import sweep_name
 
 if TYPE_CHECKING:
+    from lorasweep.metrics import Scores, Terms
     from lorasweep.study.trial import Trial
 
 log = logging.getLogger(__name__)
 
 # null in conf/, for Hydra lets a command line replace null by a mapping, and nothing else
 _MAPS = ("conditions", "vars", "sampler_options", "pruner_options", "constraints")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A checkpoint of a run that another process trained."""
+
+    epoch: int
+    path: Path
+    scores: Scores
+    terms: Terms
 
 
 class Jobs:
@@ -34,7 +46,6 @@ class Jobs:
         self._config, self._loader, self._search = config, config_loader, found
         self._folder = Path(config.hydra.sweep.dir).absolute()
         self.epochs = 0
-        self._checked: Run | None = None
 
     def check(self) -> Run:
         """Compose the sweep's first run and one of each value; SettingsError for what is wrong."""
@@ -44,8 +55,7 @@ class Jobs:
         for job in probes:
             job.run.check()
         self.epochs = max(job.run.trainer.max_train_epochs for job in probes)
-        self._checked = probes[0].run
-        return self._checked
+        return probes[0].run
 
     def prepare(self, trial: Trial) -> Run:
         """The run of a trial; its folder has what Hydra leaves in a job's folder."""
@@ -62,15 +72,16 @@ class Jobs:
         # in hydra's own node, so that it isn't listed among the job's overrides
         return [*found, f"++hydra.sweeper.folder={configs.quoted(str(self._folder))}"]
 
-    def tracked(self, number: int) -> list[Any]:
-        """The candidates of a trial's run that MLflow knows."""
-        from lorasweep import tracking
-
-        assert self._checked is not None
-        run = self._checked
-        name = f"{run.name.rpartition('-')[0]}-{number}"
-        uri = run.tracking.resolve(run.output_root)
-        return tracking.candidates(uri, run.tracking.experiment, sweep_name(self._folder), name)
+    def scored(self, trial: Trial) -> list[Scored]:
+        """The candidates that a trial's run left in its folder."""
+        run = self._composed(trial.overrides, trial.number).run
+        found: list[Scored] = []
+        for epoch in range(1, run.trainer.max_train_epochs + 1):
+            known = run_folder.read_scores(run.output_dir, epoch)
+            if known is not None:
+                path = checkpoint_path(run.output_dir, run.name, epoch)
+                found.append(Scored(epoch, path, *known))
+        return found
 
     def _composed(self, params: Sequence[str], number: int) -> Job:
         return compose_job(self._config, self._loader, [*self._search.fixed, *params], number)
@@ -89,13 +100,15 @@ def train_trial(run: Run, trial: Trial) -> None:
         for reports in session.train([run]):
             for report in reports:
                 if isinstance(report, Failure):
-                    raise RunError(report.reason)
+                    raise RunError.of(report)
                 if isinstance(report, EpochReport):
                     note(trial, report)
                     if trial.should_prune():
                         say_pruned(trial)
                         session.drop(run.name)
                         trial.mark_pruned()
+                if isinstance(report, Finished) and report.dropped:  # by a job that was killed
+                    trial.mark_pruned()
 
 
 def trial_of(cfg: DictConfig, hydra_cfg: DictConfig) -> Trial:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,38 +71,46 @@ def launch(
         dataset.find(dataset_settings)
     for job in jobs:
         job.run.check()
-    reasons = _launch(config, jobs, settings)
-    for name, reason in reasons.items():
-        log.error("%s failed: %s", name, reason)
-    return [_returned(job, reasons.get(job.run.name)) for job in jobs]
+    failed = {failure.run: failure for failure in _launch(config, jobs, settings)}
+    for name, failure in failed.items():
+        log.error("%s failed: %s", name, failure.reason)
+    return [_returned(job, failed.get(job.run.name)) for job in jobs]
 
 
-def _launch(config: DictConfig, jobs: Sequence[Job], settings: Packs) -> dict[str, str]:
-    """Train the jobs that haven't ended yet; run -> why it failed."""
+def _launch(config: DictConfig, jobs: Sequence[Job], settings: Packs) -> list[Failure]:
+    """Train the jobs that haven't ended yet; those that failed."""
     folder = Path(config.hydra.sweep.dir).absolute()
     digest = sweep_digest(config)
     ended = {job.run.name: run_folder.ended(job.run) for job in jobs}
-    failed = {name: "it failed before" for name, status in ended.items() if status == "failed"}
+    before = [name for name, status in ended.items() if status == "failed"]
+    failed = [Failure(run=name, reason="it failed before") for name in before]
     todo = [job for job in jobs if ended[job.run.name] is None]
     if done := [name for name, status in ended.items() if status is not None]:
         log.info("%s have ended before and stay as they are", ", ".join(done))
-    with run_folder.taken(folder):
+    of_study = any(_is_trial(job) for job in jobs)  # which can be stopped, and tries again, itself
+    stoppable = nullcontext() if of_study else run_folder.stoppable(folder)
+    with run_folder.taken(folder), stoppable:
         run_folder.write_sweep(folder, digest, "unfinished")
         for job in todo:
             save_hydra_files(job)
+            run_folder.forget_drop(job.run.output_dir)
         if todo:
-            failed |= train([job.run for job in todo], settings)
+            retries = 0 if of_study else settings.retries
+            failed += train([job.run for job in todo], settings, retries)
         if not any(run_folder.is_unfinished(job.run.output_dir) for job in jobs):
             run_folder.write_sweep(folder, digest, "finished")
     return failed
 
 
-def train(runs: Sequence[Run], settings: Packs) -> dict[str, str]:
-    """Train runs to their ends, in packs; run -> why it failed."""
+def _is_trial(job: Job) -> bool:
+    """Did a study give the job?"""
+    return "folder" in (job.config.hydra.sweeper or {})
+
+
+def train(runs: Sequence[Run], settings: Packs, retries: int) -> list[Failure]:
+    """Train runs to their ends, in packs; those that failed, and were tried again in vain."""
     if settings.pack_via is not None:
-        folder = runs[0].output_dir.parent / ".jobs"
-        packs = group(runs, settings.max_pack)
-        return train_by_jobs(packs, settings.pack_via, settings.engine or {}, folder)
+        return _train_by_jobs(runs, settings, retries)
     (wanted, *others) = dict.fromkeys(run.trainer.device for run in runs)
     if others:
         raise SettingsError(
@@ -110,11 +119,25 @@ def train(runs: Sequence[Run], settings: Packs) -> dict[str, str]:
         )
     devices = choose_devices(settings.devices, wanted)
     with Fleet(devices, settings.max_pack) as fleet:
-        return _train(fleet, {run.name: run for run in runs}, settings.retries)
+        return _train(fleet, {run.name: run for run in runs}, retries)
 
 
-def _train(fleet: Fleet, runs: Mapping[str, Run], retries: int) -> dict[str, str]:
-    reasons: dict[str, str] = {}
+def _train_by_jobs(runs: Sequence[Run], settings: Packs, retries: int) -> list[Failure]:
+    """Train runs, in packs that are jobs of an engine; those of lost jobs in new packs again."""
+    assert settings.pack_via is not None
+    folder, packs = runs[0].output_dir.parent / ".jobs", group(runs, settings.max_pack)
+    found = train_by_jobs(packs, settings.pack_via, settings.engine or {}, folder)
+    again = {failure.run for failure in found if failure.transient and retries > 0}
+    if not again:
+        return found
+    _say_again([failure for failure in found if failure.run in again])
+    left = [run for run in runs if run.name in again]
+    stay = [failure for failure in found if failure.run not in again]
+    return [*stay, *_train_by_jobs(left, settings, retries - 1)]
+
+
+def _train(fleet: Fleet, runs: Mapping[str, Run], retries: int) -> list[Failure]:
+    failed: list[Failure] = []
     tried = dict.fromkeys(runs, 0)
     for run in runs.values():
         fleet.submit(run)
@@ -124,11 +147,16 @@ def _train(fleet: Fleet, runs: Mapping[str, Run], retries: int) -> dict[str, str
                 continue
             tried[failure.run] += 1
             if failure.transient and tried[failure.run] <= retries:
-                log.warning("%s is tried again: %s", failure.run, failure.reason)
+                _say_again([failure])
                 fleet.submit(runs[failure.run])
             else:
-                reasons[failure.run] = failure.reason
-    return reasons
+                failed.append(failure)
+    return failed
+
+
+def _say_again(failures: Sequence[Failure]) -> None:
+    for failure in failures:
+        log.warning("%s is tried again: %s", failure.run, failure.reason)
 
 
 def group(runs: Sequence[Run], max_pack: int) -> list[list[Run]]:
@@ -170,7 +198,7 @@ def save_hydra_files(job: Job) -> None:
     OmegaConf.save(job.config.hydra.overrides.task, folder / "overrides.yaml")
 
 
-def _returned(job: Job, reason: str | None) -> JobReturn:
+def _returned(job: Job, failure: Failure | None) -> JobReturn:
     from hydra.core.utils import JobReturn, JobStatus
 
     returned = JobReturn(
@@ -179,7 +207,7 @@ def _returned(job: Job, reason: str | None) -> JobReturn:
         hydra_cfg=OmegaConf.masked_copy(job.config, ["hydra"]),
         working_dir=str(job.run.output_dir),
         task_name=str(job.config.hydra.job.name),
-        status=JobStatus.COMPLETED if reason is None else JobStatus.FAILED,
+        status=JobStatus.COMPLETED if failure is None else JobStatus.FAILED,
     )
-    returned.return_value = None if reason is None else RunError(reason)
+    returned.return_value = None if failure is None else RunError.of(failure)
     return returned

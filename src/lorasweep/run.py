@@ -21,7 +21,7 @@ from lorasweep.metrics import Scores, Terms
 from lorasweep.models import BaseModel, memory_for, resolve_device
 from lorasweep.prepare import captions_used, images_of, new_run, training_run, write_folders
 from lorasweep.progress import Screen, Show
-from lorasweep.run_folder import RunFolder
+from lorasweep.run_folder import RunFolder, TakenError, forget_drop
 from lorasweep.settings import SettingsError
 from lorasweep.tracking import PRUNED_TAG, RunLog, Tracker
 from lorasweep.trainers import Epoch, Stopped, Training, TrainingData, states
@@ -70,7 +70,8 @@ class Failure:
     run: str
     reason: str
     transient: bool = False
-    """Might it go well another time? A killed worker and memory shared with others are so."""
+    """Might it go well another time? So are a killed worker, memory shared with
+    others, and a folder that a process has which is on its way out."""
     pauses: bool = False
     """Does it go on when the same command is given again? A full disk has to be mended first."""
 
@@ -89,6 +90,15 @@ Report = Started | EpochReport | Failure | Finished
 class RunError(RuntimeError):
     """A run of a sweep failed; the message is its reason."""
 
+    @staticmethod
+    def of(failure: Failure) -> RunError:
+        """The error that says so."""
+        return (PassingError if failure.transient else RunError)(failure.reason)
+
+
+class PassingError(RunError):
+    """It may go well another time."""
+
 
 def run_pack(runs: Sequence[Run], interrupts: Interrupts | None = None) -> Iterator[Report]:
     """Train runs together, yielding a report of every checkpoint once it is scored and logged.
@@ -96,7 +106,10 @@ def run_pack(runs: Sequence[Run], interrupts: Interrupts | None = None) -> Itera
     A run that was begun in its folder and broken off goes on there; the reports of the epochs that
     it has behind it come again. Raises ValueError for what the user must mend (images, captions,
     model, resolution), before any training; a run that fails alone is a Failure, the others go on.
+    Runs that a sweep dropped are trained anew, to their ends.
     """
+    for run in runs:
+        forget_drop(run.output_dir)
     with Screen() as screen, Session(runs[0], show=screen.show, interrupts=interrupts) as session:
         for reports in session.train(runs):
             yield from reports
@@ -249,9 +262,10 @@ class Session:
             try:
                 folder = RunFolder(run, new.dataset_digest)
             except ValueError as error:  # another's, or begun otherwise
-                reports.append(Failure(run=run.name, reason=str(error)))
+                passing = isinstance(error, TakenError)
+                reports.append(Failure(run=run.name, reason=str(error), transient=passing))
                 continue
-            if folder.is_done:
+            if folder.ended is not None:
                 reports += self._ended_before(run, folder)
                 continue
             run_log = self._tracker.open_run(new, goes_on=folder.goes_on)
@@ -259,12 +273,14 @@ class Session:
         return members, reports
 
     def _ended_before(self, run: Run, folder: RunFolder) -> list[Report]:
-        """Reports of a run that was trained to its end already, for who has not heard of it."""
+        """Reports of a run that came to its end or was dropped, for who has not heard of it."""
         folder.release()
-        log.info("%s was trained before, in %s", run.name, run.output_dir)
+        dropped = folder.ended == "dropped"
+        how = "dropped" if dropped else "trained"
+        log.info("%s was %s before, in %s", run.name, how, run.output_dir)
         epochs = range(1, run.trainer.max_train_epochs + 1)
         found = [self._known(run, epoch, folder.scores(epoch)) for epoch in epochs]
-        ended = Finished(run=run.name, dropped=False)
+        ended = Finished(run=run.name, dropped=dropped)
         return [
             Started(run=run.name, device=self.device),
             *[one for one in found if one is not None],

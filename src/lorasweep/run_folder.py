@@ -34,6 +34,10 @@ _PLACES = ("output_root", "cache_dir", "tracking.", "launcher.", "pick.", "train
 _FREE = (*_PLACES, "trainer.keep_states", "trainer.save_every_n_steps")
 
 
+class TakenError(SettingsError):
+    """Another process works in the folder; it may be on its way out."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Record:
     """What a folder's `run.json` says."""
@@ -60,11 +64,11 @@ class RunFolder:
         settings = settings_digest(run.params)
         self._record = Record(name=run.name, status="unfinished", settings=settings, data=data)
         try:
-            self.goes_on, self.is_done = self._found()
+            self.goes_on, self.ended = self._found()
         except BaseException:
             self._lock.release()
             raise
-        if self.is_done:
+        if self.ended is not None:
             states.delete(self.path)  # a kill may have come between the record and that
             return
         if not self.goes_on:
@@ -75,16 +79,16 @@ class RunFolder:
         for folder in (self.path, states.folder_of(self.path), self.path / "scores"):
             delete_temporaries(folder)
 
-    def _found(self) -> tuple[bool, bool]:
-        """Was this run begun here, and not ended? Has it been trained to its end?"""
+    def _found(self) -> tuple[bool, Status | None]:
+        """Was this run begun here, and not ended? Or how did it end: finished or dropped?"""
         ours, found = self._record, read_record(self.path)
-        if found is None or found.status in ("failed", "dropped"):
-            return False, False
+        if found is None or found.status == "failed":
+            return False, None
         same = replace(found, status=ours.status) == ours
-        if found.status == "finished":
-            return False, same
+        if found.status in ("finished", "dropped"):
+            return False, found.status if same else None
         if same:
-            return True, False
+            return True, None
         if replace(found, status=ours.status, data=ours.data) == ours:
             raise SettingsError(
                 f"{self.path}: the images or captions have changed since {ours.name} was begun;"
@@ -111,19 +115,12 @@ class RunFolder:
             return known
         terms = {name: list(values) for name, values in scored.terms.items()}
         content = {"scores": dict(scored.scores), "terms": terms}
-        write_atomically(self._scores_of(epoch), json.dumps(content).encode())
+        write_atomically(_scores_of(self.path, epoch), json.dumps(content).encode())
         return scored.scores, scored.terms
 
     def scores(self, epoch: int) -> tuple[Scores, Terms] | None:
         """What the checkpoint of an epoch scored, if it has been."""
-        path = self._scores_of(epoch)
-        if not path.is_file():
-            return None
-        found = json.loads(path.read_text())
-        return found["scores"], found["terms"]
-
-    def _scores_of(self, epoch: int) -> Path:
-        return self.path / "scores" / f"{epoch:06d}.json"
+        return read_scores(self.path, epoch)
 
     def _write(self, status: Status) -> None:
         values = {**vars(self._record), "status": status}
@@ -152,17 +149,16 @@ def shown(folder: Path) -> str:
 
 @contextmanager
 def taken(folder: Path) -> Iterator[None]:
-    """Be the only process that works in the folder, and one that can be stopped."""
+    """Be the only process that works in the folder."""
     held = lock(folder)
     try:
-        with stoppable(folder):
-            yield
+        yield
     finally:
         held.release()
 
 
 def lock(folder: Path, seconds: float | None = None) -> FileLock:
-    """Be the only process that works in the folder. Raises SettingsError if another does.
+    """Be the only process that works in the folder. Raises TakenError if another does.
 
     It is waited for a little (LOCK_SECONDS): a process that was stopped may be on its way out.
     """
@@ -171,7 +167,7 @@ def lock(folder: Path, seconds: float | None = None) -> FileLock:
     try:
         held.acquire(timeout=LOCK_SECONDS if seconds is None else seconds)
     except Timeout:
-        raise SettingsError(
+        raise TakenError(
             f"{folder}: another process trains here; wait for it, or give another hydra.run.dir"
         ) from None
     return held
@@ -181,7 +177,7 @@ def is_free(folder: Path) -> bool:
     """Does no process work in the folder?"""
     try:
         lock(folder, seconds=0).release()
-    except SettingsError:
+    except TakenError:
         return False
     return True
 
@@ -226,6 +222,19 @@ def read_record(folder: Path) -> Record | None:
         ) from None
 
 
+def read_scores(folder: Path, epoch: int) -> tuple[Scores, Terms] | None:
+    """What the checkpoint of an epoch of the folder's run scored; None if it hasn't been."""
+    path = _scores_of(folder, epoch)
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_text())
+    return found["scores"], found["terms"]
+
+
+def _scores_of(folder: Path, epoch: int) -> Path:
+    return folder / "scores" / f"{epoch:06d}.json"
+
+
 def ended(run: Run) -> Status | None:
     """How a run that was trained in its folder ended; None for one that is to be trained.
 
@@ -238,6 +247,13 @@ def ended(run: Run) -> Status | None:
         return None
     states.delete(run.output_dir)
     return record.status
+
+
+def forget_drop(folder: Path) -> None:
+    """Let a run that a sweep dropped in the folder be trained anew, to its end."""
+    record = read_record(folder)
+    if record is not None and record.status == "dropped":
+        (folder / RECORD).unlink()
 
 
 def find(target: str, output_root: Path) -> Path:

@@ -175,7 +175,8 @@ class _Worker:
         failures = [
             Failure(run=name, reason=reason, transient=shared, pauses=full) for name in self._names
         ]
-        return Boundary(reports=failures, last=unknown)
+        fewer = len(self._names) // 2 if shared else None
+        return Boundary(reports=failures, max_runs=fewer, last=unknown)
 
     def _session(self, run: Run) -> Session:
         """The session of runs like this one, kept or new; its base model is kept likewise."""

@@ -26,7 +26,7 @@ up() {
     for name in lorasweep lorasweep_study; do # MLflow's tables and Optuna's don't share one
         as_owner "$bin/createdb" --host=127.0.0.1 --port="$port" --username=lorasweep "$name"
     done
-    echo "postgresql://lorasweep@127.0.0.1:$port/lorasweep"
+    echo "postgresql+psycopg://lorasweep@127.0.0.1:$port/lorasweep"
 }
 
 down() {
