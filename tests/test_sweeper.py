@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import optuna
 import pytest
+from omegaconf import OmegaConf
 from optuna.trial import TrialState
 
 from conftest import SMALL
@@ -260,6 +261,14 @@ def test_another_set_of_overrides_is_another_sweep(sweep, capsys):
     with pytest.raises(SystemExit):
         sweep("study.n_trials=1", "dataset.num_images=5")
     assert "study.name" in capsys.readouterr().err
+
+
+def test_resume_goes_on_after_other_overrides_were_refused(sweep, tmp_path):
+    sweep("study.n_trials=1")
+    with pytest.raises(SystemExit):
+        sweep("study.n_trials=1", "dataset.num_images=5")
+    multirun = OmegaConf.load(tmp_path / "outputs" / "demo" / "mine" / "multirun.yaml")
+    assert "dataset.num_images=5" not in multirun.hydra.overrides.task
 
 
 def test_a_second_driver_is_refused(sweep, tmp_path, capsys):

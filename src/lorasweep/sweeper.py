@@ -36,8 +36,8 @@ def sweep(config: DictConfig, config_loader: Any, launcher: Any, arguments: Sequ
     jobs = Jobs(config, config_loader, found)
     plan = jobs.check()
     with only_driver(folder, sweep_name(folder)), stoppable(folder):
-        OmegaConf.save(config, folder / "multirun.yaml")
         study = open_study(config, found, folder, plan)
+        OmegaConf.save(config, folder / "multirun.yaml")  # for resume; not of a refused command
         if left := study.take_over():
             log.warning("trials that an ended driver left go on: %s", ", ".join(map(str, left)))
         try:
