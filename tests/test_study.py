@@ -496,6 +496,11 @@ def test_warm_start_takes_the_trials_that_fit_as_knowledge_but_not_as_its_own(op
     assert open_study(narrow, name="other").learn(known, "demo-old") == 0
 
 
+def test_a_trial_whose_parent_has_another_value_is_no_point_of_the_space():
+    assert not CONDITIONAL.holds({"adapter": "dora"})
+    assert not CONDITIONAL.holds({"adapter": "dora", "adapter.conv_rank": 4})
+
+
 def test_a_job_in_another_process_reports_to_its_trial(open_study, tmp_path):
     study = open_study()
     number = study.next().number

@@ -45,7 +45,8 @@ def read(config: DictConfig, config_loader: Any, arguments: Sequence[str]) -> Se
     }
     space = Space({name: _parameter(one) for name, one in searched.items()}, conditions)
     known = {_name(one) for one in in_file} | set(searched)
-    guesses = [_composed(config, space), *_enqueued(config, space, known)]
+    chosen = _chosen(config, config_loader, fixed)
+    guesses = [_composed(config, space, chosen), *_enqueued(config, space, known)]
     return Search(space, fixed, guesses)
 
 
@@ -132,14 +133,26 @@ def _condition(name: str, text: str) -> Condition:
     return Condition(parent.strip(), tuple(texts))
 
 
-def _composed(config: DictConfig, space: Space) -> dict[str, Value]:
+def _composed(config: DictConfig, space: Space, chosen: Mapping[str, Any]) -> dict[str, Value]:
     """The values that a run without the sweep has, where the space holds them."""
-    choices = config.hydra.runtime.choices
     found: dict[str, object] = {}
     for name, parameter in space.parameters.items():
-        value = choices[name] if name in choices else OmegaConf.select(config, name)
+        value = chosen[name] if name in chosen else OmegaConf.select(config, name)
         found[name] = _comparable(value, parameter)
     return space.inside(found)
+
+
+def _chosen(config: DictConfig, loader: Any, fixed: Sequence[str]) -> dict[str, Any]:
+    """Group to option, or to several: those Hydra's own `choices` lack."""
+    from hydra.types import RunMode
+
+    overrides = [*config.hydra.overrides.hydra, *fixed]
+    name = config.hydra.job.config_name
+    options: dict[str, list[str]] = {}
+    for one in loader.compute_defaults_list(name, overrides, RunMode.MULTIRUN).defaults:
+        group, _, option = one.config_path.rpartition("/")
+        options.setdefault(group, []).append(option)
+    return {**options, **config.hydra.runtime.choices}
 
 
 def _enqueued(config: DictConfig, space: Space, known: set[str]) -> Iterator[dict[str, Value]]:
