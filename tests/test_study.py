@@ -485,7 +485,7 @@ def test_a_conditional_parameter_exists_only_where_it_should(open_study):
 
 def test_warm_start_takes_the_trials_that_fit_as_knowledge_but_not_as_its_own(open_study, tmp_path):
     run(open_study(name="old", n_trials=4))
-    known = known_trials("demo-old", None, tmp_path / "outputs")
+    known = known_trials("demo-old", SETTINGS, tmp_path / "outputs")
     study = open_study(name="new", n_trials=2)
     assert study.learn(known, "demo-old") == 4
     assert study.learn(known, "demo-old") == 0  # once
@@ -494,6 +494,77 @@ def test_warm_start_takes_the_trials_that_fit_as_knowledge_but_not_as_its_own(op
     assert [trial.number for trial in study.trials] == [4, 5]
     narrow = Space({"adapter.rank": Choice("adapter.rank", (99,), ("99",))}, {})
     assert open_study(narrow, name="other").learn(known, "demo-old") == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"objectives": ["val/gap"]}, r"its study.objectives is \['val/loss_rel'\], not"),
+        ({"maximize": [SCORE]}, r"its study.maximize is \[\], not"),
+    ],
+)
+def test_a_warm_start_from_another_question_is_refused(open_study, tmp_path, changes, said):
+    run(open_study(name="old", n_trials=1))
+    with pytest.raises(SettingsError, match=said):
+        known_trials("demo-old", replace(SETTINGS, **changes), tmp_path / "outputs")
+
+
+def test_a_warm_start_that_a_kill_broke_off_is_finished_and_has_each_trial_once(
+    open_study, tmp_path, monkeypatch
+):
+    run(open_study(name="old", n_trials=4))
+    known = known_trials("demo-old", SETTINGS, tmp_path / "outputs")
+    study = open_study(name="new")
+    add, added = study.optuna_study.add_trial, []
+
+    def killed(trial):
+        if len(added) == 2:
+            raise KeyboardInterrupt
+        added.append(trial)
+        add(trial)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(study.optuna_study, "add_trial", killed)
+        study.learn(known, "demo-old")
+    resumed = open_study(name="new")
+    assert (resumed.has_learned, resumed.learns_from) == (False, "demo-old")
+    assert resumed.learn(known, "demo-old") == 4
+    params = [trial.params for trial in resumed.optuna_study.trials]
+    assert params == [trial.params for trial in known]
+    assert open_study(name="new").has_learned
+
+
+def test_a_warm_start_finds_a_sweep_in_the_storage_and_in_a_journal_of_its_own(
+    open_study, tmp_path
+):
+    shared = replace(SETTINGS, storage=str(tmp_path / "shared.journal"))
+    run(open_study(name="old", n_trials=2))
+    run(open_study(name="kept", n_trials=3, storage=shared.storage))
+    outputs = tmp_path / "outputs"
+    for sweep, number in {"demo-old": 2, outputs / "demo" / "old": 2, "demo-kept": 3}.items():
+        assert len(known_trials(str(sweep), shared, outputs)) == number
+    with pytest.raises(SettingsError, match=r"none: there is no such .*; in study.storage .*kept"):
+        known_trials("none", shared, outputs)
+
+
+@pytest.mark.parametrize("pruner", [one for one in get_args(PrunerName) if one != "patient"])
+@pytest.mark.parametrize("objectives", [[SCORE], [SCORE, "val/prior_drift"]])
+def test_no_run_is_compared_with_those_of_a_warm_start(open_study, tmp_path, pruner, objectives):
+    asked = {"pruner": pruner, "objectives": objectives}
+    terms = [i / 100 for i in range(8)]
+    old = open_study(name="old", **asked)
+    while trial := old.next():
+        trial.report(1, Path("e1"), {SCORE: 0.1, "val/prior_drift": 0.1}, {SCORE: terms})
+        old.complete(trial)
+    study = open_study(name="new", **asked)
+    known = known_trials("demo-old", study.settings, tmp_path / "outputs")
+    assert study.learn(known, "demo-old") == 6
+    first, worse = study.next(), study.next()
+    drift = {"val/prior_drift": 0.5}
+    assert not report(first, 1, 0.8, [0.8 + one for one in terms], **drift)
+    study.complete(first)
+    worst = report(worse, 1, 0.9, [0.9 + one for one in terms], **drift)
+    assert worst == (pruner in ("asha", "hyperband", "wilcoxon"))  # others wait for two of its own
 
 
 def test_a_trial_whose_parent_has_another_value_is_no_point_of_the_space():

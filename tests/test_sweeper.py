@@ -173,6 +173,9 @@ def test_a_warm_start_says_once_how_many_trials_fit(sweep, capsys):
     assert "warm start" not in capsys.readouterr().out
     sweep("study.n_trials=1", "study.name=narrow", narrow, known)
     assert "0 of 3 trials of demo-old fit" in capsys.readouterr().out
+    sweep("study.n_trials=2", "study.name=mine", "study.warm_start=demo-narrow")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "took the trials of demo-old when it began; those of demo-narrow are not taken" in said
 
 
 def test_the_dashboard_is_given_the_sweeps_study_on_this_machine_alone(

@@ -17,6 +17,7 @@ from lorasweep.flow import Flow, Limits, SweepError
 from lorasweep.jobs import Jobs, study_settings
 from lorasweep.run_folder import stoppable
 from lorasweep.search import Search
+from lorasweep.settings import SettingsError
 from lorasweep.study.storage import only_driver, sweep_name
 
 if TYPE_CHECKING:
@@ -85,8 +86,7 @@ def open_study(config: DictConfig, found: Search, folder: Path, run: Run) -> Stu
             settings.n_trials,
             study.n_trials,
         )
-    if settings.warm_start is not None:
-        _warm_start(study, settings.warm_start, run.output_root)
+    _warm_start(study, run.output_root)
     if settings.pareto and settings.pruner != "none":
         log.info(
             "several objectives: runs are pruned by the first of them, %s", settings.objectives[0]
@@ -100,12 +100,24 @@ def _basis(fixed: Sequence[str]) -> list[str]:
     return sorted(one for one in fixed if not one.lstrip("+").startswith(free))
 
 
-def _warm_start(study: Study, other: str, output_root: Path) -> None:
+def _warm_start(study: Study, output_root: Path) -> None:
+    """Once, and whole: what a kill broke off is finished before the study goes on."""
     from lorasweep.study.study import known_trials
 
-    if study.has_learned:  # by the command that began it
+    other, known = study.settings.warm_start, study.learns_from
+    if study.has_learned:
+        if other not in (None, known):
+            said = "sweep %s took the trials of %s when it began; those of %s are not taken"
+            log.warning(said, study.name, known, other)
         return
-    found = known_trials(other, study.settings.storage, output_root)
+    if known is not None and other != known:
+        raise SettingsError(
+            f"sweep {study.name} was broken off while it took the trials of {known}: give"
+            f" study.warm_start={known}, or another study.name"
+        )
+    if other is None:
+        return
+    found = known_trials(other, study.settings, output_root)
     taken = study.learn(found, other)
     level = logging.INFO if taken else logging.WARNING
     said = (

@@ -28,6 +28,8 @@ from lorasweep.study.space import Choice, Parameter, Space
 
 CURVE = "curve"  # user attribute: epoch -> first objective of the best candidate so far
 TERMS = "terms"  # user attribute: epoch -> the terms of the best candidate so far
+ORIGIN = "origin"  # user attribute: why it was asked with given parameters: guess, grid, …
+WARM_START = "warm start"  # the origin of another study's trials
 
 SAMPLERS: dict[str, type[BaseSampler]] = {
     "tpe": optuna.samplers.TPESampler,
@@ -68,8 +70,10 @@ class Wilcoxon(BasePruner):
         sign = 1 if study.direction == StudyDirection.MINIMIZE else -1
         rivals = [
             (sign * one.values[0], one.user_attrs[TERMS][epoch])
-            for one in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-            if one.values and epoch in one.user_attrs.get(TERMS, {})
+            for one in own_trials(study)
+            if one.state == TrialState.COMPLETE
+            and one.values
+            and epoch in one.user_attrs.get(TERMS, {})
         ]
         if not ours or not rivals:
             return False
@@ -102,7 +106,7 @@ class SuccessiveHalving(BasePruner):
         sign = 1 if study.direction == StudyDirection.MINIMIZE else -1
         values = sorted(
             sign * one.intermediate_values[epoch]
-            for one in study.get_trials(deepcopy=False)
+            for one in own_trials(study)
             if epoch in one.intermediate_values
         )
         kept = max(1, len(values) // self.reduction_factor)
@@ -145,6 +149,12 @@ PRUNERS: dict[str, type[BasePruner]] = {
 }
 
 
+def own_trials(study: optuna.Study) -> list[FrozenTrial]:
+    """Without those of a warm start, whose scores are of other images."""
+    found = study.get_trials(deepcopy=False)
+    return [trial for trial in found if trial.user_attrs.get(ORIGIN) != WARM_START]
+
+
 def make_sampler(
     settings: StudySettings, space: Space, number: int, first: BaseSampler | None = None
 ) -> BaseSampler:
@@ -182,8 +192,10 @@ def make_pruner(settings: StudySettings, max_epochs: int) -> BasePruner:
         own = {"max_resource": max_epochs}
     if settings.pruner == "asha":
         own = {"min_resource": settings.min_epochs}
+    if settings.pruner in ("median", "percentile"):  # runs of ours; a warm start's don't count
+        own = {"n_min_trials": max(1, settings.startup_trials)}
     if settings.pruner == "percentile":
-        own = {"percentile": 25.0}
+        own["percentile"] = 25.0
     return _make(kind, "pruner", settings.pruner, own, settings, settings.pruner_options)
 
 
