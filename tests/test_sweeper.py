@@ -266,6 +266,38 @@ def test_another_set_of_overrides_is_another_sweep(sweep, capsys):
     assert "study.name" in capsys.readouterr().err
 
 
+def test_an_edited_file_is_another_sweep_which_names_what_was_edited(sweep, capsys):
+    sweep("study.n_trials=1")
+    with pytest.raises(SystemExit):
+        sweep("study.n_trials=2", text=f"{SWEEP}dataset:\n  num_images: 5\n")
+    said = capsys.readouterr().err.strip()
+    assert "demo-mine was begun with dataset.num_images=30, not 5; give another study.name" in said
+    assert len(said.splitlines()) == 1
+
+
+VARS = f"""\
+{SWEEP}  vars:
+    half: 0.5
+optimizer:
+  text_encoder_lr: ${{times:${{.unet_lr}},${{study.vars.half}}}}
+"""
+
+
+def test_a_variable_that_is_not_searched_counts_as_a_setting(sweep, capsys):
+    sweep("study.n_trials=1", text=VARS)
+    with pytest.raises(SystemExit):
+        sweep("study.n_trials=2", "study.vars.half=0.25", text=VARS)
+    assert "demo-mine was begun with overrides=" in capsys.readouterr().err
+
+
+def test_how_and_where_a_sweep_runs_may_change(sweep, tmp_path):
+    sweep("study.n_trials=1")
+    text = f"{SWEEP}launcher:\n  max_pack: 3\n"
+    where = ["trainer.device=cpu", "pick.by=val/gap", f"cache_dir={tmp_path}/other"]
+    _, workers = sweep("study.n_trials=2", "trainer.keep_states=1", *where, text=text)
+    assert [run.name for run in workers.submitted] == ["demo-1"]
+
+
 def test_resume_goes_on_after_other_overrides_were_refused(sweep, tmp_path):
     sweep("study.n_trials=1")
     with pytest.raises(SystemExit):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lorasweep import search
 from lorasweep.batches import Batches
-from lorasweep.config import Run
+from lorasweep.config import PACKAGE, Run
 from lorasweep.flow import Flow, Limits, SweepError
 from lorasweep.jobs import Jobs, study_settings
 from lorasweep.run_folder import stoppable
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
     from lorasweep.study.study import Study
 
 log = logging.getLogger(__name__)
+
+_FREE = (
+    *("launcher.", "tracking.", "cache_dir", "output_root", "pick."),
+    *("trainer.keep_states", "trainer.save_every_n_steps"),
+)
 
 
 def sweep(config: DictConfig, config_loader: Any, launcher: Any, arguments: Sequence[str]) -> None:
@@ -78,7 +84,7 @@ def open_study(config: DictConfig, found: Search, folder: Path, run: Run) -> Stu
         folder,
         max_epochs=run.trainer.max_train_epochs,
         guesses=found.guesses,
-        basis={"overrides": _basis(found.fixed)},
+        basis={"overrides": _basis(found.fixed), "settings": _settings(run)},
     )
     if settings.n_trials is not None and study.n_trials < settings.n_trials:
         log.info(
@@ -96,8 +102,21 @@ def open_study(config: DictConfig, found: Search, folder: Path, run: Run) -> Stu
 
 def _basis(fixed: Sequence[str]) -> list[str]:
     """The overrides that make another sweep of it; how and where it runs may change."""
-    free = ("study.", "launcher.", "tracking.", "trainer.device", "cache_dir", "output_root")
-    return sorted(one for one in fixed if not one.lstrip("+").startswith(free))
+    names = {one: one.lstrip("+~").partition("=")[0] for one in fixed}
+    return sorted(one for one, name in names.items() if not _is_free(name))
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    """Likewise the settings of the sweep's first run, for files are edited too."""
+    plain = {key: value for key, value in run.params.items() if not _is_free(key)}
+    text = json.dumps(plain, default=str)
+    found: dict[str, Any] = json.loads(text.replace(str(PACKAGE), ""))  # may be installed elsewhere
+    return found
+
+
+def _is_free(key: str) -> bool:
+    searches = key.startswith("study.") and not key.startswith("study.vars")
+    return searches or key.startswith(_FREE) or key.endswith(".device")
 
 
 def _warm_start(study: Study, output_root: Path) -> None:

@@ -310,8 +310,8 @@ class Study:
         if theirs is None:
             self._study.set_user_attr(BASIS, ours)
             return
-        for key in [*ours, *theirs]:
-            if ours.get(key) != theirs.get(key):
+        for key in theirs:
+            if ours.get(key) != theirs[key]:
                 raise SettingsError(
                     f"sweep {self.name} was begun with {_difference(key, theirs, ours)}; give"
                     f" another study.name (and study.warm_start={self.name} to keep what it knows)"
@@ -384,6 +384,8 @@ def _difference(key: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) ->
     then, now = theirs.get(key), ours.get(key)
     if isinstance(then, dict) and isinstance(now, dict):
         name = next(n for n in [*then, *now] if then.get(n) != now.get(n))
+        if key == "settings":
+            return f"{name}={then.get(name)}, not {now.get(name)}"
         return f"another {key}.{name}"
     return f"{key}={then}, not {now}"
 
