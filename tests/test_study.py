@@ -166,6 +166,23 @@ def test_wilcoxon_prunes_what_is_worse_on_every_image_but_not_what_is_noise(open
     assert not report(even, 1, 4.6, [t + (0.2 if i % 2 else -0.1) for i, t in enumerate(terms)])
 
 
+def test_wilcoxon_says_once_that_so_few_images_never_prune(open_study, caplog):
+    study = open_study(pruner="wilcoxon")
+    for trial in (study.next(), study.next(), study.next()):
+        assert not report(trial, 1, trial.number, [trial.number + i for i in range(4)])
+        study.complete(trial)
+    warned = [one.getMessage() for one in caplog.records if "never prunes" in one.getMessage()]
+    assert len(warned) == 1
+    assert "4 held-out images: its p-value is at least 0.0625, and p_threshold 0.05" in warned[0]
+
+
+def test_wilcoxon_refuses_an_objective_without_values_by_image(open_study):
+    trial = open_study(pruner="wilcoxon", objectives=["val/gap"]).next()
+    scores, terms = {SCORE: 0.5, "val/gap": 0.1}, {SCORE: [0.5] * 8}
+    with pytest.raises(SettingsError, match=r"val/gap has no .* \(val/loss_rel has\): choose"):
+        trial.report(1, Path("e1"), scores, terms)
+
+
 def test_patient_stops_what_has_not_improved(open_study):
     study = open_study(pruner="patient", pruner_options={"patience": 2})
     trial = study.next()

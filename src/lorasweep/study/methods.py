@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,8 @@ from lorasweep.rng import key_seed
 from lorasweep.settings import SettingsError, unknown_key
 from lorasweep.study.settings import StudySettings
 from lorasweep.study.space import Choice, Parameter, Space
+
+log = logging.getLogger(__name__)
 
 CURVE = "curve"  # user attribute: epoch -> first objective of the best candidate so far
 TERMS = "terms"  # user attribute: epoch -> the terms of the best candidate so far
@@ -60,6 +63,7 @@ class Wilcoxon(BasePruner):
         if not 0 < p_threshold < 1:
             raise ValueError(f"p_threshold must lie between 0 and 1, got {p_threshold}")
         self.p_threshold = p_threshold
+        self._has_warned = False
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
         """Is the trial's best candidate so far surely worse?"""
@@ -75,6 +79,7 @@ class Wilcoxon(BasePruner):
             and one.values
             and epoch in one.user_attrs.get(TERMS, {})
         ]
+        self._warn_of_few(len(ours or ()))
         if not ours or not rivals:
             return False
         best = min(rivals, key=lambda rival: rival[0])[1]
@@ -82,6 +87,16 @@ class Wilcoxon(BasePruner):
         if len(ours) != len(best) or not any(worse):
             return False
         return bool(wilcoxon(worse, alternative="greater").pvalue < self.p_threshold)
+
+    def _warn_of_few(self, count: int) -> None:
+        """The smallest p-value is that of being worse on each of the images: 2 ** -count."""
+        if count and 0.5**count >= self.p_threshold and not self._has_warned:
+            self._has_warned = True
+            log.warning(
+                "study.pruner=wilcoxon never prunes with %d held-out images: its p-value is at"
+                " least %.3g, and p_threshold %.3g; give dataset.num_holdout more",
+                *(count, 0.5**count, self.p_threshold),
+            )
 
 
 class SuccessiveHalving(BasePruner):
