@@ -232,6 +232,12 @@ def test_hydras_own_grammar_on_the_command_line_is_searched(sweep):
     assert isinstance(trial.params["trainer.max_train_epochs"], int)
 
 
+def test_a_shuffled_range_has_every_point(sweep):
+    asked = ["adapter.rank=shuffle(range(1,10))", "optimizer.unet_lr=1e-3", "study.sampler=grid"]
+    study, _ = sweep(*asked, "study.n_trials=null")
+    assert sorted(trial.params["adapter.rank"] for trial in study.trials) == list(range(1, 10))
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
@@ -244,6 +250,9 @@ def test_hydras_own_grammar_on_the_command_line_is_searched(sweep):
         (["study.vars.ratio=1"], "write ++study.vars.ratio"),
         (["study.conditions={adapter.rank: 'seed=1'}"], "study.conditions.adapter.rank"),
         (["dataset.image_dir=/nowhere"], "/nowhere"),
+        (["adapter.rank=tag(log,range(4,64))"], "adapter.rank: tag log belongs to interval"),
+        (["adapter.rank=tag(log,choice(4,64))"], "adapter.rank: tag log belongs to interval"),
+        (["adapter.rank=tag(lg,interval(4,64))"], "tag lg is unknown"),
         (["study.warm_start=none-such"], "none-such: there is no such sweep"),
     ],
 )

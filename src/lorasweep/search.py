@@ -87,13 +87,15 @@ def _name(override: Any) -> str:
 
 def _parameter(override: Any) -> Parameter:
     name, key = _name(override), override.get_key_element()
+    _check_tags(name, override)
     if override.is_choice_sweep():
         texts = tuple(str(text) for text in override.sweep_string_iterator())
         return Choice(key, tuple(_values(override, texts)), texts)
     if override.is_range_sweep():
-        return _range(name, key, list(override.sweep_iterator()))
+        return _range(name, key, sorted(override.sweep_iterator()))
     if override.is_interval_sweep():
-        return _interval(name, key, override.value())
+        interval = override.value()
+        return Number(key, interval.start, interval.end, log="log" in interval.tags)
     raise SettingsError(
         f"study.params.{name}={override.input_line.partition('=')[2]}: give choice(…), range(…)"
         " or interval(…); a fixed value belongs outside of study.params"
@@ -111,16 +113,19 @@ def _values(override: Any, texts: Sequence[str]) -> Iterator[Value]:
 def _range(name: str, key: str, points: Sequence[int | float]) -> Parameter:
     if not points:
         raise SettingsError(f"study.params.{name}: the range is empty")
-    low, high = min(points), max(points)
-    step = abs(points[1] - points[0]) if len(points) > 1 else 1
-    return Number(key, low, high, step=step)
+    step = points[1] - points[0] if len(points) > 1 else 1
+    return Number(key, points[0], points[-1], step=step)
 
 
-def _interval(name: str, key: str, interval: Any) -> Parameter:
-    unknown = sorted(interval.tags - {"log"})
-    if unknown:
+def _check_tags(name: str, override: Any) -> None:
+    tags: set[str] = getattr(override.value(), "tags", set())
+    if unknown := sorted(tags - {"log"}):
         raise SettingsError(f"study.params.{name}: tag {unknown[0]} is unknown; there is only log")
-    return Number(key, interval.start, interval.end, log="log" in interval.tags)
+    if tags and not override.is_interval_sweep():
+        raise SettingsError(
+            f"study.params.{name}: tag log belongs to interval(…); leave it out, or give"
+            " tag(log,interval(LOW,HIGH))"
+        )
 
 
 def _condition(name: str, text: str) -> Condition:

@@ -223,7 +223,8 @@ class Study:
         trial = self.trial(number)
         if trial.epochs == 0:
             for one in tracked(number):
-                trial.report(one.epoch, one.path, one.scores, one.terms)
+                terms = {self.settings.objectives[0]: (), **one.terms}  # long ones aren't kept
+                trial.report(one.epoch, one.path, one.scores, terms)
         if trial.is_marked_pruned:
             self.prune(trial)
         else:
