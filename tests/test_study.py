@@ -1,5 +1,6 @@
 """The study: what it asks, notes, prunes, tries again and goes on with; nothing is trained."""
 
+import logging
 import math
 import statistics
 import sys
@@ -112,6 +113,15 @@ def test_every_sampler_fills_the_study(open_study, sampler):
     run(study, epochs=1)
     assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 4
     assert all(SPACE.holds(trial.params) for trial in study.trials)
+
+
+@pytest.mark.parametrize("sampler", [s for s in get_args(SamplerName) if s != "grid"])
+def test_no_sampler_warns_of_parameters_that_it_samples_one_by_one(
+    open_study, sampler, caplog, monkeypatch
+):
+    monkeypatch.setattr(logging.getLogger("optuna"), "propagate", True)
+    run(open_study(CONDITIONAL, sampler=sampler, n_trials=6), epochs=1)
+    assert "independently" not in caplog.text
 
 
 @pytest.mark.parametrize("pruner", get_args(PrunerName))

@@ -13,6 +13,7 @@ from conftest import SMALL
 from fake_fleet import FakeFleet
 from lorasweep import cli, fleet, flow, sweeper, tracking
 from lorasweep.run import Failure
+from lorasweep.settings import SettingsError
 from lorasweep.study import storage
 
 SWEEP = """\
@@ -178,23 +179,35 @@ def test_a_warm_start_says_once_how_many_trials_fit(sweep, capsys):
     assert "took the trials of demo-old when it began; those of demo-narrow are not taken" in said
 
 
-def test_the_dashboard_is_given_the_sweeps_study_on_this_machine_alone(
-    sweep, tmp_path, monkeypatch
-):
-    dashboard = pytest.importorskip("optuna_dashboard")
-    sweep("study.n_trials=2")
-    shown = []
+@pytest.fixture
+def dashboard(monkeypatch):
+    """What optuna-dashboard is given to show: names of studies, host and port."""
+    module, shown = pytest.importorskip("optuna_dashboard"), []
 
     def run_server(opened, host, port):
-        names = optuna.get_all_study_names(opened)
-        shown.append((names, host, port))
+        shown.append((optuna.get_all_study_names(opened), host, port))
 
-    monkeypatch.setattr(dashboard, "run_server", run_server)
+    monkeypatch.setattr(module, "run_server", run_server)
+    return shown
+
+
+def test_the_dashboard_is_given_the_sweeps_study_on_this_machine_alone(sweep, tmp_path, dashboard):
+    sweep("study.n_trials=2")
     places = [f"output_root={tmp_path}/outputs", "experiment=demo"]
     with pytest.raises(SystemExit) as ended:
         cli.main(["ui", "--optuna", "demo-mine", "--port", "8123", *places])
     assert ended.value.code == 0
-    assert shown == [(["demo-mine"], "127.0.0.1", 8123)]
+    assert dashboard == [(["demo-mine"], "127.0.0.1", 8123)]
+
+
+def test_a_setting_behind_the_dashboards_flag_is_no_sweeps_name(sweep, tmp_path, dashboard):
+    kept = tmp_path / "kept.journal"
+    with pytest.raises(SettingsError):  # the sweep has no journal of its own
+        sweep("study.n_trials=1", f"study.storage={kept}")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["ui", "--optuna", f"++study.storage={kept}", "experiment=demo"])
+    assert ended.value.code == 0
+    assert [names for names, _, _ in dashboard] == [["demo-mine"]]
 
 
 def test_what_a_killed_driver_left_goes_on_under_its_number(sweep, tmp_path):

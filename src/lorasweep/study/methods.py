@@ -182,11 +182,13 @@ def make_sampler(
     own: dict[str, Any] = {"seed": key_seed(settings.seed, "sampler", number) % 2**31}
     if settings.sampler == "qmc":  # one scrambled sequence for all trials
         own = {"seed": settings.seed, "scramble": True, "warn_asynchronous_seeding": False}
+    kind = SAMPLERS[settings.sampler]
+    if "warn_independent_sampling" in inspect.signature(kind).parameters:
+        own["warn_independent_sampling"] = False  # nearly each trial, of what a method can't model
     options = dict(settings.sampler_options)
     if settings.sampler == "tpe":  # with group: parameters that only some trials have
         own["group"] = bool(space.conditions)
         own["gamma"] = partial(_num_good, options.pop("gamma", _GOOD_SHARE))
-    kind = SAMPLERS[settings.sampler]
     made = _make(kind, "sampler", settings.sampler, own, settings, options)
     is_its_own = settings.sampler == "qmc" or {**own, **options}.get("group")
     if first is not None and not is_its_own:

@@ -94,7 +94,7 @@ def show(sweep: str | None, storage: str | None, output_root: Path, port: int) -
         ) from None
     where = storage if storage is not None else str(find_journal(sweep, output_root))
     opened = open_storage(where, output_root)
-    print(f"optuna-dashboard shows {where if storage is None else _safe(where)}")
+    print(f"optuna-dashboard shows {_safe(where) if '://' in where else where}")
     print(f"http://127.0.0.1:{port}/  Stop it with Ctrl-C.", flush=True)
     run_server(opened, host="127.0.0.1", port=port)
     return 0
