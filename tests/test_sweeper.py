@@ -83,6 +83,26 @@ def test_what_would_train_without_a_sweep_is_tried_first(sweep):
     assert study.trials[0].params == {"optimizer.unet_lr": 1e-3}
 
 
+def test_hydras_command_line_alone_is_a_sweep_too(tmp_path, monkeypatch):
+    workers = FakeFleet(by_rate)
+    monkeypatch.setattr(fleet, "Fleet", lambda devices, max_pack: workers)
+    places = [f"output_root={tmp_path}/outputs", f"cache_dir={tmp_path}/cache"]
+    asked = ["adapter.rank=choice(4,8,16)", "seed=1,2", "study.n_trials=3", *places]
+    cli.main(["train", "-m", "hydra/sweeper=optuna", "experiment=demo", *asked])
+    assert study_of(tmp_path).study_name == "demo-optuna"
+    assert [run.name for run in workers.submitted] == ["demo-0", "demo-1", "demo-2"]
+    first, *others = [(run.adapter.rank, run.seed) for run in workers.submitted]
+    assert first[0] == 16  # the demo's, and its seed 0 is not searched
+    assert {first[1], *(seed for _, seed in others)} <= {1, 2}
+
+
+def test_of_several_objectives_it_is_said_which_one_prunes(sweep, capsys):
+    two = "study.objectives=[val/prior_drift,val/loss_rel]"
+    sweep(two, "study.pruner=median", "study.n_trials=1")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "several objectives: runs are pruned by the first of them, val/prior_drift" in said
+
+
 def test_a_pruned_run_leaves_its_pack_and_another_takes_its_place(sweep):
     def script(run, epoch):
         return {"val/loss_rel": run.number + 1 / epoch, "val/prior_drift": 0.0}
