@@ -438,6 +438,18 @@ def test_one_driver_at_a_time(tmp_path):
         pass
 
 
+def test_one_driver_at_a_time_of_a_journal_that_two_folders_share(tmp_path):
+    shared = str(tmp_path / "shared.journal")
+    refused = pytest.raises(SettingsError, match="s is being driven by another process, from")
+    with only_driver(tmp_path / "a", "s", shared):
+        with refused, only_driver(tmp_path / "b", "s", shared):
+            pass
+        with only_driver(tmp_path / "c", "another", shared):
+            pass
+    with only_driver(tmp_path / "b", "s", shared):
+        pass
+
+
 def test_another_question_is_another_study(open_study):
     open_study()
     other = Space({"adapter.rank": Choice("adapter.rank", (4, 8), ("4", "8"))}, {})

@@ -22,6 +22,7 @@ from lorasweep.settings import SettingsError
 from lorasweep.study.storage import only_driver, sweep_name
 
 if TYPE_CHECKING:
+    from lorasweep.study.settings import StudySettings
     from lorasweep.study.study import Study
 
 log = logging.getLogger(__name__)
@@ -41,9 +42,9 @@ def sweep(config: DictConfig, config_loader: Any, launcher: Any, arguments: Sequ
     found = search.read(config, config_loader, arguments)
     folder = Path(config.hydra.sweep.dir).absolute()
     jobs = Jobs(config, config_loader, found)
-    plan = jobs.check()
-    with only_driver(folder, sweep_name(folder)), stoppable(folder):
-        study = open_study(config, found, folder, plan)
+    plan, settings = jobs.check(), study_settings(config, config.hydra.overrides.task)
+    with only_driver(folder, sweep_name(folder), settings.storage), stoppable(folder):
+        study = open_study(settings, found, folder, plan)
         OmegaConf.save(config, folder / "multirun.yaml")  # for resume; not of a refused command
         if left := study.take_over():
             log.warning("trials that an ended driver left go on: %s", ", ".join(map(str, left)))
@@ -72,11 +73,10 @@ def drive(study: Study, jobs: Jobs, launcher: Any) -> None:
         log.info("study.max_hours is over; the same command goes on with the sweep")
 
 
-def open_study(config: DictConfig, found: Search, folder: Path, run: Run) -> Study:
+def open_study(settings: StudySettings, found: Search, folder: Path, run: Run) -> Study:
     """The study of a sweep, begun or gone on with, and warmed up if that is wanted."""
     from lorasweep.study.study import Study
 
-    settings = study_settings(config, config.hydra.overrides.task)
     study = Study(
         settings,
         found.space,
