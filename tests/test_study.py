@@ -634,6 +634,7 @@ def test_a_job_in_another_process_reports_to_its_trial(open_study, tmp_path):
             {"pruner": "asha", "pruner_options": {"reduction_factor": 1}},
             "reduction_factor at least",
         ),
+        ({"pruner": "median", "pruner_options": {"n_startup_trials": "x"}}, "pruner_options of"),
         ({"n_trials": None}, "study.n_trials is missing"),
         ({"maximize": ["val/x"]}, "study.maximize: val/x"),
         ({"sampler": "grid"}, "needs choice"),

@@ -340,12 +340,18 @@ def test_how_and_where_a_sweep_runs_may_change(sweep, tmp_path):
     assert [run.name for run in workers.submitted] == ["demo-1"]
 
 
-def test_resume_goes_on_after_other_overrides_were_refused(sweep, tmp_path):
+def test_resume_goes_on_after_other_overrides_were_refused(sweep, tmp_path, capsys):
     sweep("study.n_trials=1")
     with pytest.raises(SystemExit):
         sweep("study.n_trials=1", "dataset.num_images=5")
-    multirun = OmegaConf.load(tmp_path / "outputs" / "demo" / "mine" / "multirun.yaml")
-    assert "dataset.num_images=5" not in multirun.hydra.overrides.task
+    folder = tmp_path / "outputs" / "demo" / "mine"
+    said = OmegaConf.load(folder / "multirun.yaml").hydra.overrides.task
+    assert "dataset.num_images=5" not in said
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["resume", str(folder)])
+    assert ended.value.code == 0
+    assert "demo-mine: 1 trials" in capsys.readouterr().out
 
 
 def test_a_second_driver_is_refused(sweep, tmp_path, capsys):

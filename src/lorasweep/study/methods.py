@@ -210,7 +210,8 @@ def make_pruner(settings: StudySettings, max_epochs: int) -> BasePruner:
     if settings.pruner == "asha":
         own = {"min_resource": settings.min_epochs}
     if settings.pruner in ("median", "percentile"):  # runs of ours; a warm start's don't count
-        own = {"n_min_trials": max(1, settings.startup_trials)}
+        startup = settings.pruner_options.get("n_startup_trials", settings.startup_trials)
+        own = {"n_min_trials": max(1, startup)} if isinstance(startup, int) else {}
     if settings.pruner == "percentile":
         own["percentile"] = 25.0
     return _make(kind, "pruner", settings.pruner, own, settings, settings.pruner_options)
