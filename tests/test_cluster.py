@@ -127,3 +127,22 @@ def test_postgresql_keeps_a_study(postgres, tmp_path):
         )
         study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=3)
     assert [trial.number for trial in study.trials] == list(range(6))
+
+
+def test_postgresql_keeps_a_sweep_and_lets_one_process_drive_it(postgres, tmp_path, cache_dir):
+    from lorasweep.study.storage import only_driver
+
+    uri = postgres.replace("postgresql:", "postgresql+psycopg:")
+    study = f"{uri}_study"
+    places = [f"cache_dir={cache_dir}", f"tracking.uri={uri}", "tracking.experiment=sweep"]
+    asked = ["study.name=s", "study.n_trials=2", f"study.storage={study}", "adapter.rank=2"]
+    short = [one for one in SHORT if not one.startswith(("sampling.", "adapter.rank"))]
+    command = ["sweep", "rank_lr", *short, "sampling.every_n_epochs=0", *places, *asked]
+    with only_driver(tmp_path / "elsewhere", "demo-s", study):
+        refused = lorasweep(*command, cwd=tmp_path, check=False)
+    assert refused.returncode == 2
+    assert "sweep demo-s is being driven by another process" in refused.stderr
+    for _ in range(2):  # the second time there is nothing left to do
+        assert "Trained 2 epochs of 2 planned" in lorasweep(*command, cwd=tmp_path).stdout
+        known = tracking.candidates(uri, "sweep", "demo-s")
+        assert sorted((one.run, one.epoch) for one in known) == [("demo-0", 1), ("demo-1", 1)]

@@ -1,5 +1,6 @@
 """The study: what it asks, notes, prunes, tries again and goes on with; nothing is trained."""
 
+import logging
 import math
 import statistics
 import sys
@@ -114,6 +115,15 @@ def test_every_sampler_fills_the_study(open_study, sampler):
     assert all(SPACE.holds(trial.params) for trial in study.trials)
 
 
+@pytest.mark.parametrize("sampler", [s for s in get_args(SamplerName) if s != "grid"])
+def test_no_sampler_warns_of_parameters_that_it_samples_one_by_one(
+    open_study, sampler, caplog, monkeypatch
+):
+    monkeypatch.setattr(logging.getLogger("optuna"), "propagate", True)
+    run(open_study(CONDITIONAL, sampler=sampler, n_trials=6), epochs=1)
+    assert "independently" not in caplog.text
+
+
 @pytest.mark.parametrize("pruner", get_args(PrunerName))
 @pytest.mark.parametrize("objectives", [[SCORE], [SCORE, "val/prior_drift"]])
 def test_every_pruner_runs_with_one_and_with_two_objectives(open_study, pruner, objectives):
@@ -164,6 +174,23 @@ def test_wilcoxon_prunes_what_is_worse_on_every_image_but_not_what_is_noise(open
     study.complete(first)
     assert report(worse, 1, 4.6, [t + 0.1 + t / 100 for t in terms])
     assert not report(even, 1, 4.6, [t + (0.2 if i % 2 else -0.1) for i, t in enumerate(terms)])
+
+
+def test_wilcoxon_says_once_that_so_few_images_never_prune(open_study, caplog):
+    study = open_study(pruner="wilcoxon")
+    for trial in (study.next(), study.next(), study.next()):
+        assert not report(trial, 1, trial.number, [trial.number + i for i in range(4)])
+        study.complete(trial)
+    warned = [one.getMessage() for one in caplog.records if "never prunes" in one.getMessage()]
+    assert len(warned) == 1
+    assert "4 held-out images: its p-value is at least 0.0625, and p_threshold 0.05" in warned[0]
+
+
+def test_wilcoxon_refuses_an_objective_without_values_by_image(open_study):
+    trial = open_study(pruner="wilcoxon", objectives=["val/gap"]).next()
+    scores, terms = {SCORE: 0.5, "val/gap": 0.1}, {SCORE: [0.5] * 8}
+    with pytest.raises(SettingsError, match=r"val/gap has no .* \(val/loss_rel has\): choose"):
+        trial.report(1, Path("e1"), scores, terms)
 
 
 def test_patient_stops_what_has_not_improved(open_study):
@@ -411,6 +438,18 @@ def test_one_driver_at_a_time(tmp_path):
         pass
 
 
+def test_one_driver_at_a_time_of_a_journal_that_two_folders_share(tmp_path):
+    shared = str(tmp_path / "shared.journal")
+    refused = pytest.raises(SettingsError, match="s is being driven by another process, from")
+    with only_driver(tmp_path / "a", "s", shared):
+        with refused, only_driver(tmp_path / "b", "s", shared):
+            pass
+        with only_driver(tmp_path / "c", "another", shared):
+            pass
+    with only_driver(tmp_path / "b", "s", shared):
+        pass
+
+
 def test_another_question_is_another_study(open_study):
     open_study()
     other = Space({"adapter.rank": Choice("adapter.rank", (4, 8), ("4", "8"))}, {})
@@ -485,7 +524,7 @@ def test_a_conditional_parameter_exists_only_where_it_should(open_study):
 
 def test_warm_start_takes_the_trials_that_fit_as_knowledge_but_not_as_its_own(open_study, tmp_path):
     run(open_study(name="old", n_trials=4))
-    known = known_trials("demo-old", None, tmp_path / "outputs")
+    known = known_trials("demo-old", SETTINGS, tmp_path / "outputs")
     study = open_study(name="new", n_trials=2)
     assert study.learn(known, "demo-old") == 4
     assert study.learn(known, "demo-old") == 0  # once
@@ -494,6 +533,82 @@ def test_warm_start_takes_the_trials_that_fit_as_knowledge_but_not_as_its_own(op
     assert [trial.number for trial in study.trials] == [4, 5]
     narrow = Space({"adapter.rank": Choice("adapter.rank", (99,), ("99",))}, {})
     assert open_study(narrow, name="other").learn(known, "demo-old") == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"objectives": ["val/gap"]}, r"its study.objectives is \['val/loss_rel'\], not"),
+        ({"maximize": [SCORE]}, r"its study.maximize is \[\], not"),
+    ],
+)
+def test_a_warm_start_from_another_question_is_refused(open_study, tmp_path, changes, said):
+    run(open_study(name="old", n_trials=1))
+    with pytest.raises(SettingsError, match=said):
+        known_trials("demo-old", replace(SETTINGS, **changes), tmp_path / "outputs")
+
+
+def test_a_warm_start_that_a_kill_broke_off_is_finished_and_has_each_trial_once(
+    open_study, tmp_path, monkeypatch
+):
+    run(open_study(name="old", n_trials=4))
+    known = known_trials("demo-old", SETTINGS, tmp_path / "outputs")
+    study = open_study(name="new")
+    add, added = study.optuna_study.add_trial, []
+
+    def killed(trial):
+        if len(added) == 2:
+            raise KeyboardInterrupt
+        added.append(trial)
+        add(trial)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(study.optuna_study, "add_trial", killed)
+        study.learn(known, "demo-old")
+    resumed = open_study(name="new")
+    assert (resumed.has_learned, resumed.learns_from) == (False, "demo-old")
+    assert resumed.learn(known, "demo-old") == 4
+    params = [trial.params for trial in resumed.optuna_study.trials]
+    assert params == [trial.params for trial in known]
+    assert open_study(name="new").has_learned
+
+
+def test_a_warm_start_finds_a_sweep_in_the_storage_and_in_a_journal_of_its_own(
+    open_study, tmp_path
+):
+    shared = replace(SETTINGS, storage=str(tmp_path / "shared.journal"))
+    run(open_study(name="old", n_trials=2))
+    run(open_study(name="kept", n_trials=3, storage=shared.storage))
+    outputs = tmp_path / "outputs"
+    for sweep, number in {"demo-old": 2, outputs / "demo" / "old": 2, "demo-kept": 3}.items():
+        assert len(known_trials(str(sweep), shared, outputs)) == number
+    with pytest.raises(SettingsError, match=r"none: there is no such .*; in study.storage .*kept"):
+        known_trials("none", shared, outputs)
+
+
+@pytest.mark.parametrize("pruner", [one for one in get_args(PrunerName) if one != "patient"])
+@pytest.mark.parametrize("objectives", [[SCORE], [SCORE, "val/prior_drift"]])
+def test_no_run_is_compared_with_those_of_a_warm_start(open_study, tmp_path, pruner, objectives):
+    asked = {"pruner": pruner, "objectives": objectives}
+    terms = [i / 100 for i in range(8)]
+    old = open_study(name="old", **asked)
+    while trial := old.next():
+        trial.report(1, Path("e1"), {SCORE: 0.1, "val/prior_drift": 0.1}, {SCORE: terms})
+        old.complete(trial)
+    study = open_study(name="new", **asked)
+    known = known_trials("demo-old", study.settings, tmp_path / "outputs")
+    assert study.learn(known, "demo-old") == 6
+    first, worse = study.next(), study.next()
+    drift = {"val/prior_drift": 0.5}
+    assert not report(first, 1, 0.8, [0.8 + one for one in terms], **drift)
+    study.complete(first)
+    worst = report(worse, 1, 0.9, [0.9 + one for one in terms], **drift)
+    assert worst == (pruner in ("asha", "hyperband", "wilcoxon"))  # others wait for two of its own
+
+
+def test_a_trial_whose_parent_has_another_value_is_no_point_of_the_space():
+    assert not CONDITIONAL.holds({"adapter": "dora"})
+    assert not CONDITIONAL.holds({"adapter": "dora", "adapter.conv_rank": 4})
 
 
 def test_a_job_in_another_process_reports_to_its_trial(open_study, tmp_path):
@@ -519,6 +634,7 @@ def test_a_job_in_another_process_reports_to_its_trial(open_study, tmp_path):
             {"pruner": "asha", "pruner_options": {"reduction_factor": 1}},
             "reduction_factor at least",
         ),
+        ({"pruner": "median", "pruner_options": {"n_startup_trials": "x"}}, "pruner_options of"),
         ({"n_trials": None}, "study.n_trials is missing"),
         ({"maximize": ["val/x"]}, "study.maximize: val/x"),
         ({"sampler": "grid"}, "needs choice"),

@@ -9,12 +9,14 @@ from types import SimpleNamespace
 
 import optuna
 import pytest
+from omegaconf import OmegaConf
 from optuna.trial import TrialState
 
 from conftest import SMALL
 from fake_fleet import FakeFleet
 from lorasweep import cli, fleet, flow, launcher, sweeper, tracking
 from lorasweep.run import Failure, Finished
+from lorasweep.settings import SettingsError
 from lorasweep.study import storage
 
 SWEEP = """\
@@ -82,6 +84,26 @@ def test_a_sweep_fills_its_packs_and_goes_on_where_it_was(sweep, tmp_path, capsy
 def test_what_would_train_without_a_sweep_is_tried_first(sweep):
     study, _ = sweep("adapter.rank=8", "study.n_trials=1")  # the demo's rate is 1e-3
     assert study.trials[0].params == {"optimizer.unet_lr": 1e-3}
+
+
+def test_hydras_command_line_alone_is_a_sweep_too(tmp_path, monkeypatch):
+    workers = FakeFleet(by_rate)
+    monkeypatch.setattr(fleet, "Fleet", lambda devices, max_pack: workers)
+    places = [f"output_root={tmp_path}/outputs", f"cache_dir={tmp_path}/cache"]
+    asked = ["adapter.rank=choice(4,8,16)", "seed=1,2", "study.n_trials=3", *places]
+    cli.main(["train", "-m", "hydra/sweeper=optuna", "experiment=demo", *asked])
+    assert study_of(tmp_path).study_name == "demo-optuna"
+    assert [run.name for run in workers.submitted] == ["demo-0", "demo-1", "demo-2"]
+    first, *others = [(run.adapter.rank, run.seed) for run in workers.submitted]
+    assert first[0] == 16  # the demo's, and its seed 0 is not searched
+    assert {first[1], *(seed for _, seed in others)} <= {1, 2}
+
+
+def test_of_several_objectives_it_is_said_which_one_prunes(sweep, capsys):
+    two = "study.objectives=[val/prior_drift,val/loss_rel]"
+    sweep(two, "study.pruner=median", "study.n_trials=1")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "several objectives: runs are pruned by the first of them, val/prior_drift" in said
 
 
 def test_a_pruned_run_leaves_its_pack_and_another_takes_its_place(sweep):
@@ -242,25 +264,40 @@ def test_a_warm_start_says_once_how_many_trials_fit(sweep, capsys):
     assert "warm start" not in capsys.readouterr().out
     sweep("study.n_trials=1", "study.name=narrow", narrow, known)
     assert "0 of 3 trials of demo-old fit" in capsys.readouterr().out
+    sweep("study.n_trials=2", "study.name=mine", "study.warm_start=demo-narrow")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "took the trials of demo-old when it began; those of demo-narrow are not taken" in said
 
 
-def test_the_dashboard_is_given_the_sweeps_study_on_this_machine_alone(
-    sweep, tmp_path, monkeypatch
-):
-    dashboard = pytest.importorskip("optuna_dashboard")
-    sweep("study.n_trials=2")
-    shown = []
+@pytest.fixture
+def dashboard(monkeypatch):
+    """What optuna-dashboard is given to show: names of studies, host and port."""
+    module, shown = pytest.importorskip("optuna_dashboard"), []
 
     def run_server(opened, host, port):
-        names = optuna.get_all_study_names(opened)
-        shown.append((names, host, port))
+        shown.append((optuna.get_all_study_names(opened), host, port))
 
-    monkeypatch.setattr(dashboard, "run_server", run_server)
+    monkeypatch.setattr(module, "run_server", run_server)
+    return shown
+
+
+def test_the_dashboard_is_given_the_sweeps_study_on_this_machine_alone(sweep, tmp_path, dashboard):
+    sweep("study.n_trials=2")
     places = [f"output_root={tmp_path}/outputs", "experiment=demo"]
     with pytest.raises(SystemExit) as ended:
         cli.main(["ui", "--optuna", "demo-mine", "--port", "8123", *places])
     assert ended.value.code == 0
-    assert shown == [(["demo-mine"], "127.0.0.1", 8123)]
+    assert dashboard == [(["demo-mine"], "127.0.0.1", 8123)]
+
+
+def test_a_setting_behind_the_dashboards_flag_is_no_sweeps_name(sweep, tmp_path, dashboard):
+    kept = tmp_path / "kept.journal"
+    with pytest.raises(SettingsError):  # the sweep has no journal of its own
+        sweep("study.n_trials=1", f"study.storage={kept}")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["ui", "--optuna", f"++study.storage={kept}", "experiment=demo"])
+    assert ended.value.code == 0
+    assert [names for names, _, _ in dashboard] == [["demo-mine"]]
 
 
 def test_what_a_killed_driver_left_goes_on_under_its_number(sweep, tmp_path):
@@ -314,6 +351,12 @@ def test_hydras_own_grammar_on_the_command_line_is_searched(sweep):
     assert isinstance(trial.params["trainer.max_train_epochs"], int)
 
 
+def test_a_shuffled_range_has_every_point(sweep):
+    asked = ["adapter.rank=shuffle(range(1,10))", "optimizer.unet_lr=1e-3", "study.sampler=grid"]
+    study, _ = sweep(*asked, "study.n_trials=null")
+    assert sorted(trial.params["adapter.rank"] for trial in study.trials) == list(range(1, 10))
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
@@ -326,6 +369,9 @@ def test_hydras_own_grammar_on_the_command_line_is_searched(sweep):
         (["study.vars.ratio=1"], "write ++study.vars.ratio"),
         (["study.conditions={adapter.rank: 'seed=1'}"], "study.conditions.adapter.rank"),
         (["dataset.image_dir=/nowhere"], "/nowhere"),
+        (["adapter.rank=tag(log,range(4,64))"], "adapter.rank: tag log belongs to interval"),
+        (["adapter.rank=tag(log,choice(4,64))"], "adapter.rank: tag log belongs to interval"),
+        (["adapter.rank=tag(lg,interval(4,64))"], "tag lg is unknown"),
         (["study.warm_start=none-such"], "none-such: there is no such sweep"),
     ],
 )
@@ -346,6 +392,52 @@ def test_another_set_of_overrides_is_another_sweep(sweep, capsys):
     with pytest.raises(SystemExit):
         sweep("study.n_trials=1", "dataset.num_images=5")
     assert "study.name" in capsys.readouterr().err
+
+
+def test_an_edited_file_is_another_sweep_which_names_what_was_edited(sweep, capsys):
+    sweep("study.n_trials=1")
+    with pytest.raises(SystemExit):
+        sweep("study.n_trials=2", text=f"{SWEEP}dataset:\n  num_images: 5\n")
+    said = capsys.readouterr().err.strip()
+    assert "demo-mine was begun with dataset.num_images=30, not 5; give another study.name" in said
+    assert len(said.splitlines()) == 1
+
+
+VARS = f"""\
+{SWEEP}  vars:
+    half: 0.5
+optimizer:
+  text_encoder_lr: ${{times:${{.unet_lr}},${{study.vars.half}}}}
+"""
+
+
+def test_a_variable_that_is_not_searched_counts_as_a_setting(sweep, capsys):
+    sweep("study.n_trials=1", text=VARS)
+    with pytest.raises(SystemExit):
+        sweep("study.n_trials=2", "study.vars.half=0.25", text=VARS)
+    assert "demo-mine was begun with overrides=" in capsys.readouterr().err
+
+
+def test_how_and_where_a_sweep_runs_may_change(sweep, tmp_path):
+    sweep("study.n_trials=1")
+    text = f"{SWEEP}launcher:\n  max_pack: 3\n"
+    where = ["trainer.device=cpu", "pick.by=val/gap", f"cache_dir={tmp_path}/other"]
+    _, workers = sweep("study.n_trials=2", "trainer.keep_states=1", *where, text=text)
+    assert [run.name for run in workers.submitted] == ["demo-1"]
+
+
+def test_resume_goes_on_after_other_overrides_were_refused(sweep, tmp_path, capsys):
+    sweep("study.n_trials=1")
+    with pytest.raises(SystemExit):
+        sweep("study.n_trials=1", "dataset.num_images=5")
+    folder = tmp_path / "outputs" / "demo" / "mine"
+    said = OmegaConf.load(folder / "multirun.yaml").hydra.overrides.task
+    assert "dataset.num_images=5" not in said
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["resume", str(folder)])
+    assert ended.value.code == 0
+    assert "demo-mine: 1 trials" in capsys.readouterr().out
 
 
 def test_a_second_driver_is_refused(sweep, tmp_path, capsys):

@@ -4,7 +4,7 @@ import pytest
 
 from conftest import SMALL, options
 from fake_fleet import FakeFleet
-from lorasweep import cli, config, fleet
+from lorasweep import cli, config, fleet, search, sweeper
 
 SWEEPS = sorted(path.stem for path in config.sweeps_dir().glob("*.yaml"))
 STUDIES = [name for name in SWEEPS if name != "demo"]  # the demo is a plain grid of Hydra's own
@@ -72,11 +72,47 @@ def test_a_shipped_sweep_trains(name, tmp_path, cache_dir, capsys):
     assert len(list((tmp_path / "demo" / name).glob("*/*-000002.safetensors"))) == 3
 
 
+@pytest.mark.parametrize("name", STUDIES)
+def test_what_would_train_without_the_sweep_is_tried_first(name, monkeypatch):
+    class Read(Exception):
+        """The sweep's search, in place of the sweep."""
+
+    def read(config, loader, launcher, arguments):
+        raise Read(search.read(config, loader, arguments))
+
+    monkeypatch.setattr(sweeper, "sweep", read)
+    with pytest.raises(Read) as found:
+        cli.main(["sweep", name, "dataset.image_dir=photos"])
+    space, guess = found.value.args[0].space, found.value.args[0].guesses[0]
+    assert space.holds(guess)
+    guide = {
+        "adapter": "lora",
+        "adapter.rank": 64,
+        "captions": "[empty,wd14,kosmos2]",
+        **{f"captions.{arm}.repeats": 10 for arm in ("empty", "wd", "kosmos")},
+        "lr_scheduler": "constant",
+        "optimizer.unet_lr": 1e-4,
+        "optimizer.text_encoder_lr": 5e-5,
+        "study.vars.alpha_ratio": 0.5,
+        "study.vars.lr": 1e-4,
+        "study.vars.text_encoder_ratio": 0.5,
+    }
+    assert guess == {key: guide[key] for key in guess}
+
+
 def test_the_guides_own_advice_is_the_first_trial_of_its_sweep(ship):
     first = ship("guide", "adapter.rank=64").submitted[0]
     assert first.adapter.alpha == 32
     assert first.optimizer.unet_lr == pytest.approx(1e-4)
     assert first.optimizer.text_encoder_lr == pytest.approx(5e-5)
+
+
+def test_the_guides_rates_fall_as_alpha_over_rank_grows(ship):
+    coupled = ["study.vars.alpha_ratio=1.0", "study.vars.lr=1e-4"]
+    first = ship("guide", "adapter.rank=64", *coupled).submitted[0]
+    assert first.adapter.alpha == 64
+    assert first.optimizer.unet_lr == pytest.approx(5e-5)
+    assert first.optimizer.text_encoder_lr == pytest.approx(2.5e-5)
 
 
 def test_adapter_types_searches_our_own_types_with_what_each_has(ship):

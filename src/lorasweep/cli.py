@@ -590,6 +590,9 @@ def _model_path(word: str) -> str:
 def _ui(arguments: argparse.Namespace) -> int:
     from lorasweep import tracking
 
+    if arguments.optuna and "=" in arguments.optuna and not _is_there(arguments.optuna):
+        arguments.words.append(arguments.optuna)  # a setting, which argparse took for the sweep
+        arguments.optuna = ""
     _, overrides = _split(arguments, at_most=0)
     cfg, settings, output_root = _tracking(overrides, arguments.config_dir)
     if arguments.optuna is not None:

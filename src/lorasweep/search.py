@@ -45,7 +45,8 @@ def read(config: DictConfig, config_loader: Any, arguments: Sequence[str]) -> Se
     }
     space = Space({name: _parameter(one) for name, one in searched.items()}, conditions)
     known = {_name(one) for one in in_file} | set(searched)
-    guesses = [_composed(config, space), *_enqueued(config, space, known)]
+    chosen = _chosen(config, config_loader, fixed)
+    guesses = [_composed(config, space, chosen), *_enqueued(config, space, known)]
     return Search(space, fixed, guesses)
 
 
@@ -86,13 +87,15 @@ def _name(override: Any) -> str:
 
 def _parameter(override: Any) -> Parameter:
     name, key = _name(override), override.get_key_element()
+    _check_tags(name, override)
     if override.is_choice_sweep():
         texts = tuple(str(text) for text in override.sweep_string_iterator())
         return Choice(key, tuple(_values(override, texts)), texts)
     if override.is_range_sweep():
-        return _range(name, key, list(override.sweep_iterator()))
+        return _range(name, key, sorted(override.sweep_iterator()))
     if override.is_interval_sweep():
-        return _interval(name, key, override.value())
+        interval = override.value()
+        return Number(key, interval.start, interval.end, log="log" in interval.tags)
     raise SettingsError(
         f"study.params.{name}={override.input_line.partition('=')[2]}: give choice(…), range(…)"
         " or interval(…); a fixed value belongs outside of study.params"
@@ -110,16 +113,19 @@ def _values(override: Any, texts: Sequence[str]) -> Iterator[Value]:
 def _range(name: str, key: str, points: Sequence[int | float]) -> Parameter:
     if not points:
         raise SettingsError(f"study.params.{name}: the range is empty")
-    low, high = min(points), max(points)
-    step = abs(points[1] - points[0]) if len(points) > 1 else 1
-    return Number(key, low, high, step=step)
+    step = points[1] - points[0] if len(points) > 1 else 1
+    return Number(key, points[0], points[-1], step=step)
 
 
-def _interval(name: str, key: str, interval: Any) -> Parameter:
-    unknown = sorted(interval.tags - {"log"})
-    if unknown:
+def _check_tags(name: str, override: Any) -> None:
+    tags: set[str] = getattr(override.value(), "tags", set())
+    if unknown := sorted(tags - {"log"}):
         raise SettingsError(f"study.params.{name}: tag {unknown[0]} is unknown; there is only log")
-    return Number(key, interval.start, interval.end, log="log" in interval.tags)
+    if tags and not override.is_interval_sweep():
+        raise SettingsError(
+            f"study.params.{name}: tag log belongs to interval(…); leave it out, or give"
+            " tag(log,interval(LOW,HIGH))"
+        )
 
 
 def _condition(name: str, text: str) -> Condition:
@@ -132,14 +138,26 @@ def _condition(name: str, text: str) -> Condition:
     return Condition(parent.strip(), tuple(texts))
 
 
-def _composed(config: DictConfig, space: Space) -> dict[str, Value]:
+def _composed(config: DictConfig, space: Space, chosen: Mapping[str, Any]) -> dict[str, Value]:
     """The values that a run without the sweep has, where the space holds them."""
-    choices = config.hydra.runtime.choices
     found: dict[str, object] = {}
     for name, parameter in space.parameters.items():
-        value = choices[name] if name in choices else OmegaConf.select(config, name)
+        value = chosen[name] if name in chosen else OmegaConf.select(config, name)
         found[name] = _comparable(value, parameter)
     return space.inside(found)
+
+
+def _chosen(config: DictConfig, loader: Any, fixed: Sequence[str]) -> dict[str, Any]:
+    """Group to option, or to several: those Hydra's own `choices` lack."""
+    from hydra.types import RunMode
+
+    overrides = [*config.hydra.overrides.hydra, *fixed]
+    name = config.hydra.job.config_name
+    options: dict[str, list[str]] = {}
+    for one in loader.compute_defaults_list(name, overrides, RunMode.MULTIRUN).defaults:
+        group, _, option = one.config_path.rpartition("/")
+        options.setdefault(group, []).append(option)
+    return {**options, **config.hydra.runtime.choices}
 
 
 def _enqueued(config: DictConfig, space: Space, known: set[str]) -> Iterator[dict[str, Value]]:

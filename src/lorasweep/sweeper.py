@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Sequence
@@ -12,17 +13,24 @@ from omegaconf import DictConfig, OmegaConf
 
 from lorasweep import search
 from lorasweep.batches import Batches
-from lorasweep.config import Run
+from lorasweep.config import PACKAGE, Run
 from lorasweep.flow import Flow, Limits, SweepError
 from lorasweep.jobs import Jobs, study_settings
 from lorasweep.run_folder import stoppable
 from lorasweep.search import Search
+from lorasweep.settings import SettingsError
 from lorasweep.study.storage import only_driver, sweep_name
 
 if TYPE_CHECKING:
+    from lorasweep.study.settings import StudySettings
     from lorasweep.study.study import Study
 
 log = logging.getLogger(__name__)
+
+_FREE = (
+    *("launcher.", "tracking.", "cache_dir", "output_root", "pick."),
+    *("trainer.keep_states", "trainer.save_every_n_steps"),
+)
 
 
 def sweep(config: DictConfig, config_loader: Any, launcher: Any, arguments: Sequence[str]) -> None:
@@ -34,10 +42,10 @@ def sweep(config: DictConfig, config_loader: Any, launcher: Any, arguments: Sequ
     found = search.read(config, config_loader, arguments)
     folder = Path(config.hydra.sweep.dir).absolute()
     jobs = Jobs(config, config_loader, found)
-    plan = jobs.check()
-    with only_driver(folder, sweep_name(folder)), stoppable(folder):
-        OmegaConf.save(config, folder / "multirun.yaml")
-        study = open_study(config, found, folder, plan)
+    plan, settings = jobs.check(), study_settings(config, config.hydra.overrides.task)
+    with only_driver(folder, sweep_name(folder), settings.storage), stoppable(folder):
+        study = open_study(settings, found, folder, plan)
+        OmegaConf.save(config, folder / "multirun.yaml")  # for resume; not of a refused command
         if left := study.take_over():
             log.warning("trials that an ended driver left go on: %s", ", ".join(map(str, left)))
         try:
@@ -65,11 +73,10 @@ def drive(study: Study, jobs: Jobs, launcher: Any) -> None:
         log.info("study.max_hours is over; the same command goes on with the sweep")
 
 
-def open_study(config: DictConfig, found: Search, folder: Path, run: Run) -> Study:
+def open_study(settings: StudySettings, found: Search, folder: Path, run: Run) -> Study:
     """The study of a sweep, begun or gone on with, and warmed up if that is wanted."""
     from lorasweep.study.study import Study
 
-    settings = study_settings(config, config.hydra.overrides.task)
     study = Study(
         settings,
         found.space,
@@ -77,7 +84,7 @@ def open_study(config: DictConfig, found: Search, folder: Path, run: Run) -> Stu
         folder,
         max_epochs=run.trainer.max_train_epochs,
         guesses=found.guesses,
-        basis={"overrides": _basis(found.fixed)},
+        basis={"overrides": _basis(found.fixed), "settings": _settings(run)},
     )
     if settings.n_trials is not None and study.n_trials < settings.n_trials:
         log.info(
@@ -85,8 +92,7 @@ def open_study(config: DictConfig, found: Search, folder: Path, run: Run) -> Stu
             settings.n_trials,
             study.n_trials,
         )
-    if settings.warm_start is not None:
-        _warm_start(study, settings.warm_start, run.output_root)
+    _warm_start(study, run.output_root)
     if settings.pareto and settings.pruner != "none":
         log.info(
             "several objectives: runs are pruned by the first of them, %s", settings.objectives[0]
@@ -96,16 +102,41 @@ def open_study(config: DictConfig, found: Search, folder: Path, run: Run) -> Stu
 
 def _basis(fixed: Sequence[str]) -> list[str]:
     """The overrides that make another sweep of it; how and where it runs may change."""
-    free = ("study.", "launcher.", "tracking.", "trainer.device", "cache_dir", "output_root")
-    return sorted(one for one in fixed if not one.lstrip("+").startswith(free))
+    names = {one: one.lstrip("+~").partition("=")[0] for one in fixed}
+    return sorted(one for one, name in names.items() if not _is_free(name))
 
 
-def _warm_start(study: Study, other: str, output_root: Path) -> None:
+def _settings(run: Run) -> dict[str, Any]:
+    """Likewise the settings of the sweep's first run, for files are edited too."""
+    plain = {key: value for key, value in run.params.items() if not _is_free(key)}
+    text = json.dumps(plain, default=str)
+    found: dict[str, Any] = json.loads(text.replace(str(PACKAGE), ""))  # may be installed elsewhere
+    return found
+
+
+def _is_free(key: str) -> bool:
+    searches = key.startswith("study.") and not key.startswith("study.vars")
+    return searches or key.startswith(_FREE) or key.endswith(".device")
+
+
+def _warm_start(study: Study, output_root: Path) -> None:
+    """Once, and whole: what a kill broke off is finished before the study goes on."""
     from lorasweep.study.study import known_trials
 
-    if study.has_learned:  # by the command that began it
+    other, known = study.settings.warm_start, study.learns_from
+    if study.has_learned:
+        if other not in (None, known):
+            said = "sweep %s took the trials of %s when it began; those of %s are not taken"
+            log.warning(said, study.name, known, other)
         return
-    found = known_trials(other, study.settings.storage, output_root)
+    if known is not None and other != known:
+        raise SettingsError(
+            f"sweep {study.name} was broken off while it took the trials of {known}: give"
+            f" study.warm_start={known}, or another study.name"
+        )
+    if other is None:
+        return
+    found = known_trials(other, study.settings, output_root)
     taken = study.learn(found, other)
     level = logging.INFO if taken else logging.WARNING
     said = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -26,8 +27,12 @@ from lorasweep.settings import SettingsError, unknown_key
 from lorasweep.study.settings import StudySettings
 from lorasweep.study.space import Choice, Parameter, Space
 
+log = logging.getLogger(__name__)
+
 CURVE = "curve"  # user attribute: epoch -> first objective of the best candidate so far
 TERMS = "terms"  # user attribute: epoch -> the terms of the best candidate so far
+ORIGIN = "origin"  # user attribute: why it was asked with given parameters: guess, grid, …
+WARM_START = "warm start"  # the origin of another study's trials
 
 SAMPLERS: dict[str, type[BaseSampler]] = {
     "tpe": optuna.samplers.TPESampler,
@@ -58,6 +63,7 @@ class Wilcoxon(BasePruner):
         if not 0 < p_threshold < 1:
             raise ValueError(f"p_threshold must lie between 0 and 1, got {p_threshold}")
         self.p_threshold = p_threshold
+        self._has_warned = False
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
         """Is the trial's best candidate so far surely worse?"""
@@ -68,9 +74,12 @@ class Wilcoxon(BasePruner):
         sign = 1 if study.direction == StudyDirection.MINIMIZE else -1
         rivals = [
             (sign * one.values[0], one.user_attrs[TERMS][epoch])
-            for one in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-            if one.values and epoch in one.user_attrs.get(TERMS, {})
+            for one in own_trials(study)
+            if one.state == TrialState.COMPLETE
+            and one.values
+            and epoch in one.user_attrs.get(TERMS, {})
         ]
+        self._warn_of_few(len(ours or ()))
         if not ours or not rivals:
             return False
         best = min(rivals, key=lambda rival: rival[0])[1]
@@ -78,6 +87,16 @@ class Wilcoxon(BasePruner):
         if len(ours) != len(best) or not any(worse):
             return False
         return bool(wilcoxon(worse, alternative="greater").pvalue < self.p_threshold)
+
+    def _warn_of_few(self, count: int) -> None:
+        """The smallest p-value is that of being worse on each of the images: 2 ** -count."""
+        if count and 0.5**count >= self.p_threshold and not self._has_warned:
+            self._has_warned = True
+            log.warning(
+                "study.pruner=wilcoxon never prunes with %d held-out images: its p-value is at"
+                " least %.3g, and p_threshold %.3g; give dataset.num_holdout more",
+                *(count, 0.5**count, self.p_threshold),
+            )
 
 
 class SuccessiveHalving(BasePruner):
@@ -102,7 +121,7 @@ class SuccessiveHalving(BasePruner):
         sign = 1 if study.direction == StudyDirection.MINIMIZE else -1
         values = sorted(
             sign * one.intermediate_values[epoch]
-            for one in study.get_trials(deepcopy=False)
+            for one in own_trials(study)
             if epoch in one.intermediate_values
         )
         kept = max(1, len(values) // self.reduction_factor)
@@ -145,6 +164,12 @@ PRUNERS: dict[str, type[BasePruner]] = {
 }
 
 
+def own_trials(study: optuna.Study) -> list[FrozenTrial]:
+    """Without those of a warm start, whose scores are of other images."""
+    found = study.get_trials(deepcopy=False)
+    return [trial for trial in found if trial.user_attrs.get(ORIGIN) != WARM_START]
+
+
 def make_sampler(
     settings: StudySettings, space: Space, number: int, first: BaseSampler | None = None
 ) -> BaseSampler:
@@ -157,11 +182,13 @@ def make_sampler(
     own: dict[str, Any] = {"seed": key_seed(settings.seed, "sampler", number) % 2**31}
     if settings.sampler == "qmc":  # one scrambled sequence for all trials
         own = {"seed": settings.seed, "scramble": True, "warn_asynchronous_seeding": False}
+    kind = SAMPLERS[settings.sampler]
+    if "warn_independent_sampling" in inspect.signature(kind).parameters:
+        own["warn_independent_sampling"] = False  # nearly each trial, of what a method can't model
     options = dict(settings.sampler_options)
     if settings.sampler == "tpe":  # with group: parameters that only some trials have
         own["group"] = bool(space.conditions)
         own["gamma"] = partial(_num_good, options.pop("gamma", _GOOD_SHARE))
-    kind = SAMPLERS[settings.sampler]
     made = _make(kind, "sampler", settings.sampler, own, settings, options)
     is_its_own = settings.sampler == "qmc" or {**own, **options}.get("group")
     if first is not None and not is_its_own:
@@ -182,8 +209,11 @@ def make_pruner(settings: StudySettings, max_epochs: int) -> BasePruner:
         own = {"max_resource": max_epochs}
     if settings.pruner == "asha":
         own = {"min_resource": settings.min_epochs}
+    if settings.pruner in ("median", "percentile"):  # runs of ours; a warm start's don't count
+        startup = settings.pruner_options.get("n_startup_trials", settings.startup_trials)
+        own = {"n_min_trials": max(1, startup)} if isinstance(startup, int) else {}
     if settings.pruner == "percentile":
-        own = {"percentile": 25.0}
+        own["percentile"] = 25.0
     return _make(kind, "pruner", settings.pruner, own, settings, settings.pruner_options)
 
 

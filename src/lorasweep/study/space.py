@@ -239,9 +239,10 @@ class Space:
         if condition is None:
             return True
         parent = self.parameters[condition.parent]
-        return condition.parent in params and (
-            parent.text(params[condition.parent]) in condition.texts
-        )
+        if condition.parent not in params:
+            return False
+        value = params[condition.parent]
+        return parent.fits(value) and parent.text(value) in condition.texts
 
     def _kept(self, params: Mapping[str, object]) -> dict[str, Value]:
         kept: dict[str, Value] = {}

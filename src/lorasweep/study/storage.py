@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,26 +34,61 @@ def open_storage(storage: str | None, folder: Path) -> BaseStorage:
 
 
 @contextmanager
-def only_driver(folder: Path, name: str) -> Iterator[None]:
+def only_driver(folder: Path, name: str, storage: str | None = None) -> Iterator[None]:
     """Hold the sweep's lock. Raises SettingsError, at once, if another process has it.
 
-    The operating system keeps it (flock on a file in the sweep's folder), so it ends with the
-    process, however that ends. It holds between machines that share the folder, as far as their
-    file system has locks.
+    The operating system keeps it (flock on a file in the sweep's folder, and beside a named
+    journal), so it ends with the process, however that ends. It holds between machines that share
+    the folder, as far as their file system has locks. PostgreSQL keeps one for all of its clients.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LOCK
+    owner = folder / ".driver"
+    by = owner.read_text() if owner.exists() else "another process"
+    with ExitStack() as held:
+        if not _flocked(held, folder / LOCK):
+            raise _driven(name, by)
+        owner.write_text(f"process {os.getpid()} on {os.uname().nodename}")
+        if storage is not None and not _storage_locked(held, storage, name):
+            raise _driven(name, "another process, from another folder")
+        yield
+
+
+def _driven(name: str, by: str) -> SettingsError:
+    return SettingsError(
+        f"sweep {name} is being driven by {by}; wait for it, or give another study.name"
+    )
+
+
+def _flocked(held: ExitStack, path: Path) -> bool:
     try:
-        with FileLock(path, timeout=0):
-            owner = folder / ".driver"
-            owner.write_text(f"process {os.getpid()} on {os.uname().nodename}")
-            yield
+        held.enter_context(FileLock(path, timeout=0))
     except Timeout:
-        owner = folder / ".driver"
-        by = owner.read_text() if owner.exists() else "another process"
-        raise SettingsError(
-            f"sweep {name} is being driven by {by}; wait for it, or give another study.name"
-        ) from None
+        return False
+    return True
+
+
+def _storage_locked(held: ExitStack, storage: str, name: str) -> bool:
+    """Lock the study where it is kept; a database other than PostgreSQL has no such lock."""
+    if "://" not in storage:
+        journal = Path(storage).expanduser().absolute()
+        journal.parent.mkdir(parents=True, exist_ok=True)
+        return _flocked(held, journal.with_name(f".{journal.name}.{name}{LOCK}"))
+    if not storage.startswith("postgresql"):
+        return True
+    return _advisory_locked(held, storage, name)
+
+
+def _advisory_locked(held: ExitStack, url: str, name: str) -> bool:
+    """A lock of the server's on the study's name, which ends with the connection."""
+    from sqlalchemy import create_engine, text
+
+    key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], signed=True)
+    with _explained(url):
+        engine = create_engine(url, isolation_level="AUTOCOMMIT")
+        held.callback(engine.dispose)
+        connection = held.enter_context(engine.connect())
+        taken = connection.execute(text("SELECT pg_try_advisory_lock(:key)"), {"key": key})
+        return bool(taken.scalar())
 
 
 def find_journal(sweep: str | None, output_root: Path) -> Path:
@@ -94,7 +130,7 @@ def show(sweep: str | None, storage: str | None, output_root: Path, port: int) -
         ) from None
     where = storage if storage is not None else str(find_journal(sweep, output_root))
     opened = open_storage(where, output_root)
-    print(f"optuna-dashboard shows {where if storage is None else _safe(where)}")
+    print(f"optuna-dashboard shows {_safe(where) if '://' in where else where}")
     print(f"http://127.0.0.1:{port}/  Stop it with Ctrl-C.", flush=True)
     run_server(opened, host="127.0.0.1", port=port)
     return 0
@@ -150,10 +186,18 @@ def _mend(path: Path) -> None:
 
 def _database(url: str) -> BaseStorage:
     from optuna.storages import RDBStorage
+
+    with _explained(url):  # pinged, for servers close connections that were idle for an epoch
+        return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+
+
+@contextmanager
+def _explained(url: str) -> Iterator[None]:
+    """What a database answers, in one line. Raises SettingsError."""
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
-        return RDBStorage(url)
+        yield
     except ImportError as error:
         raise SettingsError(f"study.storage: {error}; install the database's driver") from None
     except SQLAlchemyError as error:

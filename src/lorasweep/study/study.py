@@ -17,7 +17,17 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lorasweep.rng import key_seed
 from lorasweep.settings import SettingsError
-from lorasweep.study.methods import check_installed, distribution, make_pruner, make_sampler
+from lorasweep.study.methods import (
+    CURVE,
+    ORIGIN,
+    TERMS,
+    WARM_START,
+    check_installed,
+    distribution,
+    make_pruner,
+    make_sampler,
+    own_trials,
+)
 from lorasweep.study.pareto import FirstObjective
 from lorasweep.study.points import PointSampler, point_key
 from lorasweep.study.settings import StudySettings
@@ -28,11 +38,12 @@ from lorasweep.study.trial import PRUNED, Trial
 log = logging.getLogger(__name__)
 
 # user attributes of a trial
-ORIGIN = "origin"  # why it was asked with given parameters: guess, grid, warm start
 ATTEMPT = "attempt"  # how many times it failed and was begun again
 REASON = "reason"  # why it failed last
-# user attribute of the study
+SOURCE, THEIR_NUMBER = "warm_start", "warm_start_number"  # of a warm start: which study's, and its
+# user attributes of the study
 BASIS = "basis"  # what must stay the same when it is continued
+LEARNED = "learned"  # the other study, all of whose trials were taken
 
 
 class Tracked(Protocol):
@@ -116,8 +127,7 @@ class Study:
     @property
     def trials(self) -> list[FrozenTrial]:
         """This sweep's own trials, without those of a warm start."""
-        found = self._study.get_trials(deepcopy=False)
-        return [trial for trial in found if trial.user_attrs.get(ORIGIN) != "warm start"]
+        return own_trials(self._study)
 
     def take_over(self) -> list[int]:
         """Let `next` give the trials that a killed driver left running once more; their numbers.
@@ -213,7 +223,8 @@ class Study:
         trial = self.trial(number)
         if trial.epochs == 0:
             for one in tracked(number):
-                trial.report(one.epoch, one.path, one.scores, one.terms)
+                terms = {self.settings.objectives[0]: (), **one.terms}  # long ones aren't kept
+                trial.report(one.epoch, one.path, one.scores, terms)
         if trial.is_marked_pruned:
             self.prune(trial)
         else:
@@ -221,19 +232,31 @@ class Study:
 
     @property
     def has_learned(self) -> bool:
-        """Has it taken another study's trials as knowledge?"""
-        found = self._study.get_trials(deepcopy=False)
-        return any(trial.user_attrs.get(ORIGIN) == "warm start" for trial in found)
+        """Has it taken all of another study's trials as knowledge?"""
+        return LEARNED in self._study.user_attrs
+
+    @property
+    def learns_from(self) -> str | None:
+        """The other study of which it has trials; all of them, unless a kill came between."""
+        sources = [one.user_attrs[SOURCE] for one in self._warm]
+        return self._study.user_attrs.get(LEARNED, sources[0] if sources else None)
 
     def learn(self, other: Sequence[FrozenTrial], name: str) -> int:
         """Take another study's trials as knowledge, once; how many fit this one."""
         if self.has_learned:
             return 0
-        known = [trial for trial in map(self._known, other) if trial is not None]
+        there = {one.user_attrs[THEIR_NUMBER] for one in self._warm}  # before a kill
+        known = [one for one in (self._known(trial, name) for trial in other) if one is not None]
         for trial in known:
-            trial.set_user_attr("warm_start", name)
-            self._study.add_trial(trial)
+            if trial.user_attrs[THEIR_NUMBER] not in there:
+                self._study.add_trial(trial)
+        self._study.set_user_attr(LEARNED, name)
         return len(known)
+
+    @property
+    def _warm(self) -> list[FrozenTrial]:
+        found = self._study.get_trials(deepcopy=False)
+        return [trial for trial in found if trial.user_attrs.get(ORIGIN) == WARM_START]
 
     @property
     def optuna_study(self) -> optuna.Study:
@@ -256,28 +279,30 @@ class Study:
         created = len(self._study.get_trials(deepcopy=False))
         return _Plan(created, len(trials) - len(waiting), waiting, wanted, points)
 
-    def _known(self, trial: FrozenTrial) -> FrozenTrial | None:
-        """Another study's trial as one of ours; None if it isn't a point of our space."""
+    def _known(self, trial: FrozenTrial, name: str) -> FrozenTrial | None:
+        """Another study's trial as one of ours; None if it isn't a point of our space.
+
+        Without its curve: pruners compare scores of the same images only.
+        """
         if not self.space.holds(trial.params) or trial.values is None:
             return None
         if len(trial.values) != len(self.settings.objectives):
             return None
         params = self.space.inside(trial.params)
-        attrs = {**trial.user_attrs, ORIGIN: "warm start"}
+        attrs = {k: v for k, v in trial.user_attrs.items() if k not in (CURVE, TERMS)}
+        attrs |= {ORIGIN: WARM_START, SOURCE: name, THEIR_NUMBER: trial.number}
         return optuna.trial.create_trial(
             state=trial.state,
             params=params,
             distributions={name: distribution(self.space.parameters[name]) for name in params},
             values=trial.values,
-            intermediate_values=trial.intermediate_values,
             user_attrs=attrs,
         )
 
     def _check_basis(self, basis: Mapping[str, Any]) -> None:
         """Refuse to continue a study with another question."""
         ours = {
-            "study.objectives": list(self.settings.objectives),
-            "study.maximize": sorted(self.settings.maximize),
+            **_question(self.settings),
             "study.params": {n: repr(p) for n, p in self.space.parameters.items()},
             "study.conditions": {n: repr(c) for n, c in self.space.conditions.items()},
             **basis,
@@ -286,8 +311,8 @@ class Study:
         if theirs is None:
             self._study.set_user_attr(BASIS, ours)
             return
-        for key in [*ours, *theirs]:
-            if ours.get(key) != theirs.get(key):
+        for key in theirs:
+            if ours.get(key) != theirs[key]:
                 raise SettingsError(
                     f"sweep {self.name} was begun with {_difference(key, theirs, ours)}; give"
                     f" another study.name (and study.warm_start={self.name} to keep what it knows)"
@@ -306,25 +331,53 @@ def join_study(settings: StudySettings, folder: Path, number: int, *, max_epochs
     return Trial(optuna.Trial(study, trial_id), settings, Space({}, {}), by_first)
 
 
-def known_trials(sweep: str, storage: str | None, output_root: Path) -> list[FrozenTrial]:
+def known_trials(sweep: str, settings: StudySettings, output_root: Path) -> list[FrozenTrial]:
     """The trials of another sweep that ended with a value: of a database, or of its journal.
 
-    Raises SettingsError if there is no such sweep.
+    Raises SettingsError if there is no such sweep, or if its values are of something else.
     """
-    if storage is not None:
-        opened, name = open_storage(storage, output_root), sweep
-        known = optuna.get_all_study_names(opened)
-    else:
-        journal = find_journal(sweep, output_root)
-        opened = open_storage(str(journal), journal.parent)
-        known = optuna.get_all_study_names(opened)
-        name = known[0] if len(known) == 1 else sweep
-    if name not in known:
-        raise SettingsError(
-            f"study.warm_start={sweep}: there is no such study; there are: {', '.join(known)}"
-        )
-    study = optuna.load_study(study_name=name, storage=opened)
+    study = _other_study(sweep, settings.storage, output_root)
+    theirs = study.user_attrs.get(BASIS, {})
+    for key, ours in _question(settings).items():
+        if theirs.get(key) != ours:
+            raise SettingsError(
+                f"study.warm_start={sweep}: its {key} is {theirs.get(key)}, not {ours}, so its"
+                " values say nothing here; give another sweep, or null"
+            )
     return study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
+
+
+def _other_study(sweep: str, storage: str | None, output_root: Path) -> optuna.Study:
+    """Found in the storage by its name or folder; else in a journal of its own."""
+    beside = ""
+    if storage is not None:
+        opened = open_storage(storage, output_root)
+        kept = optuna.get_all_study_names(opened)
+        for name in (sweep, sweep_name(Path(sweep).absolute())):
+            if name in kept:
+                return optuna.load_study(study_name=name, storage=opened)
+        beside = f"; in study.storage there are: {', '.join(kept) or 'none'}"
+    try:
+        journal = find_journal(sweep, output_root)
+    except SettingsError as error:
+        raise SettingsError(f"study.warm_start: {error}{beside}") from None
+    opened = open_storage(str(journal), journal.parent)
+    names = optuna.get_all_study_names(opened)
+    if len(names) != 1 and sweep not in names:
+        raise SettingsError(
+            f"study.warm_start={sweep}: {journal} holds several studies, or none; give one of"
+            f" their names with study.storage={journal}: {', '.join(names) or 'none'}"
+        )
+    name = sweep if sweep in names else names[0]
+    return optuna.load_study(study_name=name, storage=opened)
+
+
+def _question(settings: StudySettings) -> dict[str, list[str]]:
+    """What the values of a study's trials are."""
+    return {
+        "study.objectives": list(settings.objectives),
+        "study.maximize": sorted(settings.maximize),
+    }
 
 
 def _difference(key: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
@@ -332,6 +385,8 @@ def _difference(key: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) ->
     then, now = theirs.get(key), ours.get(key)
     if isinstance(then, dict) and isinstance(now, dict):
         name = next(n for n in [*then, *now] if then.get(n) != now.get(n))
+        if key == "settings":
+            return f"{name}={then.get(name)}, not {now.get(name)}"
         return f"another {key}.{name}"
     return f"{key}={then}, not {now}"
 

@@ -76,9 +76,11 @@ class Trial:
     ) -> None:
         """Note the candidate of an epoch; that of a run that was begun again replaces the earlier.
 
-        Raises SettingsError for an objective or constraint that is no score of the run.
+        Raises SettingsError for an objective or constraint that is no score of the run, or a first
+        objective that the pruner can't judge.
         """
         self._check(scores)
+        self._check_pruner(terms)
         self.epochs = epoch
         new = self._candidate(epoch, path, scores, terms)
         if new is not None and self._replaces_best(new):
@@ -138,6 +140,15 @@ class Trial:
                     f"study.{key}: the runs have no score {name}; they have"
                     f" {', '.join(sorted(scores))}"
                 )
+
+    def _check_pruner(self, terms: Mapping[str, Sequence[float]]) -> None:
+        first = self._settings.objectives[0]
+        if self._settings.pruner == "wilcoxon" and first not in terms:
+            having = ", ".join(sorted(terms)) or "none of the runs' scores"
+            raise SettingsError(
+                f"study.pruner=wilcoxon compares image by image, and {first} has no values by image"
+                f" ({having} has): choose another pruner, or put another first of study.objectives"
+            )
 
     def _candidate(
         self,
