@@ -611,6 +611,17 @@ def test_a_trial_whose_parent_has_another_value_is_no_point_of_the_space():
     assert not CONDITIONAL.holds({"adapter": "dora", "adapter.conv_rank": 4})
 
 
+def test_a_pruned_trial_of_a_warm_start_is_known_by_its_value(open_study, tmp_path):
+    other = open_study(name="old", n_trials=1)
+    trial = other.next()
+    report(trial, 1, 0.5)
+    other.prune(trial)
+    study = open_study(name="new")
+    assert study.learn(other.trials, "old") == 1
+    (known,) = study.optuna_study.trials
+    assert (known.state, known.value) == (TrialState.COMPLETE, 0.5)
+
+
 def test_a_job_in_another_process_reports_to_its_trial(open_study, tmp_path):
     study = open_study()
     number = study.next().number

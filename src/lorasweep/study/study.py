@@ -282,7 +282,8 @@ class Study:
     def _known(self, trial: FrozenTrial, name: str) -> FrozenTrial | None:
         """Another study's trial as one of ours; None if it isn't a point of our space.
 
-        Without its curve: pruners compare scores of the same images only.
+        Without its curve: pruners compare scores of the same images only. A pruned one's value is
+        known all the same, and without a curve samplers would take it for the worst.
         """
         if not self.space.holds(trial.params) or trial.values is None:
             return None
@@ -292,7 +293,7 @@ class Study:
         attrs = {k: v for k, v in trial.user_attrs.items() if k not in (CURVE, TERMS)}
         attrs |= {ORIGIN: WARM_START, SOURCE: name, THEIR_NUMBER: trial.number}
         return optuna.trial.create_trial(
-            state=trial.state,
+            state=TrialState.COMPLETE,
             params=params,
             distributions={name: distribution(self.space.parameters[name]) for name in params},
             values=trial.values,
