@@ -58,6 +58,7 @@ def test_a_shipped_sweep_runs(ship, name, capsys):
     said = capsys.readouterr().out
     assert "trial 2" in said
     assert "Best" in said or "On the front" in said
+    assert ship(name).submitted == []  # the same command knows its own study
 
 
 @pytest.mark.slow
