@@ -45,7 +45,7 @@ SAMPLERS: dict[str, type[BaseSampler]] = {
     "nsgaiii": optuna.samplers.NSGAIIISampler,
 }
 # The share of trials that TPE's next are to be like. Optuna's tenth means the best alone in all of
-# a short sweep, and finds less (benchmarks.search).
+# a short sweep, and finds a little less (benchmarks.search).
 _GOOD_SHARE, _MOST_GOOD = 1 / 3, 25
 _NEEDS = {"cmaes": "cmaes", "gp": "torch"}  # imported by Optuna when it first samples
 
