@@ -84,7 +84,7 @@ class _Recorded:
     """Workers for a Flow that give back what was recorded, an epoch of each run at a time."""
 
     def __init__(self, curves: Mapping[str, Curve], max_pack: int) -> None:
-        self._curves, self._max_pack = curves, max_pack
+        self._curves, self.max_pack = curves, max_pack
         self._of: dict[str, Curve] = {}  # by the run's name
         self._epochs: dict[str, int] = {}  # of those that train
         self._dropped: list[str] = []
@@ -94,8 +94,12 @@ class _Recorded:
         self._of[run.name] = self._curves[_key(trial.params)]
         return run
 
+    @property
+    def has_room(self) -> bool:
+        return len(self._epochs) - len(self._dropped) < self.max_pack
+
     def room_for(self, run: Run) -> bool:
-        return len(self._epochs) - len(self._dropped) < self._max_pack
+        return self.has_room
 
     def submit(self, run: Run) -> None:
         self._epochs[run.name] = 0

@@ -29,8 +29,13 @@ class FakeFleet:
     def __exit__(self, *error: object) -> None:
         self._live.clear()
 
+    @property
+    def has_room(self) -> bool:
+        return len(self._live) - len(self._dropped) < self.max_pack
+
     def room_for(self, run: Run) -> bool:
-        return run.name not in self._live and len(self._live) - len(self._dropped) < self.max_pack
+        others = [one for one in self._live.values() if not one.can_share_pack(run)]
+        return self.has_room and run.name not in self._live and not others
 
     def submit(self, run: Run) -> None:
         assert self.room_for(run)

@@ -125,8 +125,10 @@ def test_runs_go_to_the_emptiest_device_with_memory_for_them(make_run, monkeypat
     workers.submit(runs[4])
     assert list(second.runs) == ["demo-1", "demo-3", "demo-4"]
     assert not workers.room_for(runs[5])
+    assert not workers.has_room
     workers.drop("demo-0")
     assert (first.dropping, workers.room_for(runs[5])) == (set(), True)  # it was not heard of yet
+    assert workers.has_room
     assert not workers.room_for(make_run("dataset.seed=5", number=7))  # it can't share
     second.note(
         worker.Boundary(reports=[Finished(run=name, dropped=False) for name in second.runs])

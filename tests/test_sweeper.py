@@ -174,6 +174,38 @@ def test_no_trial_begins_when_the_time_is_up_and_those_that_train_go_on(sweep, m
     assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 4
 
 
+GRID = """\
+# @package _global_
+defaults:
+  - override /hydra/sweeper: optuna
+study:
+  params: {PARAMS}
+  sampler: grid
+  pruner: none
+"""
+
+
+def test_while_a_trial_waits_that_can_share_no_pack_another_takes_the_place(sweep):
+    params = "{adapter.rank: 'choice(4,8,16)', trainer.batch_size: 'choice(1,2)'}"
+    study, workers = sweep(text=GRID.replace("{PARAMS}", params))
+    assert [run.number for run in workers.submitted] == [0, 2, 1, 3, 4, 5]
+    assert workers.most == 2
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 6
+
+
+def test_no_more_than_a_pack_of_trials_wait(sweep, tmp_path):
+    asked = []
+
+    def script(run, epoch):
+        asked.append(len(study_of(tmp_path).trials))
+        return by_rate(run, epoch)
+
+    params = "{trainer.batch_size: 'choice(1,2,3,4,5)'}"
+    study, _ = sweep(text=GRID.replace("{PARAMS}", params), script=script)
+    assert asked[0] == 3
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 5
+
+
 def test_a_trial_that_waits_for_room_does_not_begin_when_too_many_have_failed(sweep, monkeypatch):
     tried = []
 
@@ -182,7 +214,7 @@ def test_a_trial_that_waits_for_room_does_not_begin_when_too_many_have_failed(sw
         return Failure(run=run.name, reason="loss is NaN", transient=False)
 
     def room_for(workers, run):  # no other can join: the second trial is asked for, and waits
-        return not workers._live or run.name.endswith("-next")
+        return not workers._live
 
     monkeypatch.setattr(FakeFleet, "room_for", room_for)
     with pytest.raises(SystemExit):

@@ -50,6 +50,7 @@ class Fleet:
     def __init__(self, devices: Sequence[str], max_pack: int) -> None:
         self._inbox: queue.SimpleQueue[_Letter] = queue.SimpleQueue()
         self._screen = Screen()
+        self.max_pack = max_pack
         self._queue: list[Run] = []
         threads = max(1, (os.cpu_count() or 1) // len(devices)) if len(devices) > 1 else None
         self._seats = [
@@ -66,6 +67,11 @@ class Fleet:
             )
             for place, device in enumerate(devices)
         ]
+
+    @property
+    def has_room(self) -> bool:
+        """Would some run start or join a pack at the next epoch?"""
+        return not self._queue and any(seat.num_free for seat in self._seats)
 
     def room_for(self, run: Run) -> bool:
         """Would the run start or join a pack at the next epoch?"""
@@ -176,14 +182,19 @@ class _Seat:
 
     def has_room(self, run: Run) -> bool:
         """Can the run train here from the next epoch on?"""
-        staying = [name for name in self.runs if name not in self.dropping]
-        if run.name in self.runs:
-            return False
         if not self.runs:
             return True
-        bounds = (self.orders.max_pack, self._max_runs, self._at_most)
-        room = min(bound for bound in bounds if bound is not None)
-        return len(staying) < room and next(iter(self.runs.values())).can_share_pack(run)
+        if run.name in self.runs or self.num_free == 0:
+            return False
+        return next(iter(self.runs.values())).can_share_pack(run)
+
+    @property
+    def num_free(self) -> int:
+        """How many runs could join those that stay; of an empty one, how many could start."""
+        bounds = (self.orders.max_pack, self._max_runs if self.runs else None, self._at_most)
+        most = min(bound for bound in bounds if bound is not None)
+        staying = [name for name in self.runs if name not in self.dropping]
+        return max(0, most - len(staying))
 
     def add(self, run: Run) -> None:
         """Let the run train here; a process is started if none is there."""

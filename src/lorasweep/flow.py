@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lorasweep import config as configs
@@ -27,6 +27,10 @@ class SweepError(RuntimeError):
 class Trainers(Protocol):
     """What trains runs: a Fleet, as far as a sweep needs it."""
 
+    max_pack: int
+
+    @property
+    def has_room(self) -> bool: ...
     def room_for(self, run: Run) -> bool: ...
     def submit(self, run: Run) -> None: ...
     def drop(self, name: str) -> None: ...
@@ -78,8 +82,7 @@ class Flow:
         self._limits = limits
         self._trials: dict[str, Trial] = {}  # by their run's name, those that train
         self._dropped: set[str] = set()
-        self._held: tuple[Trial, Run] | None = None  # asked for, and waiting for room
-        self._probe: Run | None = None  # like the last, under a name that nobody has
+        self._held: list[tuple[Trial, Run]] = []  # asked for, and they share no pack that trains
 
     def run(self) -> None:
         """Go on until the study has enough trials, or a limit is reached."""
@@ -95,34 +98,44 @@ class Flow:
             self._fill()
 
     def _fill(self) -> None:
-        """Begin trials while there is room; each knows all that was told before it."""
-        while not self._limits.reached and self._hold():
-            assert self._held is not None
-            trial, run = self._held
-            if self._trials and not self._fleet.room_for(run):
-                return
+        """Begin trials while there is room; each knows all that was told before it.
+
+        One that can share no pack that trains is held until a device is free, and others are asked
+        for meanwhile: at most a pack of them, for they would know more later.
+        """
+        self._begin_held()
+        while self._may_ask and self._ask():
+            self._begin_held()
+
+    @property
+    def _may_ask(self) -> bool:
+        full = len(self._held) >= self._fleet.max_pack or not self._fleet.has_room
+        return not full and not self._limits.reached
+
+    def _ask(self) -> bool:
+        """Ask the study for a trial; False if it has no more."""
+        trial = self._study.next()
+        if trial is None:
+            return False
+        try:
+            run = self._prepare(trial)
+        except ValueError as error:
+            self._failed(trial, configs.one_line(error) or str(error), transient=False)
+            return True
+        trial.plan(run.trainer.max_train_epochs)
+        log.info("trial %d: %s", trial.number, " ".join(trial.overrides))
+        self._held.append((trial, run))
+        return True
+
+    def _begin_held(self) -> None:
+        waiting = []
+        for trial, run in self._held:
+            if self._limits.reached or not self._fleet.room_for(run):
+                waiting.append((trial, run))
+                continue
             self._fleet.submit(run)
             self._trials[run.name] = trial
-            self._held, self._probe = None, replace(run, name=f"{run.name}-next")
-
-    def _hold(self) -> bool:
-        """Have a trial in hand that could begin, unless all places are taken."""
-        while self._held is None:
-            full = self._probe is not None and not self._fleet.room_for(self._probe)
-            if self._limits.reached or (self._trials and full):
-                return False
-            trial = self._study.next()
-            if trial is None:
-                return False
-            try:
-                run = self._prepare(trial)
-            except ValueError as error:
-                self._failed(trial, configs.one_line(error) or str(error), transient=False)
-                continue
-            trial.plan(run.trainer.max_train_epochs)
-            log.info("trial %d: %s", trial.number, " ".join(trial.overrides))
-            self._held = trial, run
-        return True
+        self._held = waiting
 
     def _take(self, event: Report) -> None:
         trial = self._trials.get(event.run)
