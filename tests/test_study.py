@@ -8,10 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
+import optuna
 import pytest
 from optuna.trial import TrialState
 
 from lorasweep.settings import SettingsError
+from lorasweep.study import methods
 from lorasweep.study import study as study_module
 from lorasweep.study.methods import make_sampler
 from lorasweep.study.points import point_key
@@ -273,6 +275,19 @@ def calls(function):
     finally:
         sys.setprofile(before)
     return count
+
+
+@pytest.mark.parametrize("num_broken", [0, 5])
+def test_tpe_is_fitted_to_the_best_trials_and_the_last_however_many_there_are(num_broken):
+    study = optuna.create_study()
+    for number in range(300):
+        trial = study.ask()
+        if num_broken:
+            trial.set_constraint("drift", 1.0 if number < num_broken else -1.0)
+        study.tell(trial, float(number))
+    known = [trial.number for trial in methods._Fitted(study)._get_trials(deepcopy=False)]
+    good = methods._MOST_GOOD
+    assert known == [*range(num_broken, num_broken + good), *range(300 - methods._MOST_LAST, 300)]
 
 
 def test_batch_mates_are_told_apart(open_study):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import inspect
 import logging
 import math
@@ -34,8 +35,64 @@ TERMS = "terms"  # user attribute: epoch -> the terms of the best candidate so f
 ORIGIN = "origin"  # user attribute: why it was asked with given parameters: guess, grid, …
 WARM_START = "warm start"  # the origin of another study's trials
 
+# The share of trials that TPE's next are to be like. Optuna's tenth means the best alone in all of
+# a short sweep, and finds a little less (benchmarks.search).
+_GOOD_SHARE, _MOST_GOOD = 1 / 3, 25
+_MOST_LAST = 100  # trials that TPE is fitted to beside the good ones
+
+
+class _Fitted:
+    """A study as TPE sees it: its best trials and its last, so that no fit costs more than another.
+
+    In a short study these are all. With several objectives all trials are seen, for there the best
+    are as costly to find.
+    """
+
+    def __init__(self, study: optuna.Study) -> None:
+        self._study = study
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._study, name)
+
+    def _get_trials(self, *args: Any, **options: Any) -> list[FrozenTrial]:
+        trials = self._study._get_trials(*args, **options)
+        older, last = trials[:-_MOST_LAST], trials[-_MOST_LAST:]
+        if not older or len(self._study.directions) > 1:
+            return trials
+        sign = 1 if self._study.direction == StudyDirection.MINIMIZE else -1
+        is_bound = any(trial.constraints for trial in last)
+
+        def rank(trial: FrozenTrial) -> tuple[float, float]:
+            excess = trial.constraints.values() if is_bound else ()
+            return sum(max(0.0, one) for one in excess), sign * trial.values[0]
+
+        best = heapq.nsmallest(_MOST_GOOD, (one for one in older if one.values), key=rank)
+        return [*sorted(best, key=lambda trial: trial.number), *last]
+
+
+class TPE(optuna.samplers.TPESampler):
+    """Optuna's, fitted to the best and the last trials."""
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """As Optuna's."""
+        return super().sample_relative(_Fitted(study), trial, search_space)  # type: ignore[arg-type]
+
+    def sample_independent(
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        """As Optuna's."""
+        seen: Any = _Fitted(study)
+        return super().sample_independent(seen, trial, param_name, param_distribution)
+
+
 SAMPLERS: dict[str, type[BaseSampler]] = {
-    "tpe": optuna.samplers.TPESampler,
+    "tpe": TPE,
     "gp": optuna.samplers.GPSampler,
     "cmaes": optuna.samplers.CmaEsSampler,
     "random": optuna.samplers.RandomSampler,
@@ -44,9 +101,6 @@ SAMPLERS: dict[str, type[BaseSampler]] = {
     "nsgaii": optuna.samplers.NSGAIISampler,
     "nsgaiii": optuna.samplers.NSGAIIISampler,
 }
-# The share of trials that TPE's next are to be like. Optuna's tenth means the best alone in all of
-# a short sweep, and finds a little less (benchmarks.search).
-_GOOD_SHARE, _MOST_GOOD = 1 / 3, 25
 _NEEDS = {"cmaes": "cmaes", "gp": "torch"}  # imported by Optuna when it first samples
 
 
