@@ -410,3 +410,23 @@ def test_a_run_that_does_not_fit_alone_leaves_the_others(make_run, base, data, m
     assert [list(epoch.failures) for epoch in epochs] == [["r1"], [], []]
     assert [one.run for epoch in epochs for one in epoch.checkpoints] == ["r0", "r0"]
     assert training.max_runs == 1
+
+
+def test_a_run_that_does_not_fit_alone_leaves_those_that_wait_for_the_end_of_its_epoch(
+    make_run, base, data, monkeypatch
+):
+    first, late = (make_run(f"seed={n}", f"name=r{n}") for n in range(2))
+    backward = PackLoss.backward
+
+    def limited(self, pack, states, batches):
+        if first.name in [state.run.name for state in states]:
+            raise torch.OutOfMemoryError("CUDA out of memory (made by the test)")
+        return backward(self, pack, states, batches)
+
+    monkeypatch.setattr(PackLoss, "backward", limited)
+    training = first.trainer.start(base, [training_run(first)], data)
+    training._members.states[0].num_batches = 1  # it goes on within its epoch
+    training.join(training_run(late))
+    epochs = list(training)
+    assert [list(epoch.failures) for epoch in epochs] == [["r0"], [], []]
+    assert [one.run for epoch in epochs for one in epoch.checkpoints] == ["r1", "r1"]

@@ -261,13 +261,13 @@ class NativeTraining:
         return None
 
     def _no_memory(self, run: TrainingRun) -> Epoch:
-        """What becomes of a run that doesn't fit alone; with others waiting, they go on."""
+        """What becomes of a run that doesn't fit alone; if there are others, they go on."""
         reason = (
             f"{run.name}: out of memory even alone; try trainer.batch_size below"
             f" {self.settings.batch_size}, trainer.gradient_checkpointing=true,"
             " trainer.precision=bf16 or a smaller dataset.resolution"
         )
-        if not self._waiting:
+        if not (self._waiting or self._aside or self._joining):
             raise TrainerError(reason)
         self._keep(lambda _: False)
         return Epoch(checkpoints=[], steps={}, failures={run.name: reason})
