@@ -644,7 +644,7 @@ def test_a_job_in_another_process_reports_to_its_trial(open_study, tmp_path):
     joined = join_study(replace(SETTINGS), folder, number, max_epochs=9)
     report(joined, 1, 0.5)
     joined.mark_pruned()
-    study.settle(number, lambda number: [])
+    assert study.settle(number, list) is None
     assert study.trials[0].state == TrialState.PRUNED
     assert study.trials[0].value == 0.5
 

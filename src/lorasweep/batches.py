@@ -71,12 +71,11 @@ class Batches:
             self._limits.failed(reason)
 
     def _complete(self, trial: Trial) -> None:
-        self._study.settle(trial.number, lambda _: self._jobs.scored(trial))
-        settled = next(one for one in self._study.trials if one.number == trial.number)
-        if settled.state.name == "FAIL":
-            self._limits.failed(str(settled.user_attrs["reason"]))
-        else:
+        reason = self._study.settle(trial.number, lambda: self._jobs.scored(trial))
+        if reason is None:
             self._limits.failures = 0
+        else:
+            self._limits.failed(reason)
 
 
 def _consecutive(trials: Sequence[Trial]) -> list[list[Trial]]:

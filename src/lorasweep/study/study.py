@@ -189,14 +189,15 @@ class Study:
         live = optuna.Trial(self._study, trial_id)
         return Trial(live, self.settings, self.space, self._by_first)
 
-    def complete(self, trial: Trial) -> None:
-        """The run has trained to its end: its value is its best candidate's."""
+    def complete(self, trial: Trial) -> str | None:
+        """The run has trained to its end: its value is its best candidate's; why it has none."""
         if trial.best is None:
-            named = ", ".join(self.settings.objectives)
-            self.fail(trial, f"no epoch had a finite {named}")
-            return
+            reason = f"no epoch had a finite {', '.join(self.settings.objectives)}"
+            self.fail(trial, reason)
+            return reason
         trial.constrain()
         self._study.tell(trial.number, trial.values, skip_if_finished=True)
+        return None
 
     def prune(self, trial: Trial) -> None:
         """The run was stopped early; its candidates stand, and the study knows its best."""
@@ -215,20 +216,20 @@ class Study:
         self._study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
         return False
 
-    def settle(self, number: int, tracked: Callable[[int], Sequence[Tracked]]) -> None:
-        """End a trial whose run was trained by another process.
+    def settle(self, number: int, tracked: Callable[[], Sequence[Tracked]]) -> str | None:
+        """End a trial whose run was trained by another process; why it failed, if it did.
 
         If that didn't report to the study, the run's candidates are taken from `tracked`.
         """
         trial = self.trial(number)
         if trial.epochs == 0:
-            for one in tracked(number):
+            for one in tracked():
                 terms = {self.settings.objectives[0]: (), **one.terms}  # long ones aren't kept
                 trial.report(one.epoch, one.path, one.scores, terms)
         if trial.is_marked_pruned:
             self.prune(trial)
-        else:
-            self.complete(trial)
+            return None
+        return self.complete(trial)
 
     @property
     def has_learned(self) -> bool:
