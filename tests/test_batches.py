@@ -80,6 +80,20 @@ def test_trials_without_a_finite_score_count_as_failures(tmp_path):
     assert limits.last_reason == f"no epoch had a finite {SCORE}"
 
 
+def test_of_a_trial_that_another_driver_began_the_later_epochs_count_too(tmp_path):
+    trial = study_in(tmp_path).next()
+    trial.plan(2)
+    trial.report(1, Path("e1"), {SCORE: 0.9}, {})
+    study = study_in(tmp_path)
+    assert study.take_over() == [0]
+    found = [Scored(epoch, Path(f"e{epoch}"), {SCORE: 1 / epoch}, {}) for epoch in (1, 2)]
+    jobs = SimpleNamespace(**{**vars(JOBS), "scored": lambda trial: found})
+    launcher = launcher_that(JobReturn(status=JobStatus.COMPLETED))
+    Batches(study, jobs, launcher, Limits(None, None, time.monotonic())).run()
+    assert study.trials[0].value == 0.5
+    assert study.trials[0].user_attrs["best"]["epoch"] == 2
+
+
 @pytest.mark.parametrize(("error", "attempts"), [(PassingError, [1, 1]), (RunError, [None, None])])
 def test_trials_whose_job_was_lost_are_tried_again_and_those_that_failed_are_not(
     error, attempts, tmp_path

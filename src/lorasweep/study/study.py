@@ -219,11 +219,12 @@ class Study:
     def settle(self, number: int, tracked: Callable[[], Sequence[Tracked]]) -> str | None:
         """End a trial whose run was trained by another process; why it failed, if it did.
 
-        If that didn't report to the study, the run's candidates are taken from `tracked`.
+        What that didn't report to the study is taken from `tracked`: the run's candidates.
         """
         trial = self.trial(number)
-        if trial.epochs == 0:
-            for one in tracked():
+        known = trial.epochs  # of its own reports, or of a driver that had the trial before
+        for one in [] if trial.is_whole else tracked():
+            if one.epoch > known:
                 terms = {self.settings.objectives[0]: (), **one.terms}  # long ones aren't kept
                 trial.report(one.epoch, one.path, one.scores, terms)
         if trial.is_marked_pruned:

@@ -96,8 +96,7 @@ class Trial:
 
         Runs that reach an epoch together report first, so that each is compared with all.
         """
-        last = self.epochs >= self._trial.user_attrs.get(PLANNED, math.inf)
-        if last or self.best is None or self.epochs < self._settings.min_epochs:
+        if self.is_whole or self.best is None or self.epochs < self._settings.min_epochs:
             return False
         if self.epochs < self._furthest:  # it came further before a break, and was kept
             return False
@@ -106,6 +105,11 @@ class Trial:
             if self._by_first is not None:
                 return self._by_first.should_prune(self.number)
             return self._trial.should_prune()
+
+    @property
+    def is_whole(self) -> bool:
+        """Has it reported the last epoch of those planned?"""
+        return bool(self.epochs >= self._trial.user_attrs.get(PLANNED, math.inf))
 
     def mark_pruned(self) -> None:
         """Note, from the job's own process, that the run has stopped for it was to be pruned."""
