@@ -20,6 +20,7 @@ from test_study import SCORE, SETTINGS, SPACE
 JOBS = SimpleNamespace(
     epochs=2,
     overrides=lambda trial, reports: trial.overrides,
+    was_dropped=lambda trial: False,
     scored=lambda trial: [Scored(1, Path("e1"), {SCORE: trial.number + 0.5}, {})],
 )
 

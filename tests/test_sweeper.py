@@ -14,7 +14,7 @@ from optuna.trial import TrialState
 
 from conftest import SMALL
 from fake_fleet import FakeFleet
-from lorasweep import cli, fleet, flow, launcher, sweeper, tracking
+from lorasweep import cli, fleet, flow, launcher, run_folder, sweeper, tracking
 from lorasweep.run import Failure, Finished
 from lorasweep.settings import SettingsError
 from lorasweep.study import storage
@@ -360,6 +360,30 @@ def test_a_run_that_a_killed_driver_had_dropped_is_told_as_pruned(sweep, monkeyp
     monkeypatch.setattr(FakeFleet, "_epoch", _epoch)
     study, _ = sweep("study.n_trials=2")
     assert [trial.state.name for trial in study.trials] == ["PRUNED", "COMPLETE"]
+    assert study.trials[0].user_attrs["epochs"] == 1
+
+
+def test_what_a_killed_driver_had_dropped_is_not_trained_by_packs_as_jobs(sweep, monkeypatch):
+    def script(run, epoch):
+        if epoch == 1:
+            return by_rate(run, epoch)
+        settings = run_folder.settings_digest(run.params)
+        record = {"name": run.name, "status": "dropped", "settings": settings, "data": ""}
+        (run.output_dir / "run.json").write_text(json.dumps(record))
+        raise KeyboardInterrupt  # stands in for a kill: the study is not told
+
+    trained = []
+
+    def train_by_jobs(packs, engine, options, folder):
+        trained.extend(run.name for pack in packs for run in pack)
+        return []
+
+    with pytest.raises(SystemExit):
+        sweep("study.n_trials=1", script=script)
+    monkeypatch.setattr(launcher, "train_by_jobs", train_by_jobs)
+    study, _ = sweep("launcher.pack_via=joblib", "study.n_trials=1")
+    assert trained == []
+    assert [trial.state.name for trial in study.trials] == ["PRUNED"]
     assert study.trials[0].user_attrs["epochs"] == 1
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorasweep import config as configs
 from lorasweep.flow import Limits
-from lorasweep.jobs import Jobs
+from lorasweep.jobs import Jobs, say_pruned
 from lorasweep.run import PassingError
 
 if TYPE_CHECKING:
@@ -43,7 +43,12 @@ class Batches:
                 break
             log.info("trial %d: %s", trial.number, " ".join(trial.overrides))
             trial.plan(self._jobs.epochs)
-            trials.append(trial)
+            if trial.epochs and self._jobs.was_dropped(trial):  # a job would train it to its end
+                say_pruned(trial)
+                trial.mark_pruned()
+                self._complete(trial)
+            else:
+                trials.append(trial)
         return trials
 
     def _launch(self, trials: Sequence[Trial]) -> None:

@@ -83,6 +83,10 @@ class Jobs:
                 found.append(Scored(epoch, path, *known))
         return found
 
+    def was_dropped(self, trial: Trial) -> bool:
+        """Was the trial's run stopped to be pruned, by who was killed before the study knew?"""
+        return run_folder.was_dropped(self._composed(trial.overrides, trial.number).run)
+
     def _composed(self, params: Sequence[str], number: int) -> Job:
         return compose_job(self._config, self._loader, [*self._search.fixed, *params], number)
 

@@ -249,6 +249,14 @@ def ended(run: Run) -> Status | None:
     return record.status
 
 
+def was_dropped(run: Run) -> bool:
+    """Did a sweep drop the run in its folder?"""
+    record = read_record(run.output_dir)
+    if record is None or record.status != "dropped":
+        return False
+    return record.settings == settings_digest(run.params)
+
+
 def forget_drop(folder: Path) -> None:
     """Let a run that a sweep dropped in the folder be trained anew, to its end."""
     record = read_record(folder)
