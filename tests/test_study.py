@@ -637,6 +637,24 @@ def test_a_pruned_trial_of_a_warm_start_is_known_by_its_value(open_study, tmp_pa
     assert (known.state, known.value) == (TrialState.COMPLETE, 0.5)
 
 
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "nsgaii"])
+def test_a_warm_starts_trials_keep_or_break_the_constraints_of_this_study(open_study, sampler):
+    old = open_study(name="old", n_trials=3)
+    for scores in ({"val/prior_drift": 0.1}, {"val/prior_drift": 0.3}, {}):
+        trial = old.next()
+        report(trial, 1, 0.5, **scores)
+        old.complete(trial)
+    asked = {"constraints": {"val/prior_drift": 0.2}, "sampler": sampler}
+    study = open_study(name="new", n_trials=4, **asked)
+    assert study.learn(old.trials, "old") == 2  # of the third it isn't known
+    known = [trial.constraints["val/prior_drift"] for trial in study.optuna_study.trials]
+    assert known == pytest.approx([-0.1, 0.1])
+    while trial := study.next():
+        report(trial, 1, 0.5, **{"val/prior_drift": 0.1})
+        study.complete(trial)
+    assert len(study.trials) == 4
+
+
 def test_a_job_in_another_process_reports_to_its_trial(open_study, tmp_path):
     study = open_study()
     number = study.next().number

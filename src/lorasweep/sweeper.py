@@ -140,7 +140,8 @@ def _warm_start(study: Study, output_root: Path) -> None:
     taken = study.learn(found, other)
     level = logging.INFO if taken else logging.WARNING
     said = (
-        "warm start: %d of %d trials of %s fit this search space (same parameters, values within)"
+        "warm start: %d of %d trials of %s fit this search space (same parameters, values within,"
+        " a score for each constraint)"
     )
     log.log(level, said, taken, len(found), other)
 

@@ -33,7 +33,7 @@ from lorasweep.study.points import PointSampler, point_key
 from lorasweep.study.settings import StudySettings
 from lorasweep.study.space import Choice, Parameter, Space, Value
 from lorasweep.study.storage import find_journal, open_storage, sweep_name
-from lorasweep.study.trial import PRUNED, Trial
+from lorasweep.study.trial import BEST, PRUNED, Trial, excess
 
 log = logging.getLogger(__name__)
 
@@ -284,12 +284,16 @@ class Study:
     def _known(self, trial: FrozenTrial, name: str) -> FrozenTrial | None:
         """Another study's trial as one of ours; None if it isn't a point of our space.
 
+        Likewise without a score for each of our constraints: samplers would take it to keep them.
         Without its curve: pruners compare scores of the same images only. A pruned one's value is
         known all the same, and without a curve samplers would take it for the worst.
         """
         if not self.space.holds(trial.params) or trial.values is None:
             return None
         if len(trial.values) != len(self.settings.objectives):
+            return None
+        scores, bounds = trial.user_attrs.get(BEST, {}).get("scores", {}), self.settings.constraints
+        if not bounds.keys() <= scores.keys():
             return None
         params = self.space.inside(trial.params)
         attrs = {k: v for k, v in trial.user_attrs.items() if k not in (CURVE, TERMS)}
@@ -300,6 +304,7 @@ class Study:
             distributions={name: distribution(self.space.parameters[name]) for name in params},
             values=trial.values,
             user_attrs=attrs,
+            constraints=excess(scores, bounds),
         )
 
     def _check_basis(self, basis: Mapping[str, Any]) -> None:

@@ -129,8 +129,8 @@ class Trial:
     def constrain(self) -> None:
         """Tell Optuna by how much the best candidate breaks each constraint; at most 0 is good."""
         if self.best is not None:
-            for name, excess in self._excess(self.best).items():
-                self._trial.set_constraint(name, excess)
+            for name, by in excess(self.best.scores, self._settings.constraints).items():
+                self._trial.set_constraint(name, by)
 
     def _check(self, scores: Mapping[str, float]) -> None:
         settings = self._settings
@@ -174,13 +174,10 @@ class Trial:
 
     def _rank(self, candidate: Candidate) -> tuple[float, float]:
         """Smaller is better: first by broken constraints, then by the first objective."""
-        broken = sum(max(0.0, excess) for excess in self._excess(candidate).values())
+        over = excess(candidate.scores, self._settings.constraints)
+        broken = sum(max(0.0, by) for by in over.values())
         sign = self._settings.signs[0]
         return broken, sign * candidate.scores[self._settings.objectives[0]]
-
-    def _excess(self, candidate: Candidate) -> dict[str, float]:
-        bounds = self._settings.constraints
-        return {name: candidate.scores[name] - bound for name, bound in bounds.items()}
 
     def _note(self, epoch: int, best: Candidate) -> None:
         """The best so far, as pruners and the dashboard see the run."""
@@ -195,3 +192,8 @@ class Trial:
         if self._settings.pruner == "wilcoxon":
             terms = self._trial.user_attrs.get(TERMS, {})
             self._trial.set_user_attr(TERMS, {**terms, str(epoch): list(best.terms)})
+
+
+def excess(scores: Mapping[str, float], bounds: Mapping[str, float]) -> dict[str, float]:
+    """By how much scores break each constraint; at most 0 is good."""
+    return {name: scores[name] - bound for name, bound in bounds.items()}
