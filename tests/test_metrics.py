@@ -43,6 +43,16 @@ def test_scores_in_a_pack_are_those_alone(name, base, run, images, pack):
     assert together[0].scores != pytest.approx(together[1].scores, rel=1e-3)
 
 
+@pytest.mark.parametrize("name", ["validation", "prior_drift"])
+def test_a_metric_names_the_scores_that_it_gives_and_those_with_terms(
+    name, base, run, images, pack
+):
+    named = run.metrics[name].names(run.captions, run.dataset.num_holdout)
+    for scored in run.metrics[name].prepare(base, images).score(pack):
+        assert set(named) == set(scored.scores)
+        assert {one for one, has_terms in named.items() if has_terms} == set(scored.terms)
+
+
 def test_an_adapter_that_changes_nothing_scores_like_the_base(base, run, images, make_run):
     from lorasweep.adapters.pack import Pack
 
@@ -70,6 +80,7 @@ def test_every_arm_has_a_score_and_the_interval_holds_the_value(base, run, image
 def test_without_held_out_images_validation_is_left_out_and_said(base, run, images, caplog):
     none = Images(train=images.train, holdout=[])
     assert run.metrics["validation"].prepare(base, none) is None
+    assert run.metrics["validation"].names(run.captions, 0) == {}
     assert "no held-out images" in caplog.text
 
 

@@ -429,6 +429,10 @@ def test_a_shuffled_range_has_every_point(sweep):
         (["adapter.rank=tag(log,choice(4,64))"], "adapter.rank: tag log belongs to interval"),
         (["adapter.rank=tag(lg,interval(4,64))"], "tag lg is unknown"),
         (["study.warm_start=none-such"], "none-such: there is no such sweep"),
+        (["study.objectives=[val/los]"], "study.objectives: the runs have no score val/los; they"),
+        (["study.constraints={val/x: 1}"], "study.constraints: the runs have no score val/x"),
+        (["dataset.num_holdout=0"], "no score val/loss_rel; they have val/prior_drift"),
+        (["study.objectives=[val/gap]", "study.pruner=wilcoxon"], "val/gap has no values by image"),
     ],
 )
 def test_mistakes_end_in_one_line_before_any_work(sweep, capsys, overrides, said):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from lorasweep import config as configs
-from lorasweep import dataset, run_folder
+from lorasweep import dataset, metrics, run_folder
 from lorasweep.checkpoint import checkpoint_path
 from lorasweep.config import Run
 from lorasweep.launcher import Job, compose_job, save_hydra_files
@@ -21,6 +21,7 @@ from lorasweep.settings import build
 
 if TYPE_CHECKING:
     from lorasweep.metrics import Scores, Terms
+    from lorasweep.study.settings import StudySettings
     from lorasweep.study.trial import Trial
 
 log = logging.getLogger(__name__)
@@ -47,13 +48,16 @@ class Jobs:
         self._folder = Path(config.hydra.sweep.dir).absolute()
         self.epochs = 0
 
-    def check(self) -> Run:
+    def check(self, settings: StudySettings) -> Run:
         """Compose the sweep's first run and one of each value; SettingsError for what is wrong."""
         probes = [self._composed(self._search.space.overrides(p), 0) for p in self._probes()]
-        for settings in dict.fromkeys(job.run.dataset for job in probes):
-            dataset.find(settings)
+        for images in dict.fromkeys(job.run.dataset for job in probes):
+            dataset.find(images)
         for job in probes:
             job.run.check()
+            scores = _scores(job.run)
+            if scores is not None:
+                settings.check_scores(scores, [name for name, terms in scores.items() if terms])
         self.epochs = max(job.run.trainer.max_train_epochs for job in probes)
         return probes[0].run
 
@@ -92,6 +96,11 @@ class Jobs:
 
     def _probes(self) -> list[Mapping[str, Any]]:
         return list(self._search.space.probes())
+
+
+def _scores(run: Run) -> Mapping[str, bool] | None:
+    """The scores that a run will have, and whether each has terms, if its metrics say so."""
+    return metrics.names(run.metrics.values(), run.captions, run.dataset.num_holdout)
 
 
 def train_trial(run: Run, trial: Trial) -> None:

@@ -42,7 +42,8 @@ def sweep(config: DictConfig, config_loader: Any, launcher: Any, arguments: Sequ
     found = search.read(config, config_loader, arguments)
     folder = Path(config.hydra.sweep.dir).absolute()
     jobs = Jobs(config, config_loader, found)
-    plan, settings = jobs.check(), study_settings(config, config.hydra.overrides.task)
+    settings = study_settings(config, config.hydra.overrides.task)
+    plan = jobs.check(settings)
     with only_driver(folder, sweep_name(folder), settings.storage), stoppable(folder):
         study = open_study(settings, found, folder, plan)
         OmegaConf.save(config, folder / "multirun.yaml")  # for resume; not of a refused command

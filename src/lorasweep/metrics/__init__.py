@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from lorasweep.adapters.pack import Pack
 from lorasweep.latents import Item
@@ -48,3 +48,23 @@ class Metric(Protocol):
 
     def prepare(self, base: BaseModel, images: Images) -> Scorer | None:
         """What the base alone gives is computed here, once. None if there is nothing to score."""
+
+
+@runtime_checkable
+class Named(Protocol):
+    """A metric that knows its scores before any work, so that a wrong objective is refused then."""
+
+    def names(self, arms: Collection[str], num_holdout: int) -> Mapping[str, bool]:
+        """The scores that it will give, and whether each has terms."""
+
+
+def names(
+    metrics: Iterable[Metric], arms: Collection[str], num_holdout: int
+) -> Mapping[str, bool] | None:
+    """The scores that runs will have, and whether each has terms; None if one doesn't say."""
+    found: dict[str, bool] = {}
+    for metric in metrics:
+        if not isinstance(metric, Named):
+            return None
+        found.update(metric.names(arms, num_holdout))
+    return found

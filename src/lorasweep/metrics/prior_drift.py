@@ -3,7 +3,7 @@ about. Small is good: what the base knows is still there (prior preservation, ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,10 @@ class PriorDrift(Settings):
     def __post_init__(self) -> None:
         if not self.prompts:
             raise SettingsError("metrics.prior_drift.prompts is empty: give at least one prompt")
+
+    def names(self, arms: Collection[str], num_holdout: int) -> Mapping[str, bool]:
+        """One score, of all prompts."""
+        return {"val/prior_drift": False}
 
     def prepare(self, base: BaseModel, images: Images) -> Scorer | None:
         """Let the base denoise each prompt and keep what it met and predicted on the way."""

@@ -7,7 +7,7 @@ The loss on fixed (image, timestep, noise) tuples shows convergence where the tr
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING
@@ -38,6 +38,13 @@ class Validation(Settings):
     num_bootstrap: PositiveInt
     seed: int
     batch_size: PositiveInt
+
+    def names(self, arms: Collection[str], num_holdout: int) -> Mapping[str, bool]:
+        """Those of all held-out images, and of each arm."""
+        if num_holdout == 0:
+            return {}
+        parts = ["loss", "loss_rel_lo", "loss_rel_hi", "gap", *(f"loss_rel_{arm}" for arm in arms)]
+        return {"val/loss_rel": True, **{f"val/{part}": False for part in parts}}
 
     def prepare(self, base: BaseModel, images: Images) -> Scorer | None:
         """Choose the tuples and compute the base's loss on them."""

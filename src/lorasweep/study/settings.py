@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -59,6 +59,23 @@ class StudySettings(Settings):
             raise SettingsError(
                 f"study.constraints have no effect with study.sampler={self.sampler}; choose tpe,"
                 " gp or nsgaii"
+            )
+
+    def check_scores(self, scores: Collection[str], terms: Collection[str]) -> None:
+        """Raise SettingsError for what the runs' scores, and those with terms, don't allow."""
+        named = dict.fromkeys(self.objectives, "objectives")
+        for name, key in {**dict.fromkeys(self.constraints, "constraints"), **named}.items():
+            if name not in scores:
+                having = ", ".join(sorted(scores)) or "none"
+                raise SettingsError(
+                    f"study.{key}: the runs have no score {name}; they have {having}"
+                )
+        first = self.objectives[0]
+        if self.pruner == "wilcoxon" and first not in terms:
+            having = ", ".join(sorted(terms)) or "none of the runs' scores"
+            raise SettingsError(
+                f"study.pruner=wilcoxon compares image by image, and {first} has no values by image"
+                f" ({having} has): choose another pruner, or put another first of study.objectives"
             )
 
     @property

@@ -12,7 +12,6 @@ from typing import Any
 
 import optuna
 
-from lorasweep.settings import SettingsError
 from lorasweep.study.methods import CURVE, TERMS
 from lorasweep.study.pareto import FirstObjective
 from lorasweep.study.settings import StudySettings
@@ -79,8 +78,7 @@ class Trial:
         Raises SettingsError for an objective or constraint that is no score of the run, or a first
         objective that the pruner can't judge.
         """
-        self._check(scores)
-        self._check_pruner(terms)
+        self._settings.check_scores(scores, terms)
         self.epochs = epoch
         new = self._candidate(epoch, path, scores, terms)
         if new is not None and self._replaces_best(new):
@@ -131,28 +129,6 @@ class Trial:
         if self.best is not None:
             for name, by in excess(self.best.scores, self._settings.constraints).items():
                 self._trial.set_constraint(name, by)
-
-    def _check(self, scores: Mapping[str, float]) -> None:
-        settings = self._settings
-        named = dict.fromkeys(settings.objectives, "objectives")
-        for name, key in {
-            **dict.fromkeys(settings.constraints, "constraints"),
-            **named,
-        }.items():
-            if name not in scores:
-                raise SettingsError(
-                    f"study.{key}: the runs have no score {name}; they have"
-                    f" {', '.join(sorted(scores))}"
-                )
-
-    def _check_pruner(self, terms: Mapping[str, Sequence[float]]) -> None:
-        first = self._settings.objectives[0]
-        if self._settings.pruner == "wilcoxon" and first not in terms:
-            having = ", ".join(sorted(terms)) or "none of the runs' scores"
-            raise SettingsError(
-                f"study.pruner=wilcoxon compares image by image, and {first} has no values by image"
-                f" ({having} has): choose another pruner, or put another first of study.objectives"
-            )
 
     def _candidate(
         self,
