@@ -180,6 +180,24 @@ def test_hydras_own_launchers_give_the_same_results(launcher, sweep, tmp_path, c
     assert relative_difference(packed, alone) < 1e-5
 
 
+def test_a_sweep_trains_its_batch_side_by_side_in_processes_of_joblib(tmp_path, cache_dir):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    small = [one for one in SMALL if not one.startswith("sampling.")]
+    asked = [
+        "study.n_trials=2",
+        "study.batch_size=2",
+        "adapter.rank=2",
+        "sampling.every_n_epochs=0",
+    ]
+    side_by_side = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    places = [f"cache_dir={cache_dir}", "trainer.max_train_epochs=1"]
+    command = ["sweep", "rank_lr", *small, *places, *asked, *side_by_side]
+    assert "Trained 2 epochs of 2 planned" in lorasweep(*command, cwd=tmp_path).stdout
+    store = f"sqlite:///{tmp_path / 'outputs' / 'mlflow.db'}"
+    known = [(one.run, one.epoch) for one in tracking.candidates(store, "lorasweep")]
+    assert sorted(known) == [("demo-0", 1), ("demo-1", 1)]
+
+
 def test_a_single_run_trains_and_is_picked(tmp_path, cache_dir):
     lorasweep("train", *SMALL, f"cache_dir={cache_dir}", "adapter.rank=2", cwd=tmp_path)
     result = lorasweep("pick", cwd=tmp_path)
