@@ -14,11 +14,11 @@ from typing import Any
 from lorasweep.checkpoint import Checkpoint
 from lorasweep.config import Run, build_run, compose
 from lorasweep.flow import Flow, Limits
-from lorasweep.jobs import study_settings
 from lorasweep.run import EpochReport, Finished, Report, Started
 from lorasweep.study.space import Choice, Space
 from lorasweep.study.study import Study
 from lorasweep.study.trial import Trial
+from lorasweep.trials import study_settings
 
 SCORE = "val/loss_rel"
 Curve = Mapping[int, tuple[float, Sequence[float]]]

@@ -17,10 +17,10 @@ from pathlib import Path
 
 from benchmarks.common import show
 from lorasweep.config import compose, register_resolvers
-from lorasweep.jobs import study_settings
 from lorasweep.study.settings import StudySettings
 from lorasweep.study.space import Choice, Number, Space
 from lorasweep.study.study import Study
+from lorasweep.trials import study_settings
 
 SCORE, DRIFT = "val/loss_rel", "val/prior_drift"
 RANKS, RATES = (4, 8, 16, 32), (3e-4, 1e-3, 3e-3, 1e-2)

@@ -1,5 +1,6 @@
 """Batches through launchers that return when all have ended; a stand-in launcher, no training."""
 
+import json
 import math
 import time
 from dataclasses import replace
@@ -10,19 +11,26 @@ import pytest
 from hydra.core.utils import JobReturn, JobStatus
 
 from lorasweep.batches import Batches
-from lorasweep.flow import Limits
-from lorasweep.jobs import Scored
-from lorasweep.run import PassingError, RunError
+from lorasweep.flow import Limits, SweepError
+from lorasweep.run import PassingError, PausingError, RunError
 from lorasweep.settings import SettingsError
 from lorasweep.study.study import Study
 from test_study import SCORE, SETTINGS, SPACE
 
-JOBS = SimpleNamespace(
-    epochs=2,
-    overrides=lambda trial, reports: trial.overrides,
-    was_dropped=lambda trial: False,
-    scored=lambda trial: [Scored(1, Path("e1"), {SCORE: trial.number + 0.5}, {})],
-)
+
+def jobs_that_left(folder, *values):
+    """Jobs whose runs have left checkpoints with these scores, plus the trial's number."""
+
+    def run_of(trial):
+        path = folder / str(trial.number)
+        (path / "scores").mkdir(parents=True, exist_ok=True)
+        for epoch, value in enumerate(values, start=1):
+            scored = {"scores": {SCORE: trial.number + value}, "terms": {}}
+            (path / "scores" / f"{epoch:06d}.json").write_text(json.dumps(scored))
+        trainer = SimpleNamespace(max_train_epochs=len(values))
+        return SimpleNamespace(name="demo", output_dir=path, params={}, trainer=trainer)
+
+    return SimpleNamespace(run_of=run_of, overrides=lambda trial: trial.overrides)
 
 
 class DyingOnce:
@@ -56,7 +64,7 @@ def launcher_that(returned):
 
 def test_a_lost_batch_is_launched_again_under_its_numbers_with_its_parameters(tmp_path):
     study, launcher = study_in(tmp_path), DyingOnce()
-    Batches(study, JOBS, launcher, Limits(None, 1, time.monotonic())).run()
+    Batches(study, jobs_that_left(tmp_path, 0.5), launcher, Limits(None, 1, time.monotonic())).run()
     assert launcher.launched == [[0, 1], [0, 1], [2]]
     assert [(t.number, t.value) for t in study.trials] == [(0, 0.5), (1, 1.5), (2, 2.5)]
     assert [t.user_attrs.get("attempt") for t in study.trials] == [1, 1, None]
@@ -66,14 +74,15 @@ def test_a_launchers_setting_that_is_wrong_ends_the_sweep_and_no_trial_fails_for
     study = study_in(tmp_path)
     launcher = launcher_that(SettingsError("launcher.pack_via=ray: ray is not installed"))
     with pytest.raises(SettingsError, match="ray is not installed"):
-        Batches(study, JOBS, launcher, Limits(None, None, time.monotonic())).run()
+        Batches(
+            study, jobs_that_left(tmp_path), launcher, Limits(None, None, time.monotonic())
+        ).run()
     assert study.take_over() == [0, 1]
     assert not any("attempt" in trial.user_attrs for trial in study.trials)
 
 
 def test_trials_without_a_finite_score_count_as_failures(tmp_path):
-    one = Scored(1, Path("e1"), {SCORE: math.nan}, {})
-    jobs = SimpleNamespace(**{**vars(JOBS), "scored": lambda trial: [one]})
+    jobs = jobs_that_left(tmp_path, math.nan)
     launcher = launcher_that(JobReturn(status=JobStatus.COMPLETED))
     limits = Limits(None, 2, time.monotonic())
     Batches(study_in(tmp_path), jobs, launcher, limits).run()
@@ -87,8 +96,7 @@ def test_of_a_trial_that_another_driver_began_the_later_epochs_count_too(tmp_pat
     trial.report(1, Path("e1"), {SCORE: 0.9}, {})
     study = study_in(tmp_path)
     assert study.take_over() == [0]
-    found = [Scored(epoch, Path(f"e{epoch}"), {SCORE: 1 / epoch}, {}) for epoch in (1, 2)]
-    jobs = SimpleNamespace(**{**vars(JOBS), "scored": lambda trial: found})
+    jobs = jobs_that_left(tmp_path, 1.0, 0.5)
     launcher = launcher_that(JobReturn(status=JobStatus.COMPLETED))
     Batches(study, jobs, launcher, Limits(None, None, time.monotonic())).run()
     assert study.trials[0].value == 0.5
@@ -102,6 +110,18 @@ def test_trials_whose_job_was_lost_are_tried_again_and_those_that_failed_are_not
     returned = JobReturn(status=JobStatus.FAILED)
     returned.return_value = error("its ray job failed")
     study, limits = study_in(tmp_path), Limits(None, 2, time.monotonic())
-    Batches(study, JOBS, launcher_that(returned), limits).run()
+    Batches(study, jobs_that_left(tmp_path), launcher_that(returned), limits).run()
     assert [trial.user_attrs.get("attempt") for trial in study.trials] == attempts
     assert limits.hopeless  # in the end
+
+
+def test_a_full_disk_stops_the_sweep_and_leaves_its_trials_open(tmp_path):
+    full = JobReturn(status=JobStatus.FAILED)
+    full.return_value = PausingError("the disk is full")
+    returns = [full, JobReturn(status=JobStatus.COMPLETED)]
+    launcher = SimpleNamespace(launch=lambda overrides, initial_job_idx: returns)
+    study = study_in(tmp_path)
+    with pytest.raises(SweepError, match="the disk is full"):
+        jobs = jobs_that_left(tmp_path, 0.5)
+        Batches(study, jobs, launcher, Limits(None, None, time.monotonic())).run()
+    assert [trial.state.name for trial in study.trials] == ["RUNNING", "COMPLETE"]

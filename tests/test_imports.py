@@ -18,7 +18,7 @@ LEVELS = [
     {"tracking", "report", "study", "run_folder"},
     {"config"},
     {"judge", "prepare", "run", "pick", "doctor", "export", "reproduce"},
-    {"worker", "fleet", "engines"},
+    {"worker", "fleet", "engines", "trials"},
     {"launcher", "search"},
     {"jobs"},
     {"flow"},
@@ -30,7 +30,17 @@ LEVELS = [
 
 HOMES = {
     "hydra": {"config", "launcher", "search", "batches", "cli", "doctor"},
-    "omegaconf": {"config", "search", "jobs", "sweeper", "launcher", "doctor", "pick", "reproduce"},
+    "omegaconf": {
+        "config",
+        "search",
+        "trials",
+        "jobs",
+        "sweeper",
+        "launcher",
+        "doctor",
+        "pick",
+        "reproduce",
+    },
     "mlflow": {"tracking"},
     "optuna": {"study"},
     "optuna_dashboard": {"study"},

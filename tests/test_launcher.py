@@ -8,8 +8,10 @@ import pytest
 from hydra.errors import HydraException
 
 from lorasweep import config, engines, launcher
+from lorasweep.checkpoint import DiskFullError
 from lorasweep.fleet import Failure, Finished
 from lorasweep.launcher import Packs, _train, group
+from lorasweep.run import PausingError, RunError
 from lorasweep.settings import SettingsError, build_class
 
 DEFAULTS = {"devices": "auto", "max_pack": 8, "retries": 1, "pack_via": None, "engine": None}
@@ -46,6 +48,7 @@ def test_settings_are_those_of_config_yaml():
     [
         ({"engine": {"n_jobs": 2}}, r"launcher\.engine\.n_jobs has no effect without"),
         ({"pack_via": "slurm"}, r"launcher\.pack_via=slurm"),
+        ({"pack_via": "ray", "devices": "cpu"}, r"launcher\.devices has no effect with"),
         ({"max_pack": 0}, r"launcher\.max_pack=0"),
     ],
 )
@@ -82,7 +85,7 @@ def test_runs_that_can_share_a_base_are_grouped_in_order(make_run):
 def test_packs_are_jobs_of_joblib_and_a_lost_one_fails_its_own_runs(
     n_jobs, make_run, tmp_path, monkeypatch
 ):
-    def train_pack(pack):
+    def train_pack(pack, study):
         if pack[0].name == "demo-1" and n_jobs == 1:
             raise OSError("node down (made by the test)")
         if pack[0].name == "demo-1":
@@ -103,7 +106,7 @@ def test_runs_whose_job_was_lost_are_tried_again_and_those_that_failed_are_not(
 ):
     launched = []
 
-    def train_by_jobs(packs, engine, options, folder):
+    def train_by_jobs(packs, engine, options, folder, study):
         launched.append([[run.name for run in pack] for pack in packs])
         lost = [Failure(run=run.name, reason="node down", transient=True) for run in packs[-1]]
         return [Failure(run="demo-0", reason="NaN"), *lost] if len(launched) == 1 else lost[:1]
@@ -114,6 +117,16 @@ def test_runs_whose_job_was_lost_are_tried_again_and_those_that_failed_are_not(
     failed = launcher.train(runs, packs, packs.retries)
     assert launched == [[["demo-0", "demo-1"], ["demo-2", "demo-3"]], [["demo-2", "demo-3"]]]
     assert [(one.run, one.reason) for one in failed] == [("demo-0", "NaN"), ("demo-2", "node down")]
+
+
+def test_a_job_whose_disk_is_full_pauses_its_runs(make_run, monkeypatch):
+    def run_pack(runs):
+        raise DiskFullError("the disk is full")
+
+    monkeypatch.setattr(engines, "run_pack", run_pack)
+    (failure,) = engines.train_pack([make_run()])
+    assert failure.pauses
+    assert isinstance(RunError.of(failure), PausingError)
 
 
 @pytest.mark.parametrize("engine", ["submitit_local", "ray"])

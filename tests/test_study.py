@@ -659,10 +659,10 @@ def test_a_job_in_another_process_reports_to_its_trial(open_study, tmp_path):
     study = open_study()
     number = study.next().number
     folder = tmp_path / "outputs" / "demo" / "s"
-    joined = join_study(replace(SETTINGS), folder, number, max_epochs=9)
+    (joined,) = join_study(replace(SETTINGS), folder, [number], max_epochs=9)
     report(joined, 1, 0.5)
     joined.mark_pruned()
-    assert study.settle(number, list) is None
+    assert study.settle(number, []) is None
     assert study.trials[0].state == TrialState.PRUNED
     assert study.trials[0].value == 0.5
 

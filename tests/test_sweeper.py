@@ -222,9 +222,15 @@ def test_a_trial_that_waits_for_room_does_not_begin_when_too_many_have_failed(sw
     assert tried == ["demo-0"]
 
 
-def test_through_a_launcher_of_hydras_jobs_report_themselves_and_stop_when_pruned(
-    tmp_path, cache_dir
-):
+@pytest.mark.parametrize(
+    "how",
+    [
+        ["hydra/launcher=basic", "study.batch_size=1"],
+        ["launcher.pack_via=joblib", "study.batch_size=2"],
+    ],
+    ids=["hydras", "packs"],
+)
+def test_jobs_of_other_launchers_report_themselves_and_stop_when_pruned(tmp_path, cache_dir, how):
     (tmp_path / "sweeps").mkdir()
     (tmp_path / "sweeps" / "mine.yaml").write_text(SWEEP)
     places = [f"output_root={tmp_path}/outputs", f"cache_dir={cache_dir}"]
@@ -232,9 +238,9 @@ def test_through_a_launcher_of_hydras_jobs_report_themselves_and_stop_when_prune
         *(one for one in SMALL if not one.startswith("sampling.")),
         "sampling.every_n_epochs=0",
     ]
-    asked = ["study.n_trials=2", "study.batch_size=1", "study.pruner=asha", "study.min_epochs=1"]
+    asked = ["study.n_trials=2", "study.pruner=asha", "study.min_epochs=1"]
     rates = ["optimizer.unet_lr=choice(1e-3,1e-6)", "study.sampler=grid", "adapter.rank=4"]
-    given = [*small, *places, *asked, *rates, "hydra/launcher=basic", "study.startup_trials=0"]
+    given = [*small, *places, *asked, *rates, *how, "study.startup_trials=0"]
     cli.main(["sweep", "mine", "--config-dir", str(tmp_path), *given])
     study = study_of(tmp_path)
     assert [trial.state.name for trial in study.trials] == ["COMPLETE", "PRUNED"]
@@ -249,7 +255,7 @@ def test_packs_as_jobs_leave_their_scores_in_their_folders_and_a_lost_one_is_tri
 ):
     launched = []
 
-    def train_by_jobs(packs, engine, options, folder):
+    def train_by_jobs(packs, engine, options, folder, study):
         launched.append([[run.name for run in pack] for pack in packs])
         if len(launched) == 1:
             lost = packs[-1]
@@ -275,7 +281,7 @@ def test_packs_as_jobs_leave_their_scores_in_their_folders_and_a_lost_one_is_tri
 def test_a_sweep_with_packs_as_jobs_that_is_stopped_says_once_how_to_go_on(
     sweep, monkeypatch, capsys
 ):
-    def train_by_jobs(packs, engine, options, folder):
+    def train_by_jobs(packs, engine, options, folder, study):
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(launcher, "train_by_jobs", train_by_jobs)
@@ -374,7 +380,7 @@ def test_what_a_killed_driver_had_dropped_is_not_trained_by_packs_as_jobs(sweep,
 
     trained = []
 
-    def train_by_jobs(packs, engine, options, folder):
+    def train_by_jobs(packs, engine, options, folder, study):
         trained.extend(run.name for pack in packs for run in pack)
         return []
 

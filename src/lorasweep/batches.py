@@ -7,9 +7,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lorasweep import config as configs
-from lorasweep.flow import Limits
-from lorasweep.jobs import Jobs, say_pruned
-from lorasweep.run import PassingError
+from lorasweep import run_folder
+from lorasweep.checkpoint import DiskFullError
+from lorasweep.config import Run
+from lorasweep.flow import Limits, SweepError
+from lorasweep.jobs import Jobs
+from lorasweep.run import PassingError, PausingError
+from lorasweep.trials import say_pruned
 
 if TYPE_CHECKING:
     from hydra.core.utils import JobReturn
@@ -28,6 +32,7 @@ class Batches:
 
     def __init__(self, study: Study, jobs: Jobs, launcher: Any, limits: Limits) -> None:
         self._study, self._jobs, self._launcher, self._limits = study, jobs, launcher, limits
+        self._runs: dict[int, Run] = {}  # of the trials that were asked and have not ended
 
     def run(self) -> None:
         """Go on until the study has enough trials, or a limit is reached."""
@@ -42,8 +47,9 @@ class Batches:
             if trial is None:
                 break
             log.info("trial %d: %s", trial.number, " ".join(trial.overrides))
-            trial.plan(self._jobs.epochs)
-            if trial.epochs and self._jobs.was_dropped(trial):  # a job would train it to its end
+            run = self._runs[trial.number] = self._jobs.run_of(trial)
+            trial.plan(run.trainer.max_train_epochs)
+            if run_folder.was_dropped(run):  # a job would train it to its end
                 say_pruned(trial)
                 trial.mark_pruned()
                 self._complete(trial)
@@ -52,7 +58,7 @@ class Batches:
         return trials
 
     def _launch(self, trials: Sequence[Trial]) -> None:
-        overrides = [self._jobs.overrides(trial, reports=True) for trial in trials]
+        overrides = [self._jobs.overrides(trial) for trial in trials]
         try:
             returns = self._launcher.launch(overrides, initial_job_idx=trials[0].number)
         except Exception as error:  # a launcher raises when a worker dies; which one, it can't say
@@ -60,8 +66,12 @@ class Batches:
                 raise
             log.exception("the launcher failed")
             returns = [error] * len(trials)
+        paused = [reason for one in returns if (reason := _pause(one)) is not None]
         for trial, returned in zip(trials, returns, strict=True):
-            self._settle(trial, returned)
+            if _pause(returned) is None:
+                self._settle(trial, returned)
+        if paused:
+            raise SweepError(paused[0])  # the trials stay open
 
     def _settle(self, trial: Trial, returned: JobReturn | Exception) -> None:
         reason = _reason(returned)
@@ -76,7 +86,8 @@ class Batches:
             self._limits.failed(reason)
 
     def _complete(self, trial: Trial) -> None:
-        reason = self._study.settle(trial.number, lambda: self._jobs.scored(trial))
+        scored = run_folder.scored_checkpoints(self._runs.pop(trial.number))
+        reason = self._study.settle(trial.number, scored)
         if reason is None:
             self._limits.failures = 0
         else:
@@ -92,6 +103,12 @@ def _consecutive(trials: Sequence[Trial]) -> list[list[Trial]]:
         else:
             parts.append([trial])
     return parts
+
+
+def _pause(returned: JobReturn | Exception) -> str | None:
+    """Why a job waits for somebody to mend something."""
+    error = returned if isinstance(returned, Exception) else returned._return_value
+    return _reason(returned) if isinstance(error, PausingError | DiskFullError) else None
 
 
 def _may_pass(returned: JobReturn | Exception) -> bool:

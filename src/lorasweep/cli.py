@@ -371,18 +371,17 @@ def _run_alone(cfg: Any, hydra_cfg: Any) -> None:
         return
     dataset.find(run.dataset)
     run.check()
-    if "folder" in (hydra_cfg.sweeper or {}):  # a trial that a sweep gave to a launcher of Hydra's
-        from lorasweep import jobs
-
-        jobs.train_trial(run, jobs.trial_of(cfg, hydra_cfg))
-        return
+    from lorasweep import trials
     from lorasweep.run import Failure, RunError, run_pack
 
-    with run_folder.stoppable(run.output_dir) as interrupts:
-        reports = list(run_pack([run], interrupts))
-    failures = [report.reason for report in reports if isinstance(report, Failure)]
+    study = trials.JobsStudy.of(cfg, hydra_cfg)  # a trial that a sweep gave to Hydra's launcher
+    if study is not None:
+        failures = trials.train([run], study)
+    else:
+        with run_folder.stoppable(run.output_dir) as interrupts:
+            failures = [one for one in run_pack([run], interrupts) if isinstance(one, Failure)]
     if failures:
-        raise RunError(failures[0])
+        raise RunError.of(failures[0])
 
 
 def _resume(arguments: argparse.Namespace) -> int:

@@ -11,9 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from lorasweep import trials
+from lorasweep.checkpoint import DiskFullError
 from lorasweep.config import Run, one_line
 from lorasweep.run import Failure, run_pack
 from lorasweep.settings import SettingsError
+from lorasweep.trials import JobsStudy
 
 log = logging.getLogger(__name__)
 
@@ -23,19 +26,25 @@ Failures = list[Failure]
 
 
 def train_by_jobs(
-    packs: Sequence[Sequence[Run]], engine: Engine, options: Mapping[str, Any], folder: Path
+    packs: Sequence[Sequence[Run]],
+    engine: Engine,
+    options: Mapping[str, Any],
+    folder: Path,
+    study: JobsStudy | None = None,
 ) -> Failures:
     """Train each pack as one job of the engine; `options` are the engine's own, `folder` its logs.
 
-    A job that is lost fails its pack's runs with what the engine says; they may go well another
+    With a study the runs are its trials: they report to it, and stop where they are to be pruned. A
+    job that is lost fails its pack's runs with what the engine says; they may go well another
     time. Raises SettingsError where the engine isn't installed or doesn't know an option.
     """
     if engine == "ray":
-        results = _by_ray(packs, options)
+        results = _by_ray(packs, study, options)
     elif engine == "joblib":
-        results = _by_joblib(packs, options)
+        results = _by_joblib(packs, study, options)
     else:
-        results = _by_submitit(packs, engine.removeprefix("submitit_"), options, folder)
+        cluster = engine.removeprefix("submitit_")
+        results = _by_submitit(packs, study, cluster, options, folder)
     failures: Failures = []
     for pack, result in zip(packs, results, strict=True):
         try:
@@ -46,21 +55,28 @@ def train_by_jobs(
     return failures
 
 
-def train_pack(runs: Sequence[Run]) -> Failures:
+def train_pack(runs: Sequence[Run], study: JobsStudy | None = None) -> Failures:
     """One job: train a pack to its end."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:
+        if study is not None:
+            return trials.train(runs, study)
         return [report for report in run_pack(runs) if isinstance(report, Failure)]
     except Exception as error:
         reason = one_line(error)
         if reason is None:
             log.exception("a pack failed")
             reason = f"{type(error).__name__}: {error}"
-        return [Failure(run=run.name, reason=reason) for run in runs]
+        full = isinstance(error, DiskFullError)
+        return [Failure(run=run.name, reason=reason, pauses=full) for run in runs]
 
 
 def _by_submitit(
-    packs: Sequence[Sequence[Run]], cluster: str, options: Mapping[str, Any], folder: Path
+    packs: Sequence[Sequence[Run]],
+    study: JobsStudy | None,
+    cluster: str,
+    options: Mapping[str, Any],
+    folder: Path,
 ) -> Iterator[Callable[[], Failures]]:
     try:
         import submitit
@@ -71,14 +87,14 @@ def _by_submitit(
         executor.update_parameters(**{"name": "lorasweep", **options})
     except (NameError, TypeError, RuntimeError) as error:
         raise SettingsError(f"launcher.pack_via=submitit_{cluster}: {_first(error)}") from None
-    jobs = [executor.submit(train_pack, pack) for pack in packs]
+    jobs = [executor.submit(train_pack, pack, study) for pack in packs]
     for job, pack in zip(jobs, packs, strict=True):
         log.info("job %s: %s; log %s", job.job_id, _names(pack), job.paths.stderr)
     return iter([job.result for job in jobs])
 
 
 def _by_ray(
-    packs: Sequence[Sequence[Run]], options: Mapping[str, Any]
+    packs: Sequence[Sequence[Run]], study: JobsStudy | None, options: Mapping[str, Any]
 ) -> Iterator[Callable[[], Failures]]:
     try:
         import ray
@@ -93,12 +109,12 @@ def _by_ray(
             ray.init(address=address, log_to_driver=True)
     except (ConnectionError, TypeError, ValueError) as error:
         raise SettingsError(f"launcher.pack_via=ray: {_first(error)}") from None
-    tasks = [remote.remote(pack) for pack in packs]
+    tasks = [remote.remote(pack, study) for pack in packs]
     return iter([lambda task=task: ray.get(task) for task in tasks])
 
 
 def _by_joblib(
-    packs: Sequence[Sequence[Run]], options: Mapping[str, Any]
+    packs: Sequence[Sequence[Run]], study: JobsStudy | None, options: Mapping[str, Any]
 ) -> Iterator[Callable[[], Failures]]:
     try:
         from joblib import Parallel, delayed
@@ -109,7 +125,8 @@ def _by_joblib(
         Parallel(**given)
     except (TypeError, ValueError) as error:
         raise SettingsError(f"launcher.pack_via=joblib: {_first(error)}") from None
-    return _side_by_side(packs, lambda some: Parallel(**given)(map(delayed(train_pack), some)))
+    job = delayed(train_pack)
+    return _side_by_side(packs, lambda some: Parallel(**given)(job(pack, study) for pack in some))
 
 
 def _side_by_side(

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lorasweep import config as configs
 from lorasweep.config import Run
-from lorasweep.jobs import note, say_pruned
 from lorasweep.run import EpochReport, Failure, Finished, Report
+from lorasweep.trials import note, say_pruned
 
 if TYPE_CHECKING:
     from lorasweep.study.study import Study

@@ -18,6 +18,7 @@ from lorasweep.engines import Engine, train_by_jobs
 from lorasweep.fleet import Fleet, choose_devices
 from lorasweep.run import Failure, RunError
 from lorasweep.settings import Settings, SettingsError
+from lorasweep.trials import JobsStudy
 
 if TYPE_CHECKING:
     from hydra.core.utils import JobReturn
@@ -48,6 +49,11 @@ class Packs(Settings):
         if self.engine and self.pack_via is None:
             raise SettingsError(
                 f"launcher.engine.{next(iter(self.engine))} has no effect without launcher.pack_via"
+            )
+        if self.pack_via is not None and self.devices != "auto":
+            raise SettingsError(
+                "launcher.devices has no effect with launcher.pack_via, whose jobs have a device"
+                " each: give trainer.device"
             )
 
 
@@ -87,30 +93,31 @@ def _launch(config: DictConfig, jobs: Sequence[Job], settings: Packs) -> list[Fa
     todo = [job for job in jobs if ended[job.run.name] is None]
     if done := [name for name, status in ended.items() if status is not None]:
         log.info("%s have ended before and stay as they are", ", ".join(done))
-    of_study = any(_is_trial(job) for job in jobs)  # which can be stopped, and tries again, itself
-    stoppable = nullcontext() if of_study else run_folder.stoppable(folder)
+    study = JobsStudy.of(jobs[0].config, jobs[0].config.hydra)
+    # a study can be stopped, and tries again, itself
+    stoppable = nullcontext() if study else run_folder.stoppable(folder)
     with run_folder.taken(folder), stoppable:
         run_folder.write_sweep(folder, digest, "unfinished")
         for job in todo:
             save_hydra_files(job)
             run_folder.forget_drop(job.run.output_dir)
         if todo:
-            retries = 0 if of_study else settings.retries
-            failed += train([job.run for job in todo], settings, retries)
+            retries = 0 if study else settings.retries
+            failed += train([job.run for job in todo], settings, retries, study)
         if not any(run_folder.is_unfinished(job.run.output_dir) for job in jobs):
             run_folder.write_sweep(folder, digest, "finished")
     return failed
 
 
-def _is_trial(job: Job) -> bool:
-    """Did a study give the job?"""
-    return "folder" in (job.config.hydra.sweeper or {})
+def train(
+    runs: Sequence[Run], settings: Packs, retries: int, study: JobsStudy | None = None
+) -> list[Failure]:
+    """Train runs to their ends, in packs; those that failed, and were tried again in vain.
 
-
-def train(runs: Sequence[Run], settings: Packs, retries: int) -> list[Failure]:
-    """Train runs to their ends, in packs; those that failed, and were tried again in vain."""
+    With `pack_via`, trials of a study report to it.
+    """
     if settings.pack_via is not None:
-        return _train_by_jobs(runs, settings, retries)
+        return _train_by_jobs(runs, settings, retries, study)
     (wanted, *others) = dict.fromkeys(run.trainer.device for run in runs)
     if others:
         raise SettingsError(
@@ -122,18 +129,20 @@ def train(runs: Sequence[Run], settings: Packs, retries: int) -> list[Failure]:
         return _train(fleet, {run.name: run for run in runs}, retries)
 
 
-def _train_by_jobs(runs: Sequence[Run], settings: Packs, retries: int) -> list[Failure]:
+def _train_by_jobs(
+    runs: Sequence[Run], settings: Packs, retries: int, study: JobsStudy | None
+) -> list[Failure]:
     """Train runs, in packs that are jobs of an engine; those of lost jobs in new packs again."""
     assert settings.pack_via is not None
     folder, packs = runs[0].output_dir.parent / ".jobs", group(runs, settings.max_pack)
-    found = train_by_jobs(packs, settings.pack_via, settings.engine or {}, folder)
+    found = train_by_jobs(packs, settings.pack_via, settings.engine or {}, folder, study)
     again = {failure.run for failure in found if failure.transient and retries > 0}
     if not again:
         return found
     _say_again([failure for failure in found if failure.run in again])
     left = [run for run in runs if run.name in again]
     stay = [failure for failure in found if failure.run not in again]
-    return [*stay, *_train_by_jobs(left, settings, retries - 1)]
+    return [*stay, *_train_by_jobs(left, settings, retries - 1, study)]
 
 
 def _train(fleet: Fleet, runs: Mapping[str, Run], retries: int) -> list[Failure]:

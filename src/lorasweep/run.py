@@ -93,11 +93,17 @@ class RunError(RuntimeError):
     @staticmethod
     def of(failure: Failure) -> RunError:
         """The error that says so."""
+        if failure.pauses:
+            return PausingError(failure.reason)
         return (PassingError if failure.transient else RunError)(failure.reason)
 
 
 class PassingError(RunError):
     """It may go well another time."""
+
+
+class PausingError(RunError):
+    """It goes on when the same command is given again, once what is wrong was mended."""
 
 
 def run_pack(runs: Sequence[Run], interrupts: Interrupts | None = None) -> Iterator[Report]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from filelock import FileLock, Timeout
 
-from lorasweep.checkpoint import delete_temporaries, write_atomically
+from lorasweep.checkpoint import checkpoint_path, delete_temporaries, write_atomically
 from lorasweep.interrupts import Interrupts
 from lorasweep.settings import SettingsError
 from lorasweep.trainers import states
@@ -229,6 +229,25 @@ def read_scores(folder: Path, epoch: int) -> tuple[Scores, Terms] | None:
         return None
     found = json.loads(path.read_text())
     return found["scores"], found["terms"]
+
+
+@dataclass(frozen=True)
+class ScoredCheckpoint:
+    """A checkpoint that a run left in its folder, and what it scored."""
+
+    epoch: int
+    path: Path
+    scores: Scores
+    terms: Terms
+
+
+def scored_checkpoints(run: Run) -> Iterator[ScoredCheckpoint]:
+    """The checkpoints in the folder of a run that have scores, in their order."""
+    for epoch in range(1, run.trainer.max_train_epochs + 1):
+        known = read_scores(run.output_dir, epoch)
+        if known is not None:
+            path = checkpoint_path(run.output_dir, run.name, epoch)
+            yield ScoredCheckpoint(epoch, path, *known)
 
 
 def _scores_of(folder: Path, epoch: int) -> Path:

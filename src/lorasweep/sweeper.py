@@ -15,11 +15,12 @@ from lorasweep import search
 from lorasweep.batches import Batches
 from lorasweep.config import PACKAGE, Run
 from lorasweep.flow import Flow, Limits, SweepError
-from lorasweep.jobs import Jobs, study_settings
+from lorasweep.jobs import Jobs
 from lorasweep.run_folder import stoppable
 from lorasweep.search import Search
 from lorasweep.settings import SettingsError
 from lorasweep.study.storage import only_driver, sweep_name
+from lorasweep.trials import study_settings
 
 if TYPE_CHECKING:
     from lorasweep.study.settings import StudySettings

@@ -6,16 +6,17 @@ import json
 import logging
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import optuna
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from lorasweep.rng import key_seed
+from lorasweep.run_folder import ScoredCheckpoint
 from lorasweep.settings import SettingsError
 from lorasweep.study.methods import (
     CURVE,
@@ -44,19 +45,6 @@ SOURCE, THEIR_NUMBER = "warm_start", "warm_start_number"  # of a warm start: whi
 # user attributes of the study
 BASIS = "basis"  # what must stay the same when it is continued
 LEARNED = "learned"  # the other study, all of whose trials were taken
-
-
-class Tracked(Protocol):
-    """A candidate as tracking knows it."""
-
-    @property
-    def epoch(self) -> int: ...
-    @property
-    def path(self) -> Path: ...
-    @property
-    def scores(self) -> Mapping[str, float]: ...
-    @property
-    def terms(self) -> Mapping[str, Sequence[float]]: ...
 
 
 @dataclass
@@ -216,14 +204,14 @@ class Study:
         self._study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
         return False
 
-    def settle(self, number: int, tracked: Callable[[], Sequence[Tracked]]) -> str | None:
+    def settle(self, number: int, scored: Iterable[ScoredCheckpoint]) -> str | None:
         """End a trial whose run was trained by another process; why it failed, if it did.
 
-        What that didn't report to the study is taken from `tracked`: the run's candidates.
+        What that process didn't report of the `scored` checkpoints is reported now.
         """
         trial = self.trial(number)
         known = trial.epochs  # of its own reports, or of a driver that had the trial before
-        for one in [] if trial.is_whole else tracked():
+        for one in [] if trial.is_whole else scored:
             if one.epoch > known:
                 terms = {self.settings.objectives[0]: (), **one.terms}  # long ones aren't kept
                 trial.report(one.epoch, one.path, one.scores, terms)
@@ -327,16 +315,22 @@ class Study:
                 )
 
 
-def join_study(settings: StudySettings, folder: Path, number: int, *, max_epochs: int) -> Trial:
-    """The trial `number` of the sweep in `folder`, from any process that reaches its storage."""
+def join_study(
+    settings: StudySettings, folder: Path, numbers: Sequence[int], *, max_epochs: int
+) -> list[Trial]:
+    """Trials of the sweep in `folder`, from any process that reaches its storage."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = open_storage(settings.storage, folder)
     study = optuna.load_study(
         study_name=sweep_name(folder), storage=storage, pruner=make_pruner(settings, max_epochs)
     )
-    trial_id = storage.get_trial_id_from_study_id_trial_number(study._study_id, number)
     by_first = FirstObjective(study, storage) if settings.pareto else None
-    return Trial(optuna.Trial(study, trial_id), settings, Space({}, {}), by_first)
+
+    def trial(number: int) -> Trial:
+        trial_id = storage.get_trial_id_from_study_id_trial_number(study._study_id, number)
+        return Trial(optuna.Trial(study, trial_id), settings, Space({}, {}), by_first)
+
+    return [trial(number) for number in numbers]
 
 
 def known_trials(sweep: str, settings: StudySettings, output_root: Path) -> list[FrozenTrial]:
