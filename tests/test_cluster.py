@@ -73,15 +73,15 @@ def candidates(uri):
 ALL = [("demo-0", 1), ("demo-1", 1), ("demo-2", 1)]
 
 
-@pytest.mark.parametrize(
-    ("engine", "options"),
-    [
-        ("submitit_local", "{timeout_min: 20}"),
-        ("joblib", "{n_jobs: 2}"),
-        ("ray", "{num_cpus: 1}"),
-        ("submitit_slurm", "{timeout_min: 20, slurm_partition: test}"),
-    ],
-)
+ENGINES = [
+    ("submitit_local", "{timeout_min: 20}"),
+    ("joblib", "{n_jobs: 2}"),
+    ("ray", "{num_cpus: 1}"),
+    ("submitit_slurm", "{timeout_min: 20, slurm_partition: test}"),
+]
+
+
+@pytest.mark.parametrize(("engine", "options"), ENGINES)
 def test_whole_packs_are_jobs_of_an_engine(engine, options, tmp_path, cache_dir, request):
     pytest.importorskip(engine.partition("_")[0])
     if engine == "submitit_slurm":
@@ -97,6 +97,35 @@ def test_whole_packs_are_jobs_of_an_engine(engine, options, tmp_path, cache_dir,
     if engine.startswith("submitit"):
         (logs,) = (tmp_path / "outputs" / "demo").glob("*/.jobs")
         assert len(list(logs.glob("*_submitted.pkl"))) == 2  # packs of 2 and 1
+
+
+@pytest.mark.parametrize(("engine", "options"), ENGINES)
+def test_a_sweeps_packs_report_to_its_study_from_their_jobs(
+    engine, options, tmp_path, cache_dir, request
+):
+    pytest.importorskip(engine.partition("_")[0])
+    if engine == "submitit_slurm":
+        request.getfixturevalue("slurm")
+    small = [one for one in SMALL if not one.startswith("sampling.")]
+    asked = [
+        "study.name=s",
+        "study.n_trials=2",
+        "study.sampler=grid",
+        "optimizer.unet_lr=1e-3,1e-6",
+    ]
+    pruned = [
+        "study.pruner=asha",
+        "study.pruner_options={}",
+        "study.min_epochs=1",
+        "adapter.rank=2",
+    ]
+    how = [f"launcher.pack_via={engine}", f"launcher.engine={options}", "sampling.every_n_epochs=0"]
+    said = lorasweep(
+        *("sweep", "rank_lr", *small, *asked, *pruned, *how, f"cache_dir={cache_dir}"), cwd=tmp_path
+    ).stdout
+    assert "Trained 3 epochs of 4 planned" in said
+    store = f"sqlite:///{tmp_path / 'outputs' / 'mlflow.db'}"
+    assert candidates(store) == [("demo-0", 1), ("demo-0", 2), ("demo-1", 1)]
 
 
 @pytest.mark.parametrize("cluster", ["local", "slurm"])
