@@ -44,13 +44,19 @@ TPE_CASES = {
 }
 FIRST = {"adapter.rank": 16, "optimizer.unet_lr": 1e-3}  # the demo's own: a sweep's first trial
 PRUNERS = {
-    "none": "",
-    "median": "",
-    "percentile": "",
-    "asha": "reduction_factor: 2",
-    "hyperband": "reduction_factor: 2",
-    "wilcoxon": "",
-    "patient": "patience: 2",
+    "none": ["study.pruner=none"],
+    "median": ["study.pruner=median"],
+    "percentile": ["study.pruner=percentile"],
+    "asha, factor 2": ["study.pruner=asha", "study.pruner_options={reduction_factor: 2}"],
+    "asha, factor 3": ["study.pruner=asha", "study.pruner_options={reduction_factor: 3}"],
+    "asha, factor 3, from epoch 4": [  # as the sweeps have it that ship
+        "study.pruner=asha",
+        "study.pruner_options={reduction_factor: 3}",
+        "study.min_epochs=4",
+    ],
+    "hyperband, factor 2": ["study.pruner=hyperband", "study.pruner_options={reduction_factor: 2}"],
+    "wilcoxon": ["study.pruner=wilcoxon"],
+    "patient, 2 epochs": ["study.pruner=patient", "study.pruner_options={patience: 2}"],
 }
 
 
@@ -156,9 +162,9 @@ def _replay_tpe(grids: Grids, max_pack: int, searches: int) -> None:
 def _replay_pruners(grids: Grids, max_pack: int) -> None:
     rows = []
     bests = [_best(points) for points in grids.values()]
-    for pruner, options in PRUNERS.items():
-        study = ["study.n_trials=16", f"study.pruner={pruner}", "study.min_epochs=2"]
-        study += ["study.sampler=random", f"study.pruner_options={{{options}}}"]
+    for pruner, own_settings in PRUNERS.items():
+        common = ["study.n_trials=16", "study.sampler=random", "study.min_epochs=2"]
+        study = [*common, *own_settings]
         results = [
             Result(*replay(points, study, in_any_order(points, seed), max_pack))
             for seed, points in grids.items()
