@@ -73,18 +73,29 @@ def test_a_shipped_sweep_trains(name, tmp_path, cache_dir, capsys):
     assert len(list((tmp_path / "demo" / name).glob("*/*-000002.safetensors"))) == 3
 
 
-@pytest.mark.parametrize("name", STUDIES)
-def test_what_would_train_without_the_sweep_is_tried_first(name, monkeypatch):
+@pytest.fixture
+def read(monkeypatch):
+    """Read a shipped sweep's search, as its command line has it."""
+
     class Read(Exception):
         """The sweep's search, in place of the sweep."""
 
-    def read(config, loader, launcher, arguments):
+    def sweep(config, loader, launcher, arguments):
         raise Read(search.read(config, loader, arguments))
 
-    monkeypatch.setattr(sweeper, "sweep", read)
-    with pytest.raises(Read) as found:
-        cli.main(["sweep", name, "dataset.image_dir=photos"])
-    space, guess = found.value.args[0].space, found.value.args[0].guesses[0]
+    def found(name, *overrides):
+        with pytest.raises(Read) as found:
+            cli.main(["sweep", name, "dataset.image_dir=photos", *overrides])
+        return found.value.args[0]
+
+    monkeypatch.setattr(sweeper, "sweep", sweep)
+    return found
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_what_would_train_without_the_sweep_is_tried_first(name, read):
+    found = read(name)
+    space, guess = found.space, found.guesses[0]
     assert space.holds(guess)
     guide = {
         "adapter": "lora",
@@ -99,6 +110,56 @@ def test_what_would_train_without_the_sweep_is_tried_first(name, monkeypatch):
         "study.vars.text_encoder_ratio": 0.5,
     }
     assert guess == {key: guide[key] for key in guess}
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "gone", "conditions"),
+    [
+        ("adapter_types", "adapter=locon", ["adapter.factor"], {}),
+        ("adapter_types", "adapter=dora", ["adapter.conv_rank", "adapter.factor"], {}),
+        (
+            "adapter_types",
+            "adapter=choice(lora,locon)",
+            ["adapter.factor"],
+            {"adapter.conv_rank": ("locon",)},
+        ),
+        ("captions", "captions=[wd14]", ["captions.empty.repeats", "captions.kosmos.repeats"], {}),
+        (
+            "captions",
+            "captions=choice([empty,wd14],[wd14])",
+            ["captions.kosmos.repeats"],
+            {
+                "captions.empty.repeats": ("[empty,wd14]",),
+                "captions.wd.repeats": ("[wd14]", "[empty,wd14]"),
+            },
+        ),
+    ],
+)
+def test_a_sweep_narrowed_on_the_command_line_searches_what_is_left(
+    read, name, override, gone, conditions
+):
+    whole, narrow = read(name).space, read(name, override).space
+    fixed = [] if "choice" in override else [override.partition("=")[0]]
+    assert list(narrow.parameters) == [n for n in whole.parameters if n not in [*gone, *fixed]]
+    assert {name: one.texts for name, one in narrow.conditions.items()} == conditions
+
+
+def test_a_point_to_try_first_goes_without_what_the_command_line_leaves_out(read):
+    guesses = read("guide", "adapter.rank=choice(8,16)").guesses
+    assert [guess.get("adapter.rank") for guess in guesses] == [None, None, 16]
+    assert [guess["study.vars.lr"] for guess in guesses] == [1e-4] * 3
+
+
+def test_what_the_command_line_asks_for_is_searched_whatever_the_conditions(read):
+    space = read("adapter_types", "adapter=locon", "adapter.factor=choice(4,8)").space
+    assert {"adapter.conv_rank", "adapter.factor"} < set(space.parameters)
+
+
+@pytest.mark.parametrize("override", ["adapter=lora", "adapter=locon", "adapter=choice(lora,loha)"])
+def test_a_condition_on_what_its_parent_never_is_is_refused(read, override, capsys):
+    with pytest.raises(SystemExit):
+        read("adapter_types", override, "study.conditions={adapter.conv_rank: 'adapter=nolora'}")
+    assert "study.conditions.adapter.conv_rank: adapter is never nolora" in capsys.readouterr().err
 
 
 def test_the_guides_own_advice_is_the_first_trial_of_its_sweep(ship):

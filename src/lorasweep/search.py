@@ -30,35 +30,68 @@ def read(config: DictConfig, config_loader: Any, arguments: Sequence[str]) -> Se
     Raises SettingsError for what can't be searched, or if nothing is.
     """
     swept, fixed, plain = _split(config_loader, arguments)
-    in_file = _parsed(config_loader, _file_params(config))
-    searched = {_name(one): one for one in in_file if _name(one) not in plain}
-    searched |= {_name(one): one for one in swept}
-    if not searched:
+    parsed = _parsed(config_loader, _file_params(config))
+    in_file = {_name(one): _parameter(one) for one in parsed}
+    asked = {_name(one): _parameter(one) for one in swept}
+    conditions = {
+        name: _condition(name, str(text))
+        for name, text in (_plain(config.study.conditions) or {}).items()
+    }
+    space = _space(in_file, asked, plain, conditions)
+    if not space.parameters:
         raise SettingsError(
             "there is nothing to search: give study.params in a sweep's file, or a range on the"
             " command line, e.g. 'adapter.rank=choice(4,8,16)'"
         )
-    conditions = {
-        name: _condition(name, str(text))
-        for name, text in (_plain(config.study.conditions) or {}).items()
-        if name not in plain
-    }
-    space = Space({name: _parameter(one) for name, one in searched.items()}, conditions)
-    known = {_name(one) for one in in_file} | set(searched)
     chosen = _chosen(config, config_loader, fixed)
-    guesses = [_composed(config, space, chosen), *_enqueued(config, space, known)]
+    guesses = [_composed(config, space, chosen), *_enqueued(config, space, {**asked, **in_file})]
     return Search(space, fixed, guesses)
 
 
-def _split(loader: Any, arguments: Sequence[str]) -> tuple[list[Any], list[str], set[str]]:
-    """Overrides that sweep, those that don't, and the names of the latter."""
-    swept, fixed, plain = [], [], set()
+def _space(
+    in_file: Mapping[str, Parameter],
+    asked: Mapping[str, Parameter],
+    plain: Mapping[str, str],
+    conditions: Mapping[str, Condition],
+) -> Space:
+    """What is searched when the command line asks for parameters, and gives others plain values.
+
+    Of a condition stays what the parent can still be. Without any of it, its parameter is searched
+    no more, unless the command line itself asks for it.
+    """
+    own = {
+        name: one
+        for name, one in conditions.items()
+        if name in in_file and one.parent in in_file.keys() - asked.keys()
+    }
+    Space(in_file, own)  # raises for what is wrong in the file, whatever the command line leaves
+    found = {name: one for name, one in in_file.items() if name not in plain} | {**asked}
+    left = {name: one for name, one in conditions.items() if name not in plain}
+    for name in list(found):  # parents come first
+        parent = left[name].parent if name in left else ""
+        was, now = in_file.get(parent), found.get(parent)
+        if not isinstance(was, Choice) or isinstance(now, Number):
+            continue
+        has = now.texts if now is not None else (plain.get(parent),)
+        texts = tuple(one for one in left[name].texts if one in has or one not in was.texts)
+        if now is not None and texts:
+            left[name] = Condition(parent, texts)
+            continue
+        del left[name]
+        if not texts and name not in asked:
+            del found[name]
+    return Space(found, left)
+
+
+def _split(loader: Any, arguments: Sequence[str]) -> tuple[list[Any], list[str], dict[str, str]]:
+    """Overrides that sweep, those that don't, and the latter's values by their names."""
+    swept, fixed, plain = [], [], {}
     for override in _parsed(loader, arguments):
         if override.is_sweep_override():
             swept.append(override)
         else:
             fixed.append(str(override.input_line))
-            plain.add(_name(override))
+            plain[_name(override)] = override.get_value_element_as_str()
     return swept, fixed, plain
 
 
@@ -160,7 +193,10 @@ def _chosen(config: DictConfig, loader: Any, fixed: Sequence[str]) -> dict[str, 
     return {**options, **config.hydra.runtime.choices}
 
 
-def _enqueued(config: DictConfig, space: Space, known: set[str]) -> Iterator[dict[str, Value]]:
+def _enqueued(
+    config: DictConfig, space: Space, known: Mapping[str, Parameter]
+) -> Iterator[dict[str, Value]]:
+    """The points to try first, without what the command line leaves out of the file's `known`."""
     for number, guess in enumerate(_plain(config.study.enqueue)):
         found: dict[str, object] = {}
         for name, value in guess.items():
@@ -169,8 +205,12 @@ def _enqueued(config: DictConfig, space: Space, known: set[str]) -> Iterator[dic
                     f"study.enqueue[{number}].{name}: no such parameter is searched;"
                     f" study.params has {', '.join(space.parameters)}"
                 )
-            if name in space.parameters:
-                found[name] = _comparable(value, space.parameters[name])
+            now = space.parameters.get(name)
+            if now is None:
+                continue
+            value = _comparable(value, now)
+            if now.fits(value) or not known[name].fits(value):
+                found[name] = value
         inside = space.inside(found)
         for name in found.keys() - inside.keys():
             raise SettingsError(
