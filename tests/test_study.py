@@ -539,7 +539,7 @@ def test_a_conditional_parameter_exists_only_where_it_should(open_study):
 
 def test_warm_start_takes_the_trials_that_fit_as_knowledge_but_not_as_its_own(open_study, tmp_path):
     run(open_study(name="old", n_trials=4))
-    known = known_trials("demo-old", SETTINGS, tmp_path / "outputs")
+    known = known_trials("demo-old", SETTINGS, tmp_path / "outputs", tmp_path)
     study = open_study(name="new", n_trials=2)
     assert study.learn(known, "demo-old") == 4
     assert study.learn(known, "demo-old") == 0  # once
@@ -560,14 +560,14 @@ def test_warm_start_takes_the_trials_that_fit_as_knowledge_but_not_as_its_own(op
 def test_a_warm_start_from_another_question_is_refused(open_study, tmp_path, changes, said):
     run(open_study(name="old", n_trials=1))
     with pytest.raises(SettingsError, match=said):
-        known_trials("demo-old", replace(SETTINGS, **changes), tmp_path / "outputs")
+        known_trials("demo-old", replace(SETTINGS, **changes), tmp_path / "outputs", tmp_path)
 
 
 def test_a_warm_start_that_a_kill_broke_off_is_finished_and_has_each_trial_once(
     open_study, tmp_path, monkeypatch
 ):
     run(open_study(name="old", n_trials=4))
-    known = known_trials("demo-old", SETTINGS, tmp_path / "outputs")
+    known = known_trials("demo-old", SETTINGS, tmp_path / "outputs", tmp_path)
     study = open_study(name="new")
     add, added = study.optuna_study.add_trial, []
 
@@ -596,9 +596,9 @@ def test_a_warm_start_finds_a_sweep_in_the_storage_and_in_a_journal_of_its_own(
     run(open_study(name="kept", n_trials=3, storage=shared.storage))
     outputs = tmp_path / "outputs"
     for sweep, number in {"demo-old": 2, outputs / "demo" / "old": 2, "demo-kept": 3}.items():
-        assert len(known_trials(str(sweep), shared, outputs)) == number
+        assert len(known_trials(str(sweep), shared, outputs, tmp_path)) == number
     with pytest.raises(SettingsError, match=r"none: there is no such .*; in study.storage .*kept"):
-        known_trials("none", shared, outputs)
+        known_trials("none", shared, outputs, tmp_path)
 
 
 @pytest.mark.parametrize("pruner", [one for one in get_args(PrunerName) if one != "patient"])
@@ -611,7 +611,7 @@ def test_no_run_is_compared_with_those_of_a_warm_start(open_study, tmp_path, pru
         trial.report(1, Path("e1"), {SCORE: 0.1, "val/prior_drift": 0.1}, {SCORE: terms})
         old.complete(trial)
     study = open_study(name="new", **asked)
-    known = known_trials("demo-old", study.settings, tmp_path / "outputs")
+    known = known_trials("demo-old", study.settings, tmp_path / "outputs", tmp_path)
     assert study.learn(known, "demo-old") == 6
     first, worse = study.next(), study.next()
     drift = {"val/prior_drift": 0.5}

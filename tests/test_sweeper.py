@@ -307,6 +307,27 @@ def test_a_warm_start_says_once_how_many_trials_fit(sweep, capsys):
     assert "took the trials of demo-old when it began; those of demo-narrow are not taken" in said
 
 
+def test_a_sweep_is_not_warmed_by_itself(sweep, tmp_path, capsys):
+    sweep("study.n_trials=1", "study.name=old")
+    own = tmp_path / "outputs" / "demo" / "old"
+    for known in ("old", "demo-old", own, own / storage.JOURNAL):
+        with pytest.raises(SystemExit):
+            sweep("study.n_trials=2", "study.name=old", f"study.warm_start={known}")
+        assert "there is no such sweep but this one with a study" in capsys.readouterr().err
+    sweep("study.n_trials=1", "study.name=old", "name=other", "study.warm_start=old")
+    assert "1 of 1 trials of old fit" in capsys.readouterr().out
+
+
+def test_a_sweep_in_a_storage_is_not_warmed_by_itself(sweep, tmp_path, capsys):
+    kept = [f"study.storage={tmp_path}/kept.journal", "study.name=old", "study.n_trials=1"]
+    with pytest.raises(SettingsError):  # the sweep has no journal of its own
+        sweep(*kept)
+    for known in ("demo-old", tmp_path / "kept.journal"):
+        with pytest.raises(SystemExit):
+            sweep(*kept, f"study.warm_start={known}")
+        assert "no such sweep but this one" in capsys.readouterr().err
+
+
 @pytest.fixture
 def dashboard(monkeypatch):
     """What optuna-dashboard is given to show: names of studies, host and port."""

@@ -94,7 +94,7 @@ def open_study(settings: StudySettings, found: Search, folder: Path, run: Run) -
             settings.n_trials,
             study.n_trials,
         )
-    _warm_start(study, run.output_root)
+    _warm_start(study, run.output_root, folder)
     if settings.pareto and settings.pruner != "none":
         log.info(
             "several objectives: runs are pruned by the first of them, %s", settings.objectives[0]
@@ -121,7 +121,7 @@ def _is_free(key: str) -> bool:
     return searches or key.startswith(_FREE) or key.endswith(".device")
 
 
-def _warm_start(study: Study, output_root: Path) -> None:
+def _warm_start(study: Study, output_root: Path, folder: Path) -> None:
     """Once, and whole: what a kill broke off is finished before the study goes on."""
     from lorasweep.study.study import known_trials
 
@@ -138,7 +138,7 @@ def _warm_start(study: Study, output_root: Path) -> None:
         )
     if other is None:
         return
-    found = known_trials(other, study.settings, output_root)
+    found = known_trials(other, study.settings, output_root, folder)
     taken = study.learn(found, other)
     level = logging.INFO if taken else logging.WARNING
     said = (

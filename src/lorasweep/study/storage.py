@@ -26,11 +26,15 @@ def open_storage(storage: str | None, folder: Path) -> BaseStorage:
 
     Raises SettingsError for a database that can't be reached or whose driver is missing.
     """
+    journal = journal_path(storage, folder)
+    return _journal(journal) if journal is not None else _database(str(storage))
+
+
+def journal_path(storage: str | None, folder: Path) -> Path | None:
+    """The file that the sweep of a folder is kept in; None for a database."""
     if storage is None:
-        return _journal(folder / JOURNAL)
-    if "://" not in storage:
-        return _journal(Path(storage).expanduser())
-    return _database(storage)
+        return folder / JOURNAL
+    return None if "://" in storage else Path(storage).expanduser()
 
 
 @contextmanager
@@ -91,24 +95,29 @@ def _advisory_locked(held: ExitStack, url: str, name: str) -> bool:
         return bool(taken.scalar())
 
 
-def find_journal(sweep: str | None, output_root: Path) -> Path:
+def find_journal(sweep: str | None, output_root: Path, but: Path | None = None) -> Path:
     """The journal of a sweep by its name (as `pick` knows it), folder or file; else the newest.
 
-    Raises SettingsError that lists what there is.
+    One may be left out. Raises SettingsError that lists what there is.
     """
-    found = sorted(output_root.glob(f"*/*/{JOURNAL}"), key=lambda p: p.stat().st_mtime)
+    left_out = but.resolve() if but is not None else None
+    found = [path for path in output_root.glob(f"*/*/{JOURNAL}") if path.resolve() != left_out]
+    found.sort(key=lambda path: path.stat().st_mtime)
     if sweep is None:
         if not found:
             raise SettingsError(f"no sweep with a study is in {output_root}: lorasweep sweep NAME")
         return found[-1]
     given = Path(sweep).expanduser()
     for path in (given, given / JOURNAL):
-        if path.is_file():
+        if path.is_file() and path.resolve() != left_out:
             return path.absolute()
     named = [path for path in found if sweep in (sweep_name(path.parent), path.parent.name)]
     if not named:
         known = ", ".join(sweep_name(path.parent) for path in found) or "none"
-        raise SettingsError(f"{sweep}: there is no such sweep with a study; there are: {known}")
+        other = " but this one" if but is not None else ""
+        raise SettingsError(
+            f"{sweep}: there is no such sweep{other} with a study; there are: {known}"
+        )
     return named[-1]
 
 

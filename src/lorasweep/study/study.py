@@ -33,7 +33,7 @@ from lorasweep.study.pareto import FirstObjective
 from lorasweep.study.points import PointSampler, point_key
 from lorasweep.study.settings import StudySettings
 from lorasweep.study.space import Choice, Parameter, Space, Value
-from lorasweep.study.storage import find_journal, open_storage, sweep_name
+from lorasweep.study.storage import find_journal, journal_path, open_storage, sweep_name
 from lorasweep.study.trial import BEST, PRUNED, Trial, excess
 
 log = logging.getLogger(__name__)
@@ -333,12 +333,15 @@ def join_study(
     return [trial(number) for number in numbers]
 
 
-def known_trials(sweep: str, settings: StudySettings, output_root: Path) -> list[FrozenTrial]:
+def known_trials(
+    sweep: str, settings: StudySettings, output_root: Path, folder: Path
+) -> list[FrozenTrial]:
     """The trials of another sweep that ended with a value: of a database, or of its journal.
 
-    Raises SettingsError if there is no such sweep, or if its values are of something else.
+    It is not that of `folder`. Raises SettingsError if there is no such sweep, or if its values are
+    of something else.
     """
-    study = _other_study(sweep, settings.storage, output_root)
+    study = _other_study(sweep, settings.storage, output_root, folder)
     theirs = study.user_attrs.get(BASIS, {})
     for key, ours in _question(settings).items():
         if theirs.get(key) != ours:
@@ -349,18 +352,18 @@ def known_trials(sweep: str, settings: StudySettings, output_root: Path) -> list
     return study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
 
 
-def _other_study(sweep: str, storage: str | None, output_root: Path) -> optuna.Study:
+def _other_study(sweep: str, storage: str | None, output_root: Path, folder: Path) -> optuna.Study:
     """Found in the storage by its name or folder; else in a journal of its own."""
     beside = ""
     if storage is not None:
         opened = open_storage(storage, output_root)
-        kept = optuna.get_all_study_names(opened)
+        kept = [one for one in optuna.get_all_study_names(opened) if one != sweep_name(folder)]
         for name in (sweep, sweep_name(Path(sweep).absolute())):
             if name in kept:
                 return optuna.load_study(study_name=name, storage=opened)
         beside = f"; in study.storage there are: {', '.join(kept) or 'none'}"
     try:
-        journal = find_journal(sweep, output_root)
+        journal = find_journal(sweep, output_root, but=journal_path(storage, folder))
     except SettingsError as error:
         raise SettingsError(f"study.warm_start: {error}{beside}") from None
     opened = open_storage(str(journal), journal.parent)
