@@ -491,6 +491,43 @@ def test_no_point_is_tried_twice_and_a_sweep_ends_when_all_were(open_study, samp
     assert len({point_key(trial.params) for trial in trials}) == len(trials) == 9
 
 
+@pytest.mark.parametrize(
+    ("number", "values"),
+    [
+        (Number("x", 1, 3), [1, 2, 3]),
+        (Number("x", 1, 3, log=True), [1, 2, 3]),
+        (Number("x", 3.0, 3.0), [3.0]),
+        # as Hydra adds up range(0.1,0.8,0.2)
+        (Number("x", 0.1, 0.7000000000000001, step=0.20000000000000004), [0.1, 0.3, 0.5, 0.7]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("sampler", get_args(SamplerName))
+def test_few_numbers_are_tried_once_each(open_study, number, values, sampler):
+    space = Space({"x": number}, {})
+    for n_trials in (2, 9):  # the second command goes on where the first has ended
+        run(open_study(space, [{"x": values[-1]}], sampler=sampler, n_trials=n_trials))
+    trials = open_study(space, sampler=sampler, n_trials=9).trials
+    assert sorted(trial.params["x"] for trial in trials) == values
+
+
+def test_a_value_kept_with_the_end_of_a_sum_is_the_point_it_stands_for(open_study):
+    space = Space({"x": Number("x", 0.1, 0.3, step=0.1)}, {})
+    kept = optuna.trial.create_trial(
+        value=0.5,
+        params={"x": 0.30000000000000004},
+        distributions={"x": optuna.distributions.FloatDistribution(0.1, 0.4)},
+    )
+    open_study(space).optuna_study.add_trial(kept)
+    run(open_study(space))
+    assert len(open_study(space).trials) == 3
+
+
+def test_too_many_whole_numbers_are_no_points_to_count():
+    assert Space({"x": Number("x", 1, 10_000)}, {}).count() == 10_000
+    assert Space({"x": Number("x", 1, 10_001)}, {}).count() is None
+
+
 def test_a_guess_is_no_second_trial_of_a_point(open_study):
     space = Space({"adapter.rank": RANK}, {})
     run(open_study(space, n_trials=1))

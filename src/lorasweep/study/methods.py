@@ -26,7 +26,7 @@ from optuna.trial import FrozenTrial, TrialState
 from lorasweep.rng import key_seed
 from lorasweep.settings import SettingsError, unknown_key
 from lorasweep.study.settings import StudySettings
-from lorasweep.study.space import Choice, Parameter, Space
+from lorasweep.study.space import Choice, Parameter, Space, rounded
 
 log = logging.getLogger(__name__)
 
@@ -280,8 +280,10 @@ def distribution(parameter: Parameter) -> BaseDistribution:
     if parameter.integer:
         step = int(parameter.step or 1)
         return IntDistribution(int(parameter.low), int(parameter.high), parameter.log, step)
-    step_size = None if parameter.step is None else float(parameter.step)
-    return FloatDistribution(parameter.low, parameter.high, parameter.log, step_size)
+    if parameter.step is None:
+        return FloatDistribution(parameter.low, parameter.high, parameter.log)
+    low, high, step_size = map(rounded, (parameter.low, parameter.high, parameter.step))
+    return FloatDistribution(low, high, step=step_size)
 
 
 def _make(

@@ -12,7 +12,7 @@ from optuna.samplers import BaseSampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from lorasweep.study.methods import distribution
-from lorasweep.study.space import Choice, Parameter, Params, Space, Value
+from lorasweep.study.space import Choice, Number, Parameter, Params, Space, Value
 
 _DRAWS = 10  # of the sampler itself: one that has made up its mind says the same each time
 _RANDOM_DRAWS = 1000
@@ -96,6 +96,9 @@ class PointSampler(BaseSampler):
             else:
                 found = sampler.sample_independent(study, trial, name, kind)
             if isinstance(parameter, Choice) and parameter.interval is not None:
+                assert isinstance(found, int | float)
+                return parameter.nearest(found)
+            if isinstance(parameter, Number):  # a step's sums end in 0.30000000000000004
                 assert isinstance(found, int | float)
                 return parameter.nearest(found)
             return found

@@ -14,6 +14,7 @@ from lorasweep.settings import SettingsError
 Value = str | int | float | bool | None
 """What Optuna keeps of a parameter."""
 
+_MOST_POINTS = 10_000  # to be counted
 _UNEVEN = 3.0  # times the smallest gap: values further apart from another are just names
 
 Params = Mapping[str, Value]
@@ -110,18 +111,29 @@ class Number:
         return self.low <= value <= self.high and abs(steps - round(steps)) < 1e-6
 
     def points(self) -> tuple[Value, ...] | None:
-        """All values that a grid has; None for an interval."""
-        if self.step is None:
+        """All values that a grid has; None for an interval of other than few whole numbers."""
+        if self.low == self.high:
+            return (self.low,)
+        step = self.step or (1 if self.integer else None)
+        if step is None or (self.step is None and self.high - self.low >= _MOST_POINTS):
             return None
-        count = round((self.high - self.low) / self.step) + 1
-        return tuple(self._rounded(self.low + number * self.step) for number in range(count))
+        count = round((self.high - self.low) / step) + 1
+        return tuple(self._rounded(self.low + number * step) for number in range(count))
+
+    def nearest(self, number: int | float) -> int | float:
+        """The value that a number means: whole, or on its step, as `points` has it."""
+        if self.integer:
+            return int(number)
+        if self.step is None:
+            return float(number)
+        return self._rounded(self.low + round((number - self.low) / self.step) * self.step)
 
     def probes(self) -> tuple[Value, ...]:
         """Values to compose before any work, for what is wrong with them."""
         return (self.low, self.high)
 
     def _rounded(self, value: int | float) -> int | float:
-        return value if self.integer else float(f"{value:.12g}")  # 0.1 + 2 * 0.1 is 0.3
+        return value if self.integer else rounded(value)
 
 
 Parameter = Choice | Number
@@ -189,9 +201,10 @@ class Space:
         return list({repr(one): one for one in kept}.values())  # without the unused ones: repeats
 
     def count(self) -> int | None:
-        """How many points there are, if that can be told and matters: up to 10,000."""
+        """How many points there are, if that can be told and matters: up to `_MOST_POINTS`."""
         axes = [one.points() for one in self.parameters.values()]
-        if any(axis is None for axis in axes) or math.prod(map(len, filter(None, axes))) > 10_000:
+        sizes = [len(axis) for axis in axes if axis is not None]
+        if len(sizes) < len(axes) or math.prod(sizes) > _MOST_POINTS:
             return None
         return len(self.grid())
 
@@ -259,8 +272,8 @@ class Space:
         points = self.parameters[name].points()
         if points is None:
             raise SettingsError(
-                f"study.params.{name}: study.sampler=grid needs choice(…) or range(…), not an"
-                " interval; or choose another sampler"
+                f"study.params.{name}: study.sampler=grid needs choice(…), range(…) or an interval"
+                f" of at most {_MOST_POINTS:,} whole numbers; or choose another sampler"
             )
         return points
 
@@ -275,7 +288,12 @@ def _own(parameter: Parameter, value: object) -> Value:
     if isinstance(parameter, Choice):
         return parameter.values[_index(parameter.values, value)]
     assert isinstance(value, int | float)
-    return int(value) if parameter.integer else float(value)
+    return parameter.nearest(value)
+
+
+def rounded(value: float) -> float:
+    """Without what adding steps leaves at its end: 0.1 + 2 * 0.1 is 0.3."""
+    return float(f"{value:.12g}")
 
 
 def _is_number(value: Value) -> TypeGuard[int | float]:

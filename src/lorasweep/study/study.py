@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.distributions import FloatDistribution, IntDistribution
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
@@ -259,7 +260,8 @@ class Study:
         origins = {trial.user_attrs.get(ORIGIN) for trial in trials}
         kind, given = ("grid", self._grid) if self._grid else ("guess", self._guesses)
         named = {f"{kind} {json.dumps(params)}": params for params in given if params}
-        points = {point_key(one.params): one.number for one in reversed(trials) if one.params}
+        inside = self.space.inside  # 8 for 8.0, 0.3 for 0.30000000000000004
+        points = {point_key(inside(t.params)): t.number for t in reversed(trials) if t.params}
         wanted = deque(
             (params, origin)
             for origin, params in named.items()
@@ -403,8 +405,8 @@ def _suggest(trial: optuna.Trial, name: str, parameter: Parameter) -> Value:
         number = _suggest(trial, name, parameter.interval)
         assert isinstance(number, int | float)
         return parameter.nearest(number)
-    step = parameter.step
-    if parameter.integer:
-        low, high = int(parameter.low), int(parameter.high)
-        return trial.suggest_int(name, low, high, step=int(step or 1), log=parameter.log)
-    return trial.suggest_float(name, parameter.low, parameter.high, step=step, log=parameter.log)
+    kind = distribution(parameter)
+    if isinstance(kind, IntDistribution):
+        return trial.suggest_int(name, kind.low, kind.high, step=kind.step, log=kind.log)
+    assert isinstance(kind, FloatDistribution)
+    return trial.suggest_float(name, kind.low, kind.high, step=kind.step, log=kind.log)
