@@ -482,6 +482,20 @@ def test_the_grid_has_every_point_once(open_study):
     assert len(study.trials) == 9 == len(points)
 
 
+def test_guesses_come_first_in_a_grid_even_of_one_that_was_begun_without(open_study):
+    space = Space({"adapter.rank": RANK, "seed": Number("seed", 0, 2, step=1)}, {})
+    guesses = [{"adapter.rank": 16, "seed": 1}, {}, {"seed": 2}, {"adapter.rank": 4, "seed": 0}]
+    run(open_study(space, guesses, sampler="grid", n_trials=9))
+    asked = [tuple(t.params.values()) for t in open_study(space, sampler="grid").trials]
+    assert asked[:4] == [(16, 1), (4, 2), (4, 0), (4, 1)]
+    assert len(set(asked)) == 9
+    run(open_study(space, sampler="grid", name="begun", n_trials=2))
+    run(open_study(space, guesses, sampler="grid", name="begun", n_trials=9))
+    asked = [tuple(t.params.values()) for t in open_study(space, name="begun").trials]
+    assert asked[:5] == [(4, 0), (4, 1), (16, 1), (4, 2), (8, 0)]
+    assert len(set(asked)) == 9
+
+
 @pytest.mark.parametrize("sampler", [name for name in get_args(SamplerName) if name != "grid"])
 def test_no_point_is_tried_twice_and_a_sweep_ends_when_all_were(open_study, sampler):
     space = Space({"adapter.rank": RANK, "seed": Number("seed", 0, 2, step=1)}, {})

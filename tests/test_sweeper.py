@@ -186,7 +186,7 @@ study:
 
 
 def test_while_a_trial_waits_that_can_share_no_pack_another_takes_the_place(sweep):
-    params = "{adapter.rank: 'choice(4,8,16)', trainer.batch_size: 'choice(1,2)'}"
+    params = "{adapter.rank: 'choice(16,8,4)', trainer.batch_size: 'choice(1,2)'}"
     study, workers = sweep(text=GRID.replace("{PARAMS}", params))
     assert [run.number for run in workers.submitted] == [0, 2, 1, 3, 4, 5]
     assert workers.most == 2

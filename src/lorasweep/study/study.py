@@ -87,7 +87,7 @@ class Study:
         check_installed(settings)
         self.settings, self.space, self.name = settings, space, name
         self._guesses = [space.inside(guess) for guess in guesses]
-        self._grid = space.grid() if settings.sampler == "grid" else []
+        self._grid = self._guessed_first(space.grid()) if settings.sampler == "grid" else []
         self._num_points = len(self._grid) or space.count()
         pruner = make_pruner(settings, max_epochs)
         self._sampler = make_sampler(settings, space, 0)  # checks its options, before any work
@@ -253,6 +253,18 @@ class Study:
     def optuna_study(self) -> optuna.Study:
         """For Optuna's own analyses."""
         return self._study
+
+    def _guessed_first(self, grid: list[dict[str, Value]]) -> list[dict[str, Value]]:
+        """The grid, for each guess the first point that has its values before the others."""
+        first: dict[int, None] = {}
+        for guess in filter(None, self._guesses):
+            like = (n for n, point in enumerate(grid) if guess.items() <= point.items())
+            found = next(like, None)
+            if found is None:
+                log.warning("no point of the grid has all of %s, so it isn't tried first", guess)
+            else:
+                first[found] = None
+        return [grid[n] for n in first] + [one for n, one in enumerate(grid) if n not in first]
 
     def _read_plan(self) -> _Plan:
         """What is to come, by the trials that there are."""
