@@ -677,15 +677,17 @@ def test_a_trial_whose_parent_has_another_value_is_no_point_of_the_space():
     assert not CONDITIONAL.holds({"adapter": "dora", "adapter.conv_rank": 4})
 
 
-def test_a_pruned_trial_of_a_warm_start_is_known_by_its_value(open_study, tmp_path):
-    other = open_study(name="old", n_trials=1)
-    trial = other.next()
-    report(trial, 1, 0.5)
-    other.prune(trial)
-    study = open_study(name="new")
+@pytest.mark.parametrize("values", [{SCORE: 0.5}, {SCORE: 0.5, "val/prior_drift": 0.1}])
+def test_a_pruned_trial_of_a_warm_start_is_known_by_its_values(open_study, values):
+    other = open_study(name="old", n_trials=2, objectives=list(values))
+    trial, without = other.next(), other.next()
+    trial.report(1, Path("e1"), values, {})
+    for one in (trial, without):
+        other.prune(one)
+    study = open_study(name="new", objectives=list(values))
     assert study.learn(other.trials, "old") == 1
     (known,) = study.optuna_study.trials
-    assert (known.state, known.value) == (TrialState.COMPLETE, 0.5)
+    assert (known.state, known.values) == (TrialState.COMPLETE, list(values.values()))
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "gp", "nsgaii"])

@@ -189,7 +189,11 @@ class Study:
         return None
 
     def prune(self, trial: Trial) -> None:
-        """The run was stopped early; its candidates stand, and the study knows its best."""
+        """The run was stopped early; its candidates stand, and the study knows its best.
+
+        Of several objectives Optuna can't keep the values of a pruned trial: to TPE it is one of
+        the worst, to NSGA-II none.
+        """
         trial.constrain()
         self._study.tell(trial.number, state=TrialState.PRUNED, skip_if_finished=True)
 
@@ -287,15 +291,15 @@ class Study:
         """Another study's trial as one of ours; None if it isn't a point of our space.
 
         Likewise without a score for each of our constraints: samplers would take it to keep them.
-        Without its curve: pruners compare scores of the same images only. A pruned one's value is
-        known all the same, and without a curve samplers would take it for the worst.
+        Without its curve: pruners compare scores of the same images only. A pruned one's values are
+        known all the same, and without a curve samplers would take it for the worst. Of several
+        objectives Optuna keeps none of them.
         """
-        if not self.space.holds(trial.params) or trial.values is None:
-            return None
-        if len(trial.values) != len(self.settings.objectives):
-            return None
         scores, bounds = trial.user_attrs.get(BEST, {}).get("scores", {}), self.settings.constraints
-        if not bounds.keys() <= scores.keys():
+        values = trial.values or [scores.get(name) for name in self.settings.objectives]
+        if not self.space.holds(trial.params) or None in values:
+            return None
+        if len(values) != len(self.settings.objectives) or not bounds.keys() <= scores.keys():
             return None
         params = self.space.inside(trial.params)
         attrs = {k: v for k, v in trial.user_attrs.items() if k not in (CURVE, TERMS)}
@@ -304,7 +308,7 @@ class Study:
             state=TrialState.COMPLETE,
             params=params,
             distributions={name: distribution(self.space.parameters[name]) for name in params},
-            values=trial.values,
+            values=values,
             user_attrs=attrs,
             constraints=excess(scores, bounds),
         )
