@@ -470,8 +470,19 @@ def test_another_question_is_another_study(open_study):
     other = Space({"adapter.rank": Choice("adapter.rank", (4, 8), ("4", "8"))}, {})
     with pytest.raises(SettingsError, match=r"another study.params.adapter.rank; give another"):
         open_study(other)
-    with pytest.raises(SettingsError, match=r"study.objectives"):
-        open_study(objectives=["val/gap"])
+    with pytest.raises(SettingsError, match=r"begun with study.objectives=.*give another \S*$"):
+        open_study(objectives=["val/gap"])  # a warm start from it would be refused
+
+
+def test_other_constraints_are_another_study_but_not_of_one_that_kept_none(open_study):
+    study = open_study(constraints={"val/prior_drift": 0.2})
+    changed = r"with study.constraints.val/prior_drift=0.2, not 0.3; .* \(and study.warm_start"
+    with pytest.raises(SettingsError, match=changed):
+        open_study(constraints={"val/prior_drift": 0.3})
+    kept = study.optuna_study.user_attrs["basis"]
+    del kept["study.constraints"]  # begun by an earlier version
+    study.optuna_study.set_user_attr("basis", kept)
+    open_study(constraints={"val/prior_drift": 0.3})
 
 
 def test_the_grid_has_every_point_once(open_study):

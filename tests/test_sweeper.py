@@ -478,7 +478,14 @@ def test_another_set_of_overrides_is_another_sweep(sweep, capsys):
     sweep("study.n_trials=1")
     with pytest.raises(SystemExit):
         sweep("study.n_trials=1", "dataset.num_images=5")
-    assert "study.name" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "demo-mine was begun without dataset.num_images=5; give another study.name (and" in said
+    sweep("study.n_trials=1", "study.name=small", "dataset.num_images=5")
+    with pytest.raises(SystemExit):
+        sweep("study.n_trials=1", "study.name=small", "dataset.num_images=6")
+    said = capsys.readouterr().err
+    changed = "with dataset.num_images=5 (not given now) and without dataset.num_images=6; give"
+    assert f"demo-small was begun {changed}" in said
 
 
 def test_an_edited_file_is_another_sweep_which_names_what_was_edited(sweep, capsys):
@@ -502,7 +509,7 @@ def test_a_variable_that_is_not_searched_counts_as_a_setting(sweep, capsys):
     sweep("study.n_trials=1", text=VARS)
     with pytest.raises(SystemExit):
         sweep("study.n_trials=2", "study.vars.half=0.25", text=VARS)
-    assert "demo-mine was begun with overrides=" in capsys.readouterr().err
+    assert "demo-mine was begun without study.vars.half=0.25; give" in capsys.readouterr().err
 
 
 def test_how_and_where_a_sweep_runs_may_change(sweep, tmp_path):

@@ -317,6 +317,7 @@ class Study:
         """Refuse to continue a study with another question."""
         ours = {
             **_question(self.settings),
+            "study.constraints": dict(self.settings.constraints),  # old trials' bounds
             "study.params": {n: repr(p) for n, p in self.space.parameters.items()},
             "study.conditions": {n: repr(c) for n, c in self.space.conditions.items()},
             **basis,
@@ -327,9 +328,11 @@ class Study:
             return
         for key in theirs:
             if ours.get(key) != theirs[key]:
+                keep = f" (and study.warm_start={self.name} to keep what it knows)"
+                hint = "" if key in _question(self.settings) else keep
                 raise SettingsError(
-                    f"sweep {self.name} was begun with {_difference(key, theirs, ours)}; give"
-                    f" another study.name (and study.warm_start={self.name} to keep what it knows)"
+                    f"sweep {self.name} was begun {_difference(key, theirs, ours)}; give another"
+                    f" study.name{hint}"
                 )
 
 
@@ -406,12 +409,18 @@ def _question(settings: StudySettings) -> dict[str, list[str]]:
 def _difference(key: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     """What of the basis has changed, short."""
     then, now = theirs.get(key), ours.get(key)
+    if key == "overrides" and isinstance(then, list) and isinstance(now, list):
+        gone, new = ([o for o in a if o not in b] for a, b in ((then, now), (now, then)))
+        said = [f"with {', '.join(gone)} (not given now)"] if gone else []
+        said += [f"without {', '.join(new)}"] if new else []
+        return " and ".join(said)
     if isinstance(then, dict) and isinstance(now, dict):
         name = next(n for n in [*then, *now] if then.get(n) != now.get(n))
-        if key == "settings":
-            return f"{name}={then.get(name)}, not {now.get(name)}"
-        return f"another {key}.{name}"
-    return f"{key}={then}, not {now}"
+        if key in ("settings", "study.constraints"):
+            place = "" if key == "settings" else f"{key}."
+            return f"with {place}{name}={then.get(name)}, not {now.get(name)}"
+        return f"with another {key}.{name}"
+    return f"with {key}={then}, not {now}"
 
 
 def _suggest(trial: optuna.Trial, name: str, parameter: Parameter) -> Value:
