@@ -126,6 +126,15 @@ def test_no_sampler_warns_of_parameters_that_it_samples_one_by_one(
     assert "independently" not in caplog.text
 
 
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "nsgaii", "random"])
+def test_no_sampler_warns_where_there_are_several_objectives(open_study, sampler, recwarn):
+    study = open_study(CONDITIONAL, sampler=sampler, objectives=[SCORE, "val/prior_drift"])
+    while trial := study.next():
+        report(trial, 1, trial.number, **{"val/prior_drift": 1.0})
+        study.complete(trial)
+    assert [str(one.message) for one in recwarn] == []
+
+
 @pytest.mark.parametrize("pruner", get_args(PrunerName))
 @pytest.mark.parametrize("objectives", [[SCORE], [SCORE, "val/prior_drift"]])
 def test_every_pruner_runs_with_one_and_with_two_objectives(open_study, pruner, objectives):

@@ -240,8 +240,9 @@ def make_sampler(
     if "warn_independent_sampling" in inspect.signature(kind).parameters:
         own["warn_independent_sampling"] = False  # nearly each trial, of what a method can't model
     options = dict(settings.sampler_options)
-    if settings.sampler == "tpe":  # with group: parameters that only some trials have
-        own["group"] = bool(space.conditions)
+    if settings.sampler == "tpe":
+        if space.conditions:  # parameters that only some trials have
+            own["group"] = own["multivariate"] = True
         own["gamma"] = partial(_num_good, options.pop("gamma", _GOOD_SHARE))
     made = _make(kind, "sampler", settings.sampler, own, settings, options)
     is_its_own = settings.sampler == "qmc" or {**own, **options}.get("group")
