@@ -229,8 +229,7 @@ class Space:
 
     def _value_of(self, condition: Condition) -> Value:
         parent = self.parameters[condition.parent]
-        values = parent.probes() if isinstance(parent, Number) else parent.values
-        return next(value for value in values if parent.text(value) in condition.texts)
+        return next(one for one in parent.probes() if parent.text(one) in condition.texts)
 
     def _check(self, name: str, condition: Condition, seen: set[str]) -> None:
         if condition.parent not in seen:
