@@ -126,6 +126,17 @@ def test_no_sampler_warns_of_parameters_that_it_samples_one_by_one(
     assert "independently" not in caplog.text
 
 
+def test_cmaes_learns_from_what_is_pruned(open_study):
+    space = Space({name: Number(name, 0.0, 10.0) for name in ("a", "b")}, {})
+    study = open_study(space, sampler="cmaes", pruner="median", n_trials=50)
+    off = []
+    while trial := study.next():
+        off.append((trial.params["a"] - 2) ** 2 + (trial.params["b"] - 7) ** 2)
+        report(trial, 1, off[-1])
+        (study.prune if trial.number else study.complete)(trial)
+    assert 3 * statistics.mean(off[-15:]) < statistics.mean(off[:15])
+
+
 @pytest.mark.parametrize("sampler", ["tpe", "gp", "nsgaii", "random"])
 def test_no_sampler_warns_where_there_are_several_objectives(open_study, sampler, recwarn):
     study = open_study(CONDITIONAL, sampler=sampler, objectives=[SCORE, "val/prior_drift"])

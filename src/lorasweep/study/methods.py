@@ -244,6 +244,8 @@ def make_sampler(
         if space.conditions:  # parameters that only some trials have
             own["group"] = own["multivariate"] = True
         own["gamma"] = partial(_num_good, options.pop("gamma", _GOOD_SHARE))
+    if settings.sampler == "cmaes":  # else it learns from the few that are left
+        own["consider_pruned_trials"] = settings.pruner != "none"
     made = _make(kind, "sampler", settings.sampler, own, settings, options)
     is_its_own = settings.sampler == "qmc" or {**own, **options}.get("group")
     if first is not None and not is_its_own:
