@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -155,18 +156,34 @@ def test_a_worker_that_cannot_begin_fails_its_runs_once(make_run, monkeypatch):
 
         exitcode = 3
 
-        def join(self):
+        def join(self, timeout):
             pass
+
+        def is_alive(self):
+            return False
 
     monkeypatch.setattr(fleet, "mark_broken", lambda *_: None)
     monkeypatch.setattr(fleet._Seat, "_start", lambda seat: setattr(seat, "process", Here()))
     workers = Fleet(["cpu"], max_pack=3)
+    workers._seats[0]._reader = SimpleNamespace(join=lambda: None)
     workers.submit(make_run(number=0))
     workers._inbox.put(fleet._Letter(workers._seats[0], None, workers._seats[0].process))
     (failure,) = workers.events()
     assert not failure.transient
     assert "exit code 3" in failure.reason
     assert workers.events() == []
+
+
+def test_a_reader_that_breaks_on_a_line_says_so_to_the_driver_that_waits(monkeypatch):
+    def broken(seat, record):
+        raise RuntimeError("no such line")
+
+    monkeypatch.setattr(fleet._Seat, "_log", broken)
+    workers = Fleet(["cpu"], max_pack=1)
+    (seat,) = workers._seats
+    with pytest.raises(RuntimeError, match="no such line"):
+        seat._listen(Wire(logging.makeLogRecord({})), None)
+    assert workers._inbox.get_nowait().content is None
 
 
 def test_devices_are_all_that_are_there_or_those_named(monkeypatch):
@@ -184,6 +201,7 @@ DRIVER = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
+from types import SimpleNamespace
 from conftest import SMALL
 from lorasweep import config
 from lorasweep.fleet import Fleet

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -79,6 +80,27 @@ def test_a_sweep_fills_its_packs_and_goes_on_where_it_was(sweep, tmp_path, capsy
 
     _, workers = sweep("study.n_trials=4")
     assert workers.submitted == []
+
+
+def test_a_sweep_whose_stdout_is_closed_goes_on_to_its_end(sweep, tmp_path, monkeypatch, capfd):
+    ours, theirs = os.pipe()
+    os.close(ours)  # as `| head` does
+    with os.fdopen(theirs, "w") as stdout, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", stdout)
+        study, _ = sweep("study.n_trials=3")
+        assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 3
+    (file,) = (tmp_path / "outputs").rglob("*.log")
+    assert "trial 2: " in file.read_text()
+    assert "Error" not in capfd.readouterr().err
+
+
+def test_the_summary_of_a_sweep_may_meet_a_closed_stdout(sweep, monkeypatch):
+    sweep("study.n_trials=1")
+    ours, theirs = os.pipe()
+    os.close(ours)
+    with os.fdopen(theirs, "w") as stdout, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", stdout)
+        sweep("study.n_trials=1")  # has ended: it says nothing but its summary
 
 
 def test_what_would_train_without_a_sweep_is_tried_first(sweep):

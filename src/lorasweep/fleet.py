@@ -243,7 +243,7 @@ class _Seat:
     def bury(self) -> Sequence[Event]:
         """The worker has died: its runs failed, but those it had not heard of go to another."""
         assert self.process is not None
-        self.process.join()
+        self.join(time.monotonic() + STOP_SECONDS)  # it may live, if it's the reader that broke
         if not self._has_begun:  # what stops one worker from beginning stops the next
             self._joining = []
         may_go_well = self._has_begun or (self.process.exitcode or 0) < 0
@@ -311,18 +311,20 @@ class _Seat:
 
     def _listen(self, connection: Connection, process: SpawnProcess) -> None:
         """Show what the worker says, and pass on what it reports."""
-        while True:
-            try:
-                message = connection.recv()
-            except (EOFError, OSError, UnpicklingError):  # it may die in the middle of a word
-                break
-            if isinstance(message, Tick):
-                self.screen.show(message, self.label)
-            elif isinstance(message, logging.LogRecord):
-                self._log(message)
-            else:
-                self.inbox.put(_Letter(self, message, process))
-        self.inbox.put(_Letter(self, None, process))
+        try:
+            while True:
+                try:
+                    message = connection.recv()
+                except (EOFError, OSError, UnpicklingError):  # it may die in the middle of a word
+                    break
+                if isinstance(message, Tick):
+                    self.screen.show(message, self.label)
+                elif isinstance(message, logging.LogRecord):
+                    self._log(message)
+                else:
+                    self.inbox.put(_Letter(self, message, process))
+        finally:  # whatever happened here: the driver waits for a letter
+            self.inbox.put(_Letter(self, None, process))
 
     def _log(self, record: logging.LogRecord) -> None:
         if self.label:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +25,23 @@ class PrintHandler(logging.Handler):
     """Prints log lines to the stdout of the moment, which a bar redirects to above itself."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), flush=True)
+        try:
+            say(self.format(record))
+        except Exception:  # as logging asks of a handler: no line is worth what trains
+            self.handleError(record)
+
+
+def say(text: str) -> None:
+    """Print a line; nothing more is printed once stdout is closed, as `| head` does.
+
+    What trains goes on, and the log file keeps every line.
+    """
+    try:
+        print(text, flush=True)
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 @dataclass(frozen=True)

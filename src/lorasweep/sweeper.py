@@ -16,6 +16,7 @@ from lorasweep.batches import Batches
 from lorasweep.config import PACKAGE, Run
 from lorasweep.flow import Flow, Limits, SweepError
 from lorasweep.jobs import Jobs
+from lorasweep.progress import say
 from lorasweep.run_folder import stoppable
 from lorasweep.search import Search
 from lorasweep.settings import SettingsError
@@ -154,7 +155,9 @@ def _show(study: Study) -> None:
     from lorasweep.study.summary import lines, summarise, table
 
     summary, console = summarise(study), Console()
-    console.print(table(summary))
-    for line in lines(summary):
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
-    console.print(f"Choose: lorasweep pick {study.name}", highlight=False)
+    with console.capture() as shown:  # rich itself exits where stdout is closed
+        console.print(table(summary))
+        for line in lines(summary):
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
+        console.print(f"Choose: lorasweep pick {study.name}", highlight=False, end="")
+    say(shown.get())
