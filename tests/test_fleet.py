@@ -174,6 +174,13 @@ def test_a_worker_that_cannot_begin_fails_its_runs_once(make_run, monkeypatch):
     assert workers.events() == []
 
 
+def test_who_interrupts_a_sweep_is_told_at_once_what_it_waits_for(caplog, monkeypatch):
+    monkeypatch.setattr(fleet._Seat, "join", lambda seat, until: caplog.text or pytest.fail())
+    with caplog.at_level(logging.INFO), pytest.raises(KeyboardInterrupt), Fleet(["cpu"], 1):
+        raise KeyboardInterrupt
+    assert "stopping at the end of this step; once more stops at once" in caplog.text
+
+
 def test_a_reader_that_breaks_on_a_line_says_so_to_the_driver_that_waits(monkeypatch):
     def broken(seat, record):
         raise RuntimeError("no such line")

@@ -123,6 +123,8 @@ class Fleet:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if kind is KeyboardInterrupt:  # a second one ends us, and the workers die with us
+            log.info("stopping at the end of this step; once more stops at once")
         for seat in self._seats:
             seat.stop()
         until = time.monotonic() + STOP_SECONDS
