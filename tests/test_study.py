@@ -789,3 +789,18 @@ def test_the_summary_says_what_pruning_saved_what_failed_and_what_mattered(open_
     assert "Trial 0 was begun again: out of memory" in said
     assert "What mattered for val/loss_rel: " in said
     assert f"Best: trial {summary.best[0].number}, epoch 1" in said
+
+
+def test_the_summary_knows_the_candidates_of_trials_that_train_or_failed(open_study):
+    study = open_study(objectives=["val/loss_rel", "val/prior_drift"], pruner="none")
+    failed, training = study.next(), study.next()
+    assert lines(summarise(study)) == ["No trial has a candidate yet."]
+    report(failed, 1, 0.5, **{"val/prior_drift": 0.00001234})
+    study.fail(failed, "its loss is NaN")
+    report(training, 1, 0.75, **{"val/prior_drift": 0.1})
+    summary = summarise(study)
+    assert [row.state for row in summary.best] == ["failed"]
+    first, *others = lines(summary)
+    assert first.startswith("On the front: trial 0, epoch 1, val/loss_rel 0.5, ")
+    assert "val/prior_drift 1.234e-05: " in first
+    assert "No trial has a candidate yet." not in others

@@ -159,5 +159,6 @@ def _show(study: Study) -> None:
         console.print(table(summary))
         for line in lines(summary):
             console.print(line, soft_wrap=True, highlight=False, markup=False)
-        console.print(f"Choose: lorasweep pick {study.name}", highlight=False, end="")
-    say(shown.get())
+        if summary.best:
+            console.print(f"Choose: lorasweep pick {study.name}", highlight=False)
+    say(shown.get().rstrip())

@@ -44,7 +44,10 @@ class Summary:
     name: str
     rows: Sequence[Row]
     best: Sequence[Row]
-    """The best trial, or with several objectives those that no other beats in all."""
+    """The best trial, or with several objectives those that no other beats in all.
+
+    Those that train or failed count too: `pick` chooses among all candidates.
+    """
     epochs: int
     planned: int
     """Epochs that the trials which ended well would have trained without pruning."""
@@ -59,7 +62,7 @@ def summarise(study: Study) -> Summary:
     return Summary(
         name=study.name,
         rows=rows,
-        best=_best(ended, study),
+        best=_best(rows, study),
         epochs=sum(row.epochs for row in ended),
         planned=sum(max(row.planned, row.epochs) for row in ended),
         importance=_importance(study),
@@ -89,7 +92,8 @@ def lines(summary: Summary) -> list[str]:
     what = "Best" if len(summary.objectives) == 1 else "On the front"
     for row in summary.best:
         assert row.best is not None
-        scores = ", ".join(f"{n} {row.best['scores'][n]:.4f}" for n in summary.objectives)
+        found = row.best["scores"]
+        scores = ", ".join(f"{n} {_number(found.get(n), 4)}" for n in summary.objectives)
         breaks = "" if row.feasible else ", though it breaks a constraint"
         path = Path(row.best["path"])
         said.append(
@@ -130,9 +134,9 @@ def _row(trial: FrozenTrial) -> Row:
     )
 
 
-def _best(ended: Sequence[Row], study: Study) -> list[Row]:
+def _best(rows: Sequence[Row], study: Study) -> list[Row]:
     """The best trials; those that keep the constraints go before those that don't."""
-    known = [row for row in ended if row.best is not None]
+    known = [row for row in rows if row.best is not None]
     usable = [row for row in known if row.feasible] or known
     if not study.settings.pareto:
         return sorted(usable, key=lambda row: _losses(row, study)[0])[:1]
