@@ -92,6 +92,8 @@ def test_alpha_follows_the_rank(make_run):
         ("name='a b'", "name=a b: use letters"),
         ("seed=one", "seed=one: must be a whole number"),
         ("captions=[]", "captions is empty"),
+        ("captions=[x]", "captions=x: there is no such option; choose one of demo, empty"),
+        ("~seed", "seed can't be removed: leave out ~seed"),
         ("optimizer.type=adamw", "torch.optim has no class adamw"),
         ("optimizer.args.weight_decay=-1", "optimizer.args: AdamW refuses them"),
         ("lr_scheduler.power=2", "lr_scheduler.power=2 has no effect on constant"),

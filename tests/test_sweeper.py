@@ -467,6 +467,9 @@ def test_a_shuffled_range_has_every_point(sweep):
     [
         (["study.n_trial=3"], "study.n_trial: there is no such setting"),
         (["study.sampler=bayes"], "study.sampler=bayes"),
+        (["study.objectives=val/loss_rel"], "val/loss_rel: give a list, [val/loss_rel]"),
+        (["~study.params"], "study.params can't be removed"),
+        (["hydra/launcher=baic"], "choose one of basic, "),
         (["adapter.rnk=choice(1,2)"], "adapter.rnk"),
         (["adapter.rank=choice(four,8)"], "adapter.rank=four"),
         (["adapter=choice(lora,nolora)"], "adapter=nolora: there is no such option"),

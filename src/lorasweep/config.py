@@ -256,6 +256,8 @@ def build_run(
     for key in values:
         if key not in _KEYS:
             raise SettingsError(unknown_key(key, sorted(_KEYS)))
+    for key in sorted(_NEEDED - values.keys()):
+        raise SettingsError(f"{key} can't be removed: leave out ~{key}")
     run = Run(
         name=_name(values["name"], number),
         seed=_integer(values["seed"], "seed"),
@@ -338,13 +340,16 @@ def explain(error: Exception) -> str | None:
         group, name = option.groups()
         if group == "hydra/launcher" and name in _LAUNCHERS:
             return f"hydra/launcher={name} is not installed: {_LAUNCHERS[name]}"
-        return f"{group}={name}: there is no such option; choose one of {_options(group)}"
+        options = getattr(error, "options", None) or groups().get(group, ["none"])
+        return f"{group}={name}: there is no such option; choose one of {', '.join(options)}"
     if there := re.search(r"An item is already at '(.+?)'", message):
         return f"{there[1]} is there already: change it without the +, by {there[1]}=VALUE"
     if key := re.search(
         r"Could not (?:override|append to config|delete from config)[^']*'(.+?)'", message
     ):
         return _explain_key(key[1])
+    if removed := re.match(r"Key '.+?' is not in struct\s+full_key: (\S+)", message):
+        return f"{removed[1]} can't be removed: leave out ~{removed[1]}"
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     return " ".join(lines[:2])
 
@@ -386,12 +391,6 @@ _LAUNCHERS = {  # of Hydra's own, by the extra that brings them
     ),
     "ray": "pip install 'lorasweep[ray]', or take launcher.pack_via=ray (lorasweep[cluster])",
 }
-
-
-def _options(group: str) -> str:
-    folder = sweeps_dir() if group == "sweeps" else conf_dir() / group
-    names = {path.stem for path in folder.glob("*.yaml")}
-    return ", ".join(sorted(names)) or "none"
 
 
 def _explain_key(key: str) -> str:
@@ -437,17 +436,8 @@ _COMPONENTS = (
     "sampling",
     "tracking",
 )
-_KEYS = {
-    *_COMPONENTS,
-    "captions",
-    "metrics",
-    "name",
-    "seed",
-    "output_root",
-    "cache_dir",
-    "pick",
-    "launcher",
-}
+_NEEDED = {*_COMPONENTS, "name", "seed", "output_root", "cache_dir"}
+_KEYS = {*_NEEDED, "captions", "metrics", "pick", "launcher"}
 _HINTS = {
     "dataset.image_dir": "give the folder of your images, e.g. dataset.image_dir=photos,"
     " or try experiment=demo"

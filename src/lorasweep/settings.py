@@ -87,6 +87,8 @@ def _explain(error: ValidationError, cls: type, key: str) -> str:
         return unknown_key(where, [f"{parent}.{name}" for name in _names(cls, first["loc"])])
     if first["type"] in ("missing", "missing_argument"):
         return f"{where} is missing: give it as {where}=VALUE"
+    if first["type"] == "sequence_str":
+        return f"{where}={first['input']}: give a list, [{first['input']}]"
     if first["type"] in ("too_short", "too_long"):
         return f"{where}={first['input']}: give one number or {_length(first['ctx'])}"
     message = first["msg"].removeprefix("Input ").replace("should be", "must be")
