@@ -559,6 +559,15 @@ def test_resume_goes_on_after_other_overrides_were_refused(sweep, tmp_path, caps
     assert "demo-mine: 1 trials" in capsys.readouterr().out
 
 
+def test_resume_takes_a_sweeps_name_as_messages_print_it(sweep, tmp_path, capsys):
+    sweep("study.n_trials=1")
+    assert "lorasweep pick demo-mine" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as done:
+        cli.main(["resume", "demo-mine", f"output_root={tmp_path}/outputs"])
+    assert not done.value.code
+    assert "demo-mine: 1 trials" in capsys.readouterr().out
+
+
 def test_a_second_driver_is_refused(sweep, tmp_path, capsys):
     folder = tmp_path / "outputs" / "demo" / "mine"
     with storage.only_driver(folder, "demo-mine"), pytest.raises(SystemExit):

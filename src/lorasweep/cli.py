@@ -48,7 +48,7 @@ EXPORTS = ("merged", "diffusers-lora", "offline-lora")
 
 _SETTINGS = "KEY=VALUE: settings to change"
 _WORDS = {
-    "resume": "a run's name, or the folder of a run or of a sweep",
+    "resume": "name or folder of a run or of a sweep",
     "caption": "DIR: folder of images",
     "pick": "SWEEP: name of another sweep",
     "sync": "DIR: a run's folder or one of several, or RUN: a run's name (default: all)",
@@ -391,7 +391,7 @@ def _resume(arguments: argparse.Namespace) -> int:
 
     words, overrides = _split(arguments, at_most=1)
     if not words:
-        raise SettingsError("resume what? Give a run's name, or the folder of a run or a sweep")
+        raise SettingsError("resume what? Give the name or the folder of a run or of a sweep")
     _, _, output_root = _tracking(overrides, arguments.config_dir)
     command = begun_by(run_folder.find(words[0], output_root))
     os.chdir(command.cwd)

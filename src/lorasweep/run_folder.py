@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from lorasweep.checkpoint import checkpoint_path, delete_temporaries, write_atomically
 from lorasweep.interrupts import Interrupts
 from lorasweep.settings import SettingsError
+from lorasweep.study.storage import sweep_name
 from lorasweep.trainers import states
 
 if TYPE_CHECKING:
@@ -284,7 +285,7 @@ def forget_drop(folder: Path) -> None:
 
 
 def find(target: str, output_root: Path) -> Path:
-    """The folder to go on in, of a run by its name or of a run or sweep by its folder.
+    """The folder to go on in, of a run or a sweep by its name or its folder.
 
     A run of a multirun goes on with the others, for a pack rounds by its members. Raises
     SettingsError.
@@ -307,10 +308,13 @@ def _named(name: str, output_root: Path) -> Path:
     for folder, known in open_ones.items():
         if known == name:
             return folder
+    sweeps = [path.parent for path in output_root.glob(f"*/*/{MULTIRUN}")]
+    if named := [folder for folder in sweeps if sweep_name(folder) == name]:
+        return max(named, key=lambda folder: (folder / MULTIRUN).stat().st_mtime)
     if name in {one.name for one in found.values() if one}:
         raise SettingsError(f"{name} has ended: there is nothing to go on with")
     known_names = ", ".join(dict.fromkeys(open_ones.values())) or "none"
-    raise SettingsError(f"{name}: no such run in {output_root}; broken off: {known_names}")
+    raise SettingsError(f"{name}: no such run or sweep in {output_root}; broken off: {known_names}")
 
 
 def is_unfinished(folder: Path) -> bool:
