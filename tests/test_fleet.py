@@ -13,7 +13,8 @@ import torch
 from mlflow import MlflowClient
 
 from lorasweep import checkpoint, fleet, worker
-from lorasweep.fleet import EpochReport, Failure, Finished, Fleet, choose_devices
+from lorasweep.fleet import Fleet, choose_devices
+from lorasweep.run import EpochReport, Failure, Finished
 from lorasweep.settings import SettingsError
 from test_native import relative_difference
 from test_run import reports

@@ -9,9 +9,8 @@ from hydra.errors import HydraException
 
 from lorasweep import config, engines, launcher
 from lorasweep.checkpoint import DiskFullError
-from lorasweep.fleet import Failure, Finished
 from lorasweep.launcher import Packs, _train, group
-from lorasweep.run import PausingError, RunError
+from lorasweep.run import Failure, Finished, PausingError, RunError
 from lorasweep.settings import SettingsError, build_class
 
 DEFAULTS = {"devices": "auto", "max_pack": 8, "retries": 1, "pack_via": None, "engine": None}

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from lorasweep.config import Run
 from lorasweep.models import choose_devices
 from lorasweep.progress import Screen, Tick
-from lorasweep.run import EpochReport, Failure, Finished, Report, Started
+from lorasweep.run import Failure, Finished, Report
 from lorasweep.tracking import mark_broken
 from lorasweep.worker import Boundary, Orders, Turn, work
 
@@ -29,12 +29,9 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
     from multiprocessing.context import SpawnProcess
 
-__all__ = ["EpochReport", "Event", "Failure", "Finished", "Fleet", "Started", "choose_devices"]
+__all__ = ["Fleet", "choose_devices"]
 
 log = logging.getLogger(__name__)
-
-Event = Report
-"""Started, EpochReport, Finished or Failure."""
 
 STOP_SECONDS = 60.0
 """How long a worker may write what waits for MLflow before it is killed."""
@@ -91,13 +88,13 @@ class Fleet:
         if len(self._queue) < before:
             self._inbox.put(_Letter(None, Finished(run=name, dropped=True)))
 
-    def events(self, timeout: float | None = None) -> list[Event]:
+    def events(self, timeout: float | None = None) -> list[Report]:
         """What has happened, at least one event; [] after `timeout` seconds or with nothing to do.
 
         All reports of one epoch of a pack come in one list.
         """
         until = None if timeout is None else time.monotonic() + timeout
-        found: list[Event] = []
+        found: list[Report] = []
         while not found:
             self._place()
             for seat in self._seats:
@@ -143,7 +140,7 @@ class Fleet:
                 waiting.append(run)
         self._queue = waiting
 
-    def _read(self, letter: _Letter) -> Sequence[Event]:
+    def _read(self, letter: _Letter) -> Sequence[Report]:
         if letter.seat is None:
             assert not isinstance(letter.content, Boundary | None)
             return [letter.content]
@@ -160,7 +157,7 @@ class _Letter:
     def __init__(
         self,
         seat: _Seat | None,
-        content: Boundary | Event | None,
+        content: Boundary | Report | None,
         process: SpawnProcess | None = None,
     ) -> None:
         self.seat, self.content, self.process = seat, content, process
@@ -228,7 +225,7 @@ class _Seat:
         self.dropping = set()
         self._send(turn)
 
-    def note(self, boundary: Boundary) -> Sequence[Event]:
+    def note(self, boundary: Boundary) -> Sequence[Report]:
         """A worker has come to the end of an epoch."""
         self._is_waiting, self._max_runs = not boundary.last, boundary.max_runs
         self._has_begun = True
@@ -242,7 +239,7 @@ class _Seat:
             self._restart()
         return boundary.reports
 
-    def bury(self) -> Sequence[Event]:
+    def bury(self) -> Sequence[Report]:
         """The worker has died: its runs failed, but those it had not heard of go to another."""
         assert self.process is not None
         self.join(time.monotonic() + STOP_SECONDS)  # it may live, if it's the reader that broke
@@ -258,7 +255,7 @@ class _Seat:
             mark_broken(run.tracking, run.output_root, run.output_dir, reason)
         self.runs = {run.name: run for run in self._joining}
         self.process, self._is_waiting = None, False
-        events: list[Event] = [
+        events: list[Report] = [
             Finished(run=run.name, dropped=True)
             if run.name in self.dropping
             else Failure(run=run.name, reason=reason, transient=may_go_well)

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from lorasweep import config as configs
 from lorasweep.config import Run
@@ -35,8 +35,6 @@ class Trainers(Protocol):
     def submit(self, run: Run) -> None: ...
     def drop(self, name: str) -> None: ...
     def events(self, timeout: float | None = None) -> Sequence[Report]: ...
-    def __enter__(self) -> Trainers: ...
-    def __exit__(self, *error: Any) -> None: ...
 
 
 @dataclass

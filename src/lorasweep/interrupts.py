@@ -55,8 +55,7 @@ class Interrupts:
         self.asked = True
         if self._softly is None:
             raise KeyboardInterrupt
-        if (
-            self._second_ends
-        ):  # not by print or logging: the signal may have come in the midst of one
+        if self._second_ends:
+            # not by print or logging: the signal may have come in the midst of one
             os.write(2, b"\nstopping at the end of this step; once more stops at once\n")
         self._softly()

@@ -32,7 +32,8 @@ LOCK, LOCK_SECONDS = ".lock", 5.0
 MULTIRUN = "multirun.yaml"  # Hydra's, in a multirun's folder
 
 _PLACES = ("output_root", "cache_dir", "tracking.", "launcher.", "pick.", "trainer.device")
-_FREE = (*_PLACES, "trainer.keep_states", "trainer.save_every_n_steps")
+FREE = (*_PLACES, "trainer.keep_states", "trainer.save_every_n_steps")
+"""How the keys begin that change no result; a run or a sweep goes on with others."""
 
 
 class TakenError(SettingsError):
@@ -325,7 +326,7 @@ def is_unfinished(folder: Path) -> bool:
 
 def settings_digest(params: Mapping[str, Any]) -> str:
     """A digest of flat settings (`Run.params`), but for places and what doesn't change a result."""
-    counted = {key: value for key, value in params.items() if not key.startswith(_FREE)}
+    counted = {key: value for key, value in params.items() if not key.startswith(FREE)}
     return digest(sorted(counted.items(), key=str))
 
 

@@ -17,7 +17,7 @@ from lorasweep.config import PACKAGE, Run
 from lorasweep.flow import Flow, Limits, SweepError
 from lorasweep.jobs import Jobs
 from lorasweep.progress import say
-from lorasweep.run_folder import stoppable
+from lorasweep.run_folder import FREE, stoppable
 from lorasweep.search import Search
 from lorasweep.settings import SettingsError
 from lorasweep.study.storage import only_driver, sweep_name
@@ -28,11 +28,6 @@ if TYPE_CHECKING:
     from lorasweep.study.study import Study
 
 log = logging.getLogger(__name__)
-
-_FREE = (
-    *("launcher.", "tracking.", "cache_dir", "output_root", "pick."),
-    *("trainer.keep_states", "trainer.save_every_n_steps"),
-)
 
 
 def sweep(config: DictConfig, config_loader: Any, launcher: Any, arguments: Sequence[str]) -> None:
@@ -119,7 +114,7 @@ def _settings(run: Run) -> dict[str, Any]:
 
 def _is_free(key: str) -> bool:
     searches = key.startswith("study.") and not key.startswith("study.vars")
-    return searches or key.startswith(_FREE) or key.endswith(".device")
+    return searches or key.startswith(FREE) or key.endswith(".device")
 
 
 def _warm_start(study: Study, output_root: Path, folder: Path) -> None:

@@ -62,9 +62,8 @@ class Orders:
 
 def work(connection: Connection, orders: Orders) -> None:
     """The worker's life, until its driver says stop, stops it by a signal, or dies."""
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # it reaches the whole terminal: the driver answers
+    # Ctrl-C reaches the whole terminal: the driver answers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_driver, daemon=True).start()
     _set_threads(orders)
     outbox = _Outbox(connection)
@@ -90,7 +89,7 @@ class _Outbox:
         with self._lock:
             try:
                 self._connection.send(message)
-            except BrokenPipeError:
+            except (BrokenPipeError, ConnectionResetError):
                 return
 
 

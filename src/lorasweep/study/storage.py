@@ -151,8 +151,9 @@ def _journal(path: Path) -> BaseStorage:
 
     path = path.absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = _FileLock(path)
-    with lock.held():
+    # flock instead of Optuna's own file: a killed process leaves nothing to wait for
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    with lock:
         _mend(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the lock is not of Optuna's own class
@@ -163,23 +164,6 @@ def _journal(path: Path) -> BaseStorage:
                 f"{path} is damaged, or no journal of a study ({type(error).__name__}): move it"
                 " away, or give another study.name"
             ) from None
-
-
-class _FileLock:
-    """flock instead of Optuna's own file: a killed process leaves nothing to wait for."""
-
-    def __init__(self, path: Path) -> None:
-        self._lock = FileLock(path.with_name(f".{path.name}.lock"))
-
-    def acquire(self) -> bool:
-        self._lock.acquire()
-        return True
-
-    def release(self) -> None:
-        self._lock.release()
-
-    def held(self) -> FileLock:
-        return self._lock
 
 
 def _mend(path: Path) -> None:
