@@ -390,6 +390,16 @@ def test_resume_takes_a_name_or_a_folder(target, command, monkeypatch, tmp_path,
     assert "mine has ended" in capsys.readouterr().err
 
 
+def test_a_job_that_failed_before_fails_again_whatever_launches_it(command, monkeypatch, capsys):
+    monkeypatch.setattr(run_folder, "ended", lambda run: "failed")
+    with pytest.raises(SystemExit) as failed:
+        cli.main([command[0], "-m", "hydra/launcher=basic", *command[1:]])
+    assert failed.value.code == 2
+    assert "it failed before" in capsys.readouterr().err
+    cli.main(command)
+    assert "nothing to train" in capsys.readouterr().out
+
+
 def test_resume_names_what_was_broken_off(command, monkeypatch, tmp_path, capsys):
     broken_off(command, monkeypatch)
     with pytest.raises(SystemExit):

@@ -366,7 +366,11 @@ def _run_alone(cfg: Any, hydra_cfg: Any) -> None:
     from lorasweep.config import build_run, job_identity
 
     run = build_run(cfg, **job_identity(hydra_cfg))
-    if run_folder.ended(run):
+    if status := run_folder.ended(run):
+        if status == "failed" and run.number is not None:  # a job: whoever gave it counts on it
+            from lorasweep.run import RunError
+
+            raise RunError("it failed before")
         print(f"{run.name} has ended in {run_folder.shown(run.output_dir)}: nothing to train")
         return
     dataset.find(run.dataset)
