@@ -180,6 +180,7 @@ def test_hydras_own_launchers_give_the_same_results(launcher, sweep, tmp_path, c
     assert relative_difference(packed, alone) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_sweep_trains_its_batch_side_by_side_in_processes_of_joblib(tmp_path, cache_dir):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     small = [one for one in SMALL if not one.startswith("sampling.")]

@@ -19,6 +19,7 @@ from mlflow import MlflowClient
 
 from conftest import SMALL
 from lorasweep import cli, fleet
+from lorasweep.run import EpochReport
 from lorasweep.study import storage
 
 KILLS = int(os.environ.get("LORASWEEP_KILLS", "10"))
@@ -141,7 +142,7 @@ def test_a_sweep_whose_driver_and_then_a_worker_are_killed_has_everything_once(
 
     def events(workers, timeout=None, real=fleet.Fleet.events):
         found = real(workers, timeout)
-        if not killed and any(isinstance(event, fleet.EpochReport) for event in found):
+        if not killed and any(isinstance(event, EpochReport) for event in found):
             killed.append(workers._seats[0].process)
             killed[0].kill()
         return found
