@@ -468,6 +468,7 @@ def test_a_shuffled_range_has_every_point(sweep):
         (["study.n_trial=3"], "study.n_trial: there is no such setting"),
         (["study.sampler=bayes"], "study.sampler=bayes"),
         (["study.objectives=val/loss_rel"], "val/loss_rel: give a list, [val/loss_rel]"),
+        (["study.enqueue=3"], "study.enqueue=3: give a list of points"),
         (["~study.params"], "study.params can't be removed"),
         (["hydra/launcher=baic"], "choose one of basic, "),
         (["adapter.rnk=choice(1,2)"], "adapter.rnk"),

@@ -197,7 +197,10 @@ def _enqueued(
     config: DictConfig, space: Space, known: Mapping[str, Parameter]
 ) -> Iterator[dict[str, Value]]:
     """The points to try first, without what the command line leaves out of the file's `known`."""
-    for number, guess in enumerate(_plain(config.study.enqueue)):
+    guesses = _plain(config.study.enqueue) or []
+    if not isinstance(guesses, list) or not all(isinstance(one, dict) for one in guesses):
+        raise SettingsError(f"study.enqueue={guesses}: give a list of points, [{{adapter.rank: 8}}]")
+    for number, guess in enumerate(guesses):
         found: dict[str, object] = {}
         for name, value in guess.items():
             if name not in known:
