@@ -157,7 +157,8 @@ def test_pick_ranks_records_and_copies(sweep, client, base):
     assert (picked / "demo-2-e001" / "demo-2-e001.safetensors").exists()
 
 
-@pytest.mark.parametrize("launcher", [pytest.param("basic", marks=pytest.mark.slow), "joblib"])
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["basic", "joblib"])
 def test_hydras_own_launchers_give_the_same_results(launcher, sweep, tmp_path, cache_dir):
     if launcher == "joblib":
         pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
