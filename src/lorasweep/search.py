@@ -199,7 +199,9 @@ def _enqueued(
     """The points to try first, without what the command line leaves out of the file's `known`."""
     guesses = _plain(config.study.enqueue) or []
     if not isinstance(guesses, list) or not all(isinstance(one, dict) for one in guesses):
-        raise SettingsError(f"study.enqueue={guesses}: give a list of points, [{{adapter.rank: 8}}]")
+        raise SettingsError(
+            f"study.enqueue={guesses}: give a list of points, [{{adapter.rank: 8}}]"
+        )
     for number, guess in enumerate(guesses):
         found: dict[str, object] = {}
         for name, value in guess.items():
