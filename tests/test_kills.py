@@ -194,7 +194,8 @@ def test_a_sweep_that_prunes_on_two_devices_has_everything_once_after_kills_of_b
     sweeps = sweeps_in(tmp_path, PRUNED)
     while kills < KILLS:
         sweep = next(sweeps)
-        while (driver := sweep.start()).poll() is None and kills < KILLS:
+        while kills < KILLS:
+            driver = sweep.start()
             time.sleep(moments.uniform(0.2, 0.8) * seconds)
             kills += kill_a_worker(driver.pid)
             time.sleep(moments.uniform(0.0, 0.3) * seconds)

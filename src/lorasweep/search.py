@@ -197,11 +197,10 @@ def _enqueued(
     config: DictConfig, space: Space, known: Mapping[str, Parameter]
 ) -> Iterator[dict[str, Value]]:
     """The points to try first, without what the command line leaves out of the file's `known`."""
-    guesses = _plain(config.study.enqueue) or []
-    if not isinstance(guesses, list) or not all(isinstance(one, dict) for one in guesses):
-        raise SettingsError(
-            f"study.enqueue={guesses}: give a list of points, [{{adapter.rank: 8}}]"
-        )
+    given = config.study.enqueue
+    guesses = _plain(given) if OmegaConf.is_list(given) else []
+    if (given and not guesses) or not all(isinstance(one, dict) for one in guesses):
+        raise SettingsError(f"study.enqueue={given}: give a list of points, [{{adapter.rank: 8}}]")
     for number, guess in enumerate(guesses):
         found: dict[str, object] = {}
         for name, value in guess.items():
