@@ -55,6 +55,13 @@ CONF
 }
 
 down() {
+    export SLURM_CONF="$folder/slurm.conf"
+    scancel --partition=test 2> /dev/null || true
+    for _ in $(seq 50); do  # else the steps outlive the daemon that they report to
+        [ -z "$(squeue --noheader --states=all --format=%t 2> /dev/null | grep -E 'R|CG|PD')" ] && break
+        sleep 0.2
+    done
+    sleep 1
     for daemon in slurmd slurmctld munge; do
         pid=$(cat "$folder/$daemon.pid" 2> /dev/null) || continue
         kill "$pid" 2> /dev/null || true
