@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import sys
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import optuna
 import pytest
 from omegaconf import OmegaConf
 from optuna.trial import TrialState
+from PIL import Image
 
 from conftest import SMALL
 from fake_fleet import FakeFleet
@@ -478,6 +480,7 @@ def test_a_shuffled_range_has_every_point(sweep):
         (["study.vars.ratio=1"], "write ++study.vars.ratio"),
         (["study.conditions={adapter.rank: 'seed=1'}"], "study.conditions.adapter.rank"),
         (["dataset.image_dir=/nowhere"], "/nowhere"),
+        (["captions=choice([demo],[demo,sidecar])"], "captions.sidecar.suffix=.txt: no caption"),
         (["adapter.rank=tag(log,range(4,64))"], "adapter.rank: tag log belongs to interval"),
         (["adapter.rank=tag(log,choice(4,64))"], "adapter.rank: tag log belongs to interval"),
         (["adapter.rank=tag(lg,interval(4,64))"], "tag lg is unknown"),
@@ -498,6 +501,27 @@ def test_mistakes_end_in_one_line_before_any_work(sweep, capsys, overrides, said
     errors = capsys.readouterr().err.strip()
     assert said in errors
     assert len(errors.splitlines()) == 1
+
+
+def test_images_that_cannot_be_decoded_end_a_sweep_before_its_first_trial(sweep, tmp_path, capsys):
+    image = BytesIO()
+    Image.effect_noise((64, 64), 50).save(image, "PNG")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "broken.png").write_bytes(image.getvalue()[:-1000])
+    with pytest.raises(SystemExit):
+        sweep(f"dataset.image_dir={tmp_path}/images")
+    assert "1 bad images" in (said := capsys.readouterr()).err
+    assert "broken.png" in said.err
+    assert "trial 0" not in said.out
+
+
+def test_a_sweep_reads_its_files_once(sweep, tmp_path):
+    def script(run, epoch):
+        (tmp_path / "sweeps" / "mine.yaml").write_text(f"{SWEEP}seed: 7\n")
+        return by_rate(run, epoch)
+
+    _, workers = sweep(script=script)
+    assert [run.seed for run in workers.submitted] == [0] * 4
 
 
 def test_another_set_of_overrides_is_another_sweep(sweep, capsys):

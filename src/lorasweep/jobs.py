@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from lorasweep import config as configs
-from lorasweep import dataset, metrics
+from lorasweep import metrics
+from lorasweep.composing import Composer, Job, save_hydra_files
 from lorasweep.config import Run
-from lorasweep.launcher import Job, compose_job, save_hydra_files
+from lorasweep.prepare import check_inputs
 from lorasweep.search import Search
 
 if TYPE_CHECKING:
@@ -23,15 +24,14 @@ class Jobs:
     """Hydra jobs of a sweep's trials."""
 
     def __init__(self, config: DictConfig, config_loader: Any, found: Search) -> None:
-        self._config, self._loader, self._search = config, config_loader, found
+        self._composer, self._search = Composer(config, config_loader), found
         self._folder = Path(config.hydra.sweep.dir).absolute()
 
     def check(self, settings: StudySettings) -> Run:
         """Compose the sweep's first run and one of each value; SettingsError for what is wrong."""
         space = self._search.space
         probes = [self._composed(space.overrides(point), 0) for point in space.probes()]
-        for images in dict.fromkeys(job.run.dataset for job in probes):
-            dataset.find(images)
+        check_inputs([job.run for job in probes])
         for job in probes:
             job.run.check()
             scores = _scores(job.run)
@@ -57,7 +57,7 @@ class Jobs:
         return [*self._search.fixed, *trial.overrides, folder]
 
     def _composed(self, params: Sequence[str], number: int) -> Job:
-        return compose_job(self._config, self._loader, [*self._search.fixed, *params], number)
+        return self._composer.job([*self._search.fixed, *params], number)
 
 
 def _scores(run: Run) -> Mapping[str, bool] | None:

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from pydantic import NonNegativeInt, PositiveInt
 
-from lorasweep import dataset, run_folder
-from lorasweep.config import Run, build_run, job_identity, sweep_digest
+from lorasweep import run_folder
+from lorasweep.composing import Composer, Job, own_config, save_hydra_files
+from lorasweep.config import Run, sweep_digest
 from lorasweep.engines import Engine, train_by_jobs
 from lorasweep.fleet import Fleet, choose_devices
+from lorasweep.prepare import check_inputs
 from lorasweep.run import Failure, RunError
 from lorasweep.settings import Settings, SettingsError
 from lorasweep.trials import JobsStudy
@@ -24,15 +26,6 @@ if TYPE_CHECKING:
     from hydra.core.utils import JobReturn
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Job:
-    """One job of a multirun: what Hydra composed and what we made of it."""
-
-    overrides: Sequence[str]
-    config: DictConfig
-    run: Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,12 +62,12 @@ def launch(
     Every job's config is checked before the first trains. A job that fails is returned as failed,
     with its reason; the others stand.
     """
+    composer = Composer(config, config_loader)
     jobs = [
-        compose_job(config, config_loader, list(overrides), initial_job_idx + index)
-        for index, overrides in enumerate(job_overrides)
+        composer.job(overrides, number)
+        for number, overrides in enumerate(job_overrides, start=initial_job_idx)
     ]
-    for dataset_settings in dict.fromkeys(job.run.dataset for job in jobs):
-        dataset.find(dataset_settings)
+    check_inputs([job.run for job in jobs])
     for job in jobs:
         job.run.check()
     failed = {failure.run: failure for failure in _launch(config, jobs, settings)}
@@ -181,38 +174,12 @@ def group(runs: Sequence[Run], max_pack: int) -> list[list[Run]]:
     return packs
 
 
-def compose_job(config: DictConfig, loader: Any, overrides: list[str], number: int) -> Job:
-    """Compose and check one job of a multirun. Raises SettingsError."""
-    composed = loader.load_sweep_config(config, overrides)
-    with open_dict(composed):
-        composed.hydra.job.id = str(number)
-        composed.hydra.job.num = number
-        output_dir = Path(composed.hydra.sweep.dir) / str(composed.hydra.sweep.subdir)
-        composed.hydra.runtime.output_dir = str(output_dir.absolute())
-    run = build_run(_own(composed), **job_identity(composed.hydra))
-    return Job(overrides, composed, run)
-
-
-def _own(config: DictConfig) -> DictConfig:
-    """The config without Hydra's own part."""
-    return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-
-
-def save_hydra_files(job: Job) -> None:
-    """What Hydra's own launchers leave in a job's folder."""
-    folder = job.run.output_dir / str(job.config.hydra.output_subdir or ".hydra")
-    folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(_own(job.config), folder / "config.yaml")
-    OmegaConf.save(OmegaConf.masked_copy(job.config, ["hydra"]), folder / "hydra.yaml")
-    OmegaConf.save(job.config.hydra.overrides.task, folder / "overrides.yaml")
-
-
 def _returned(job: Job, failure: Failure | None) -> JobReturn:
     from hydra.core.utils import JobReturn, JobStatus
 
     returned = JobReturn(
         overrides=job.overrides,
-        cfg=_own(job.config),
+        cfg=own_config(job.config),
         hydra_cfg=OmegaConf.masked_copy(job.config, ["hydra"]),
         working_dir=str(job.run.output_dir),
         task_name=str(job.config.hydra.job.name),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock
@@ -14,6 +16,30 @@ from lorasweep.metrics import Images
 from lorasweep.models import BaseModel
 from lorasweep.tracking import TRIAL_TAG, NewRun
 from lorasweep.trainers import TrainingRun
+
+
+def check_inputs(runs: Iterable[Run]) -> None:
+    """Raise SettingsError for images that can't be used, and for captions that should be there.
+
+    Before a sweep, whose runs would all fail of them. Captions that models make are not made yet.
+    """
+    runs = list(runs)
+    with _hushed():  # the runs themselves warn
+        found = {one: dataset.select(one) for one in dict.fromkeys(run.dataset for run in runs)}
+    arms = dict.fromkeys((run.dataset, *arm) for run in runs for arm in run.captions.items())
+    for images, arm, captioner in arms:
+        if not captioner.cached:
+            captions.caption_images(captioner, found[images].images, runs[0].cache_dir, arm=arm)
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    logger, was = dataset.logger, dataset.logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = was
 
 
 def write_folders(run: Run) -> Path:
