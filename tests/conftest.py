@@ -10,13 +10,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a shared machine: no busy
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the network
 
 import pytest
+import yaml
 
 from lorasweep import config
 from lorasweep.config import Run
 
+yaml.SafeLoader = yaml.CSafeLoader  # Hydra's files are parsed thousands of times
+
 SMALL = [
     "experiment=demo",
     "dataset.num_images=4",
+    "dataset.resolution=[32,32]",
     "dataset.num_holdout=2",
     "trainer.max_train_epochs=2",
     "trainer.batch_size=3",

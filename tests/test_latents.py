@@ -24,7 +24,7 @@ def arm(*paths):
 
 @pytest.fixture
 def settings(make_run):
-    return make_run().dataset
+    return make_run("dataset.resolution=[64,64]").dataset
 
 
 def bucketed(settings, **changes):

@@ -5,10 +5,14 @@ import signal
 from importlib.util import find_spec
 
 import pytest
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
+from hydra.types import RunMode
 
 from lorasweep import config, engines, launcher
 from lorasweep.checkpoint import DiskFullError
+from lorasweep.composing import Composer
 from lorasweep.launcher import Packs, _train, group
 from lorasweep.run import Failure, Finished, PausingError, RunError
 from lorasweep.settings import SettingsError, build_class
@@ -54,6 +58,18 @@ def test_settings_are_those_of_config_yaml():
 def test_mistakes_name_the_key(changes, message):
     with pytest.raises(SettingsError, match=message):
         settings(**changes)
+
+
+def test_jobs_share_nothing_that_was_composed(tmp_path):
+    config.register_resolvers()
+    with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
+        hydra = GlobalHydra.instance().hydra
+        given = ["experiment=demo", f"output_root={tmp_path}", "hydra.job.name=x"]
+        sweep = hydra.compose_config("config", given, RunMode.MULTIRUN)
+        composer = Composer(sweep, hydra.config_loader)
+        jobs = [composer.job([*given[:2], f"adapter.rank={2 + n}"], n) for n in range(2)]
+    assert [job.config.adapter.rank for job in jobs] == [2, 3]
+    assert [job.config.hydra.job.num for job in jobs] == [0, 1]
 
 
 def test_transient_failures_are_tried_again_and_others_not(make_run):

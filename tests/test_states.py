@@ -242,4 +242,4 @@ def test_runs_within_an_epoch_end_it_before_the_others_go_on_with_them(make_run,
         last = max(weights(before))
         a, b = (checkpoint.read(run.output_dir / last)[0] for run in (before, after))
         for name in a:
-            torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-5)  # rounding of packs
+            torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=5e-5)  # rounding of packs

@@ -22,7 +22,11 @@ def ship(tmp_path, monkeypatch):
     def run(name, *overrides):
         workers = FakeFleet(scores)
         monkeypatch.setattr(fleet, "Fleet", lambda devices, max_pack: workers)
-        base = ["model=embedded", "dataset.image_dir=${embedded:demo_images}"]
+        base = [
+            "model=embedded",
+            "dataset.image_dir=${embedded:demo_images}",
+            "dataset.min_size=64",
+        ]
         base = ["experiment=demo"] if name not in CAPTIONED else base
         small = ["trainer.max_train_epochs=5", "study.n_trials=3"]
         places = [f"output_root={tmp_path}", f"cache_dir={tmp_path}/cache"]

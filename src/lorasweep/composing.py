@@ -66,7 +66,7 @@ class _ReadOnce:
         key = (config_path, *((source.scheme(), source.path) for source in self.get_sources()))
         if key not in self._read:
             self._read[key] = self._repository.load_config(config_path)
-        return copy.copy(self._read[key])
+        return copy.deepcopy(self._read[key])
 
 
 def own_config(config: DictConfig) -> DictConfig:
