@@ -15,7 +15,7 @@ from optuna.trial import TrialState
 from lorasweep.settings import SettingsError
 from lorasweep.study import methods
 from lorasweep.study import study as study_module
-from lorasweep.study.methods import make_sampler
+from lorasweep.study.methods import make_sampler, was_pruned
 from lorasweep.study.points import point_key
 from lorasweep.study.settings import PrunerName, SamplerName, StudySettings
 from lorasweep.study.space import Choice, Condition, Number, Space
@@ -159,11 +159,10 @@ def test_every_pruner_runs_with_one_and_with_two_objectives(open_study, pruner, 
                 break
         else:
             study.complete(trial)
-    states = {trial.state for trial in study.trials}
-    assert states <= {TrialState.COMPLETE, TrialState.PRUNED}
-    assert study.trials[0].state == TrialState.COMPLETE
+    assert {row.state for row in summarise(study).rows} <= {"complete", "pruned"}
+    assert not was_pruned(study.trials[0])
     if pruner not in ("none", "hyperband", "patient"):  # each trial is worse than the one before
-        assert study.trials[5].state == TrialState.PRUNED
+        assert was_pruned(study.trials[5])
 
 
 def test_a_pruned_trial_keeps_its_best_value_and_counts(open_study):
@@ -244,12 +243,25 @@ def test_pruning_by_the_first_objective_decides_as_with_that_objective_alone(ope
             for (ours, theirs), value, of_images in zip(pack, values, terms, strict=True):
                 report(ours, epoch, value, of_images)
                 report(theirs, epoch, value, of_images, **{"val/prior_drift": 1.0})
-            decisions += [(a.should_prune(), b.should_prune()) for a, b in pack]
-        for ours, theirs in pack:
-            one.complete(ours)
-            two.complete(theirs)
+            decided = [(a.should_prune(), b.should_prune()) for a, b in pack]
+            decisions += decided
+        for (ours, theirs), (to_prune, _) in zip(pack, decided, strict=True):
+            (one.prune if to_prune else one.complete)(ours)
+            (two.prune if to_prune else two.complete)(theirs)
     assert [ours for ours, _ in decisions] == [theirs for _, theirs in decisions]
     assert {ours for ours, _ in decisions} == {True, False}
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsgaii"])
+def test_samplers_know_a_pruned_trials_values_with_several_objectives_too(open_study, sampler):
+    study = open_study(sampler=sampler, objectives=[SCORE, "val/prior_drift"])
+    trial = study.next()
+    report(trial, 1, 0.5, **{"val/prior_drift": 0.1})
+    study.prune(trial)
+    assert [one.values for one in study.optuna_study.best_trials] == [[0.5, 0.1]]
+    (row,) = summarise(study).rows
+    assert (row.state, row.epochs) == ("pruned", 1)
+    study.next()
 
 
 def test_deciding_what_to_prune_costs_no_more_when_there_are_many_trials(open_study):

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 CURVE = "curve"  # user attribute: epoch -> first objective of the best candidate so far
 TERMS = "terms"  # user attribute: epoch -> the terms of the best candidate so far
+PRUNED = "pruned"  # user attribute: its run was stopped early, though Optuna may call it complete
 ORIGIN = "origin"  # user attribute: why it was asked with given parameters: guess, grid, …
 WARM_START = "warm start"  # the origin of another study's trials
 
@@ -39,6 +40,12 @@ WARM_START = "warm start"  # the origin of another study's trials
 # a short sweep, and finds a little less (benchmarks.search).
 _GOOD_SHARE, _MOST_GOOD = 1 / 3, 25
 _MOST_LAST = 100  # trials that TPE is fitted to beside the good ones
+
+
+def was_pruned(trial: FrozenTrial) -> bool:
+    """Was its run stopped early? With several objectives Optuna has it as complete."""
+    is_marked = trial.state == TrialState.COMPLETE and bool(trial.user_attrs.get(PRUNED))
+    return is_marked or trial.state == TrialState.PRUNED
 
 
 class _Fitted:

@@ -8,7 +8,7 @@ import optuna
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from lorasweep.study.methods import CURVE
+from lorasweep.study.methods import CURVE, was_pruned
 
 
 class FirstObjective:
@@ -56,8 +56,9 @@ class FirstObjective:
         for key in trial.system_attrs.keys() - ours.system_attrs.keys():
             self._memory.set_trial_system_attr(ours._trial_id, key, trial.system_attrs[key])
         if trial.state.is_finished():
-            values = trial.values[:1] if trial.state == TrialState.COMPLETE else None
-            self._memory.set_trial_state_values(ours._trial_id, trial.state, values)
+            state = TrialState.PRUNED if was_pruned(trial) else trial.state
+            values = trial.values[:1] if state == TrialState.COMPLETE else None
+            self._memory.set_trial_state_values(ours._trial_id, state, values)
             self._live.discard(trial.number)
 
     def _id(self, number: int) -> int:

@@ -22,6 +22,7 @@ from lorasweep.settings import SettingsError
 from lorasweep.study.methods import (
     CURVE,
     ORIGIN,
+    PRUNED,
     TERMS,
     WARM_START,
     check_installed,
@@ -35,7 +36,7 @@ from lorasweep.study.points import PointSampler, point_key
 from lorasweep.study.settings import StudySettings
 from lorasweep.study.space import Choice, Parameter, Space, Value
 from lorasweep.study.storage import find_journal, journal_path, open_storage, sweep_name
-from lorasweep.study.trial import BEST, PRUNED, Trial, excess
+from lorasweep.study.trial import BEST, Trial, excess
 
 log = logging.getLogger(__name__)
 
@@ -191,11 +192,15 @@ class Study:
     def prune(self, trial: Trial) -> None:
         """The run was stopped early; its candidates stand, and the study knows its best.
 
-        Of several objectives Optuna can't keep the values of a pruned trial: to TPE it is one of
-        the worst, to NSGA-II none.
+        Of several objectives Optuna keeps no values of a pruned trial: to TPE it would be one of
+        the worst, to NSGA-II none. There it is a complete one, marked as pruned.
         """
         trial.constrain()
-        self._study.tell(trial.number, state=TrialState.PRUNED, skip_if_finished=True)
+        if self.settings.pareto and trial.best is not None:
+            trial.mark_pruned()
+            self._study.tell(trial.number, trial.values, skip_if_finished=True)
+        else:
+            self._study.tell(trial.number, state=TrialState.PRUNED, skip_if_finished=True)
 
     def fail(self, trial: Trial, reason: str, *, transient: bool = False) -> bool:
         """The run failed. Returns whether `next` will give the trial again."""
@@ -292,8 +297,7 @@ class Study:
 
         Likewise without a score for each of our constraints: samplers would take it to keep them.
         Without its curve: pruners compare scores of the same images only. A pruned one's values are
-        known all the same, and without a curve samplers would take it for the worst. Of several
-        objectives Optuna keeps none of them.
+        known all the same, and without a curve samplers would take it for the worst.
         """
         scores, bounds = trial.user_attrs.get(BEST, {}).get("scores", {}), self.settings.constraints
         values = trial.values or [scores.get(name) for name in self.settings.objectives]

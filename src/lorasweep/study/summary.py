@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 from rich.markup import escape
 from rich.table import Table
 
-from lorasweep.study.methods import importance
+from lorasweep.study.methods import importance, was_pruned
 from lorasweep.study.study import ATTEMPT, REASON, Study
 from lorasweep.study.trial import BEST, EPOCHS, PLANNED
 
@@ -121,9 +121,10 @@ def lines(summary: Summary) -> list[str]:
 def _row(trial: FrozenTrial) -> Row:
     attrs = trial.user_attrs
     names = {TrialState.FAIL: "failed"}
+    state = "pruned" if was_pruned(trial) else names.get(trial.state, trial.state.name.lower())
     return Row(
         number=trial.number,
-        state=names.get(trial.state, trial.state.name.lower()),
+        state=state,
         best=attrs.get(BEST),
         feasible=all(excess <= 0 for excess in trial.constraints.values()),
         epochs=int(attrs.get(EPOCHS, 0)),

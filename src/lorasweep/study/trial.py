@@ -12,14 +12,14 @@ from typing import Any
 
 import optuna
 
-from lorasweep.study.methods import CURVE, TERMS
+from lorasweep.study.methods import CURVE, PRUNED, TERMS
 from lorasweep.study.pareto import FirstObjective
 from lorasweep.study.settings import StudySettings
 from lorasweep.study.space import Space
 
 log = logging.getLogger(__name__)
 
-BEST, EPOCHS, PLANNED, PRUNED = "best", "epochs", "planned_epochs", "pruned"  # user attributes
+BEST, EPOCHS, PLANNED = "best", "epochs", "planned_epochs"  # user attributes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ class Trial:
         return bool(self.epochs >= self._trial.user_attrs.get(PLANNED, math.inf))
 
     def mark_pruned(self) -> None:
-        """Note, from the job's own process, that the run has stopped for it was to be pruned."""
+        """Note that the run has stopped for it was to be pruned: of a job, from its own process."""
         self._trial.set_user_attr(PRUNED, True)
 
     @property
