@@ -1,5 +1,6 @@
 """Every mistake in the settings is one line that names the key and the remedy, before any work."""
 
+import os
 import subprocess
 import sys
 
@@ -187,12 +188,22 @@ def test_answers_that_need_no_work_import_nothing_heavy(arguments, tmp_path):
     assert result.stdout.splitlines()[-1] == "[]", result.stderr
 
 
+def test_whoever_reads_the_output_may_stop_reading(tmp_path):
+    """As `| head` does."""
+    ours, theirs = os.pipe()
+    os.close(ours)
+    command = [sys.executable, "-m", "lorasweep", "sync", f"output_root={tmp_path}"]
+    with os.fdopen(theirs) as stdout:
+        result = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 def test_packs_hold_runs_with_the_same_data_and_batches(make_run):
     run = make_run("adapter.rank=4")
     assert run.can_share_pack(make_run("adapter.rank=8", "optimizer.unet_lr=1e-5", "seed=7"))
     assert run.can_share_pack(make_run("trainer.max_train_epochs=9"))
     assert not run.can_share_pack(make_run("trainer.batch_size=2"))
-    assert not run.can_share_pack(make_run("dataset.resolution=32"))
+    assert not run.can_share_pack(make_run("dataset.resolution=64"))
     assert not run.can_share_pack(make_run("dataset.seed=1"))
 
 

@@ -399,7 +399,7 @@ def _resume(arguments: argparse.Namespace) -> int:
     _, _, output_root = _tracking(overrides, arguments.config_dir)
     command = begun_by(run_folder.find(words[0], output_root))
     os.chdir(command.cwd)
-    print(f"lorasweep train {shlex.join(command.argv)}", flush=True)
+    _say([f"lorasweep train {shlex.join(command.argv)}"])
     train(command.argv)
     return 0
 
@@ -416,8 +416,12 @@ def _caption(arguments: argparse.Namespace) -> int:
     run = build_run(compose([*overrides, *images], arguments.config_dir), output_dir=Path())
     from lorasweep.run import write_folders
 
-    print(f"Captions are in {write_folders(run)}")
-    print("Edit them there: training with the same dataset and captions settings takes them so.")
+    _say(
+        [
+            f"Captions are in {write_folders(run)}",
+            "Edit them there: training with the same dataset and captions settings takes them so.",
+        ]
+    )
     return 0
 
 
@@ -515,12 +519,10 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 def _say(lines: Sequence[str]) -> None:
+    from lorasweep.progress import say
+
     for line in lines:
-        _say_line(line)
-
-
-def _say_line(line: str) -> None:
-    print(line, flush=True)
+        say(line)
 
 
 def _info(arguments: argparse.Namespace) -> int:
@@ -530,7 +532,7 @@ def _info(arguments: argparse.Namespace) -> int:
 
     found = info.inspect(arguments.file)
     if arguments.json:
-        print(found.as_json())
+        _say([found.as_json()])
     else:
         info.show(found, Console())
     return 0
@@ -538,6 +540,7 @@ def _info(arguments: argparse.Namespace) -> int:
 
 def _resize(arguments: argparse.Namespace) -> int:
     from lorasweep.export import derived
+    from lorasweep.progress import say
 
     source: Path = arguments.file
     derived.resized(
@@ -547,13 +550,14 @@ def _resize(arguments: argparse.Namespace) -> int:
         arguments.energy,
         model=_model_of(arguments.model, arguments.config) if arguments.model else None,
         overwrite=arguments.overwrite,
-        say=_say_line,
+        say=say,
     )
     return 0
 
 
 def _extract(arguments: argparse.Namespace) -> int:
     from lorasweep.export import derived
+    from lorasweep.progress import say
 
     tuned, base = (_model_of(path, arguments.config) for path in (arguments.tuned, arguments.base))
     derived.extracted(
@@ -563,7 +567,7 @@ def _extract(arguments: argparse.Namespace) -> int:
         arguments.conv_rank,
         arguments.targets,
         overwrite=arguments.overwrite,
-        say=_say_line,
+        say=say,
     )
     return 0
 
