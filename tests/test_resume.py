@@ -376,6 +376,14 @@ def test_the_same_command_goes_on_and_another_begins_another_run(command, monkey
     assert len(list((tmp_path / "outputs" / "mine").iterdir())) == 2
 
 
+def test_a_run_goes_on_on_another_device():
+    here, there, other = (
+        run_folder.settings_digest({"captions.wd14.device": device, "seed": seed})
+        for device, seed in (("cpu", 0), ("cuda", 0), ("cuda", 1))
+    )
+    assert here == there != other
+
+
 @pytest.mark.parametrize("target", ["mine", "folder"])
 def test_resume_takes_a_name_or_a_folder(target, command, monkeypatch, tmp_path, capsys):
     broken_off(command, monkeypatch)

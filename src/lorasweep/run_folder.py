@@ -31,9 +31,8 @@ RECORD, SWEEP_RECORD = "run.json", "sweep.json"
 LOCK, LOCK_SECONDS = ".lock", 5.0
 MULTIRUN = "multirun.yaml"  # Hydra's, in a multirun's folder
 
-_PLACES = ("output_root", "cache_dir", "tracking.", "launcher.", "pick.", "trainer.device")
-FREE = (*_PLACES, "trainer.keep_states", "trainer.save_every_n_steps")
-"""How the keys begin that change no result; a run or a sweep goes on with others."""
+_PLACES = ("output_root", "cache_dir", "tracking.", "launcher.", "pick.")
+_STATES = ("trainer.keep_states", "trainer.save_every_n_steps")
 
 
 class TakenError(SettingsError):
@@ -324,9 +323,14 @@ def is_unfinished(folder: Path) -> bool:
     return record is not None and record.status == "unfinished"
 
 
+def changes_nothing(key: str) -> bool:
+    """Does the setting change no result? A run or a sweep goes on with another value of it."""
+    return key.startswith((*_PLACES, *_STATES)) or key.endswith(".device")
+
+
 def settings_digest(params: Mapping[str, Any]) -> str:
     """A digest of flat settings (`Run.params`), but for places and what doesn't change a result."""
-    counted = {key: value for key, value in params.items() if not key.startswith(FREE)}
+    counted = {key: value for key, value in params.items() if not changes_nothing(key)}
     return digest(sorted(counted.items(), key=str))
 
 

@@ -17,7 +17,7 @@ from lorasweep.config import PACKAGE, Run
 from lorasweep.flow import Flow, Limits, SweepError
 from lorasweep.jobs import Jobs
 from lorasweep.progress import say
-from lorasweep.run_folder import FREE, stoppable
+from lorasweep.run_folder import changes_nothing, stoppable
 from lorasweep.search import Search
 from lorasweep.settings import SettingsError
 from lorasweep.study.storage import only_driver, sweep_name
@@ -114,7 +114,7 @@ def _settings(run: Run) -> dict[str, Any]:
 
 def _is_free(key: str) -> bool:
     searches = key.startswith("study.") and not key.startswith("study.vars")
-    return searches or key.startswith(FREE) or key.endswith(".device")
+    return searches or changes_nothing(key)
 
 
 def _warm_start(study: Study, output_root: Path, folder: Path) -> None:
