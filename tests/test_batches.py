@@ -12,7 +12,7 @@ from hydra.core.utils import JobReturn, JobStatus
 
 from lorasweep.batches import Batches
 from lorasweep.flow import Limits, SweepError
-from lorasweep.run import PassingError, PausingError, RunError
+from lorasweep.run import PassingError, PausingError, RunError, UnreadyError
 from lorasweep.settings import SettingsError
 from lorasweep.study.study import Study
 from test_study import SCORE, SETTINGS, SPACE
@@ -115,13 +115,21 @@ def test_trials_whose_job_was_lost_are_tried_again_and_those_that_failed_are_not
     assert limits.hopeless  # in the end
 
 
-def test_a_full_disk_stops_the_sweep_and_leaves_its_trials_open(tmp_path):
-    full = JobReturn(status=JobStatus.FAILED)
-    full.return_value = PausingError("the disk is full")
-    returns = [full, JobReturn(status=JobStatus.COMPLETED)]
+@pytest.mark.parametrize(
+    "error",
+    [
+        PausingError("the disk is full"),
+        UnreadyError("captions.wd.model: no weights found"),
+        SettingsError("captions.wd.model: no weights found"),  # of Hydra's own launchers
+    ],
+)
+def test_what_has_to_be_mended_stops_the_sweep_and_leaves_its_trials_open(error, tmp_path):
+    broken = JobReturn(status=JobStatus.FAILED)
+    broken.return_value = error
+    returns = [broken, JobReturn(status=JobStatus.COMPLETED)]
     launcher = SimpleNamespace(launch=lambda overrides, initial_job_idx: returns)
     study = study_in(tmp_path)
-    with pytest.raises(SweepError, match="the disk is full"):
+    with pytest.raises(SweepError, match=str(error)):
         jobs = jobs_that_left(tmp_path, 0.5)
         Batches(study, jobs, launcher, Limits(None, None, time.monotonic())).run()
     assert [trial.state.name for trial in study.trials] == ["RUNNING", "COMPLETE"]

@@ -159,6 +159,29 @@ def test_failures_are_told_with_reasons_and_passing_ones_tried_again(sweep, caps
     assert "Trial 0 was begun again: worker was killed" in capsys.readouterr().out
 
 
+def test_what_all_runs_lack_stops_the_sweep_until_it_is_mended(sweep, tmp_path, capsys):
+    def script(run, epoch):
+        return Failure.of_pack([run.name], SettingsError("captions.wd.model: no weights found"))[0]
+
+    with pytest.raises(SystemExit):
+        sweep("study.n_trials=3", script=script)
+    assert "demo-0: captions.wd.model: no weights found" in capsys.readouterr().err
+    assert {trial.state.name for trial in study_of(tmp_path).trials} == {"RUNNING"}
+
+    study, _ = sweep("study.n_trials=3")
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 3
+
+
+def test_what_one_run_lacks_when_another_had_it_fails_that_trial_alone(sweep):
+    def script(run, epoch):
+        if run.number == 1 and epoch == 2:
+            return Failure.of_pack([run.name], SettingsError("captions.wd.model: no weights"))[0]
+        return by_rate(run, epoch)
+
+    study, _ = sweep("study.n_trials=3", script=script)
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "FAIL", "COMPLETE"]
+
+
 def test_the_death_of_one_worker_does_not_end_a_sweep_whose_whole_pack_it_had(sweep):
     def script(run, epoch):
         if epoch == 1:

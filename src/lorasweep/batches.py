@@ -12,7 +12,8 @@ from lorasweep.checkpoint import DiskFullError
 from lorasweep.config import Run
 from lorasweep.flow import Limits, SweepError
 from lorasweep.jobs import Jobs
-from lorasweep.run import PassingError, PausingError
+from lorasweep.run import PassingError, PausingError, UnreadyError
+from lorasweep.tracking import TrackingError
 from lorasweep.trials import say_pruned
 
 if TYPE_CHECKING:
@@ -66,12 +67,21 @@ class Batches:
                 raise
             log.exception("the launcher failed")
             returns = [error] * len(trials)
-        paused = [reason for one in returns if (reason := _pause(one)) is not None]
-        for trial, returned in zip(trials, returns, strict=True):
-            if _pause(returned) is None:
+        reasons = [self._pause(one) for one in returns]
+        for trial, returned, reason in zip(trials, returns, reasons, strict=True):
+            if reason is None:
                 self._settle(trial, returned)
-        if paused:
-            raise SweepError(paused[0])  # the trials stay open
+        if paused := next(filter(None, reasons), None):
+            raise SweepError(paused)  # the trials stay open
+
+    def _pause(self, returned: JobReturn | Exception) -> str | None:
+        """Why a job waits for somebody to mend something, as in Flow."""
+        error = returned if isinstance(returned, Exception) else returned._return_value
+        pauses = isinstance(error, PausingError | DiskFullError)
+        unready = isinstance(error, UnreadyError | ValueError | TrackingError)
+        if pauses or (unready and self._study.is_untouched):
+            return _reason(returned)
+        return None
 
     def _settle(self, trial: Trial, returned: JobReturn | Exception) -> None:
         reason = _reason(returned)
@@ -103,12 +113,6 @@ def _consecutive(trials: Sequence[Trial]) -> list[list[Trial]]:
         else:
             parts.append([trial])
     return parts
-
-
-def _pause(returned: JobReturn | Exception) -> str | None:
-    """Why a job waits for somebody to mend something."""
-    error = returned if isinstance(returned, Exception) else returned._return_value
-    return _reason(returned) if isinstance(error, PausingError | DiskFullError) else None
 
 
 def _may_pass(returned: JobReturn | Exception) -> bool:

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorasweep import trials
-from lorasweep.checkpoint import DiskFullError
-from lorasweep.config import Run, one_line
+from lorasweep.config import Run
 from lorasweep.run import Failure, run_pack
 from lorasweep.settings import SettingsError
 from lorasweep.trials import JobsStudy
@@ -63,12 +62,7 @@ def train_pack(runs: Sequence[Run], study: JobsStudy | None = None) -> Failures:
             return trials.train(runs, study)
         return [report for report in run_pack(runs) if isinstance(report, Failure)]
     except Exception as error:
-        reason = one_line(error)
-        if reason is None:
-            log.exception("a pack failed")
-            reason = f"{type(error).__name__}: {error}"
-        full = isinstance(error, DiskFullError)
-        return [Failure(run=run.name, reason=reason, pauses=full) for run in runs]
+        return Failure.of_pack([run.name for run in runs], error)
 
 
 def _by_submitit(

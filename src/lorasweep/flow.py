@@ -141,7 +141,7 @@ class Flow:
             return
         if isinstance(event, EpochReport):
             note(trial, event)
-        elif isinstance(event, Failure) and event.pauses:
+        elif isinstance(event, Failure) and self._pauses(event):
             raise SweepError(f"{event.run}: {event.reason}")  # the trial stays open
         elif isinstance(event, Failure):
             del self._trials[event.run]
@@ -150,6 +150,10 @@ class Flow:
         elif isinstance(event, Finished):
             del self._trials[event.run]
             self._ended(trial, pruned=event.dropped)  # by us, or by a driver that was killed
+
+    def _pauses(self, failure: Failure) -> bool:
+        """Is it for the user to mend? Of what runs share, only if no trial had it right."""
+        return failure.pauses or (failure.unready and self._study.is_untouched)
 
     def _prune(self, event: Report) -> None:
         trial = self._trials.get(event.run)

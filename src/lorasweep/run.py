@@ -14,7 +14,7 @@ from types import TracebackType
 
 from lorasweep import folders, provenance
 from lorasweep.checkpoint import Checkpoint, DiskFullError, checkpoint_path
-from lorasweep.config import Run
+from lorasweep.config import Run, one_line
 from lorasweep.interrupts import Interrupts
 from lorasweep.judge import Clock, Judge, load_pack
 from lorasweep.metrics import Scores, Terms
@@ -23,7 +23,7 @@ from lorasweep.prepare import captions_used, images_of, new_run, training_run, w
 from lorasweep.progress import Screen, Show
 from lorasweep.run_folder import RunFolder, TakenError, forget_drop
 from lorasweep.settings import SettingsError
-from lorasweep.tracking import PRUNED_TAG, RunLog, Tracker
+from lorasweep.tracking import PRUNED_TAG, RunLog, Tracker, TrackingError
 from lorasweep.trainers import Epoch, Stopped, Training, TrainingData, states
 from lorasweep.trainers.states import State
 
@@ -74,6 +74,27 @@ class Failure:
     others, and a folder that a process has which is on its way out."""
     pauses: bool = False
     """Does it go on when the same command is given again? A full disk has to be mended first."""
+    unready: bool = False
+    """Is it nothing of its own, but what its pack shares: images, captions, base model, MLflow's
+    store? They could not be made ready, which is for the user to mend."""
+
+    @staticmethod
+    def of_pack(names: Sequence[str], error: Exception, *, shared: bool = False) -> list[Failure]:
+        """All runs of a pack that an error broke. Of memory `shared` with others, it may pass."""
+        reason = one_line(error)
+        if reason is None:
+            log.error("a pack failed", exc_info=error)
+            reason = f"{type(error).__name__}: {error}"
+        return [
+            Failure(
+                run=name,
+                reason=reason,
+                transient=shared,
+                pauses=isinstance(error, DiskFullError),
+                unready=isinstance(error, ValueError | TrackingError),
+            )
+            for name in names
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +116,8 @@ class RunError(RuntimeError):
         """The error that says so."""
         if failure.pauses:
             return PausingError(failure.reason)
+        if failure.unready:
+            return UnreadyError(failure.reason)
         return (PassingError if failure.transient else RunError)(failure.reason)
 
 
@@ -104,6 +127,10 @@ class PassingError(RunError):
 
 class PausingError(RunError):
     """It goes on when the same command is given again, once what is wrong was mended."""
+
+
+class UnreadyError(RunError):
+    """What it shares with others could not be made ready."""
 
 
 def run_pack(runs: Sequence[Run], interrupts: Interrupts | None = None) -> Iterator[Report]:

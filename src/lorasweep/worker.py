@@ -12,7 +12,6 @@ from logging.handlers import QueueHandler
 from multiprocessing import parent_process
 from typing import TYPE_CHECKING, Any
 
-from lorasweep.checkpoint import DiskFullError
 from lorasweep.config import Run, one_line
 from lorasweep.interrupts import Interrupts
 from lorasweep.models import BaseModel, is_out_of_memory
@@ -159,23 +158,15 @@ class _Worker:
             self._backlog.append(run)
 
     def _broken(self, session: Session | None, error: Exception) -> Boundary:
-        reason = one_line(error)
-        unknown = reason is None
-        if reason is None:
-            log.exception("a pack failed")
-            reason = f"{type(error).__name__}: {error}"
         if session is not None:
             self._sessions.remove(session)
             session.__exit__(type(error), error, None)
         shared = (
             isinstance(error, RuntimeError) and is_out_of_memory(error) and len(self._names) > 1
         )
-        full = isinstance(error, DiskFullError)
-        failures = [
-            Failure(run=name, reason=reason, transient=shared, pauses=full) for name in self._names
-        ]
+        failures = Failure.of_pack(self._names, error, shared=shared)
         fewer = len(self._names) // 2 if shared else None
-        return Boundary(reports=failures, max_runs=fewer, last=unknown)
+        return Boundary(reports=failures, max_runs=fewer, last=one_line(error) is None)
 
     def _session(self, run: Run) -> Session:
         """The session of runs like this one, kept or new; its base model is kept likewise."""

@@ -36,7 +36,7 @@ from lorasweep.study.points import PointSampler, point_key
 from lorasweep.study.settings import StudySettings
 from lorasweep.study.space import Choice, Parameter, Space, Value
 from lorasweep.study.storage import find_journal, journal_path, open_storage, sweep_name
-from lorasweep.study.trial import BEST, Trial, excess
+from lorasweep.study.trial import BEST, EPOCHS, Trial, excess
 
 log = logging.getLogger(__name__)
 
@@ -118,6 +118,11 @@ class Study:
     def trials(self) -> list[FrozenTrial]:
         """This sweep's own trials, without those of a warm start."""
         return own_trials(self._study)
+
+    @property
+    def is_untouched(self) -> bool:
+        """Has no trial come to the end of an epoch?"""
+        return not any(trial.user_attrs.get(EPOCHS) for trial in self.trials)
 
     def take_over(self) -> list[int]:
         """Let `next` give the trials that a killed driver left running once more; their numbers.
