@@ -20,7 +20,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 
 from benchmarks.common import show
-from lorasweep.composing import Composer, save_hydra_files
+from lorasweep.composing import compose_job, read_once, save_hydra_files
 from lorasweep.config import compose, conf_dir, register_resolvers
 from lorasweep.study.settings import StudySettings
 from lorasweep.study.space import Choice, Number, Space
@@ -80,10 +80,11 @@ def _job() -> float:
         assert hydra is not None
         given = ["experiment=demo", f"output_root={name}", "hydra/sweeper=optuna"]
         sweep = hydra.compose_config("config", [*given, "hydra.job.name=x"], RunMode.MULTIRUN)
-        composer = Composer(sweep, hydra.config_loader)
+        read_once(hydra.config_loader)
         for number in range(20):
             began = time.process_time()
-            job = composer.job([*given, f"adapter.rank={number + 1}"], number)
+            overrides = [*given, f"adapter.rank={number + 1}"]
+            job = compose_job(sweep, hydra.config_loader, overrides, number)
             job.run.check()
             save_hydra_files(job)
             seconds.append(time.process_time() - began)

@@ -1,6 +1,7 @@
 """The launcher: its settings, its retries, and packs as jobs of other engines."""
 
 import os
+import pickle
 import signal
 from importlib.util import find_spec
 
@@ -12,7 +13,7 @@ from hydra.types import RunMode
 
 from lorasweep import config, engines, launcher
 from lorasweep.checkpoint import DiskFullError
-from lorasweep.composing import Composer
+from lorasweep.composing import compose_job, read_once
 from lorasweep.launcher import Packs, _train, group
 from lorasweep.run import Failure, Finished, PausingError, RunError
 from lorasweep.settings import SettingsError, build_class
@@ -66,8 +67,10 @@ def test_jobs_share_nothing_that_was_composed(tmp_path):
         hydra = GlobalHydra.instance().hydra
         given = ["experiment=demo", f"output_root={tmp_path}", "hydra.job.name=x"]
         sweep = hydra.compose_config("config", given, RunMode.MULTIRUN)
-        composer = Composer(sweep, hydra.config_loader)
-        jobs = [composer.job([*given[:2], f"adapter.rank={2 + n}"], n) for n in range(2)]
+        read_once(hydra.config_loader)
+        loader = pickle.loads(pickle.dumps(hydra.config_loader))  # as Hydra's own launchers do
+        overrides = [[*given[:2], f"adapter.rank={2 + n}"] for n in range(2)]
+        jobs = [compose_job(sweep, loader, overrides[n], n) for n in range(2)]
     assert [job.config.adapter.rank for job in jobs] == [2, 3]
     assert [job.config.hydra.job.num for job in jobs] == [0, 1]
 

@@ -22,27 +22,26 @@ class Job:
     run: Run
 
 
-class Composer:
-    """Composes the jobs of one multirun.
+def compose_job(config: DictConfig, loader: Any, overrides: Sequence[str], number: int) -> Job:
+    """Compose and check one job of a multirun. Raises SettingsError."""
+    composed = loader.load_sweep_config(config, list(overrides))
+    with open_dict(composed):
+        composed.hydra.job.id = str(number)
+        composed.hydra.job.num = number
+        output_dir = Path(composed.hydra.sweep.dir) / str(composed.hydra.sweep.subdir)
+        composed.hydra.runtime.output_dir = str(output_dir.absolute())
+    run = build_run(own_config(composed), **job_identity(composed.hydra))
+    return Job(overrides, composed, run)
 
-    Every YAML file is read once: that is half of the time of composing a job, and a file that is
-    edited while a sweep runs would change the trials that come after.
+
+def read_once(loader: Any) -> None:
+    """Let Hydra's loader read every YAML file once from now on, for all jobs of a multirun.
+
+    That is half of the time of composing a job, and a file that is edited while a sweep runs would
+    change the trials that come after. Hydra's own launchers send the loader along with each job.
     """
-
-    def __init__(self, config: DictConfig, config_loader: Any) -> None:
-        self._config, self._loader = config, copy.copy(config_loader)
-        self._loader.repository = _ReadOnce(config_loader.repository)
-
-    def job(self, overrides: Sequence[str], number: int) -> Job:
-        """Compose and check a job. Raises SettingsError."""
-        composed = self._loader.load_sweep_config(self._config, list(overrides))
-        with open_dict(composed):
-            composed.hydra.job.id = str(number)
-            composed.hydra.job.num = number
-            output_dir = Path(composed.hydra.sweep.dir) / str(composed.hydra.sweep.subdir)
-            composed.hydra.runtime.output_dir = str(output_dir.absolute())
-        run = build_run(own_config(composed), **job_identity(composed.hydra))
-        return Job(overrides, composed, run)
+    if not isinstance(loader.repository, _ReadOnce):
+        loader.repository = _ReadOnce(loader.repository)
 
 
 class _ReadOnce:
@@ -59,6 +58,8 @@ class _ReadOnce:
         return _ReadOnce(copy.deepcopy(self._repository, memo), self._read)
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # of this class, when it is unpickled
+            raise AttributeError(name)
         return getattr(self._repository, name)
 
     def load_config(self, config_path: str) -> Any:

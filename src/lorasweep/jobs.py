@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from lorasweep import config as configs
 from lorasweep import metrics
-from lorasweep.composing import Composer, Job, save_hydra_files
+from lorasweep.composing import Job, compose_job, save_hydra_files
 from lorasweep.config import Run
 from lorasweep.prepare import check_inputs
 from lorasweep.search import Search
@@ -24,7 +24,7 @@ class Jobs:
     """Hydra jobs of a sweep's trials."""
 
     def __init__(self, config: DictConfig, config_loader: Any, found: Search) -> None:
-        self._composer, self._search = Composer(config, config_loader), found
+        self._config, self._loader, self._search = config, config_loader, found
         self._folder = Path(config.hydra.sweep.dir).absolute()
 
     def check(self, settings: StudySettings) -> Run:
@@ -57,7 +57,7 @@ class Jobs:
         return [*self._search.fixed, *trial.overrides, folder]
 
     def _composed(self, params: Sequence[str], number: int) -> Job:
-        return self._composer.job([*self._search.fixed, *params], number)
+        return compose_job(self._config, self._loader, [*self._search.fixed, *params], number)
 
 
 def _scores(run: Run) -> Mapping[str, bool] | None:

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import NonNegativeInt, PositiveInt
 
 from lorasweep import run_folder
-from lorasweep.composing import Composer, Job, own_config, save_hydra_files
+from lorasweep.composing import Job, compose_job, own_config, read_once, save_hydra_files
 from lorasweep.config import Run, sweep_digest
 from lorasweep.engines import Engine, train_by_jobs
 from lorasweep.fleet import Fleet, choose_devices
@@ -62,9 +62,9 @@ def launch(
     Every job's config is checked before the first trains. A job that fails is returned as failed,
     with its reason; the others stand.
     """
-    composer = Composer(config, config_loader)
+    read_once(config_loader)
     jobs = [
-        composer.job(overrides, number)
+        compose_job(config, config_loader, overrides, number)
         for number, overrides in enumerate(job_overrides, start=initial_job_idx)
     ]
     check_inputs([job.run for job in jobs])

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lorasweep import search
 from lorasweep.batches import Batches
+from lorasweep.composing import read_once
 from lorasweep.config import PACKAGE, Run
 from lorasweep.flow import Flow, Limits, SweepError
 from lorasweep.jobs import Jobs
@@ -36,6 +37,7 @@ def sweep(config: DictConfig, config_loader: Any, launcher: Any, arguments: Sequ
     `arguments` are the command line's overrides. Raises SettingsError, in one line and before any
     work, for what is wrong in the sweep; SweepError when too many trials failed.
     """
+    read_once(config_loader)
     found = search.read(config, config_loader, arguments)
     folder = Path(config.hydra.sweep.dir).absolute()
     jobs = Jobs(config, config_loader, found)
