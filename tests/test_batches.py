@@ -70,6 +70,23 @@ def test_a_lost_batch_is_launched_again_under_its_numbers_with_its_parameters(tm
     assert [t.user_attrs.get("attempt") for t in study.trials] == [1, 1, None]
 
 
+def test_a_trial_that_cannot_be_composed_fails_alone(tmp_path):
+    study, jobs = study_in(tmp_path), jobs_that_left(tmp_path, 0.5)
+
+    def run_of(trial, real=jobs.run_of):
+        if trial.number == 0:
+            raise SettingsError("adapter.network_dropout=4.0: must be less than 1")
+        return real(trial)
+
+    jobs.run_of = run_of
+    launcher = launcher_that(JobReturn(status=JobStatus.COMPLETED))
+    Batches(study, jobs, launcher, Limits(None, None, time.monotonic())).run()
+    assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE", "COMPLETE"]
+    assert (
+        study.trials[0].user_attrs["reason"] == "adapter.network_dropout=4.0: must be less than 1"
+    )
+
+
 def test_a_launchers_setting_that_is_wrong_ends_the_sweep_and_no_trial_fails_for_it(tmp_path):
     study = study_in(tmp_path)
     launcher = launcher_that(SettingsError("launcher.pack_via=ray: ray is not installed"))
@@ -131,5 +148,13 @@ def test_what_has_to_be_mended_stops_the_sweep_and_leaves_its_trials_open(error,
     study = study_in(tmp_path)
     with pytest.raises(SweepError, match=str(error)):
         jobs = jobs_that_left(tmp_path, 0.5)
-        Batches(study, jobs, launcher, Limits(None, None, time.monotonic())).run()
+        Batches(study, jobs, launcher, Limits(None, None, time.monotonic(), alike=True)).run()
     assert [trial.state.name for trial in study.trials] == ["RUNNING", "COMPLETE"]
+
+
+def test_what_one_kind_of_runs_lacks_fails_those_alone(tmp_path):
+    broken = JobReturn(status=JobStatus.FAILED)
+    broken.return_value = UnreadyError("captions.wd.model: no weights found")
+    study, limits = study_in(tmp_path), Limits(None, None, time.monotonic())
+    Batches(study, jobs_that_left(tmp_path), launcher_that(broken), limits).run()
+    assert [trial.state.name for trial in study.trials] == ["FAIL"] * 3

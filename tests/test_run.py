@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lorasweep import run as run_module
 from lorasweep import tracking
 from lorasweep.run import EpochReport, Failure, Finished, Session, run_pack, write_folders
 from lorasweep.trainers.native import NativeTraining
@@ -167,6 +168,8 @@ def test_a_run_that_cannot_start_fails_alone(make_run, monkeypatch):
         join(self, run, state)
 
     monkeypatch.setattr(NativeTraining, "join", refuse)
+    # on a CUDA device a step is measured first
+    monkeypatch.setattr(run_module, "memory_for", lambda device, step: step())
     found = list(run_pack(runs))
     assert Failure(run="demo-0", reason="demo-0 is not to be (made by the test)") in found
     assert [type(one).__name__ for one in found if one.run == "demo-1"] == [

@@ -165,6 +165,14 @@ def test_every_pruner_runs_with_one_and_with_two_objectives(open_study, pruner, 
         assert was_pruned(study.trials[5])
 
 
+def test_a_trial_whose_job_was_pruned_is_shown_so_before_it_is_settled(open_study):
+    study = open_study()
+    trial = study.next()
+    report(trial, 1, 0.5)
+    trial.mark_pruned()
+    assert [row.state for row in summarise(study).rows] == ["pruned"]
+
+
 def test_a_pruned_trial_keeps_its_best_value_and_counts(open_study):
     study = open_study(pruner="median")
     assert run(study) == [2, 3, 4, 5]
@@ -498,7 +506,7 @@ def test_one_driver_at_a_time_of_a_journal_that_two_folders_share(tmp_path):
 
 
 def test_another_question_is_another_study(open_study):
-    open_study()
+    run(open_study(n_trials=1))
     other = Space({"adapter.rank": Choice("adapter.rank", (4, 8), ("4", "8"))}, {})
     with pytest.raises(SettingsError, match=r"another study.params.adapter.rank; give another"):
         open_study(other)
@@ -508,6 +516,7 @@ def test_another_question_is_another_study(open_study):
 
 def test_other_constraints_are_another_study_but_not_of_one_that_kept_none(open_study):
     study = open_study(constraints={"val/prior_drift": 0.2})
+    report(study.next(), 1, 0.5, **{"val/prior_drift": 0.1})
     changed = r"with study.constraints.val/prior_drift=0.2, not 0.3; .* \(and study.warm_start"
     with pytest.raises(SettingsError, match=changed):
         open_study(constraints={"val/prior_drift": 0.3})

@@ -17,7 +17,7 @@ from PIL import Image
 
 from conftest import SMALL
 from fake_fleet import FakeFleet
-from lorasweep import cli, fleet, flow, launcher, run_folder, sweeper, tracking
+from lorasweep import cli, config, fleet, flow, launcher, run_folder, sweeper, tracking
 from lorasweep.run import Failure, Finished
 from lorasweep.settings import SettingsError
 from lorasweep.study import storage
@@ -170,6 +170,33 @@ def test_what_all_runs_lack_stops_the_sweep_until_it_is_mended(sweep, tmp_path, 
 
     study, _ = sweep("study.n_trials=3")
     assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 3
+
+
+def test_a_sweep_that_had_trained_nothing_may_begin_anew(sweep, tmp_path, capsys):
+    def script(run, epoch):
+        return Failure.of_pack([run.name], SettingsError("captions.wd.model: no weights found"))[0]
+
+    with pytest.raises(SystemExit):
+        sweep("study.n_trials=3", "seed=1", script=script)
+    study, workers = sweep("study.n_trials=2", "seed=2")
+    assert "demo-mine had trained nothing: it begins anew" in capsys.readouterr().out
+    assert [trial.number for trial in study.trials] == [0, 1]
+    assert {run.seed for run in workers.submitted} == {2}
+    with pytest.raises(SystemExit):
+        sweep("study.n_trials=2", "seed=3")
+    assert "was begun with seed=2 (not given now)" in capsys.readouterr().err
+
+
+def test_what_one_kind_of_runs_lacks_fails_those_alone(sweep):
+    def script(run, epoch):
+        if run.trainer.batch_size == 8:
+            return Failure.of_pack([run.name], SettingsError("captions.wd.model: no weights"))[0]
+        return by_rate(run, epoch)
+
+    study, _ = sweep("trainer.batch_size=choice(4,8)", "study.n_trials=4", script=script)
+    states = {trial.params["trainer.batch_size"]: trial.state.name for trial in study.trials}
+    assert states == {4: "COMPLETE", 8: "FAIL"}
+    assert study.trials[0].state.name == "FAIL"  # the demo's batch, before any had trained
 
 
 def test_what_one_run_lacks_when_another_had_it_fails_that_trial_alone(sweep):
@@ -568,6 +595,21 @@ def test_an_edited_file_is_another_sweep_which_names_what_was_edited(sweep, caps
     said = capsys.readouterr().err.strip()
     assert "demo-mine was begun with dataset.num_images=30, not 5; give another study.name" in said
     assert len(said.splitlines()) == 1
+
+
+def test_an_edited_option_that_only_some_trials_have_is_noticed_too(sweep, tmp_path, capsys):
+    (tmp_path / "adapter").mkdir()
+    tiny = tmp_path / "adapter" / "tiny.yaml"
+    tiny.write_text((config.conf_dir() / "adapter" / "lora.yaml").read_text())
+    sweep("adapter=choice(lora,tiny)", "study.n_trials=1")
+    edited = tiny.read_text().replace("rank_dropout: 0.0", "rank_dropout: 0.5")
+    assert edited != tiny.read_text()
+    tiny.write_text(edited)
+    with pytest.raises(SystemExit):
+        sweep("adapter=choice(lora,tiny)", "study.n_trials=2")
+    said = capsys.readouterr().err
+    assert "was begun with " in said and "adapter=tiny" in said
+    assert "adapter.rank_dropout=0.0, not 0.5" in said
 
 
 VARS = f"""\

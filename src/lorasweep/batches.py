@@ -43,12 +43,16 @@ class Batches:
 
     def _batch(self) -> list[Trial]:
         trials: list[Trial] = []
-        while len(trials) < self._study.settings.batch_size:
+        while len(trials) < self._study.settings.batch_size and not self._limits.reached:
             trial = self._study.next()
             if trial is None:
                 break
             log.info("trial %d: %s", trial.number, " ".join(trial.overrides))
-            run = self._runs[trial.number] = self._jobs.run_of(trial)
+            try:
+                run = self._runs[trial.number] = self._jobs.run_of(trial)
+            except ValueError as error:
+                self._fail(trial, configs.one_line(error) or str(error), transient=False)
+                continue
             trial.plan(run.trainer.max_train_epochs)
             if run_folder.was_dropped(run):  # a job would train it to its end
                 say_pruned(trial)
@@ -77,18 +81,20 @@ class Batches:
     def _pause(self, returned: JobReturn | Exception) -> str | None:
         """Why a job waits for somebody to mend something, as in Flow."""
         error = returned if isinstance(returned, Exception) else returned._return_value
-        pauses = isinstance(error, PausingError | DiskFullError)
-        unready = isinstance(error, UnreadyError | ValueError | TrackingError)
-        if pauses or (unready and self._study.is_untouched):
-            return _reason(returned)
-        return None
+        unready = isinstance(error, UnreadyError | ValueError)
+        lacking = unready and self._limits.alike and self._study.is_untouched
+        pauses = isinstance(error, PausingError | DiskFullError | TrackingError)
+        return _reason(returned) if pauses or lacking else None
 
     def _settle(self, trial: Trial, returned: JobReturn | Exception) -> None:
         reason = _reason(returned)
         if reason is None:
             self._complete(trial)
-            return
-        again = self._study.fail(trial, reason, transient=_may_pass(returned))
+        else:
+            self._fail(trial, reason, transient=_may_pass(returned))
+
+    def _fail(self, trial: Trial, reason: str, *, transient: bool) -> None:
+        again = self._study.fail(trial, reason, transient=transient)
         log.error(
             "trial %d failed%s: %s", trial.number, ", is tried again" if again else "", reason
         )

@@ -47,6 +47,8 @@ class Limits:
     max_hours: float | None
     max_failures: int | None
     began: float
+    alike: bool = False
+    """Can all runs share a pack? Then what keeps one from beginning keeps all."""
     failures: int = 0  # since the last trial that ended well
     last_reason: str = ""
 
@@ -152,8 +154,9 @@ class Flow:
             self._ended(trial, pruned=event.dropped)  # by us, or by a driver that was killed
 
     def _pauses(self, failure: Failure) -> bool:
-        """Is it for the user to mend? Of what runs share, only if no trial had it right."""
-        return failure.pauses or (failure.unready and self._study.is_untouched)
+        """Is it for the user to mend? Of what a pack shares, only if all runs lack it."""
+        lacking = failure.unready and self._limits.alike and self._study.is_untouched
+        return failure.pauses or lacking
 
     def _prune(self, event: Report) -> None:
         trial = self._trials.get(event.run)

@@ -27,17 +27,20 @@ class Jobs:
         self._config, self._loader, self._search = config, config_loader, found
         self._folder = Path(config.hydra.sweep.dir).absolute()
 
-    def check(self, settings: StudySettings) -> Run:
-        """Compose the sweep's first run and one of each value; SettingsError for what is wrong."""
-        space = self._search.space
-        probes = [self._composed(space.overrides(point), 0) for point in space.probes()]
-        check_inputs([job.run for job in probes])
-        for job in probes:
-            job.run.check()
-            scores = _scores(job.run)
+    def check(self, settings: StudySettings) -> dict[str, Run]:
+        """Runs that together have each value of the space, by their overrides, the first first.
+
+        Raises SettingsError for what is wrong with one.
+        """
+        points = map(self._search.space.overrides, self._search.space.probes())
+        probes = {" ".join(point): self._composed(point, 0).run for point in points}
+        check_inputs(probes.values())
+        for run in probes.values():
+            run.check()
+            scores = _scores(run)
             if scores is not None:
                 settings.check_scores(scores, [name for name, terms in scores.items() if terms])
-        return probes[0].run
+        return probes
 
     def prepare(self, trial: Trial) -> Run:
         """The run of a trial; its folder has what Hydra leaves in a job's folder."""
@@ -48,7 +51,9 @@ class Jobs:
 
     def run_of(self, trial: Trial) -> Run:
         """The run that the trial's job will train, or has trained."""
-        return self._composed(trial.overrides, trial.number).run
+        run = self._composed(trial.overrides, trial.number).run
+        run.check()
+        return run
 
     def overrides(self, trial: Trial) -> list[str]:
         """The overrides of a trial's job, with the study for it to report to."""

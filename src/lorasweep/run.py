@@ -73,10 +73,11 @@ class Failure:
     """Might it go well another time? So are a killed worker, memory shared with
     others, and a folder that a process has which is on its way out."""
     pauses: bool = False
-    """Does it go on when the same command is given again? A full disk has to be mended first."""
+    """Does it go on when the same command is given again? A full disk has to be mended first, or a
+    store of MLflow's that can't be written."""
     unready: bool = False
-    """Is it nothing of its own, but what its pack shares: images, captions, base model, MLflow's
-    store? They could not be made ready, which is for the user to mend."""
+    """Is it nothing of its own, but what its pack shares: images, captions, base model? They could
+    not be made ready, which is for the user to mend."""
 
     @staticmethod
     def of_pack(names: Sequence[str], error: Exception, *, shared: bool = False) -> list[Failure]:
@@ -90,8 +91,8 @@ class Failure:
                 run=name,
                 reason=reason,
                 transient=shared,
-                pauses=isinstance(error, DiskFullError),
-                unready=isinstance(error, ValueError | TrackingError),
+                pauses=isinstance(error, DiskFullError | TrackingError),
+                unready=isinstance(error, ValueError),
             )
             for name in names
         ]
@@ -257,10 +258,12 @@ class Session:
 
     def _measure(self) -> int | None:
         """Runs that fit into the device's memory; what a step takes grows with K x B."""
-        first = training_run(self._waiting[0])
 
         def step() -> None:
-            self.first.trainer.start(self._base, [first], self._data).probe()
+            for run in map(training_run, self._waiting):
+                with suppress(ValueError):  # a run that can't start will say so itself
+                    self.first.trainer.start(self._base, [run], self._data).probe()
+                    return
 
         number = memory_for(self.device, step)
         if number is not None:

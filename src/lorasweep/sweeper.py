@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,22 +42,23 @@ def sweep(config: DictConfig, config_loader: Any, launcher: Any, arguments: Sequ
     folder = Path(config.hydra.sweep.dir).absolute()
     jobs = Jobs(config, config_loader, found)
     settings = study_settings(config, config.hydra.overrides.task)
-    plan = jobs.check(settings)
+    probes = jobs.check(settings)
+    first, *others = probes.values()
     with only_driver(folder, sweep_name(folder), settings.storage), stoppable(folder):
-        study = open_study(settings, found, folder, plan)
+        study = open_study(settings, found, folder, probes)
         OmegaConf.save(config, folder / "multirun.yaml")  # for resume; not of a refused command
         if left := study.take_over():
             log.warning("trials that an ended driver left go on: %s", ", ".join(map(str, left)))
         try:
-            drive(study, jobs, launcher)
+            drive(study, jobs, launcher, alike=all(map(first.can_share_pack, others)))
         finally:
             _show(study)
 
 
-def drive(study: Study, jobs: Jobs, launcher: Any) -> None:
+def drive(study: Study, jobs: Jobs, launcher: Any, *, alike: bool) -> None:
     """Train the study's trials: as they come with packs, else batch by batch."""
     settings = study.settings
-    limits = Limits(settings.max_hours, settings.max_failures, time.monotonic())
+    limits = Limits(settings.max_hours, settings.max_failures, time.monotonic(), alike)
     fleet = launcher.fleet() if hasattr(launcher, "fleet") else None
     if fleet is None:
         Batches(study, jobs, launcher, limits).run()
@@ -73,9 +74,13 @@ def drive(study: Study, jobs: Jobs, launcher: Any) -> None:
         log.info("study.max_hours is over; the same command goes on with the sweep")
 
 
-def open_study(settings: StudySettings, found: Search, folder: Path, run: Run) -> Study:
+def open_study(
+    settings: StudySettings, found: Search, folder: Path, probes: Mapping[str, Run]
+) -> Study:
     """The study of a sweep, begun or gone on with, and warmed up if that is wanted."""
     from lorasweep.study.study import Study
+
+    run = next(iter(probes.values()))
 
     study = Study(
         settings,
@@ -84,7 +89,7 @@ def open_study(settings: StudySettings, found: Search, folder: Path, run: Run) -
         folder,
         max_epochs=run.trainer.max_train_epochs,
         guesses=found.guesses,
-        basis={"overrides": _basis(found.fixed), "settings": _settings(run)},
+        basis={"overrides": _basis(found.fixed), "settings": _settings(probes)},
     )
     if settings.n_trials is not None and study.n_trials < settings.n_trials:
         log.info(
@@ -106,9 +111,13 @@ def _basis(fixed: Sequence[str]) -> list[str]:
     return sorted(one for one, name in names.items() if not _is_free(name))
 
 
-def _settings(run: Run) -> dict[str, Any]:
-    """Likewise the settings of the sweep's first run, for files are edited too."""
-    plain = {key: value for key, value in run.params.items() if not _is_free(key)}
+def _settings(probes: Mapping[str, Run]) -> dict[str, Any]:
+    """Likewise the runs' settings, for files are edited too: the first's, and what others have."""
+    first = next(iter(probes.values())).params
+    plain = {key: value for key, value in first.items() if not _is_free(key)}
+    for point, run in probes.items():
+        own = {key: value for key, value in run.params.items() if not _is_free(key)}
+        plain |= {f"{point}: {key}": own[key] for key in own if own[key] != first.get(key)}
     text = json.dumps(plain, default=str)
     found: dict[str, Any] = json.loads(text.replace(str(PACKAGE), ""))  # may be installed elsewhere
     return found

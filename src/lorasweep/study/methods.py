@@ -44,7 +44,7 @@ _MOST_LAST = 100  # trials that TPE is fitted to beside the good ones
 
 def was_pruned(trial: FrozenTrial) -> bool:
     """Was its run stopped early? With several objectives Optuna has it as complete."""
-    is_marked = trial.state == TrialState.COMPLETE and bool(trial.user_attrs.get(PRUNED))
+    is_marked = bool(trial.user_attrs.get(PRUNED)) and trial.state != TrialState.FAIL
     return is_marked or trial.state == TrialState.PRUNED
 
 

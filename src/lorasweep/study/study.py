@@ -95,14 +95,13 @@ class Study:
         self.storage: BaseStorage = open_storage(settings.storage, folder)
         self._again: deque[int] = deque()  # trials to be trained once more
         self._plan: _Plan | None = None
-        self._study = optuna.create_study(
-            study_name=name,
-            storage=self.storage,
-            directions=["minimize" if sign > 0 else "maximize" for sign in settings.signs],
-            pruner=pruner,
-            load_if_exists=True,
-        )
-        self._check_basis(dict(basis or {}))
+        self._study = self._open(pruner)
+        ours = self._basis(basis or {})
+        if self._changed(ours) and not self._has_begun(folder):
+            log.info("sweep %s had trained nothing: it begins anew, with other settings", name)
+            optuna.delete_study(study_name=name, storage=self.storage)
+            self._study = self._open(pruner)
+        self._check_basis(ours)
         self._by_first = FirstObjective(self._study, self.storage) if settings.pareto else None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that it is experimental
@@ -322,27 +321,47 @@ class Study:
             constraints=excess(scores, bounds),
         )
 
-    def _check_basis(self, basis: Mapping[str, Any]) -> None:
-        """Refuse to continue a study with another question."""
-        ours = {
+    def _open(self, pruner: optuna.pruners.BasePruner) -> optuna.Study:
+        return optuna.create_study(
+            study_name=self.name,
+            storage=self.storage,
+            directions=["minimize" if sign > 0 else "maximize" for sign in self.settings.signs],
+            pruner=pruner,
+            load_if_exists=True,
+        )
+
+    def _basis(self, more: Mapping[str, Any]) -> dict[str, Any]:
+        """The study's question, and `more` that must stay as it was when it was begun."""
+        return {
             **_question(self.settings),
             "study.constraints": dict(self.settings.constraints),  # old trials' bounds
             "study.params": {n: repr(p) for n, p in self.space.parameters.items()},
             "study.conditions": {n: repr(c) for n, c in self.space.conditions.items()},
-            **basis,
+            **more,
         }
+
+    def _has_begun(self, folder: Path) -> bool:
+        """Has a run of the sweep's folder begun to train, or does it know another's trials?"""
+        knows = len(self._study.get_trials(deepcopy=False)) > len(self.trials)
+        return knows or not self.is_untouched or any(folder.glob("*/run.json"))
+
+    def _changed(self, ours: Mapping[str, Any]) -> str | None:
+        """What of the basis is not as it was when the study was begun."""
+        theirs = self._study.user_attrs.get(BASIS, {})
+        return next((key for key in theirs if ours.get(key) != theirs[key]), None)
+
+    def _check_basis(self, ours: Mapping[str, Any]) -> None:
+        """Refuse to continue a study with another question."""
         theirs = self._study.user_attrs.get(BASIS)
         if theirs is None:
             self._study.set_user_attr(BASIS, ours)
-            return
-        for key in theirs:
-            if ours.get(key) != theirs[key]:
-                keep = f" (and study.warm_start={self.name} to keep what it knows)"
-                hint = "" if key in _question(self.settings) else keep
-                raise SettingsError(
-                    f"sweep {self.name} was begun {_difference(key, theirs, ours)}; give another"
-                    f" study.name{hint}"
-                )
+        elif key := self._changed(ours):
+            keep = f" (and study.warm_start={self.name} to keep what it knows)"
+            hint = "" if key in _question(self.settings) else keep
+            raise SettingsError(
+                f"sweep {self.name} was begun {_difference(key, theirs, ours)}; give another"
+                f" study.name{hint}"
+            )
 
 
 def join_study(
@@ -427,7 +446,9 @@ def _difference(key: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) ->
         name = next(n for n in [*then, *now] if then.get(n) != now.get(n))
         if key in ("settings", "study.constraints"):
             place = "" if key == "settings" else f"{key}."
-            return f"with {place}{name}={then.get(name)}, not {now.get(name)}"
+            plain = name.rpartition(": ")[2]  # of a point: where it has the same, it isn't said
+            old, current = (one.get(name, one.get(plain)) for one in (then, now))
+            return f"with {place}{name}={old}, not {current}"
         return f"with another {key}.{name}"
     return f"with {key}={then}, not {now}"
 
