@@ -81,7 +81,6 @@ def open_study(
     from lorasweep.study.study import Study
 
     run = next(iter(probes.values()))
-
     study = Study(
         settings,
         found.space,
