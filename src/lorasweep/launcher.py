@@ -71,8 +71,6 @@ def launch(
     for job in jobs:
         job.run.check()
     failed = {failure.run: failure for failure in _launch(config, jobs, settings)}
-    for name, failure in failed.items():
-        log.error("%s failed: %s", name, failure.reason)
     return [_returned(job, failed.get(job.run.name)) for job in jobs]
 
 
@@ -99,6 +97,8 @@ def _launch(config: DictConfig, jobs: Sequence[Job], settings: Packs) -> list[Fa
             failed += train([job.run for job in todo], settings, retries, study)
         if not any(run_folder.is_unfinished(job.run.output_dir) for job in jobs):
             run_folder.write_sweep(folder, digest, "finished")
+    for failure in [] if study else failed:  # a study says it of its trials
+        log.error("%s failed: %s", failure.run, failure.reason)
     return failed
 
 
