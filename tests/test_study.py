@@ -62,11 +62,17 @@ CONDITIONAL = Space(
 def open_study(tmp_path):
     """Open a study of the same folder, again and again."""
 
-    def opened(space=SPACE, guesses=(), **changes):
+    def opened(space=SPACE, guesses=(), basis=None, **changes):
         settings = replace(SETTINGS, **changes)
         folder = tmp_path / "outputs" / "demo" / settings.name
         return Study(
-            settings, space, f"demo-{settings.name}", folder, max_epochs=9, guesses=guesses
+            settings,
+            space,
+            f"demo-{settings.name}",
+            folder,
+            max_epochs=9,
+            guesses=guesses,
+            basis=basis,
         )
 
     return opened
@@ -512,6 +518,40 @@ def test_another_question_is_another_study(open_study):
         open_study(other)
     with pytest.raises(SettingsError, match=r"begun with study.objectives=.*give another \S*$"):
         open_study(objectives=["val/gap"])  # a warm start from it would be refused
+
+
+def test_a_study_under_way_is_not_begun_anew_though_nothing_has_trained_yet(open_study, tmp_path):
+    changed = r"begun with settings=1, not 2"
+    study = open_study(basis={"settings": 1})
+    study.next()  # by a driver that was killed: its job may report yet
+    with pytest.raises(SettingsError, match=changed):
+        open_study(basis={"settings": 2})
+    study.note_lack()
+    assert open_study(basis={"settings": 2}).trials == []
+    shared = {"storage": str(tmp_path / "shared.journal"), "name": "shared"}
+    study = open_study(basis={"settings": 1}, **shared)
+    study.note_lack()
+    with pytest.raises(SettingsError, match=changed):  # of another folder's driver, maybe
+        open_study(basis={"settings": 2}, **shared)
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, 1.0), (1.0, None), (None, None)])
+def test_what_some_points_have_and_others_lack_is_compared(open_study, before, after):
+    def basis(value):
+        points = {} if value == 1.0 else {"a=1: norm": 1.0, "a=2: norm": value}
+        return {"settings": {"norm": 1.0}, "points": points}
+
+    run(open_study(basis=basis(before), n_trials=1))
+    if before == after:
+        open_study(basis=basis(after), n_trials=1)
+        return
+    with pytest.raises(SettingsError, match=r"a=\d: norm=.*; give another"):
+        open_study(basis=basis(after), n_trials=1)
+
+
+def test_a_study_that_kept_no_points_goes_on(open_study):
+    run(open_study(basis={"settings": {}}, n_trials=1))
+    open_study(basis={"settings": {}, "points": {"a=1: norm": 1.0}}, n_trials=1)
 
 
 def test_other_constraints_are_another_study_but_not_of_one_that_kept_none(open_study):

@@ -76,6 +76,8 @@ class Batches:
             if reason is None:
                 self._settle(trial, returned)
         if paused := next(filter(None, reasons), None):
+            if all(reasons) and self._study.is_untouched:
+                self._study.note_lack()
             raise SweepError(paused)  # the trials stay open
 
     def _pause(self, returned: JobReturn | Exception) -> str | None:

@@ -144,6 +144,8 @@ class Flow:
         if isinstance(event, EpochReport):
             note(trial, event)
         elif isinstance(event, Failure) and self._pauses(event):
+            if not event.pauses:
+                self._study.note_lack()
             raise SweepError(f"{event.run}: {event.reason}")  # the trial stays open
         elif isinstance(event, Failure):
             del self._trials[event.run]

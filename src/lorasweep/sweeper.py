@@ -88,7 +88,11 @@ def open_study(
         folder,
         max_epochs=run.trainer.max_train_epochs,
         guesses=found.guesses,
-        basis={"overrides": _basis(found.fixed), "settings": _settings(probes)},
+        basis={
+            "overrides": _basis(found.fixed),
+            "settings": _settings(run),
+            "points": _varying({point: _settings(run) for point, run in probes.items()}),
+        },
     )
     if settings.n_trials is not None and study.n_trials < settings.n_trials:
         log.info(
@@ -110,13 +114,21 @@ def _basis(fixed: Sequence[str]) -> list[str]:
     return sorted(one for one, name in names.items() if not _is_free(name))
 
 
-def _settings(probes: Mapping[str, Run]) -> dict[str, Any]:
-    """Likewise the runs' settings, for files are edited too: the first's, and what others have."""
-    first = next(iter(probes.values())).params
-    plain = {key: value for key, value in first.items() if not _is_free(key)}
-    for point, run in probes.items():
-        own = {key: value for key, value in run.params.items() if not _is_free(key)}
-        plain |= {f"{point}: {key}": own[key] for key in own if own[key] != first.get(key)}
+def _varying(points: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What is not the same at all points, by point and key."""
+    first, *others = points.values()
+    same = {key for key in first if all(key in o and o[key] == first[key] for o in others)}
+    return {
+        f"{point}: {key}": value
+        for point, settings in points.items()
+        for key, value in settings.items()
+        if key not in same
+    }
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    """Likewise the settings of a run of the sweep, for files are edited too."""
+    plain = {key: value for key, value in run.params.items() if not _is_free(key)}
     text = json.dumps(plain, default=str)
     found: dict[str, Any] = json.loads(text.replace(str(PACKAGE), ""))  # may be installed elsewhere
     return found

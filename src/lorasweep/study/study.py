@@ -46,6 +46,7 @@ REASON = "reason"  # why it failed last
 SOURCE, THEIR_NUMBER = "warm_start", "warm_start_number"  # of a warm start: which study's, and its
 # user attributes of the study
 BASIS = "basis"  # what must stay the same when it is continued
+LACKING = "lacking"  # it was stopped because no run could begin
 LEARNED = "learned"  # the other study, all of whose trials were taken
 
 
@@ -97,7 +98,7 @@ class Study:
         self._plan: _Plan | None = None
         self._study = self._open(pruner)
         ours = self._basis(basis or {})
-        if self._changed(ours) and not self._has_begun(folder):
+        if self._changed(ours) and self._may_begin_anew(folder):
             log.info("sweep %s had trained nothing: it begins anew, with other settings", name)
             optuna.delete_study(study_name=name, storage=self.storage)
             self._study = self._open(pruner)
@@ -123,11 +124,17 @@ class Study:
         """Has no trial come to the end of an epoch?"""
         return not any(trial.user_attrs.get(EPOCHS) for trial in self.trials)
 
+    def note_lack(self) -> None:
+        """Note that all runs lacked something to begin, and that none is left under way."""
+        self._study.set_user_attr(LACKING, True)
+
     def take_over(self) -> list[int]:
         """Let `next` give the trials that a killed driver left running once more; their numbers.
 
         Only for the one process that drives the study.
         """
+        if self._study.user_attrs.get(LACKING):
+            self._study.set_user_attr(LACKING, False)
         left = [t.number for t in self.trials if t.state == TrialState.RUNNING]
         self._again = deque(left)
         return left
@@ -340,10 +347,11 @@ class Study:
             **more,
         }
 
-    def _has_begun(self, folder: Path) -> bool:
-        """Has a run of the sweep's folder begun to train, or does it know another's trials?"""
-        knows = len(self._study.get_trials(deepcopy=False)) > len(self.trials)
-        return knows or not self.is_untouched or any(folder.glob("*/run.json"))
+    def _may_begin_anew(self, folder: Path) -> bool:
+        """Was it stopped before any training, with no job left that might report to it?"""
+        own = self.settings.storage is None  # in others, another folder's driver may be at work
+        lacked = own and bool(self._study.user_attrs.get(LACKING)) and self.is_untouched
+        return lacked and not any(folder.glob("*/run.json"))
 
     def _changed(self, ours: Mapping[str, Any]) -> str | None:
         """What of the basis is not as it was when the study was begun."""
@@ -443,12 +451,17 @@ def _difference(key: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) ->
         said += [f"without {', '.join(new)}"] if new else []
         return " and ".join(said)
     if isinstance(then, dict) and isinstance(now, dict):
-        name = next(n for n in [*then, *now] if then.get(n) != now.get(n))
-        if key in ("settings", "study.constraints"):
-            place = "" if key == "settings" else f"{key}."
-            plain = name.rpartition(": ")[2]  # of a point: where it has the same, it isn't said
-            old, current = (one.get(name, one.get(plain)) for one in (then, now))
-            return f"with {place}{name}={old}, not {current}"
+
+        def known(basis: Mapping[str, Any], name: str) -> Any:
+            """Of a point: what all points have the same is among the settings alone."""
+            return basis[key].get(name, basis.get("settings", {}).get(name.rpartition(": ")[2]))
+
+        none = object()
+        names = [n for n in [*then, *now] if then.get(n, none) != now.get(n, none)]
+        name = next((n for n in names if known(theirs, n) != known(ours, n)), names[0])
+        if key in ("settings", "points", "study.constraints"):
+            place = f"{key}." if key == "study.constraints" else ""
+            return f"with {place}{name}={known(theirs, name)}, not {known(ours, name)}"
         return f"with another {key}.{name}"
     return f"with {key}={then}, not {now}"
 
