@@ -25,7 +25,7 @@ from lorasweep.trainers import Stopped, states
 from lorasweep.trainers.native import NativeTraining
 
 EPOCHS = 2
-KILLS = int(os.environ.get("LORASWEEP_KILLS", "12"))
+KILLS = int(os.environ.get("LORASWEEP_KILLS", "8"))
 
 
 TINY = [
