@@ -67,14 +67,18 @@ def launch(
         compose_job(config, config_loader, overrides, number)
         for number, overrides in enumerate(job_overrides, start=initial_job_idx)
     ]
-    check_inputs([job.run for job in jobs])
+    study = JobsStudy.of(jobs[0].config, jobs[0].config.hydra)
+    if study is None:  # whose driver has looked through them once
+        check_inputs(job.run for job in jobs)
     for job in jobs:
         job.run.check()
-    failed = {failure.run: failure for failure in _launch(config, jobs, settings)}
+    failed = {failure.run: failure for failure in _launch(config, jobs, settings, study)}
     return [_returned(job, failed.get(job.run.name)) for job in jobs]
 
 
-def _launch(config: DictConfig, jobs: Sequence[Job], settings: Packs) -> list[Failure]:
+def _launch(
+    config: DictConfig, jobs: Sequence[Job], settings: Packs, study: JobsStudy | None
+) -> list[Failure]:
     """Train the jobs that haven't ended yet; those that failed."""
     folder = Path(config.hydra.sweep.dir).absolute()
     digest = sweep_digest(config)
@@ -84,7 +88,6 @@ def _launch(config: DictConfig, jobs: Sequence[Job], settings: Packs) -> list[Fa
     todo = [job for job in jobs if ended[job.run.name] is None]
     if done := [name for name, status in ended.items() if status is not None]:
         log.info("%s have ended before and stay as they are", ", ".join(done))
-    study = JobsStudy.of(jobs[0].config, jobs[0].config.hydra)
     # a study can be stopped, and tries again, itself
     stoppable = nullcontext() if study else run_folder.stoppable(folder)
     with run_folder.taken(folder), stoppable:
