@@ -62,7 +62,7 @@ def _bookkeeping(num_trials: int) -> None:
         "around the 100th",
         "the 500th",
         "the last",
-        "mean",
+        "all",
     ]
     show(f"CPU ms a trial, of {num_trials} (target: at most 50, flat)", columns, rows)
     print(f"A trial's job, with Hydra: {_job() * 1000:.0f} ms of CPU")
@@ -132,7 +132,7 @@ def _ask_and_tell(settings: StudySettings, folder: Path) -> list[float]:
 
 def _around(seconds: Sequence[float]) -> list[str]:
     parts = [seconds[75:125], seconds[475:525], seconds[-50:], seconds]
-    return [f"{statistics.mean(part) * 1000:.1f}" if part else "" for part in parts]
+    return [f"{statistics.median(part) * 1000:.1f}" if part else "" for part in parts]
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import random
 import statistics
 import sys
 from dataclasses import replace
@@ -306,6 +307,60 @@ def test_what_is_searched_is_found_out_without_reading_all_trials_again(open_stu
     assert costs[0] * 3 < costs[1]
 
 
+@pytest.mark.parametrize(
+    ("sampler", "pruner", "objectives"),
+    [
+        ("random", "asha", [SCORE]),
+        ("tpe", "median", [SCORE]),
+        ("nsgaii", "median", [SCORE, "val/prior_drift"]),
+    ],
+)
+def test_a_trial_costs_no_more_when_there_are_many(open_study, sampler, pruner, objectives):
+    """From the 130th on: by then TPE is fitted to as many as it ever is."""
+    study = open_study(n_trials=400, sampler=sampler, pruner=pruner, objectives=objectives)
+
+    def one():
+        trial = study.next()
+        trial.plan(2)
+        value = abs(math.log10(trial.params["optimizer.unet_lr"]) + 4)
+        trial.report(1, Path("e1"), {SCORE: value, "val/prior_drift": 1 / (value + 0.1)}, {})
+        trial.should_prune()
+        study.complete(trial)
+
+    costs = [calls(one) if 130 <= n < 160 or n >= 370 else one() for n in range(400)]
+    assert statistics.median(costs[370:]) < 1.2 * statistics.median(costs[130:160])
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (methods.NSGAII, optuna.samplers.NSGAIISampler),
+        (methods.NSGAIII, optuna.samplers.NSGAIIISampler),
+    ],
+)
+def test_generations_are_optunas(ours, theirs):
+    study = optuna.create_study(directions=["minimize"] * 2)
+    samplers = ours(population_size=4, seed=0), theirs(population_size=4, seed=0)
+    samplers[0].parents = {}
+    chance, running, generations = random.Random(0), [], []
+    for _ in range(60):
+        study.sampler = samplers[0]
+        trial = study.ask()
+        frozen = optuna.trial.create_trial(state=TrialState.RUNNING)  # its own is noted
+        frozen._trial_id = trial._trial_id
+        generations.append([one.get_trial_generation(study, frozen) for one in samplers])
+        trial.suggest_float("x", 0.0, 1.0)
+        running.append(trial)
+        while len(running) > 3:  # in no order, some of them failed
+            ended = running.pop(chance.randrange(len(running)))
+            failed = chance.random() < 0.2
+            state = TrialState.FAIL if failed else TrialState.COMPLETE
+            study.tell(ended, None if failed else [chance.random()] * 2, state=state)
+    assert all(one == other for one, other in generations)
+    assert len({one for one, _ in generations}) > 5
+
+
 def calls(function):
     """How many functions of Python it calls: its cost, without a clock."""
     count = 0
@@ -331,7 +386,8 @@ def test_tpe_is_fitted_to_the_best_trials_and_the_last_however_many_there_are(nu
         if num_broken:
             trial.set_constraint("drift", 1.0 if number < num_broken else -1.0)
         study.tell(trial, float(number))
-    known = [trial.number for trial in methods._Fitted(study)._get_trials(deepcopy=False)]
+    seen = methods._Fitted(study, methods._Best())
+    known = [trial.number for trial in seen._get_trials(deepcopy=False)]
     good = methods._MOST_GOOD
     assert known == [*range(num_broken, num_broken + good), *range(300 - methods._MOST_LAST, 300)]
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import heapq
+import bisect
 import inspect
 import logging
 import math
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import optuna
@@ -25,6 +27,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lorasweep.rng import key_seed
 from lorasweep.settings import SettingsError, unknown_key
+from lorasweep.study.journal import Journal
 from lorasweep.study.settings import StudySettings
 from lorasweep.study.space import Choice, Parameter, Space, rounded
 
@@ -48,12 +51,31 @@ def was_pruned(trial: FrozenTrial) -> bool:
     return is_marked or trial.state == TrialState.PRUNED
 
 
-class _Fitted:
-    """A study as TPE sees it: its best trials and its last, so that no fit costs more than another.
+class _Best:
+    """The best of a study's trials, each ranked once."""
 
-    In a short study these are all. With several objectives all trials are seen, for there the best
-    are as costly to find.
-    """
+    def __init__(self) -> None:
+        self._is_bound = False
+        self._known: set[int] = set()
+        self._ranked: list[tuple[tuple[float, float, int], FrozenTrial]] = []
+
+    def of(self, trials: Sequence[FrozenTrial], sign: int, *, is_bound: bool) -> list[FrozenTrial]:
+        """The best of `trials` by their first value, in their order; `is_bound` by constraints."""
+        if is_bound != self._is_bound:
+            self._is_bound, self._known, self._ranked = is_bound, set(), []
+        new = [trial for trial in trials if trial._trial_id not in self._known and trial.values]
+        for trial in new:
+            excess = trial.constraints.values() if is_bound else ()
+            broken = sum(max(0.0, one) for one in excess)
+            rank = (broken, sign * trial.values[0], trial.number)
+            bisect.insort(self._ranked, (rank, trial), key=itemgetter(0))
+        self._known.update(trial._trial_id for trial in new)
+        del self._ranked[_MOST_GOOD:]
+        return sorted((trial for _, trial in self._ranked), key=lambda trial: trial.number)
+
+
+class _View:
+    """A study of which a sampler sees some trials only."""
 
     def __init__(self, study: optuna.Study) -> None:
         self._study = study
@@ -61,30 +83,44 @@ class _Fitted:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._study, name)
 
-    def _get_trials(self, *args: Any, **options: Any) -> list[FrozenTrial]:
-        trials = self._study._get_trials(*args, **options)
+    def _all(self, *, use_cache: bool = False, **options: Any) -> list[FrozenTrial]:
+        """Optuna keeps a list of all trials while it asks; the journal has one of those wanted."""
+        use_cache = use_cache and not isinstance(self._study._storage, Journal)
+        return self._study._get_trials(use_cache=use_cache, **options)
+
+
+class _Fitted(_View):
+    """A study as TPE sees it: its best trials and its last, so that no fit costs more than another.
+
+    In a short study these are all. With several objectives all trials are seen, for there the best
+    are as costly to find.
+    """
+
+    def __init__(self, study: optuna.Study, best: _Best) -> None:
+        super().__init__(study)
+        self._best = best
+
+    def _get_trials(self, **options: Any) -> list[FrozenTrial]:
+        trials = self._all(**options)
         older, last = trials[:-_MOST_LAST], trials[-_MOST_LAST:]
         if not older or len(self._study.directions) > 1:
             return trials
         sign = 1 if self._study.direction == StudyDirection.MINIMIZE else -1
         is_bound = any(trial.constraints for trial in last)
-
-        def rank(trial: FrozenTrial) -> tuple[float, float]:
-            excess = trial.constraints.values() if is_bound else ()
-            return sum(max(0.0, one) for one in excess), sign * trial.values[0]
-
-        best = heapq.nsmallest(_MOST_GOOD, (one for one in older if one.values), key=rank)
-        return [*sorted(best, key=lambda trial: trial.number), *last]
+        return [*self._best.of(older, sign, is_bound=is_bound), *last]
 
 
 class TPE(optuna.samplers.TPESampler):
     """Optuna's, fitted to the best and the last trials."""
 
+    best: _Best
+
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """As Optuna's."""
-        return super().sample_relative(_Fitted(study), trial, search_space)  # type: ignore[arg-type]
+        seen: Any = _Fitted(study, self.best)
+        return super().sample_relative(seen, trial, search_space)
 
     def sample_independent(
         self,
@@ -94,8 +130,51 @@ class TPE(optuna.samplers.TPESampler):
         param_distribution: BaseDistribution,
     ) -> Any:
         """As Optuna's."""
-        seen: Any = _Fitted(study)
+        seen: Any = _Fitted(study, self.best)
         return super().sample_independent(seen, trial, param_name, param_distribution)
+
+
+class _Newest(_View):
+    """A study as a genetic sampler sees it that looks for its newest generation: only that one.
+
+    Generations never fall from a trial to the next, so they end the list.
+    """
+
+    def __init__(self, study: optuna.Study, key: str) -> None:
+        super().__init__(study)
+        self._key = key
+
+    def _get_trials(self, **options: Any) -> list[FrozenTrial]:
+        trials = self._all(**options)
+        generations = (trial.system_attrs.get(self._key) for trial in reversed(trials))
+        num_newest = next((len(list(same)) for _, same in groupby(generations)), 0)
+        return trials[len(trials) - num_newest :]
+
+
+class _Genetic:
+    """Of Optuna's genetic samplers: finds generations without reading all trials each time."""
+
+    parents: dict[int, list[FrozenTrial]]
+
+    def get_trial_generation(self, study: optuna.Study, trial: FrozenTrial) -> int:
+        """As Optuna's."""
+        seen = _Newest(study, self._get_generation_key())  # type: ignore[attr-defined]
+        return super().get_trial_generation(seen, trial)  # type: ignore[misc]
+
+    def get_parent_population(self, study: optuna.Study, generation: int) -> list[FrozenTrial]:
+        """As Optuna's."""
+        if generation not in self.parents:  # once chosen, they stay
+            found = super().get_parent_population(study, generation)  # type: ignore[misc]
+            self.parents[generation] = found
+        return self.parents[generation]
+
+
+class NSGAII(_Genetic, optuna.samplers.NSGAIISampler):
+    """Optuna's, at a cost that doesn't grow with the trials."""
+
+
+class NSGAIII(_Genetic, optuna.samplers.NSGAIIISampler):
+    """Likewise."""
 
 
 SAMPLERS: dict[str, type[BaseSampler]] = {
@@ -105,8 +184,8 @@ SAMPLERS: dict[str, type[BaseSampler]] = {
     "random": optuna.samplers.RandomSampler,
     "grid": optuna.samplers.RandomSampler,  # its points are enqueued, see Study
     "qmc": optuna.samplers.QMCSampler,
-    "nsgaii": optuna.samplers.NSGAIISampler,
-    "nsgaiii": optuna.samplers.NSGAIIISampler,
+    "nsgaii": NSGAII,
+    "nsgaiii": NSGAIII,
 }
 _NEEDS = {"cmaes": "cmaes", "gp": "torch"}  # imported by Optuna when it first samples
 
@@ -254,6 +333,10 @@ def make_sampler(
     if settings.sampler == "cmaes":  # else it learns from the few that are left
         own["consider_pruned_trials"] = settings.pruner != "none"
     made = _make(kind, "sampler", settings.sampler, own, settings, options)
+    if isinstance(made, TPE):
+        made.best = first.best if isinstance(first, TPE) else _Best()
+    if isinstance(made, _Genetic):
+        made.parents = first.parents if isinstance(first, _Genetic) else {}
     is_its_own = settings.sampler == "qmc" or {**own, **options}.get("group")
     if first is not None and not is_its_own:
         made.infer_relative_search_space = first.infer_relative_search_space
