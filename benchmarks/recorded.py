@@ -13,7 +13,8 @@ from typing import Any
 
 from lorasweep.checkpoint import Checkpoint
 from lorasweep.config import Run, build_run, compose
-from lorasweep.flow import Flow, Limits
+from lorasweep.flow import Flow
+from lorasweep.limits import Limits
 from lorasweep.run import EpochReport, Finished, Report, Started
 from lorasweep.study.space import Choice, Space
 from lorasweep.study.study import Study

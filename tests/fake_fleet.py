@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from lorasweep.checkpoint import Checkpoint
@@ -22,6 +23,9 @@ class FakeFleet:
         self.most = 0
         self._live: dict[str, Run] = {}
         self._dropped: set[str] = set()
+
+    def ready(self, number: int | None) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def __enter__(self) -> FakeFleet:
         return self

@@ -11,7 +11,7 @@ import pytest
 from hydra.core.utils import JobReturn, JobStatus
 
 from lorasweep.batches import Batches
-from lorasweep.flow import Limits, SweepError
+from lorasweep.limits import Limits, SweepError
 from lorasweep.run import PassingError, PausingError, RunError, UnreadyError
 from lorasweep.settings import SettingsError
 from lorasweep.study.study import Study
@@ -152,9 +152,20 @@ def test_what_has_to_be_mended_stops_the_sweep_and_leaves_its_trials_open(error,
     assert [trial.state.name for trial in study.trials] == ["RUNNING", "COMPLETE"]
 
 
-def test_what_one_kind_of_runs_lacks_fails_those_alone(tmp_path):
+def test_what_runs_of_several_kinds_lack_is_known_when_all_were_tried(tmp_path):
     broken = JobReturn(status=JobStatus.FAILED)
     broken.return_value = UnreadyError("captions.wd.model: no weights found")
     study, limits = study_in(tmp_path), Limits(None, None, time.monotonic())
-    Batches(study, jobs_that_left(tmp_path), launcher_that(broken), limits).run()
-    assert [trial.state.name for trial in study.trials] == ["FAIL"] * 3
+    with pytest.raises(SweepError, match=r"trial 0: captions.wd.model: no weights"):
+        Batches(study, jobs_that_left(tmp_path), launcher_that(broken), limits).run()
+    assert [trial.state.name for trial in study.trials] == ["RUNNING"] * 3
+
+
+def test_what_one_kind_of_runs_lacks_fails_those_alone(tmp_path):
+    broken = JobReturn(status=JobStatus.FAILED)
+    broken.return_value = UnreadyError("captions.wd.model: no weights found")
+    returns = [broken, JobReturn(status=JobStatus.COMPLETED)]
+    launcher = SimpleNamespace(launch=lambda overrides, initial_job_idx: returns[: len(overrides)])
+    study, limits = study_in(tmp_path), Limits(None, None, time.monotonic())
+    Batches(study, jobs_that_left(tmp_path, 0.5), launcher, limits).run()
+    assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE", "FAIL"]

@@ -113,7 +113,7 @@ def test_what_breaks_a_pack_fails_its_runs_and_says_if_it_may_go_well_again(
 
 
 def test_runs_go_to_the_emptiest_device_with_memory_for_them(make_run, monkeypatch):
-    monkeypatch.setattr(fleet._Seat, "_start", lambda self: None)
+    monkeypatch.setattr(fleet._Seat, "_open", lambda self: None)
     workers = Fleet(["cuda:0", "cuda:1"], max_pack=3)
     runs = [make_run(number=n) for n in range(6)]
     for run in runs[:4]:
@@ -139,7 +139,7 @@ def test_runs_go_to_the_emptiest_device_with_memory_for_them(make_run, monkeypat
 
 
 def test_runs_that_were_too_many_for_the_memory_come_again_in_smaller_packs(make_run, monkeypatch):
-    monkeypatch.setattr(fleet._Seat, "_start", lambda self: None)
+    monkeypatch.setattr(fleet._Seat, "_open", lambda self: None)
     workers = Fleet(["cuda:0"], max_pack=4)
     runs = [make_run(number=n) for n in range(4)]
     for run in runs:
@@ -164,7 +164,7 @@ def test_a_worker_that_cannot_begin_fails_its_runs_once(make_run, monkeypatch):
             return False
 
     monkeypatch.setattr(fleet, "mark_broken", lambda *_: None)
-    monkeypatch.setattr(fleet._Seat, "_start", lambda seat: setattr(seat, "process", Here()))
+    monkeypatch.setattr(fleet._Seat, "_open", lambda seat: setattr(seat, "process", Here()))
     workers = Fleet(["cpu"], max_pack=3)
     workers._seats[0]._reader = SimpleNamespace(join=lambda: None)
     workers.submit(make_run(number=0))

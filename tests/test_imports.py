@@ -21,6 +21,7 @@ LEVELS = [
     {"worker", "fleet", "engines", "trials"},
     {"launcher", "search"},
     {"jobs"},
+    {"limits"},
     {"flow"},
     {"batches"},
     {"sweeper"},

@@ -17,7 +17,7 @@ from PIL import Image
 
 from conftest import SMALL
 from fake_fleet import FakeFleet
-from lorasweep import cli, config, fleet, flow, launcher, run_folder, sweeper, tracking
+from lorasweep import cli, config, launcher, limits, run_folder, sweeper, tracking
 from lorasweep.run import Failure, Finished
 from lorasweep.settings import SettingsError
 from lorasweep.study import storage
@@ -50,7 +50,7 @@ def sweep(tmp_path, monkeypatch):
 
     def started(*overrides, script=by_rate, max_pack=2, text=SWEEP):
         workers = FakeFleet(script, max_pack)
-        monkeypatch.setattr(fleet, "Fleet", lambda devices, max_pack: workers)
+        monkeypatch.setattr(launcher, "Fleet", lambda devices, max_pack: workers)
         (tmp_path / "sweeps" / "mine.yaml").write_text(text)
         base = ["experiment=demo", "trainer.max_train_epochs=4", *places]
         cli.main(["sweep", "mine", "--config-dir", str(tmp_path), *base, *overrides])
@@ -112,7 +112,7 @@ def test_what_would_train_without_a_sweep_is_tried_first(sweep):
 
 def test_hydras_command_line_alone_is_a_sweep_too(tmp_path, monkeypatch):
     workers = FakeFleet(by_rate)
-    monkeypatch.setattr(fleet, "Fleet", lambda devices, max_pack: workers)
+    monkeypatch.setattr(launcher, "Fleet", lambda devices, max_pack: workers)
     places = [f"output_root={tmp_path}/outputs", f"cache_dir={tmp_path}/cache"]
     asked = ["adapter.rank=choice(4,8,16)", "seed=1,2", "study.n_trials=3", *places]
     cli.main(["train", "-m", "hydra/sweeper=optuna", "experiment=demo", *asked])
@@ -165,11 +165,25 @@ def test_what_all_runs_lack_stops_the_sweep_until_it_is_mended(sweep, tmp_path, 
 
     with pytest.raises(SystemExit):
         sweep("study.n_trials=3", script=script)
-    assert "demo-0: captions.wd.model: no weights found" in capsys.readouterr().err
+    assert "trial 0: captions.wd.model: no weights found" in capsys.readouterr().err
     assert {trial.state.name for trial in study_of(tmp_path).trials} == {"RUNNING"}
 
     study, _ = sweep("study.n_trials=3")
     assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 3
+
+
+def test_what_all_runs_of_several_kinds_lack_stops_it_too_once_all_were_tried(sweep, tmp_path):
+    def script(run, epoch):
+        lacked = SettingsError(f"captions.of_{run.trainer.batch_size}: no weights found")
+        return Failure.of_pack([run.name], lacked)[0]
+
+    searched = "trainer.batch_size=choice(4,8)", "study.n_trials=4"
+    with pytest.raises(SystemExit):
+        sweep(*searched, script=script)
+    assert {trial.state.name for trial in study_of(tmp_path).trials} == {"RUNNING"}
+
+    study, _ = sweep(*searched)
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 4
 
 
 def test_a_sweep_that_had_trained_nothing_may_begin_anew(sweep, tmp_path, capsys):
@@ -233,7 +247,7 @@ def test_a_hopeless_sweep_stops(sweep, capsys):
 def test_no_trial_begins_when_the_time_is_up_and_those_that_train_go_on(sweep, monkeypatch, caplog):
     hours = [0.0]
     clock = SimpleNamespace(monotonic=lambda: hours[0] * 3600)
-    monkeypatch.setattr(flow, "time", clock)
+    monkeypatch.setattr(limits, "time", clock)
     monkeypatch.setattr(sweeper, "time", clock)
 
     def script(run, epoch):

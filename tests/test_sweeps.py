@@ -4,7 +4,7 @@ import pytest
 
 from conftest import SMALL, options
 from fake_fleet import FakeFleet
-from lorasweep import cli, config, fleet, search, sweeper
+from lorasweep import cli, config, launcher, search, sweeper
 
 SWEEPS = sorted(path.stem for path in config.sweeps_dir().glob("*.yaml"))
 STUDIES = [name for name in SWEEPS if name != "demo"]  # the demo is a plain grid of Hydra's own
@@ -21,7 +21,7 @@ def ship(tmp_path, monkeypatch):
 
     def run(name, *overrides):
         workers = FakeFleet(scores)
-        monkeypatch.setattr(fleet, "Fleet", lambda devices, max_pack: workers)
+        monkeypatch.setattr(launcher, "Fleet", lambda devices, max_pack: workers)
         base = [
             "model=embedded",
             "dataset.image_dir=${embedded:demo_images}",

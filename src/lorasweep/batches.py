@@ -10,8 +10,8 @@ from lorasweep import config as configs
 from lorasweep import run_folder
 from lorasweep.checkpoint import DiskFullError
 from lorasweep.config import Run
-from lorasweep.flow import Limits, SweepError
 from lorasweep.jobs import Jobs
+from lorasweep.limits import Failures, Limits, SweepError
 from lorasweep.run import PassingError, PausingError, UnreadyError
 from lorasweep.tracking import TrackingError
 from lorasweep.trials import say_pruned
@@ -33,6 +33,7 @@ class Batches:
 
     def __init__(self, study: Study, jobs: Jobs, launcher: Any, limits: Limits) -> None:
         self._study, self._jobs, self._launcher, self._limits = study, jobs, launcher, limits
+        self._failures = Failures(study, limits)
         self._runs: dict[int, Run] = {}  # of the trials that were asked and have not ended
 
     def run(self) -> None:
@@ -40,6 +41,7 @@ class Batches:
         while not self._limits.reached and (trials := self._batch()):
             for part in _consecutive(trials):
                 self._launch(part)
+        self._failures.review(at_end=True)
 
     def _batch(self) -> list[Trial]:
         trials: list[Trial] = []
@@ -51,7 +53,7 @@ class Batches:
             try:
                 run = self._runs[trial.number] = self._jobs.run_of(trial)
             except ValueError as error:
-                self._fail(trial, configs.one_line(error) or str(error), transient=False)
+                self._failures.fail(trial, configs.one_line(error) or str(error))
                 continue
             trial.plan(run.trainer.max_train_epochs)
             if run_folder.was_dropped(run):  # a job would train it to its end
@@ -71,37 +73,21 @@ class Batches:
                 raise
             log.exception("the launcher failed")
             returns = [error] * len(trials)
-        reasons = [self._pause(one) for one in returns]
-        for trial, returned, reason in zip(trials, returns, reasons, strict=True):
-            if reason is None:
+        for trial, returned in zip(trials, returns, strict=True):
+            if not _pauses(returned):
                 self._settle(trial, returned)
-        if paused := next(filter(None, reasons), None):
-            if all(reasons) and self._study.is_untouched:
-                self._study.note_lack()
-            raise SweepError(paused)  # the trials stay open
-
-    def _pause(self, returned: JobReturn | Exception) -> str | None:
-        """Why a job waits for somebody to mend something, as in Flow."""
-        error = returned if isinstance(returned, Exception) else returned._return_value
-        unready = isinstance(error, UnreadyError | ValueError)
-        lacking = unready and self._limits.alike and self._study.is_untouched
-        pauses = isinstance(error, PausingError | DiskFullError | TrackingError)
-        return _reason(returned) if pauses or lacking else None
+        self._failures.review()
+        if paused := next(filter(_pauses, returns), None):
+            raise SweepError(_reason(paused))  # the trials stay open
 
     def _settle(self, trial: Trial, returned: JobReturn | Exception) -> None:
         reason = _reason(returned)
         if reason is None:
             self._complete(trial)
+        elif isinstance(_error(returned), UnreadyError | ValueError):
+            self._failures.lack(trial, reason)
         else:
-            self._fail(trial, reason, transient=_may_pass(returned))
-
-    def _fail(self, trial: Trial, reason: str, *, transient: bool) -> None:
-        again = self._study.fail(trial, reason, transient=transient)
-        log.error(
-            "trial %d failed%s: %s", trial.number, ", is tried again" if again else "", reason
-        )
-        if not again:
-            self._limits.failed(reason)
+            self._failures.fail(trial, reason, transient=_may_pass(returned))
 
     def _complete(self, trial: Trial) -> None:
         scored = run_folder.scored_checkpoints(self._runs.pop(trial.number))
@@ -123,20 +109,27 @@ def _consecutive(trials: Sequence[Trial]) -> list[list[Trial]]:
     return parts
 
 
+def _error(returned: JobReturn | Exception) -> Any:
+    """Why a job failed; None if it didn't."""
+    from hydra.core.utils import JobStatus
+
+    if isinstance(returned, Exception):
+        return returned
+    return None if returned.status == JobStatus.COMPLETED else returned._return_value
+
+
+def _pauses(returned: JobReturn | Exception) -> bool:
+    """Does it wait for somebody to mend something?"""
+    return isinstance(_error(returned), PausingError | DiskFullError | TrackingError)
+
+
 def _may_pass(returned: JobReturn | Exception) -> bool:
     """Was it lost with its launcher or with its process, which says nothing of the trial itself?"""
     return isinstance(returned, Exception) or isinstance(returned._return_value, PassingError)
 
 
 def _reason(returned: JobReturn | Exception) -> str | None:
-    """Why a job failed; None if it didn't."""
-    from hydra.core.utils import JobStatus
-
-    if isinstance(returned, Exception):
-        error: Any = returned
-    elif returned.status == JobStatus.COMPLETED:
-        return None
-    else:
-        error = returned._return_value
+    """Likewise in one line."""
+    error = _error(returned)
     known = configs.one_line(error) if isinstance(error, Exception) else None
-    return known or f"{type(error).__name__}: {error}"
+    return known or (f"{type(error).__name__}: {error}" if error is not None else None)

@@ -13,7 +13,9 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pickle import UnpicklingError
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -47,7 +49,7 @@ class Fleet:
     def __init__(self, devices: Sequence[str], max_pack: int) -> None:
         self._inbox: queue.SimpleQueue[_Letter] = queue.SimpleQueue()
         self._screen = Screen()
-        self.max_pack = max_pack
+        self.devices, self.max_pack = tuple(devices), max_pack
         self._queue: list[Run] = []
         threads = max(1, (os.cpu_count() or 1) // len(devices)) if len(devices) > 1 else None
         self._seats = [
@@ -56,7 +58,7 @@ class Fleet:
                     device=device,
                     max_pack=max_pack,
                     num_threads=threads if device == "cpu" else None,
-                    log_levels=_log_levels(),
+                    log_levels={},
                 ),
                 _label(devices, place),
                 self._inbox,
@@ -64,6 +66,19 @@ class Fleet:
             )
             for place, device in enumerate(devices)
         ]
+
+    @contextmanager
+    def ready(self, number: int | None) -> Iterator[None]:
+        """Within, workers import what they need before there is a run for them: at most `number`.
+
+        That takes seconds, which a driver needs to compose and check its jobs.
+        """
+        for seat in self._seats[:number]:
+            seat.start()
+        try:
+            yield
+        finally:
+            self._stop()
 
     @property
     def has_room(self) -> bool:
@@ -122,12 +137,15 @@ class Fleet:
     ) -> None:
         if kind is KeyboardInterrupt:  # a second one ends us, and the workers die with us
             log.info("stopping at the end of this step; once more stops at once")
+        self._stop()
+        self._screen.__exit__(kind, error, trace)
+
+    def _stop(self) -> None:
         for seat in self._seats:
             seat.stop()
         until = time.monotonic() + STOP_SECONDS
         for seat in self._seats:
             seat.join(until)
-        self._screen.__exit__(kind, error, trace)
 
     def _place(self) -> None:
         """Give runs that wait to workers with room, in order."""
@@ -174,6 +192,7 @@ class _Seat:
         self.dropping: set[str] = set()
         self.process: SpawnProcess | None = None
         self._joining: list[Run] = []
+        self._has_orders = False
         self._is_waiting = False  # for its turn
         self._has_begun = False
         self._max_runs: int | None = None  # of the pack that trains
@@ -201,6 +220,10 @@ class _Seat:
             self._max_runs = None
         self.runs[run.name] = run
         self._joining.append(run)
+        self._open()
+
+    def start(self) -> None:
+        """Let a process get ready for a run that will come."""
         if self.process is None:
             self._start()
 
@@ -287,13 +310,20 @@ class _Seat:
 
     def _restart(self) -> None:
         if self.runs:
-            self._start()
+            self._open()
+
+    def _open(self) -> None:
+        """Have a process at work, with the log levels of now."""
+        self.start()
+        if not self._has_orders:
+            self._has_orders = True
+            self._send(replace(self.orders, log_levels=_log_levels()))
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         process = context.Process(
-            target=work, args=(theirs, self.orders), name=f"lorasweep {self.label}", daemon=True
+            target=work, args=(theirs,), name=f"lorasweep {self.label}", daemon=True
         )
         # Ctrl-C is the driver's to answer; blocked here, it can't break a worker's start either
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -302,7 +332,8 @@ class _Seat:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()  # so that the reader meets the end when the worker dies
-        self.process, self._is_waiting, self._has_begun = process, False, False
+        self.process = process
+        self._has_orders = self._is_waiting = self._has_begun = False
         self._reader = threading.Thread(
             target=self._listen, args=(self._connection, process), daemon=True
         )
@@ -330,9 +361,9 @@ class _Seat:
             record.msg = f"[{self.label}] {record.msg}"
         logging.getLogger(record.name).handle(record)
 
-    def _send(self, turn: Turn) -> None:
+    def _send(self, message: Orders | Turn) -> None:
         try:
-            self._connection.send(turn)
+            self._connection.send(message)
         except (BrokenPipeError, ConnectionResetError):
             return  # it has died, and its reader says so
 

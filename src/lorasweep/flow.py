@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from lorasweep import config as configs
 from lorasweep.config import Run
+from lorasweep.limits import Failures, Limits, SweepError
 from lorasweep.run import EpochReport, Failure, Finished, Report
 from lorasweep.trials import note, say_pruned
 
@@ -18,10 +17,6 @@ if TYPE_CHECKING:
     from lorasweep.study.trial import Trial
 
 log = logging.getLogger(__name__)
-
-
-class SweepError(RuntimeError):
-    """A sweep that can't go on; the message says why."""
 
 
 class Trainers(Protocol):
@@ -37,37 +32,6 @@ class Trainers(Protocol):
     def events(self, timeout: float | None = None) -> Sequence[Report]: ...
 
 
-@dataclass
-class Limits:
-    """When a sweep begins no more trials: its time is up, or too many failed one after another.
-
-    Trials that are tried again have not failed yet.
-    """
-
-    max_hours: float | None
-    max_failures: int | None
-    began: float
-    alike: bool = False
-    """Can all runs share a pack? Then what keeps one from beginning keeps all."""
-    failures: int = 0  # since the last trial that ended well
-    last_reason: str = ""
-
-    @property
-    def hopeless(self) -> bool:
-        """Have too many failed?"""
-        return self.max_failures is not None and self.failures >= self.max_failures
-
-    @property
-    def reached(self) -> bool:
-        """Is no more trial to begin?"""
-        hours = (time.monotonic() - self.began) / 3600
-        return self.hopeless or (self.max_hours is not None and hours >= self.max_hours)
-
-    def failed(self, reason: str) -> None:
-        """Count a failure."""
-        self.failures, self.last_reason = self.failures + 1, reason
-
-
 class Flow:
     """Trials that come and go one by one: a new one begins as soon as there is room for it."""
 
@@ -80,6 +44,7 @@ class Flow:
     ) -> None:
         self._study, self._prepare, self._fleet = study, prepare, fleet
         self._limits = limits
+        self._failures = Failures(study, limits)
         self._trials: dict[str, Trial] = {}  # by their run's name, those that train
         self._dropped: set[str] = set()
         self._held: list[tuple[Trial, Run]] = []  # asked for, and they share no pack that trains
@@ -95,7 +60,9 @@ class Flow:
                 self._take(event)
             for event in events:  # once all have reported: each is compared with all
                 self._prune(event)
+            self._failures.review()
             self._fill()
+        self._failures.review(at_end=True)
 
     def _fill(self) -> None:
         """Begin trials while there is room; each knows all that was told before it.
@@ -120,7 +87,7 @@ class Flow:
         try:
             run = self._prepare(trial)
         except ValueError as error:
-            self._failed(trial, configs.one_line(error) or str(error), transient=False)
+            self._failures.fail(trial, configs.one_line(error) or str(error))
             return True
         trial.plan(run.trainer.max_train_epochs)
         log.info("trial %d: %s", trial.number, " ".join(trial.overrides))
@@ -143,22 +110,18 @@ class Flow:
             return
         if isinstance(event, EpochReport):
             note(trial, event)
-        elif isinstance(event, Failure) and self._pauses(event):
-            if not event.pauses:
-                self._study.note_lack()
+        elif isinstance(event, Failure) and event.pauses:
             raise SweepError(f"{event.run}: {event.reason}")  # the trial stays open
         elif isinstance(event, Failure):
             del self._trials[event.run]
             self._dropped.discard(event.run)  # it may come again
-            self._failed(trial, event.reason, transient=event.transient)
+            if event.unready:
+                self._failures.lack(trial, event.reason)
+            else:
+                self._failures.fail(trial, event.reason, transient=event.transient)
         elif isinstance(event, Finished):
             del self._trials[event.run]
             self._ended(trial, pruned=event.dropped)  # by us, or by a driver that was killed
-
-    def _pauses(self, failure: Failure) -> bool:
-        """Is it for the user to mend? Of what a pack shares, only if all runs lack it."""
-        lacking = failure.unready and self._limits.alike and self._study.is_untouched
-        return failure.pauses or lacking
 
     def _prune(self, event: Report) -> None:
         trial = self._trials.get(event.run)
@@ -178,11 +141,3 @@ class Flow:
             self._limits.failed("no epoch had a finite score")
         else:
             self._limits.failures = 0
-
-    def _failed(self, trial: Trial, reason: str, *, transient: bool) -> None:
-        again = self._study.fail(trial, reason, transient=transient)
-        log.error(
-            "trial %d failed%s: %s", trial.number, ", is tried again" if again else "", reason
-        )
-        if not again:  # the death of one worker fails a whole pack
-            self._limits.failed(reason)

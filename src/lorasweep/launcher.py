@@ -63,21 +63,38 @@ def launch(
     with its reason; the others stand.
     """
     read_once(config_loader)
-    jobs = [
-        compose_job(config, config_loader, overrides, number)
-        for number, overrides in enumerate(job_overrides, start=initial_job_idx)
-    ]
-    study = JobsStudy.of(jobs[0].config, jobs[0].config.hydra)
-    if study is None:  # whose driver has looked through them once
-        check_inputs(job.run for job in jobs)
-    for job in jobs:
-        job.run.check()
-    failed = {failure.run: failure for failure in _launch(config, jobs, settings, study)}
+    fleet = open_fleet(settings, config.trainer.device)
+    with fleet.ready(len(job_overrides)) if fleet else nullcontext():
+        jobs = [
+            compose_job(config, config_loader, overrides, number)
+            for number, overrides in enumerate(job_overrides, start=initial_job_idx)
+        ]
+        study = JobsStudy.of(jobs[0].config, jobs[0].config.hydra)
+        if study is None:  # whose driver has looked through them once
+            check_inputs(job.run for job in jobs)
+        for job in jobs:
+            job.run.check()
+        failures = _launch(config, jobs, settings, fleet, study)
+    failed = {failure.run: failure for failure in failures}
     return [_returned(job, failed.get(job.run.name)) for job in jobs]
 
 
+def open_fleet(settings: Packs, device: str) -> Fleet | None:
+    """The workers, of which none runs yet; None where packs are jobs of an engine.
+
+    Raises SettingsError for a device that is not there.
+    """
+    if settings.pack_via is not None:
+        return None
+    return Fleet(choose_devices(settings.devices, device), settings.max_pack)
+
+
 def _launch(
-    config: DictConfig, jobs: Sequence[Job], settings: Packs, study: JobsStudy | None
+    config: DictConfig,
+    jobs: Sequence[Job],
+    settings: Packs,
+    fleet: Fleet | None,
+    study: JobsStudy | None,
 ) -> list[Failure]:
     """Train the jobs that haven't ended yet; those that failed."""
     folder = Path(config.hydra.sweep.dir).absolute()
@@ -97,7 +114,12 @@ def _launch(
             run_folder.forget_drop(job.run.output_dir)
         if todo:
             retries = 0 if study else settings.retries
-            failed += train([job.run for job in todo], settings, retries, study)
+            runs = [job.run for job in todo]
+            failed += (
+                _train_in_packs(fleet, runs, settings, retries)
+                if fleet
+                else _train_by_jobs(runs, settings, retries, study)
+            )
         if not any(run_folder.is_unfinished(job.run.output_dir) for job in jobs):
             run_folder.write_sweep(folder, digest, "finished")
     for failure in [] if study else failed:  # a study says it of its trials
@@ -105,30 +127,27 @@ def _launch(
     return failed
 
 
-def train(
-    runs: Sequence[Run], settings: Packs, retries: int, study: JobsStudy | None = None
+def _train_in_packs(
+    fleet: Fleet, runs: Sequence[Run], settings: Packs, retries: int
 ) -> list[Failure]:
-    """Train runs to their ends, in packs; those that failed, and were tried again in vain.
-
-    With `pack_via`, trials of a study report to it.
-    """
-    if settings.pack_via is not None:
-        return _train_by_jobs(runs, settings, retries, study)
-    (wanted, *others) = dict.fromkeys(run.trainer.device for run in runs)
-    if others:
-        raise SettingsError(
-            f"trainer.device={others[0]}: a sweep's runs share their devices, and others have"
-            f" {wanted}; use launcher.devices"
-        )
-    devices = choose_devices(settings.devices, wanted)
-    with Fleet(devices, settings.max_pack) as fleet:
+    """Train runs to their ends; those that failed, and were tried again in vain."""
+    for device in dict.fromkeys(run.trainer.device for run in runs):
+        if tuple(choose_devices(settings.devices, device)) != fleet.devices:
+            raise SettingsError(
+                f"trainer.device={device}: a sweep's runs share their devices, and these are"
+                f" {', '.join(fleet.devices)}; use launcher.devices"
+            )
+    with fleet:
         return _train(fleet, {run.name: run for run in runs}, retries)
 
 
 def _train_by_jobs(
     runs: Sequence[Run], settings: Packs, retries: int, study: JobsStudy | None
 ) -> list[Failure]:
-    """Train runs, in packs that are jobs of an engine; those of lost jobs in new packs again."""
+    """Train runs, in packs that are jobs of an engine; those of lost jobs in new packs again.
+
+    Trials of a study report to it.
+    """
     assert settings.pack_via is not None
     folder, packs = runs[0].output_dir.parent / ".jobs", group(runs, settings.max_pack)
     found = train_by_jobs(packs, settings.pack_via, settings.engine or {}, folder, study)

@@ -433,6 +433,18 @@ def memory_for(device: str, step: Callable[[], None]) -> int | None:
     return max(1, int(free * 0.9 / max(needed, 1)))
 
 
+def import_libraries() -> None:
+    """Import what loads a model: seconds, which a process can spend before it has one to load."""
+    with quiet_libraries():
+        from diffusers import (  # noqa: F401
+            AutoencoderKL,
+            DDPMScheduler,
+            DiffusionPipeline,
+            UNet2DConditionModel,
+        )
+        from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
+
+
 def resolve_device(device: str) -> str:
     """`auto` is CUDA where there is a device, else the CPU. Raises SettingsError for no device."""
     import torch

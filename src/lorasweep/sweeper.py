@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,9 @@ from lorasweep import search
 from lorasweep.batches import Batches
 from lorasweep.composing import read_once
 from lorasweep.config import PACKAGE, Run
-from lorasweep.flow import Flow, Limits, SweepError
+from lorasweep.flow import Flow
 from lorasweep.jobs import Jobs
+from lorasweep.limits import Limits, SweepError
 from lorasweep.progress import say
 from lorasweep.run_folder import changes_nothing, stoppable
 from lorasweep.search import Search
@@ -39,32 +41,36 @@ def sweep(config: DictConfig, config_loader: Any, launcher: Any, arguments: Sequ
     """
     read_once(config_loader)
     found = search.read(config, config_loader, arguments)
-    folder = Path(config.hydra.sweep.dir).absolute()
-    jobs = Jobs(config, config_loader, found)
     settings = study_settings(config, config.hydra.overrides.task)
-    probes = jobs.check(settings)
-    first, *others = probes.values()
-    with only_driver(folder, sweep_name(folder), settings.storage), stoppable(folder):
-        study = open_study(settings, found, folder, probes)
-        OmegaConf.save(config, folder / "multirun.yaml")  # for resume; not of a refused command
-        if left := study.take_over():
-            log.warning("trials that an ended driver left go on: %s", ", ".join(map(str, left)))
-        try:
-            drive(study, jobs, launcher, alike=all(map(first.can_share_pack, others)))
-        finally:
-            _show(study)
+    fleet = launcher.fleet() if hasattr(launcher, "fleet") else None
+    with fleet.ready(settings.n_trials) if fleet else nullcontext():
+        folder = Path(config.hydra.sweep.dir).absolute()
+        jobs = Jobs(config, config_loader, found)
+        probes = jobs.check(settings)
+        first, *others = probes.values()
+        with only_driver(folder, sweep_name(folder), settings.storage), stoppable(folder):
+            if fleet:
+                launcher.begin()
+            study = open_study(settings, found, folder, probes)
+            OmegaConf.save(config, folder / "multirun.yaml")  # for resume; not of a refused command
+            if left := study.take_over():
+                said = "trials that an ended driver left go on: %s"
+                log.warning(said, ", ".join(map(str, left)))
+            try:
+                drive(study, jobs, fleet or launcher, alike=all(map(first.can_share_pack, others)))
+            finally:
+                _show(study)
 
 
-def drive(study: Study, jobs: Jobs, launcher: Any, *, alike: bool) -> None:
-    """Train the study's trials: as they come with packs, else batch by batch."""
+def drive(study: Study, jobs: Jobs, trains: Any, *, alike: bool) -> None:
+    """Train the study's trials: as they come with a Fleet, else batch by batch by a launcher."""
     settings = study.settings
     limits = Limits(settings.max_hours, settings.max_failures, time.monotonic(), alike)
-    fleet = launcher.fleet() if hasattr(launcher, "fleet") else None
-    if fleet is None:
-        Batches(study, jobs, launcher, limits).run()
+    if hasattr(trains, "launch"):
+        Batches(study, jobs, trains, limits).run()
     else:
-        with fleet:
-            Flow(study, jobs.prepare, fleet, limits).run()
+        with trains:
+            Flow(study, jobs.prepare, trains, limits).run()
     if limits.hopeless:
         raise SweepError(
             f"sweep {study.name}: {limits.failures} trials failed one after another, so it stops"

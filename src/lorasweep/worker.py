@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from logging.handlers import QueueHandler
 from multiprocessing import parent_process
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorasweep.config import Run, one_line
 from lorasweep.interrupts import Interrupts
-from lorasweep.models import BaseModel, is_out_of_memory
+from lorasweep.models import BaseModel, import_libraries, is_out_of_memory
 from lorasweep.progress import Tick
 from lorasweep.run import Failure, Finished, Report, Session, load_base
 
@@ -59,11 +60,17 @@ class Orders:
     """The driver's, by logger."""
 
 
-def work(connection: Connection, orders: Orders) -> None:
-    """The worker's life, until its driver says stop, stops it by a signal, or dies."""
+def work(connection: Connection) -> None:
+    """The worker's life, until its driver says stop, stops it by a signal, or dies.
+
+    Its orders come first; the driver may have none yet when it starts one.
+    """
     # Ctrl-C reaches the whole terminal: the driver answers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_driver, daemon=True).start()
+    with suppress(Exception):  # who needs them says what is wrong
+        import_libraries()
+    orders: Orders = connection.recv()
     _set_threads(orders)
     outbox = _Outbox(connection)
     _log_to(outbox, orders.log_levels)
@@ -75,6 +82,7 @@ def work(connection: Connection, orders: Orders) -> None:
             worker.close(stop)
         else:
             worker.close(None)
+    os._exit(0)  # all is written; to take the libraries down takes a second or two
 
 
 class _Outbox:

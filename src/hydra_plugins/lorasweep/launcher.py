@@ -28,32 +28,30 @@ class PacksLauncher(Launcher):
     ) -> Sequence[JobReturn]:
         from lorasweep.launcher import launch
 
-        settings = self._begin()
+        settings = self._settings()
+        self.begin()
         loader = self.hydra_context.config_loader
         return launch(self.config, loader, job_overrides, initial_job_idx, settings)
 
     def fleet(self) -> Any:
         """The workers themselves, for a sweeper that gives them runs one by one; None where packs
         are jobs of another engine."""
-        from lorasweep.fleet import Fleet, choose_devices
+        from lorasweep.launcher import open_fleet
 
-        settings = self._begin()
-        if settings.pack_via is not None:
-            return None
-        devices = choose_devices(settings.devices, self.config.trainer.device)
-        return Fleet(devices, settings.max_pack)
+        return open_fleet(self._settings(), self.config.trainer.device)
 
-    def _begin(self) -> Any:
-        """The checked settings; from here on, one log file for the sweep."""
-        from lorasweep.launcher import Packs
-        from lorasweep.settings import build_class
-
-        values = OmegaConf.to_container(OmegaConf.create(self.settings))
-        settings = build_class(Packs, values, "launcher")  # type: ignore[arg-type]
+    def begin(self) -> None:
+        """From here on, one log file for the sweep."""
         setup_globals()
         sweep_dir = Path(self.config.hydra.sweep.dir)
         sweep_dir.mkdir(parents=True, exist_ok=True)
         with open_dict(self.config):
             self.config.hydra.runtime.output_dir = str(sweep_dir.absolute())
         configure_log(self.config.hydra.job_logging, self.config.hydra.verbose)
-        return settings
+
+    def _settings(self) -> Any:
+        from lorasweep.launcher import Packs
+        from lorasweep.settings import build_class
+
+        values = OmegaConf.to_container(OmegaConf.create(self.settings))
+        return build_class(Packs, values, "launcher")  # type: ignore[arg-type]
