@@ -27,7 +27,9 @@ def told(events):
 def test_a_place_left_is_taken_a_killed_worker_replaced_and_results_are_the_same(make_run, caplog):
     runs = [make_run("adapter.rank=2", f"seed={n}", number=n) for n in range(4)]
     last, failures, dropped = {}, [], []
-    with caplog.at_level(logging.INFO), Fleet(["cpu"], max_pack=2) as workers:
+    workers = Fleet(["cpu"], max_pack=2)
+    with caplog.at_level(logging.INFO), workers.ready(1), workers:
+        got_ready = workers._seats[0].process.pid
         for run in runs[:3]:
             workers.submit(run)
         assert not workers.room_for(runs[3])
@@ -37,7 +39,7 @@ def test_a_place_left_is_taken_a_killed_worker_replaced_and_results_are_the_same
         assert workers.events() == [Finished(run="demo-1", dropped=True)]
         assert told(workers.events()) == [("Started", "demo-2")]
         workers.submit(runs[3])  # there is no room for it yet
-        os.kill(workers._seats[0].process.pid, signal.SIGKILL)
+        os.kill(got_ready, signal.SIGKILL)
         while events := workers.events():
             last.update({e.run: e.checkpoint for e in events if isinstance(e, EpochReport)})
             dropped += [event.dropped for event in events if isinstance(event, Finished)]
@@ -173,6 +175,15 @@ def test_a_worker_that_cannot_begin_fails_its_runs_once(make_run, monkeypatch):
     assert not failure.transient
     assert "exit code 3" in failure.reason
     assert workers.events() == []
+
+
+def test_workers_that_got_ready_in_vain_end_at_once():
+    workers = Fleet(["cpu", "cpu", "cpu"], max_pack=1)
+    with pytest.raises(SettingsError), workers.ready(2):
+        processes = [seat.process for seat in workers._seats]
+        assert [process and process.is_alive() for process in processes] == [True, True, None]
+        raise SettingsError("a job is wrong")
+    assert [process.exitcode for process in processes[:2]] == [-signal.SIGTERM] * 2
 
 
 def test_who_interrupts_a_sweep_is_told_at_once_what_it_waits_for(caplog, monkeypatch):

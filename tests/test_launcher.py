@@ -132,7 +132,7 @@ def test_runs_whose_job_was_lost_are_tried_again_and_those_that_failed_are_not(
     monkeypatch.setattr(launcher, "train_by_jobs", train_by_jobs)
     runs = [make_run(number=n) for n in range(4)]
     packs = settings(pack_via="ray", max_pack=2)
-    failed = launcher.train(runs, packs, packs.retries)
+    failed = launcher._train_by_jobs(runs, packs, packs.retries, None)
     assert launched == [[["demo-0", "demo-1"], ["demo-2", "demo-3"]], [["demo-2", "demo-3"]]]
     assert [(one.run, one.reason) for one in failed] == [("demo-0", "NaN"), ("demo-2", "node down")]
 

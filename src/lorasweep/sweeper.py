@@ -49,7 +49,7 @@ def sweep(config: DictConfig, config_loader: Any, launcher: Any, arguments: Sequ
         probes = jobs.check(settings)
         first, *others = probes.values()
         with only_driver(folder, sweep_name(folder), settings.storage), stoppable(folder):
-            if fleet:
+            if hasattr(launcher, "begin"):
                 launcher.begin()
             study = open_study(settings, found, folder, probes)
             OmegaConf.save(config, folder / "multirun.yaml")  # for resume; not of a refused command
