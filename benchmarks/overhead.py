@@ -31,7 +31,9 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings to change")
     overrides = parser.parse_args().overrides
     stopwatch = _Stopwatch()
-    timed = patch.object(launcher, "train", stopwatch.train)
+    timed = patch.multiple(
+        launcher, open_fleet=lambda *_: None, _train_by_jobs=stopwatch.train
+    )  # as packs that are jobs, but here
     with tempfile.TemporaryDirectory() as name, timed:
         places = [f"output_root={name}", f"cache_dir={name}/cache"]
         cli.main(["train", "-m", "+sweeps=demo", *places, *overrides])
@@ -48,16 +50,16 @@ class _Stopwatch:
         self.tracking_cpu = 0.0  # seconds of the thread that writes to MLflow
         self.clocks: list[Path] = []  # one a pack: its runs share theirs
 
-    def train(self, runs: Sequence[Run], settings: launcher.Packs) -> dict[str, str]:
-        """What the launcher does, here and not in a worker process; run -> why it failed."""
-        failures: dict[str, str] = {}
+    def train(self, runs: Sequence[Run], settings: launcher.Packs, *_: object) -> list[Failure]:
+        """What the launcher does, here and not in a worker process; those that failed."""
+        failures = []
         for pack in launcher.group(runs, settings.max_pack):
             begun, cpu_begun = time.perf_counter(), time.process_time()
             spent = 0.0
             for report in run_pack(pack):
                 spent = _tracking_cpu()
                 if isinstance(report, Failure):
-                    failures[report.run] = report.reason
+                    failures.append(report)
             self.wall += time.perf_counter() - begun
             self.cpu += time.process_time() - cpu_begun
             self.tracking_cpu += spent

@@ -1,9 +1,9 @@
 """A sweep in packs against the same runs in processes of their own: `python -m benchmarks.sweep`.
 
-Trains --runs jobs of --epochs epochs of the demo twice from the command line: `train -m`, whose
-workers train them in packs, and `train` once a run, one after another. Both with warm caches, each
-from the start of its first process to the end of its last. The target is a third of the wall time.
-CPU time is printed beside it, for on a machine with other work wall time says little.
+Trains --runs jobs of --epochs epochs of the demo from the command line: by `train` once a run, one
+after another, and by `train -m` in packs, with one worker and with two on the same CPU. All with
+warm caches, from the start of the first process to the end of the last. The target is a third of
+the wall time. CPU time is printed beside it, as on a busy machine wall time says little.
 
 The demo is shrunk, so that the lone runs are over in minutes, and has our default batch of 1.
 """
@@ -34,6 +34,12 @@ SHRUNK = [
 ]
 
 
+WAYS = {
+    "packs, one worker": [],
+    "packs, two workers": ["launcher.devices=[cpu,cpu]", "launcher.max_pack=4"],
+}
+
+
 @dataclass(frozen=True)
 class Cost:
     """Seconds of a command and all its processes."""
@@ -58,28 +64,34 @@ def main() -> None:
         _train([*common, "trainer.max_train_epochs=1", f"output_root={name}/warm"])
         half = arguments.runs // 2  # before and after, so that a machine that slows hits both
         alone = _alone(common, range(half), Path(name))
-        packs = _packs(common, range(arguments.runs), Path(name))
+        packs = {
+            how: _packs([*common, *given], range(arguments.runs), Path(name) / how)
+            for how, given in WAYS.items()
+        }
         alone += _alone(common, range(half, arguments.runs), Path(name))
     show(
         f"{arguments.runs} runs of {arguments.epochs} epochs",
         ["how", "wall s", "share", "target", "CPU s", "share"],
         [
             ["processes of their own", f"{alone.wall:.1f}", "1", "", f"{alone.cpu:.1f}", "1"],
-            [
-                "packs",
-                f"{packs.wall:.1f}",
-                f"{packs.wall / alone.wall:.2f}",
-                f"<= {TARGET:.2f}",
-                f"{packs.cpu:.1f}",
-                f"{packs.cpu / alone.cpu:.2f}",
-            ],
+            *(
+                [
+                    how,
+                    f"{cost.wall:.1f}",
+                    f"{cost.wall / alone.wall:.2f}",
+                    f"<= {TARGET:.2f}",
+                    f"{cost.cpu:.1f}",
+                    f"{cost.cpu / alone.cpu:.2f}",
+                ]
+                for how, cost in packs.items()
+            ),
         ],
     )
 
 
-def _packs(common: Sequence[str], seeds: Sequence[int], folder: Path) -> Cost:
+def _packs(common: Sequence[str], seeds: Sequence[int], root: Path) -> Cost:
     swept = ",".join(map(str, seeds))
-    return _train(["-m", *common, f"output_root={folder}/packs", f"seed={swept}"])
+    return _train(["-m", *common, f"output_root={root}", f"seed={swept}"])
 
 
 def _alone(common: Sequence[str], seeds: Sequence[int], folder: Path) -> Cost:

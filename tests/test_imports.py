@@ -30,7 +30,7 @@ LEVELS = [
 """Lowest first; a module imports from its own level or below."""
 
 HOMES = {
-    "hydra": {"config", "launcher", "search", "batches", "cli", "doctor"},
+    "hydra": {"config", "composing", "launcher", "search", "batches", "cli", "doctor"},
     "omegaconf": {
         "config",
         "search",

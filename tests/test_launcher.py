@@ -4,12 +4,14 @@ import os
 import pickle
 import signal
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from hydra.types import RunMode
+from omegaconf import OmegaConf
 
 from lorasweep import config, engines, launcher
 from lorasweep.checkpoint import DiskFullError
@@ -135,6 +137,16 @@ def test_runs_whose_job_was_lost_are_tried_again_and_those_that_failed_are_not(
     failed = launcher._train_by_jobs(runs, packs, packs.retries, None)
     assert launched == [[["demo-0", "demo-1"], ["demo-2", "demo-3"]], [["demo-2", "demo-3"]]]
     assert [(one.run, one.reason) for one in failed] == [("demo-0", "NaN"), ("demo-2", "node down")]
+
+
+def test_what_hydra_refuses_of_a_job_is_a_setting_that_is_wrong():
+    """So a sweep's trial fails of it, and not the sweep."""
+
+    def refuse(config, overrides):
+        raise HydraException("Key 'factor' is not in struct")
+
+    with pytest.raises(SettingsError, match="factor"):
+        compose_job(OmegaConf.create(), SimpleNamespace(load_sweep_config=refuse), [], 0)
 
 
 def test_a_job_whose_disk_is_full_pauses_its_runs(make_run, monkeypatch):

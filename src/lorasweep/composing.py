@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
-from lorasweep.config import Run, build_run, job_identity
+from lorasweep.config import Run, build_run, explain, job_identity
+from lorasweep.settings import SettingsError
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,15 @@ class Job:
 
 def compose_job(config: DictConfig, loader: Any, overrides: Sequence[str], number: int) -> Job:
     """Compose and check one job of a multirun. Raises SettingsError."""
+    from hydra.errors import HydraException
+
+    try:
+        return _composed(config, loader, overrides, number)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise SettingsError(explain(error)) from error
+
+
+def _composed(config: DictConfig, loader: Any, overrides: Sequence[str], number: int) -> Job:
     composed = loader.load_sweep_config(config, list(overrides))
     with open_dict(composed):
         composed.hydra.job.id = str(number)

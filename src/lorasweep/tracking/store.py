@@ -254,7 +254,8 @@ def _ensure_experiment(uri: str, name: str, artifacts: Path | None) -> str:
 
 
 def _unreachable(uri: str, error: Exception) -> TrackingError:
+    advice = "start the server" if is_server(uri) else "give another"
     return TrackingError(
-        f"tracking.uri={public_uri(uri)} can't be opened: {explained(error)}; start the server, or"
-        " give tracking.offline=true to send everything later, or tracking.uri=null for a file"
+        f"tracking.uri={public_uri(uri)} can't be opened: {explained(error)}; {advice}, or"
+        " tracking.offline=true to send everything later, or tracking.uri=null for a file"
     )
