@@ -65,8 +65,8 @@ def main() -> None:
         half = arguments.runs // 2  # before and after, so that a machine that slows hits both
         alone = _alone(common, range(half), Path(name))
         packs = {
-            how: _packs([*common, *given], range(arguments.runs), Path(name) / how)
-            for how, given in WAYS.items()
+            how: _packs([*common, *given], range(arguments.runs), Path(name) / f"packs{number}")
+            for number, (how, given) in enumerate(WAYS.items())
         }
         alone += _alone(common, range(half, arguments.runs), Path(name))
     show(
