@@ -120,6 +120,13 @@ def test_of_a_trial_that_another_driver_began_the_later_epochs_count_too(tmp_pat
     assert study.trials[0].user_attrs["best"]["epoch"] == 2
 
 
+def test_a_launcher_that_breaks_on_a_value_loses_its_batch_as_by_any_other_error(tmp_path):
+    study, limits = study_in(tmp_path), Limits(None, 2, time.monotonic())
+    broken = launcher_that(ValueError("Expecting value: line 1"))  # of JSON, say
+    Batches(study, jobs_that_left(tmp_path), broken, limits).run()
+    assert [trial.user_attrs.get("attempt") for trial in study.trials] == [1, 1]
+
+
 @pytest.mark.parametrize(("error", "attempts"), [(PassingError, [1, 1]), (RunError, [None, None])])
 def test_trials_whose_job_was_lost_are_tried_again_and_those_that_failed_are_not(
     error, attempts, tmp_path

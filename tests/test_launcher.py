@@ -12,6 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError
 
 from lorasweep import config, engines, launcher
 from lorasweep.checkpoint import DiskFullError
@@ -32,6 +33,12 @@ class FakeFleet:
 
     def __init__(self, ends):
         self.ends, self.submitted, self.waiting = ends, [], []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
 
     def submit(self, run):
         self.submitted.append(run.name)
@@ -147,6 +154,37 @@ def test_what_hydra_refuses_of_a_job_is_a_setting_that_is_wrong():
 
     with pytest.raises(SettingsError, match="factor"):
         compose_job(OmegaConf.create(), SimpleNamespace(load_sweep_config=refuse), [], 0)
+
+
+def test_ctrl_c_while_a_job_is_composed_is_no_fault_of_the_job():
+    def interrupted(config, overrides):
+        try:
+            raise KeyboardInterrupt
+        finally:  # as OmegaConf's cleaning up
+            raise ConfigKeyError("'NoneType' object has no attribute '_invalidate_flags_cache'")
+
+    with pytest.raises(KeyboardInterrupt):
+        compose_job(OmegaConf.create(), SimpleNamespace(load_sweep_config=interrupted), [], 0)
+
+
+def test_jobs_may_have_another_device_than_the_sweep_but_all_the_same(make_run, monkeypatch):
+    """As by `hydra.sweeper.params`."""
+    opened = []
+
+    def open_fleet(devices, max_pack):
+        opened.append(devices)
+        return FakeFleet(
+            {f"demo-{n}": [Finished(run=f"demo-{n}", dropped=False)] for n in range(2)}
+        )
+
+    monkeypatch.setattr(launcher, "Fleet", open_fleet)
+    monkeypatch.setattr(launcher, "choose_devices", lambda devices, device: [device])
+    runs = [make_run("trainer.device=cpu", number=n) for n in range(2)]
+    launcher._train_in_packs(SimpleNamespace(devices=("cuda:0",)), runs, settings(), 0)
+    assert opened == [("cpu",)]
+    runs.append(make_run("trainer.device=auto", number=2))
+    with pytest.raises(SettingsError, match=r"trainer\.device=auto: a sweep's runs share"):
+        launcher._train_in_packs(SimpleNamespace(devices=("cuda:0",)), runs, settings(), 0)
 
 
 def test_a_job_whose_disk_is_full_pauses_its_runs(make_run, monkeypatch):

@@ -21,6 +21,7 @@ from lorasweep.interrupts import Interrupts
 from lorasweep.run import EpochReport, Failure, Finished, Session, run_pack
 from lorasweep.settings import SettingsError
 from lorasweep.tracking import candidates, create_store
+from lorasweep.tracking.spool import Spool
 from lorasweep.trainers import Stopped, states
 from lorasweep.trainers.native import NativeTraining
 
@@ -303,6 +304,18 @@ def test_two_processes_do_not_train_in_one_folder(make_run, monkeypatch):
     assert isinstance(failure, Failure)
     assert "another process trains here" in failure.reason
     assert failure.transient  # a worker that was killed may be on its way out
+    held.release()
+    assert any(isinstance(report, Finished) for report in run_pack([run]))
+
+
+def test_a_run_whose_log_another_worker_still_sends_may_be_tried_again(make_run, monkeypatch):
+    monkeypatch.setattr(Spool.acquire, "__defaults__", (0,))
+    run = make_run("trainer.max_train_epochs=1")
+    held = Spool(run.output_dir.resolve())
+    held.acquire()
+    (failure,) = run_pack([run])
+    assert "in use by another process that logs or sends this run" in failure.reason
+    assert (failure.transient, failure.pauses) == (True, False)
     held.release()
     assert any(isinstance(report, Finished) for report in run_pack([run]))
 

@@ -316,6 +316,40 @@ def test_what_an_ended_run_left_is_sent_when_another_of_its_sweep_starts(
     assert snapshot(SETTINGS.resolve(root))[:1] == unbroken
 
 
+@pytest.mark.parametrize("offline", [False, True])
+def test_what_an_ended_run_left_is_held_no_longer_than_sending_it_takes(
+    root: Path, *, offline: bool
+) -> None:
+    """Another worker may be about to go on with it."""
+    with Tracker(replace(SETTINGS, offline=True), root) as tracker:
+        tracker.open_run(new_run(root)).finish("FAILED", "its worker died")
+    settings = replace(SETTINGS, offline=offline)
+    with Tracker(settings, root) as one, Tracker(settings, root) as other:
+        one.open_run(new_run(root, "b"))
+        other.open_run(new_run(root), goes_on=True).finish("FINISHED")
+    assert [path.name for path in tracking.unsent(root)] == (["a", "b"] if offline else [])
+
+
+def test_who_adopted_a_run_may_go_on_with_it(
+    root: Path, unbroken: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Tracker(replace(SETTINGS, offline=True), root) as tracker:
+        log = tracker.open_run(new_run(root))
+        log_epochs(log, root / "a")
+        log.finish("FAILED", "its worker died")
+    opened = threading.Event()
+    connected = writer.Writer._open
+    monkeypatch.setattr(
+        writer.Writer, "_open", lambda self: (opened.wait(60) and None) or connected(self)
+    )
+    with Tracker(SETTINGS, root) as tracker:
+        tracker.open_run(new_run(root, "b")).finish("FINISHED")
+        log = tracker.open_run(new_run(root), goes_on=True)  # before it is sent
+        opened.set()
+        finish(log)
+    assert snapshot(SETTINGS.resolve(root))[:1] == unbroken
+
+
 def test_the_end_of_a_run_waits_for_a_hanging_server_only_so_long(
     root: Path, unbroken: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -177,7 +177,7 @@ def test_what_all_runs_of_several_kinds_lack_stops_it_too_once_all_were_tried(sw
         lacked = SettingsError(f"captions.of_{run.trainer.batch_size}: no weights found")
         return Failure.of_pack([run.name], lacked)[0]
 
-    searched = "trainer.batch_size=choice(4,8)", "study.n_trials=4"
+    searched = "trainer.batch_size=choice(4,8)", "study.n_trials=4", "study.max_failures=2"
     with pytest.raises(SystemExit):
         sweep(*searched, script=script)
     assert {trial.state.name for trial in study_of(tmp_path).trials} == {"RUNNING"}

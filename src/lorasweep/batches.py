@@ -84,10 +84,12 @@ class Batches:
         reason = _reason(returned)
         if reason is None:
             self._complete(trial)
+        elif _may_pass(returned):
+            self._failures.fail(trial, reason, transient=True)
         elif isinstance(_error(returned), UnreadyError | ValueError):
             self._failures.lack(trial, reason)
         else:
-            self._failures.fail(trial, reason, transient=_may_pass(returned))
+            self._failures.fail(trial, reason)
 
     def _complete(self, trial: Trial) -> None:
         scored = run_folder.scored_checkpoints(self._runs.pop(trial.number))

@@ -31,7 +31,16 @@ def compose_job(config: DictConfig, loader: Any, overrides: Sequence[str], numbe
     try:
         return _composed(config, loader, overrides, number)
     except (HydraException, OmegaConfBaseException) as error:
+        if _was_interrupted(error):
+            raise KeyboardInterrupt from error
         raise SettingsError(explain(error)) from error
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """OmegaConf, interrupted, raises errors of its own in its cleaning up."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 def _composed(config: DictConfig, loader: Any, overrides: Sequence[str], number: int) -> Job:

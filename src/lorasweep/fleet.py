@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from multiprocessing import resource_tracker
 from pickle import UnpicklingError
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -223,8 +224,9 @@ class _Seat:
         self._open()
 
     def start(self) -> None:
-        """Let a process get ready for a run that will come."""
-        if self.process is None:
+        """Let a process get ready for a run that will come; one that died before is replaced."""
+        died_early = self.process and not self._has_orders and not self.process.is_alive()
+        if self.process is None or died_early:
             self._start()
 
     def drop(self, name: str) -> bool:
@@ -326,6 +328,7 @@ class _Seat:
             target=work, args=(theirs,), name=f"lorasweep {self.label}", daemon=True
         )
         # Ctrl-C is the driver's to answer; blocked here, it can't break a worker's start either
+        resource_tracker.ensure_running()  # which would unblock it
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             process.start()

@@ -131,12 +131,18 @@ def _train_in_packs(
     fleet: Fleet, runs: Sequence[Run], settings: Packs, retries: int
 ) -> list[Failure]:
     """Train runs to their ends; those that failed, and were tried again in vain."""
-    for device in dict.fromkeys(run.trainer.device for run in runs):
-        if tuple(choose_devices(settings.devices, device)) != fleet.devices:
-            raise SettingsError(
-                f"trainer.device={device}: a sweep's runs share their devices, and these are"
-                f" {', '.join(fleet.devices)}; use launcher.devices"
-            )
+    chosen = {
+        tuple(choose_devices(settings.devices, device)): device
+        for device in dict.fromkeys(run.trainer.device for run in runs)
+    }
+    devices, *others = chosen
+    if others:
+        raise SettingsError(
+            f"trainer.device={chosen[others[0]]}: a sweep's runs share their devices, and others"
+            f" have {chosen[devices]}; use launcher.devices"
+        )
+    if devices != fleet.devices:  # all jobs have another than the sweep itself
+        fleet = Fleet(devices, settings.max_pack)
     with fleet:
         return _train(fleet, {run.name: run for run in runs}, retries)
 

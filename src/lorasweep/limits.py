@@ -54,7 +54,8 @@ class Failures:
 
     Those that could not even begin, for something that they share with others was not to be had,
     wait until it is known who lacks it: if others train, they failed; if none does, it is for the
-    user to mend, and they stay open.
+    user to mend, and they stay open. While they wait they are no failures of the sweep's limits, so
+    that all kinds of runs are tried.
     """
 
     def __init__(self, study: Study, limits: Limits) -> None:
@@ -74,9 +75,9 @@ class Failures:
         if not self._study.is_untouched:
             self.fail(trial, reason)
             return
-        log.error("trial %d can't begin: %s", trial.number, reason)
+        if reason not in [said for _, said in self._lacking]:
+            log.error("trial %d can't begin: %s", trial.number, reason)
         self._lacking.append((trial, reason))
-        self._limits.failed(reason)
 
     def review(self, *, at_end: bool = False) -> None:
         """Decide on the trials that wait, if that is known. Raises SweepError if all lack it."""
@@ -90,5 +91,5 @@ class Failures:
             raise SweepError(f"trial {trial.number}: {reason}")
         if not untouched:
             for trial, reason in self._lacking:
-                self._study.fail(trial, reason)
+                self.fail(trial, reason)
             self._lacking = []

@@ -23,7 +23,7 @@ from lorasweep.prepare import captions_used, images_of, new_run, training_run, w
 from lorasweep.progress import Screen, Show
 from lorasweep.run_folder import RunFolder, TakenError, forget_drop
 from lorasweep.settings import SettingsError
-from lorasweep.tracking import PRUNED_TAG, RunLog, Tracker, TrackingError
+from lorasweep.tracking import PRUNED_TAG, InUseError, RunLog, Tracker, TrackingError
 from lorasweep.trainers import Epoch, Stopped, Training, TrainingData, states
 from lorasweep.trainers.states import State
 
@@ -304,7 +304,12 @@ class Session:
             if folder.ended is not None:
                 reports += self._ended_before(run, folder)
                 continue
-            run_log = self._tracker.open_run(new, goes_on=folder.goes_on)
+            try:
+                run_log = self._tracker.open_run(new, goes_on=folder.goes_on)
+            except InUseError as error:
+                folder.release()
+                reports.append(Failure(run=run.name, reason=str(error), transient=True))
+                continue
             members.append(_Member(run, folder, run_log, self._joined[run.name]))
         return members, reports
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -82,6 +83,8 @@ def work(connection: Connection) -> None:
             worker.close(stop)
         else:
             worker.close(None)
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(0)  # all is written; to take the libraries down takes a second or two
 
 

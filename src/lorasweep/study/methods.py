@@ -107,7 +107,9 @@ class _Fitted(_View):
             return trials
         sign = 1 if self._study.direction == StudyDirection.MINIMIZE else -1
         is_bound = any(trial.constraints for trial in last)
-        return [*self._best.of(older, sign, is_bound=is_bound), *last]
+        best = self._best.of(older, sign, is_bound=is_bound)
+        # one that was ranked is among the last again when running ones fail
+        return [*(trial for trial in best if trial.number < last[0].number), *last]
 
 
 class TPE(optuna.samplers.TPESampler):
@@ -137,7 +139,7 @@ class TPE(optuna.samplers.TPESampler):
 class _Newest(_View):
     """A study as a genetic sampler sees it that looks for its newest generation: only that one.
 
-    Generations never fall from a trial to the next, so they end the list.
+    Generations never fall from a trial to the next, so it ends the list of those that have one.
     """
 
     def __init__(self, study: optuna.Study, key: str) -> None:
@@ -145,10 +147,10 @@ class _Newest(_View):
         self._key = key
 
     def _get_trials(self, **options: Any) -> list[FrozenTrial]:
-        trials = self._all(**options)
-        generations = (trial.system_attrs.get(self._key) for trial in reversed(trials))
-        num_newest = next((len(list(same)) for _, same in groupby(generations)), 0)
-        return trials[len(trials) - num_newest :]
+        last_first = reversed(self._all(**options))
+        known = (trial for trial in last_first if self._key in trial.system_attrs)
+        by_generation = groupby(known, key=lambda trial: trial.system_attrs[self._key])
+        return next((list(newest) for _, newest in by_generation), [])
 
 
 class _Genetic:
@@ -165,15 +167,15 @@ class _Genetic:
         """As Optuna's."""
         if generation not in self.parents:  # once chosen, they stay
             found = super().get_parent_population(study, generation)  # type: ignore[misc]
-            self.parents[generation] = found
+            self.parents[generation] = sorted(found, key=lambda trial: trial.number)
         return self.parents[generation]
 
 
-class NSGAII(_Genetic, optuna.samplers.NSGAIISampler):
-    """Optuna's, at a cost that doesn't grow with the trials."""
+class NSGAIISampler(_Genetic, optuna.samplers.NSGAIISampler):
+    """Optuna's, at a cost that doesn't grow with the trials; its name is part of what is stored."""
 
 
-class NSGAIII(_Genetic, optuna.samplers.NSGAIIISampler):
+class NSGAIIISampler(_Genetic, optuna.samplers.NSGAIIISampler):
     """Likewise."""
 
 
@@ -184,8 +186,8 @@ SAMPLERS: dict[str, type[BaseSampler]] = {
     "random": optuna.samplers.RandomSampler,
     "grid": optuna.samplers.RandomSampler,  # its points are enqueued, see Study
     "qmc": optuna.samplers.QMCSampler,
-    "nsgaii": NSGAII,
-    "nsgaiii": NSGAIII,
+    "nsgaii": NSGAIISampler,
+    "nsgaiii": NSGAIIISampler,
 }
 _NEEDS = {"cmaes": "cmaes", "gp": "torch"}  # imported by Optuna when it first samples
 

@@ -16,6 +16,7 @@ from lorasweep.tracking.reading import (
     sweeps,
 )
 from lorasweep.tracking.server import experiment_page, page, serve
+from lorasweep.tracking.spool import InUseError
 from lorasweep.tracking.store import (
     PRUNED_TAG,
     TRIAL_TAG,
@@ -32,6 +33,7 @@ __all__ = [
     "PRUNED_TAG",
     "TRIAL_TAG",
     "Candidate",
+    "InUseError",
     "NewRun",
     "RunLog",
     "Status",

@@ -38,6 +38,10 @@ class Entry(Plain):
     operation: Operation
 
 
+class InUseError(TrackingError):
+    """Another process logs or sends a run; it may be done soon."""
+
+
 class SpoolError(ValueError):
     """A file of a spool that can't be read."""
 
@@ -56,12 +60,12 @@ class Spool:
         self._newest: int | None = None
 
     def acquire(self, seconds: float = LOCK_SECONDS) -> None:
-        """Take the folder for this process. Raises TrackingError if another has it."""
+        """Take the folder for this process. Raises InUseError if another has it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(timeout=seconds)
         except Timeout:
-            raise TrackingError(
+            raise InUseError(
                 f"{self.output_dir} is in use by another process that logs or sends this run;"
                 " wait for its end, or give another folder"
             ) from None
@@ -73,7 +77,7 @@ class Spool:
         """Take the folder for this process, if no other has it."""
         try:
             self.acquire(seconds=0)
-        except TrackingError:
+        except InUseError:
             return False
         return True
 

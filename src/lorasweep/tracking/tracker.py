@@ -39,6 +39,7 @@ class Tracker:
         self._settings, self._output_root = settings, output_root
         self._writer = writer_for(settings, output_root)
         self._spools: dict[Path, Spool] = {}
+        self._adopted: dict[Path, Spool] = {}
         self._runs: list[RunLog] = []
 
     def ready(self) -> None:
@@ -62,8 +63,8 @@ class Tracker:
         """Start a run in MLflow; its log takes what it does from here on.
 
         `goes_on` continues the one that `new.output_dir` began, if any. Otherwise an earlier
-        attempt at this run of the sweep is deleted. Raises TrackingError if another process has
-        the folder, or it can't be written.
+        attempt at this run of the sweep is deleted. Raises InUseError if another process has the
+        folder, TrackingError if it can't be written.
         """
         spool, is_ours = self._spool(new.output_dir)
         begun = spool.state() if goes_on else None
@@ -92,7 +93,10 @@ class Tracker:
             if not self._writer.close() and (left := self._left()):
                 log.warning("%s", left)
         finally:
-            for spool in self._spools.values():
+            for spool in [
+                *self._spools.values(),
+                *filter(self._writer.keep, self._adopted.values()),
+            ]:
                 spool.release()
 
     def __enter__(self) -> Tracker:
@@ -126,17 +130,24 @@ class Tracker:
                     f"{output_dir}: two runs can't have one folder; give each its own"
                 )
             return known, True
+        adopted = self._adopted.pop(key, None)
+        if adopted is not None and self._writer.keep(adopted):
+            self._spools[key] = adopted
+            return adopted, True
         spool = Spool(key)
         spool.acquire()
         self._spools[key] = spool
         return spool, False
 
     def _adopt(self, run: RunLog) -> None:
-        """Send what runs of the sweep that have ended left when their process was killed."""
+        """Send what runs of the sweep that have ended left when their process was killed.
+
+        Each is held no longer than that takes: another worker may be about to go on with the run.
+        """
         for spool in left_by_ended(run.state, run.output_dir):
             if spool.output_dir not in self._spools and spool.can_be_acquired():
-                self._spools[spool.output_dir] = spool
-                self._writer.replay(spool)
+                self._adopted[spool.output_dir] = spool
+                self._writer.replay(spool, lent=True)
 
     def _new_state(self, new: NewRun) -> RunState:
         uri = self._settings.uri
@@ -150,7 +161,8 @@ class Tracker:
 
     def _left(self) -> str | None:
         """What is said of what could not be sent, if there is any."""
-        counts = [len(spool.waiting()) for spool in self._spools.values()]
+        spools = [*self._spools.values(), *self._adopted.values()]
+        counts = [len(spool.waiting()) for spool in spools]
         number, runs = sum(counts), sum(1 for count in counts if count)
         uri = public_uri(self._settings.resolve(self._output_root))
         return (

@@ -50,6 +50,7 @@ class Writer:
         self.can_hang = can_hang
         self._linger = LINGER_SECONDS if can_hang else None
         self._waiting: deque[_Waiting] = deque()
+        self._lent: set[Spool] = set()  # released once all of it is sent
         self._change = threading.Condition()
         self._store: Store | None = None
         self._trouble: Exception | None = None
@@ -66,9 +67,20 @@ class Writer:
         number = spool.put(run, operation)
         self._queue([_Waiting(spool, number, again=False)])
 
-    def replay(self, spool: Spool) -> None:
-        """Send what an earlier process left in a spool."""
+    def replay(self, spool: Spool, *, lent: bool = False) -> None:
+        """Send what an earlier process left in a spool; one that is `lent` is released then."""
+        if lent:
+            self._lent.add(spool)
         self._queue([_Waiting(spool, number, again=True) for number in spool.waiting()])
+        with self._change:
+            self._give_back(spool)
+
+    def keep(self, spool: Spool) -> bool:
+        """Don't release a spool that was lent; False if it was not, or is released already."""
+        with self._change:
+            is_held = spool in self._lent
+            self._lent.discard(spool)
+            return is_held
 
     def drop(self, spool: Spool) -> None:
         """Send nothing more of a spool; it stays on the disk."""
@@ -263,13 +275,20 @@ class Writer:
                     return
             spool.is_blocked = True
             self._waiting = deque(one for one in self._waiting if one.spool is not spool)
+            self._give_back(spool)
             self._note_progress()
         _warn(where, error)
 
     def _remove(self, first: _Waiting) -> None:
         if self._waiting and self._waiting[0] is first:
             self._waiting.popleft()
+        self._give_back(first.spool)
         self._note_progress()
+
+    def _give_back(self, spool: Spool) -> None:
+        if spool in self._lent and not any(one.spool is spool for one in self._waiting):
+            self._lent.discard(spool)
+            spool.release()
 
     def _note_progress(self) -> None:
         if self._trouble is not None:
