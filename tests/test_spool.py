@@ -343,10 +343,11 @@ def test_who_adopted_a_run_may_go_on_with_it(
         writer.Writer, "_open", lambda self: (opened.wait(60) and None) or connected(self)
     )
     with Tracker(SETTINGS, root) as tracker:
-        tracker.open_run(new_run(root, "b")).finish("FINISHED")
+        other = tracker.open_run(new_run(root, "b"))
         log = tracker.open_run(new_run(root), goes_on=True)  # before it is sent
         opened.set()
         finish(log)
+        other.finish("FINISHED")
     assert snapshot(SETTINGS.resolve(root))[:1] == unbroken
 
 
