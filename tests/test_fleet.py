@@ -186,17 +186,21 @@ def test_workers_that_got_ready_in_vain_end_at_once():
     assert [process.exitcode for process in processes[:2]] == [-signal.SIGTERM] * 2
 
 
-def test_a_worker_that_died_before_there_was_a_run_costs_none(make_run):
-    workers = Fleet(["cpu"], max_pack=1)
-    with workers.ready(1):
-        workers._seats[0].process.kill()
-        workers._seats[0].process.join()
-        with workers:
-            workers.submit(make_run("trainer.max_train_epochs=1", number=0))
-            found = []
-            while events := workers.events():
-                found += told(events)
-    assert found == [("Started", "demo-0"), ("EpochReport", "demo-0"), ("Finished", "demo-0")]
+def test_a_worker_that_died_before_there_was_a_run_is_replaced_at_no_runs_cost(monkeypatch):
+    started = []
+
+    def start(seat):
+        started.append(seat)
+        seat.process = SimpleNamespace(is_alive=lambda: False)
+
+    monkeypatch.setattr(fleet._Seat, "_start", start)
+    (seat,) = Fleet(["cpu"], max_pack=1)._seats
+    seat.start()
+    seat.start()
+    assert len(started) == 2
+    seat._has_orders = True  # for a run: now its death is that run's
+    seat.start()
+    assert len(started) == 2
 
 
 def test_who_interrupts_a_sweep_is_told_at_once_what_it_waits_for(caplog, monkeypatch):
