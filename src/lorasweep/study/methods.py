@@ -40,7 +40,7 @@ ORIGIN = "origin"  # user attribute: why it was asked with given parameters: gue
 WARM_START = "warm start"  # the origin of another study's trials
 
 # The share of trials that TPE's next are to be like. Optuna's tenth means the best alone in all of
-# a short sweep, and finds a little less (benchmarks.search).
+# a short sweep, and finds less where few train at once (benchmarks.search).
 _GOOD_SHARE, _MOST_GOOD = 1 / 3, 25
 _MOST_LAST = 100  # trials that TPE is fitted to beside the good ones
 
