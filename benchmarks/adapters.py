@@ -14,8 +14,8 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks.common import Bench, interleaved, machine, median_ratio, prepare, show, stepper
-from lorasweep.config import compose
-from lorasweep.settings import build
+from lorasweep.config.config import compose
+from lorasweep.core.settings import build
 
 SETTINGS = {"sd15-random": (64, 1), "embedded": (16, 4)}
 """Model -> rank of lora, locon and dora, and batch size."""

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Literal
 from rich.console import Console
 from rich.table import Table
 
-from lorasweep import folders, latents
-from lorasweep.config import Run, build_run, compose
-from lorasweep.models import BaseModel
-from lorasweep.run import write_folders
-from lorasweep.trainers import TrainingData, TrainingRun
-from lorasweep.trainers.native import NativeTraining
+from lorasweep.config.config import Run, build_run, compose
+from lorasweep.data import kohya_folders, latents
+from lorasweep.models.base_model import BaseModel
+from lorasweep.runs.session import write_folders
+from lorasweep.training.native_trainer import NativeTraining
+from lorasweep.training.trainer import TrainingData, TrainingRun
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -86,7 +86,7 @@ def prepare(
         places = [f"output_root={name}", f"cache_dir={name}/cache"]
         run = build_run(compose([*chosen, *places, *overrides]), output_dir=Path(name))
         base = run.model.load(device, run.trainer.precision)
-        arms = folders.read(write_folders(run) / "train", run.dataset.caption_extension)
+        arms = kohya_folders.read(write_folders(run) / "train", run.dataset.caption_extension)
         items = latents.encode(base, arms, run.dataset, run.cache_dir)
     if model == "sd15-random":
         import torch

@@ -18,9 +18,10 @@ from pathlib import Path
 from unittest.mock import patch
 
 from benchmarks.common import show
-from lorasweep import cli, launcher
-from lorasweep.config import Run
-from lorasweep.run import Failure, run_pack
+from lorasweep.cli.main import main as lorasweep
+from lorasweep.config.config import Run
+from lorasweep.runs.session import Failure, run_pack
+from lorasweep.sweeps import multirun
 
 TARGET = 0.02
 
@@ -32,11 +33,11 @@ def main() -> None:
     overrides = parser.parse_args().overrides
     stopwatch = _Stopwatch()
     timed = patch.multiple(
-        launcher, open_fleet=lambda *_: None, _train_by_jobs=stopwatch.train
+        multirun, open_fleet=lambda *_: None, _train_by_jobs=stopwatch.train
     )  # as packs that are jobs, but here
     with tempfile.TemporaryDirectory() as name, timed:
         places = [f"output_root={name}", f"cache_dir={name}/cache"]
-        cli.main(["train", "-m", "+sweeps=demo", *places, *overrides])
+        lorasweep(["train", "-m", "+sweeps=demo", *places, *overrides])
         clocks = [json.loads(path.read_text()) for path in stopwatch.clocks]
     _print(stopwatch, clocks)
 
@@ -50,10 +51,10 @@ class _Stopwatch:
         self.tracking_cpu = 0.0  # seconds of the thread that writes to MLflow
         self.clocks: list[Path] = []  # one a pack: its runs share theirs
 
-    def train(self, runs: Sequence[Run], settings: launcher.Packs, *_: object) -> list[Failure]:
+    def train(self, runs: Sequence[Run], settings: multirun.Packs, *_: object) -> list[Failure]:
         """What the launcher does, here and not in a worker process; those that failed."""
         failures = []
-        for pack in launcher.group(runs, settings.max_pack):
+        for pack in multirun.group(runs, settings.max_pack):
             begun, cpu_begun = time.perf_counter(), time.process_time()
             spent = 0.0
             for report in run_pack(pack):

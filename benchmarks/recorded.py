@@ -11,15 +11,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lorasweep.checkpoint import Checkpoint
-from lorasweep.config import Run, build_run, compose
-from lorasweep.flow import Flow
-from lorasweep.limits import Limits
-from lorasweep.run import EpochReport, Finished, Report, Started
-from lorasweep.study.space import Choice, Space
-from lorasweep.study.study import Study
-from lorasweep.study.trial import Trial
-from lorasweep.trials import study_settings
+from lorasweep.config.config import Run, build_run, compose
+from lorasweep.lora_files.checkpoint import Checkpoint
+from lorasweep.runs.session import EpochReport, Finished, Report, Started
+from lorasweep.sweeps.stop_rules import Limits
+from lorasweep.sweeps.study.search_space import Choice, Space
+from lorasweep.sweeps.study.study import Study
+from lorasweep.sweeps.study.trial import Trial
+from lorasweep.sweeps.trial_processes import study_settings
+from lorasweep.sweeps.trials_in_packs import Flow
 
 SCORE = "val/loss_rel"
 Curve = Mapping[int, tuple[float, Sequence[float]]]

@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks.common import show
 from benchmarks.recorded import Curve, Point, in_any_order, replay
-from lorasweep.study.storage import find_journal, open_storage
+from lorasweep.sweeps.study.study_storage import find_journal, open_storage
 from lorasweep.tracking import candidates
 
 SCORE = "val/loss_rel"

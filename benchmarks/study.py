@@ -20,12 +20,12 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 
 from benchmarks.common import show
-from lorasweep.composing import compose_job, read_once, save_hydra_files
-from lorasweep.config import compose, conf_dir, register_resolvers
-from lorasweep.study.settings import StudySettings
-from lorasweep.study.space import Choice, Number, Space
-from lorasweep.study.study import Study
-from lorasweep.trials import study_settings
+from lorasweep.config.config import compose, conf_dir, register_resolvers
+from lorasweep.sweeps.compose_jobs import compose_job, read_once, save_hydra_files
+from lorasweep.sweeps.study.search_space import Choice, Number, Space
+from lorasweep.sweeps.study.study import Study
+from lorasweep.sweeps.study.study_settings import StudySettings
+from lorasweep.sweeps.trial_processes import study_settings
 
 SCORE, DRIFT = "val/loss_rel", "val/prior_drift"
 RANKS, RATES = (4, 8, 16, 32), (3e-4, 1e-3, 3e-3, 1e-2)

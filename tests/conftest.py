@@ -12,8 +12,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the network
 import pytest
 import yaml
 
-from lorasweep import config
-from lorasweep.config import Run
+from lorasweep.config import config
+from lorasweep.config.config import Run
 
 yaml.SafeLoader = yaml.CSafeLoader  # Hydra's files are parsed thousands of times
 
@@ -65,7 +65,7 @@ def make_run(tmp_path: Path, cache_dir: Path) -> Callable[..., Run]:
 @pytest.fixture(scope="session")
 def base():
     """The embedded base model, loaded once; nothing may change its weights."""
-    from lorasweep.settings import build
+    from lorasweep.core.settings import build
 
     cfg = config.compose(["experiment=demo"])
     return build(cfg.model, "model").load()

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from lorasweep.checkpoint import Checkpoint
-from lorasweep.config import Run
-from lorasweep.run import EpochReport, Failure, Finished, Report, Started
+from lorasweep.config.config import Run
+from lorasweep.lora_files.checkpoint import Checkpoint
+from lorasweep.runs.session import EpochReport, Failure, Finished, Report, Started
 
 Script = Callable[[Run, int], "dict[str, float] | Failure"]
 

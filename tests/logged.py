@@ -9,7 +9,7 @@ from typing import Any
 from mlflow import MlflowClient
 from PIL import Image
 
-from lorasweep.checkpoint import Checkpoint
+from lorasweep.lora_files.checkpoint import Checkpoint
 from lorasweep.tracking import NewRun, RunLog, Tracking
 
 SETTINGS = Tracking(

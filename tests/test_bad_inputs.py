@@ -47,8 +47,9 @@ from bad_files import (
     text_bomb,
     without,
 )
-from lorasweep import cli, folders
-from lorasweep.folders import FoldersError
+from lorasweep.cli import main
+from lorasweep.data import kohya_folders
+from lorasweep.data.kohya_folders import FoldersError
 
 PICKLE = b"\x80\x04cposix\nsystem\n(S'touch PWNED'\ntR."
 """A pickle that makes a file when it is loaded."""
@@ -90,7 +91,7 @@ def refused(case: Case, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     case.make(here)
     before = outputs(here)
     with pytest.raises(SystemExit) as exit_:
-        cli.main(shlex.split(case.command.replace("BASE", str(BASE))))
+        main.main(shlex.split(case.command.replace("BASE", str(BASE))))
     told = capsys.readouterr().err
     first, *more = told.rstrip("\n").split("\n")
     assert exit_.value.code == 2, told
@@ -552,12 +553,12 @@ REPAIRS = [
 def test_what_is_repaired_is_written_whole_and_said(case, here, capsys, caplog):
     case.make(here)
     with pytest.raises(SystemExit) as exit_:
-        cli.main(shlex.split(f"{case.command} dataset.num_holdout=0"))
+        main.main(shlex.split(f"{case.command} dataset.num_holdout=0"))
     assert exit_.value.code == 0, capsys.readouterr().err
     assert case.says in caplog.text
     assert caplog.text.replace("\n", "").isprintable()
     (tree,) = (here / "out" / "datasets").glob("[!.]*")
-    (arm,) = folders.read(tree / "train")
+    (arm,) = kohya_folders.read(tree / "train")
     found = {item.caption for item in arm.items}
     assert case.captions in (found, {f"{len(arm.items)} images"})
     for item in arm.items:
@@ -571,7 +572,7 @@ def test_a_folder_of_images_may_have_any_name(folder, here):
     photos(captions=None)(here)
     (here / "photos").rename(here / folder)
     with pytest.raises(SystemExit) as exit_:
-        cli.main(["caption", folder, *EMPTY.split()[2:]])
+        main.main(["caption", folder, *EMPTY.split()[2:]])
     assert exit_.value.code == 0
 
 
@@ -590,7 +591,7 @@ def test_a_folder_of_images_may_have_any_name(folder, here):
 def test_a_folder_that_was_edited_badly_is_one_line(make, says, tmp_path):
     both(file("train/10_wd/a.png", PNG), make)(tmp_path)
     with pytest.raises(FoldersError, match=says) as error:
-        folders.read(tmp_path / "train")
+        kohya_folders.read(tmp_path / "train")
     assert "\n" not in str(error.value)
 
 
@@ -607,7 +608,7 @@ def test_a_folder_that_was_edited_badly_is_one_line(make, says, tmp_path):
 )
 def test_a_folder_that_was_edited_oddly_is_read_and_said(make, says, count, tmp_path, caplog):
     both(file("train/10_wd/a.png", PNG), file("train/10_wd/a.txt", "x\n"), make)(tmp_path)
-    arms = folders.read(tmp_path / "train")
+    arms = kohya_folders.read(tmp_path / "train")
     assert sum(len(arm.items) for arm in arms) == count
     assert says in caplog.text
 
@@ -629,7 +630,7 @@ def test_what_may_not_be_read_or_written_is_one_line(make, says, here, capsys):
     if os.access(shut[0], os.R_OK):
         pytest.skip("root's rights: everything may be read and written")
     with pytest.raises(SystemExit):
-        cli.main(shlex.split(EMPTY))
+        main.main(shlex.split(EMPTY))
     told = capsys.readouterr().err
     assert told.startswith("lorasweep: ") and says in told
     for path in (here / "out", here / "photos", *(here / "photos").glob("*")):
@@ -655,7 +656,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_part_of_a_file(command, limit, he
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
         with pytest.raises(SystemExit) as exit_:
-            cli.main(shlex.split(command.replace("BASE", str(BASE))))
+            main.main(shlex.split(command.replace("BASE", str(BASE))))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     told = capsys.readouterr().err

@@ -11,7 +11,8 @@ from mlflow import MlflowClient
 from omegaconf import OmegaConf
 
 from conftest import SMALL
-from lorasweep import checkpoint, tracking
+from lorasweep import tracking
+from lorasweep.lora_files import checkpoint
 from test_native import relative_difference
 
 RANKS = (2, 4)

@@ -11,8 +11,9 @@ import pytest
 
 import lorasweep
 from bad_files import BASE, base, both, without
-from lorasweep import config, pick
-from lorasweep.settings import build
+from lorasweep.config import config
+from lorasweep.core.settings import build
+from lorasweep.judging import pick
 from lorasweep.tracking import operations, server
 
 SOURCES = sorted(Path(lorasweep.__file__).parent.rglob("*.py"))
@@ -67,7 +68,7 @@ def test_with_hf_hub_offline_nothing_on_the_network_is_asked(tmp_path):
         "socket.socket.connect = refuse\n"
         "socket.getaddrinfo = lambda *a, **k: asked.append(a) or []\n"
         "from lorasweep import config\n"
-        "from lorasweep.settings import build\n"
+        "from lorasweep.core.settings import build\n"
         "node = config.compose(['experiment=demo', 'model.path=nobody/nothing']).model\n"
         "try: build(node, 'model').load()\n"
         "except ValueError as error: print(error)\n"
@@ -94,13 +95,13 @@ def test_mlflows_pages_are_served_to_this_machine_only(monkeypatch, tmp_path):
 def test_the_dashboard_is_served_to_this_machine_only(monkeypatch, tmp_path):
     import optuna_dashboard
 
-    from lorasweep.study import storage
+    from lorasweep.sweeps.study import study_storage
 
     served = []
     monkeypatch.setattr(optuna_dashboard, "run_server", lambda _, **where: served.append(where))
     (tmp_path / "x" / "s").mkdir(parents=True)
     (tmp_path / "x" / "s" / "study.journal").touch()
-    storage.show("x-s", None, tmp_path, 5001)
+    study_storage.show("x-s", None, tmp_path, 5001)
     assert served == [{"host": "127.0.0.1", "port": 5001}]
 
 

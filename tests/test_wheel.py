@@ -42,7 +42,7 @@ def test_it_is_the_installed_package_that_runs(installed, tmp_path):
 def test_it_composes_its_options_and_sweeps(installed, tmp_path):
     result = run(installed, "train", "--cfg", "job", "experiment=demo", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "lorasweep.adapters.lora.LoRA" in result.stdout
+    assert "_target_: LoRA" in result.stdout
     result = run(installed, "train", "--cfg", "job", "+sweeps=demo", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "name: demo" in result.stdout

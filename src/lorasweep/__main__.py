@@ -1,3 +1,3 @@
-from lorasweep.cli import main
+from lorasweep.cli.main import main
 
 main()

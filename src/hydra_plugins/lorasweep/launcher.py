@@ -1,4 +1,4 @@
-"""`hydra/launcher=packs`: see lorasweep.launcher."""
+"""`hydra/launcher=packs`: see lorasweep.sweeps.multirun."""
 
 # Hydra's scanner runs this file outside sys.modules: keep dataclasses and real code out of it.
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 
 class PacksLauncher(Launcher):
-    """Trains the jobs of a multirun in packs, with the settings of lorasweep.launcher.Packs."""
+    """Trains the jobs of a multirun in packs; its settings are lorasweep.sweeps.multirun.Packs."""
 
     def __init__(self, **settings: Any) -> None:
         self.settings = settings
@@ -26,7 +26,7 @@ class PacksLauncher(Launcher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        from lorasweep.launcher import launch
+        from lorasweep.sweeps.multirun import launch
 
         settings = self._settings()
         self.begin()
@@ -36,7 +36,7 @@ class PacksLauncher(Launcher):
     def fleet(self) -> Any:
         """The workers themselves, for a sweeper that gives them runs one by one; None where packs
         are jobs of another engine."""
-        from lorasweep.launcher import open_fleet
+        from lorasweep.sweeps.multirun import open_fleet
 
         return open_fleet(self._settings(), self.config.trainer.device)
 
@@ -50,8 +50,8 @@ class PacksLauncher(Launcher):
         configure_log(self.config.hydra.job_logging, self.config.hydra.verbose)
 
     def _settings(self) -> Any:
-        from lorasweep.launcher import Packs
-        from lorasweep.settings import build_class
+        from lorasweep.core.settings import build_class
+        from lorasweep.sweeps.multirun import Packs
 
         values = OmegaConf.to_container(OmegaConf.create(self.settings))
         return build_class(Packs, values, "launcher")  # type: ignore[arg-type]

@@ -11,11 +11,11 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lorasweep.adapters import Adapter, Dropout, Site, Stack, Tensors
+from lorasweep.adapters.adapter import Adapter, Dropout, Site, Stack, Tensors
 from lorasweep.adapters.deltas import algorithm
 from lorasweep.adapters.locon import LoCon
 from lorasweep.adapters.lora import LoRAStack, modules_kept
-from lorasweep.checkpoint import CheckpointError
+from lorasweep.core.safetensors_header import CheckpointError
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +65,7 @@ class DoRAStack:
 
     @classmethod
     def check(cls, site: Site, tensors: Tensors) -> None:
-        from lorasweep.adapters.kinds import stack_class  # which names this class
+        from lorasweep.adapters.stack_types import stack_class  # which names this class
 
         magnitude, direction = _split(tensors)
         stack_class(None, site, direction).check(site, direction)
@@ -80,7 +80,7 @@ class DoRAStack:
     def of(cls, site: Site, members: Sequence[tuple[Adapter | None, Tensors]]) -> DoRAStack:
         import torch
 
-        from lorasweep.adapters.kinds import stack_class
+        from lorasweep.adapters.stack_types import stack_class
 
         parts = [_split(tensors) for _, tensors in members]
         directions = [(members[i][0], direction) for i, (_, direction) in enumerate(parts)]

@@ -10,13 +10,13 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from lorasweep.adapters import Adapter, Dropout, Site, Stack, Tensors
-from lorasweep.adapters.blocks import ConvRanked
+from lorasweep.adapters.adapter import Adapter, Dropout, Site, Stack, Tensors
 from lorasweep.adapters.deltas import low_rank_delta
-from lorasweep.adapters.keys import WITH_KERNELS
+from lorasweep.adapters.kohya_names import WITH_KERNELS
 from lorasweep.adapters.lora import LoRA, LoRAStack
-from lorasweep.checkpoint import CheckpointError
-from lorasweep.settings import SettingsError
+from lorasweep.adapters.unet_blocks import ConvRanked
+from lorasweep.core.safetensors_header import CheckpointError
+from lorasweep.core.settings import SettingsError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,9 +10,9 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lorasweep.adapters import Adapter, Dropout, Site, Tensors
-from lorasweep.adapters.by_weight import ByWeight, kept_channels, shrink
-from lorasweep.checkpoint import CheckpointError
+from lorasweep.adapters.adapter import Adapter, Dropout, Site, Tensors
+from lorasweep.adapters.lycoris_options import ByWeight, kept_channels, shrink
+from lorasweep.core.safetensors_header import CheckpointError
 
 if TYPE_CHECKING:
     import torch

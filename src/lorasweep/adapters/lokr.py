@@ -12,12 +12,12 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lorasweep.adapters import Adapter, Dropout, Site, Tensors
-from lorasweep.adapters.by_weight import ByWeight, kept_channels, shrink
+from lorasweep.adapters.adapter import Adapter, Dropout, Site, Tensors
 from lorasweep.adapters.deltas import low_rank_delta, rank_of, scale_of
 from lorasweep.adapters.loha import padded
-from lorasweep.checkpoint import CheckpointError
-from lorasweep.settings import SettingsError
+from lorasweep.adapters.lycoris_options import ByWeight, kept_channels, shrink
+from lorasweep.core.safetensors_header import CheckpointError
+from lorasweep.core.settings import SettingsError
 
 if TYPE_CHECKING:
     import torch

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import PositiveFloat
 
-from lorasweep import rng
-from lorasweep.adapters import Adapter, Dropout, Site, Tensors
-from lorasweep.adapters.blocks import Ranked
-from lorasweep.adapters.keys import WITH_KERNELS, check_targets, lycoris_preset
-from lorasweep.adapters.starts import start
-from lorasweep.checkpoint import CheckpointError
-from lorasweep.settings import Probability, SettingsError
+from lorasweep.adapters.adapter import Adapter, Dropout, Site, Tensors
+from lorasweep.adapters.initial_weights import start
+from lorasweep.adapters.kohya_names import WITH_KERNELS, check_targets, lycoris_preset
+from lorasweep.adapters.unet_blocks import Ranked
+from lorasweep.core import rng
+from lorasweep.core.safetensors_header import CheckpointError
+from lorasweep.core.settings import Probability, SettingsError
 
 if TYPE_CHECKING:
     import torch

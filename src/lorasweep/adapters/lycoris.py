@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import PositiveFloat
 
-from lorasweep.adapters import Adapter, Dropout, Site, Tensors
-from lorasweep.adapters.blocks import ConvRanked
-from lorasweep.adapters.by_weight import check_kernels, lycoris_metadata
+from lorasweep.adapters.adapter import Adapter, Dropout, Site, Tensors
 from lorasweep.adapters.lycoris_module import (
     check_algorithm,
     check_file,
@@ -23,6 +21,8 @@ from lorasweep.adapters.lycoris_module import (
     reloaded,
     saved,
 )
+from lorasweep.adapters.lycoris_options import check_kernels, lycoris_metadata
+from lorasweep.adapters.unet_blocks import ConvRanked
 
 if TYPE_CHECKING:
     import torch

@@ -13,10 +13,10 @@ from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from lorasweep.adapters import Site, Tensors
+from lorasweep.adapters.adapter import Site, Tensors
 from lorasweep.adapters.deltas import algorithm
-from lorasweep.header import CheckpointError
-from lorasweep.settings import SettingsError
+from lorasweep.core.safetensors_header import CheckpointError
+from lorasweep.core.settings import SettingsError
 
 if TYPE_CHECKING:
     from torch import Tensor

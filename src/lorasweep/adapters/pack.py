@@ -13,12 +13,12 @@ from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from lorasweep import rng
-from lorasweep.adapters import Adapter, Dropout, Site, Stack, Tensors
-from lorasweep.adapters.blocks import block_index
-from lorasweep.adapters.keys import Parts, by_site, every_site, sites
-from lorasweep.adapters.kinds import stack_class
-from lorasweep.checkpoint import CheckpointError
+from lorasweep.adapters.adapter import Adapter, Dropout, Site, Stack, Tensors
+from lorasweep.adapters.kohya_names import Parts, by_site, every_site, sites
+from lorasweep.adapters.stack_types import stack_class
+from lorasweep.adapters.unet_blocks import block_index
+from lorasweep.core import rng
+from lorasweep.core.safetensors_header import CheckpointError
 
 if TYPE_CHECKING:
     import torch

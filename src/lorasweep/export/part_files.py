@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorasweep.models import ModelError, Precision
+from lorasweep.models.base_model import ModelError, Precision
 
 if TYPE_CHECKING:
     import torch

@@ -13,17 +13,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorasweep import lora_file
+from lorasweep.core.safetensors_header import CheckpointError
+from lorasweep.core.text import shown
 from lorasweep.export import part_files
-from lorasweep.header import CheckpointError, shown
-from lorasweep.lora_file import LoRAFile
-from lorasweep.models import BaseModel, Model, ModelError
+from lorasweep.lora_files import lora_file
+from lorasweep.lora_files.lora_file import LoRAFile
+from lorasweep.models.base_model import BaseModel, Model, ModelError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from lorasweep.export.sd_files import WholeModel
+    from lorasweep.export.model_tensors import WholeModel
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lorasweep import checkpoint
+from lorasweep.lora_files import checkpoint
 from lorasweep.tracking.history import Log, LoggedCheckpoint, LoggedRun
 
 if TYPE_CHECKING:

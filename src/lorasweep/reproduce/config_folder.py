@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lorasweep.reproduce import images, recipe
-from lorasweep.reproduce.origin import Original
+from lorasweep.reproduce import original_images, recipe
+from lorasweep.reproduce.original_run import Original
 from lorasweep.reproduce.plan import Options, find_images, recipe_of
 from lorasweep.reproduce.recipe import ReproduceError
 
@@ -18,17 +18,17 @@ def write_config(original: Original, options: Options, folder: Path) -> tuple[Pa
     recipe.check_places(options.places)
     settings = recipe_of(original, original.run, options.places, options.overrides)
     folder.mkdir(parents=True, exist_ok=True)
-    told = images.captions(original.manifest, original.text("captions.json"))
+    told = original_images.captions(original.manifest, original.text("captions.json"))
     notes = [f"{key} is not in the log: {value}" for key, value in settings.filled.items()]
     notes += [f"{key} follows: {value}" for key, value in settings.followed.items()]
     image_dir, jsonl = folder / "images", folder / "captions.jsonl"
     try:
         found = find_images(original, settings, folder / "images")
-        images.lay_out(found, told.texts, folder)
+        original_images.lay_out(found, told.texts, folder)
     except ReproduceError as error:
         notes.append(str(error))
         image_dir = Path(str(settings.values["dataset"]["image_dir"]))
-        images.write_captions(told.texts, jsonl)
+        original_images.write_captions(told.texts, jsonl)
     values = recipe.with_captions(settings.values, image_dir.absolute(), jsonl.absolute())
     run, is_variation = original.run, bool(options.overrides)
     name = f"{run.name}-{'variation' if is_variation else 'reproduced'}"

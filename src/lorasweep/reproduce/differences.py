@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorasweep import captions, provenance
-from lorasweep.captions import Captioner
-from lorasweep.config import Run
-from lorasweep.dataset import listed
-from lorasweep.models import resolve_device
-from lorasweep.reproduce.images import Captions, Found
-from lorasweep.settings import SettingsError
+from lorasweep.config.config import Run
+from lorasweep.core.settings import SettingsError
+from lorasweep.data.captions import caption_images
+from lorasweep.data.captions.caption_images import Captioner
+from lorasweep.data.dataset import listed
+from lorasweep.models.base_model import resolve_device
+from lorasweep.reproduce.original_images import Captions, Found
+from lorasweep.runs import provenance
 
 _NOT_COMPUTING = {"mlflow", "pillow"}  # pictures are compared by their bytes anyway
 
@@ -70,7 +71,7 @@ def made_again(
     differences = []
     for arm, captioner in arms.items():
         try:
-            new = captions.caption_images(captioner, found.images, cache_dir, arm=arm)
+            new = caption_images.caption_images(captioner, found.images, cache_dir, arm=arm)
         except (SettingsError, OSError) as error:
             first = str(error).splitlines()[0]
             differences.append(Difference(f"captions.{arm}", "the log's are used", first))

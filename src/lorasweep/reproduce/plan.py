@@ -10,17 +10,18 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lorasweep import dataset, folders, provenance
-from lorasweep.config import Run
-from lorasweep.dataset import listed
-from lorasweep.models import resolve_device
-from lorasweep.reproduce import differences, images, packs, recipe
+from lorasweep.config.config import Run
+from lorasweep.core.settings import build as build_component
+from lorasweep.data import dataset, kohya_folders
+from lorasweep.data.dataset import listed
+from lorasweep.models.base_model import resolve_device
+from lorasweep.reproduce import differences, original_images, recipe, same_pack
 from lorasweep.reproduce.differences import Difference
-from lorasweep.reproduce.images import Captions, Found
-from lorasweep.reproduce.origin import Original
-from lorasweep.reproduce.packs import Schedule
+from lorasweep.reproduce.original_images import Captions, Found
+from lorasweep.reproduce.original_run import Original
 from lorasweep.reproduce.recipe import Recipe, ReproduceError
-from lorasweep.settings import build as build_component
+from lorasweep.reproduce.same_pack import Schedule
+from lorasweep.runs import provenance
 from lorasweep.tracking.history import LoggedRun
 
 REPRODUCES_TAG = "lorasweep.reproduces"
@@ -116,8 +117,8 @@ def recipe_of(
 def find_images(original: Original, settings: Recipe, spare: Path) -> Found:
     """The run's images, on this machine or out of its log, those put below `spare`."""
     place = Path(str(settings.values["dataset"]["image_dir"])).expanduser()
-    with original.log.file(original.run, folders.ORIGINALS) as archive:
-        return images.find(original.manifest, place, archive, spare)
+    with original.log.file(original.run, kohya_folders.ORIGINALS) as archive:
+        return original_images.find(original.manifest, place, archive, spare)
 
 
 def _home(settings: Recipe, run: LoggedRun, is_variation: bool) -> Path:
@@ -132,7 +133,7 @@ def _data(
 ) -> tuple[Path, Path, Captions, list[str], list[Difference]]:
     """Images and captions below `home`, and what is to be said of them."""
     used = original.text("captions.json")
-    told = images.captions(original.manifest, used)
+    told = original_images.captions(original.manifest, used)
     found = find_images(original, settings, home / "images")
     notes = [f"images: all {len(found.images)} found, {found}"]
     if used is None:
@@ -150,7 +151,7 @@ def _data(
         cache_dir = Path(str(settings.values["cache_dir"])).expanduser()
         texts, made = differences.made_again(arms, found, told, cache_dir)
         notes.append("captions: made again")
-    image_dir, jsonl = images.lay_out(found, texts, home)
+    image_dir, jsonl = original_images.lay_out(found, texts, home)
     return image_dir, jsonl, told, notes, made
 
 
@@ -163,7 +164,7 @@ def _schedule(
     run, epochs = original.run, original.last_epoch
     if not options.same_pack:
         planned = int(settings.values["trainer"]["max_train_epochs"])
-        return packs.alone(run.name, planned if options.overrides else epochs), []
+        return same_pack.alone(run.name, planned if options.overrides else epochs), []
     if run.status == "FAILED" and epochs not in pack and epochs > 1:
         epochs -= 1  # the one that broke it is nobody's
     if missing := [epoch for epoch in range(1, epochs + 1) if epoch not in pack]:
@@ -171,9 +172,9 @@ def _schedule(
             f"{run.name}: with whom it trained in epoch {missing[0]} is not in the log; leave out"
             " --same-pack to train it alone"
         )
-    others = packs.company({epoch: pack[epoch] for epoch in range(1, epochs + 1)}, run.name)
+    others = same_pack.company({epoch: pack[epoch] for epoch in range(1, epochs + 1)}, run.name)
     gone = [name for name in sorted(others) if not original.log.named(name, run.sweep)]
-    schedule = packs.together(pack, run.name, epochs, gone)
+    schedule = same_pack.together(pack, run.name, epochs, gone)
     return schedule, [f"pack: {', '.join(schedule.names)}", *schedule.caveats]
 
 
@@ -226,7 +227,7 @@ def _of_company(
 ) -> list[Difference]:
     if options.same_pack:
         return [Difference("pack", "as logged", caveat) for caveat in schedule.caveats]
-    others = packs.company(pack, original.run.name)
+    others = same_pack.company(pack, original.run.name)
     if not others:
         return []
     return [

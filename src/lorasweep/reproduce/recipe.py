@@ -11,9 +11,10 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lorasweep import config
-from lorasweep.config import Run
-from lorasweep.settings import SettingsError, unknown_key
+from lorasweep.config import config
+from lorasweep.config.config import Run
+from lorasweep.core.components import short_name
+from lorasweep.core.settings import SettingsError, unknown_key
 
 PLACES = (
     "output_root",
@@ -28,7 +29,7 @@ PLACES = (
 """Settings that say where things are, not what is trained; they may differ here."""
 _COMPONENTS = ("model", "dataset", "adapter", "optimizer", "lr_scheduler", "trainer", "sampling")
 _SINGLE = (*_COMPONENTS, "tracking")
-_SIDECAR = "lorasweep.captions.sidecar.Sidecar"
+_SIDECAR = "Sidecar"
 
 
 class ReproduceError(SettingsError):
@@ -144,7 +145,7 @@ def _option(group: str, target: str) -> dict[str, Any]:
     """The YAML of the option of a group that configures this class, unresolved; {} if none does."""
     for file in sorted((config.conf_dir() / group).glob("*.yaml")):
         loaded = OmegaConf.to_container(OmegaConf.load(file))
-        if isinstance(loaded, dict) and loaded.get("_target_") == target:
+        if isinstance(loaded, dict) and loaded.get("_target_") == short_name(target):
             return {str(key): value for key, value in loaded.items()}
     return {}
 

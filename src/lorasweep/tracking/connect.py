@@ -5,13 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lorasweep.tracking.operations import Store
-from lorasweep.tracking.store import (
-    Tracking,
-    client_of,
-    create_store,
-    public_uri,
-    sqlite_path,
-)
+from lorasweep.tracking.store import Tracking, client_of, create_store, public_uri, sqlite_path
 from lorasweep.tracking.writer import Writer
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
-from lorasweep.checkpoint import CheckpointError, read_metadata
+from lorasweep.core.safetensors_header import CheckpointError
+from lorasweep.lora_files.checkpoint import read_metadata
 from lorasweep.tracking.reading import Candidate, _candidate, _download, _models, _pages
 from lorasweep.tracking.store import (
     CHECKPOINT_TAG,

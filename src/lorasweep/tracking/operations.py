@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, PlainSerializer
 
-from lorasweep.checkpoint import Checkpoint
+from lorasweep.lora_files.checkpoint import Checkpoint
 from lorasweep.tracking import pictures
 from lorasweep.tracking.history import hash_tags
 from lorasweep.tracking.store import (

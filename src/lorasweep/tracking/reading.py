@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lorasweep.checkpoint import write_atomically
+from lorasweep.core.atomic_write import write_atomically
 from lorasweep.tracking.store import (
     CHECKPOINT_TAG,
     CHOSEN_BY_TAG,

@@ -21,7 +21,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 
-from lorasweep.checkpoint import write_atomically
+from lorasweep.core.atomic_write import write_atomically
 from lorasweep.tracking.operations import Operation, Plain, RunState
 from lorasweep.tracking.store import TrackingError
 

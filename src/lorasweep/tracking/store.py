@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 
 from pydantic import PositiveFloat
 
-from lorasweep.checkpoint import write_atomically
-from lorasweep.settings import Settings
+from lorasweep.core.atomic_write import write_atomically
+from lorasweep.core.settings import Settings
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorasweep.checkpoint import Checkpoint
+from lorasweep.lora_files.checkpoint import Checkpoint
 from lorasweep.tracking import operations, pictures
 from lorasweep.tracking.connect import writer_for
 from lorasweep.tracking.opening import NewRun, open_operation

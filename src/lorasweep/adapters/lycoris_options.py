@@ -1,0 +1,112 @@
+"""What LoHa and LoKr share: LyCORIS's settings, its dropouts of output channels, its metadata.
+
+LyCORIS (arXiv 2309.14859) drops rows of such a delta where LoRA drops channels of the rank.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pydantic import PositiveFloat
+
+from lorasweep.adapters.adapter import Adapter, Dropout
+from lorasweep.adapters.kohya_names import WITH_KERNELS, check_targets, lycoris_preset
+from lorasweep.adapters.unet_blocks import ConvRanked
+from lorasweep.core import rng
+from lorasweep.core.settings import Probability, SettingsError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByWeight(ConvRanked, Adapter):
+    """Settings that LoHa and LoKr have in common; names and meanings are LyCORIS's."""
+
+    targets: str | tuple[str, ...]
+    rank_dropout: Probability
+    module_dropout: Probability
+    scale_weight_norms: PositiveFloat | None
+
+    def __post_init__(self) -> None:
+        check_kernels(self, self.targets)
+
+    @property
+    def drops(self) -> bool:
+        """Is anything dropped in training?"""
+        return self.rank_dropout > 0 or self.module_dropout > 0
+
+    def kohya_metadata(self, algo: str, **own: object) -> dict[str, str]:
+        """kohya's ss_network_* entries of a network of `algo`, whose own arguments are `own`."""
+        dropouts = {"rank_dropout": self.rank_dropout, "module_dropout": self.module_dropout}
+        return {
+            **lycoris_metadata(self, algo, self.targets, {**dropouts, **own}),
+            "ss_scale_weight_norms": str(self.scale_weight_norms),
+        }
+
+
+def check_kernels(adapter: ConvRanked, targets: str | tuple[str, ...]) -> None:
+    """Raise SettingsError for bad targets, or ranks that don't go with them."""
+    adapter.check_conv_rank()
+    check_targets(targets)
+    if targets in WITH_KERNELS and adapter.conv_rank is None:
+        raise SettingsError(
+            f"adapter.targets={targets} names convolutions larger than 1x1: give adapter.conv_rank"
+            " and adapter.conv_alpha, or adapter.targets=attn-mlp"
+        )
+
+
+def lycoris_metadata(
+    adapter: ConvRanked, algo: str, targets: str | tuple[str, ...], own: Mapping[str, object]
+) -> dict[str, str]:
+    """kohya's ss_network_* entries of a LyCORIS network; its arguments are JSON of texts."""
+    arguments = {
+        "algo": algo,
+        "preset": lycoris_preset(targets),
+        "conv_dim": adapter.conv_rank or 0,
+        "conv_alpha": adapter.conv_alpha or 0.0,
+        **adapter.block_args(),
+        **own,
+    }
+    return {
+        "ss_network_module": "lycoris.kohya",
+        "ss_network_dim": str(adapter.rank),
+        "ss_network_alpha": str(float(adapter.alpha)),
+        "ss_network_dropout": "None",
+        "ss_network_args": json.dumps({name: str(value) for name, value in arguments.items()}),
+    }
+
+
+def kept_channels(
+    adapters: Sequence[Adapter | None], out_features: int, dropout: Dropout, device: str
+) -> Tensor:
+    """What each run's output channels are multiplied by in a step, (K, out).
+
+    Survivors of `rank_dropout` are scaled up by 1 / (1 - p), so that the expectation stays.
+    """
+    import torch
+
+    kept = torch.ones(len(adapters), out_features, device=device)
+    for index, adapter in enumerate(adapters):
+        assert isinstance(adapter, ByWeight)
+        if not adapter.drops:
+            continue
+        draw = rng.generator(
+            dropout.seeds[index], "dropout", dropout.steps[index], dropout.site, device=device
+        )
+        if adapter.module_dropout > 0:
+            kept[index] *= torch.rand(1, generator=draw, device=device) >= adapter.module_dropout
+        if adapter.rank_dropout > 0:
+            chances = torch.rand(out_features, generator=draw, device=device)
+            kept[index] *= (chances >= adapter.rank_dropout) / (1 - adapter.rank_dropout)
+    return kept
+
+
+def shrink(factors: Sequence[Tensor], norm: Tensor, maximum: float) -> None:
+    """Scale all factors of a product of the given norm alike, so that it is at most `maximum`."""
+    factor = (maximum / norm.clamp(min=maximum)) ** (1 / len(factors))
+    for tensor in factors:
+        tensor.mul_(factor)

@@ -1,0 +1,370 @@
+"""The images: find them in a folder, refuse the bad ones, draw some, hold some out."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import NonNegativeInt, PlainValidator, PositiveInt
+
+from lorasweep.core.settings import Probability, Settings, SettingsError
+from lorasweep.core.text import shown
+from lorasweep.data import image_files
+from lorasweep.data.image_files import open_image as open_image
+
+logger = logging.getLogger(__name__)
+
+_MAX_SIDE = 8192  # pixels: a typing error above it, which would take all memory before it failed
+_MAX_LISTED = 20  # names in one message: enough to act on, and it still fits a screen
+
+
+class BadImagesError(SettingsError):
+    """Images that can't be trained on; the message lists them, one a line, with the reason."""
+
+
+def _resolution(value: object) -> int | tuple[int, int]:
+    """512, [512, 768] or kohya's "512,768"; anything else is refused in one line."""
+    try:
+        match value:
+            case bool():
+                raise ValueError
+            case str():
+                sides = tuple(int(side) for side in value.split(","))
+            case int():
+                sides = (value,)
+            case [int(width), int(height)]:
+                sides = (width, height)
+            case _:
+                raise ValueError
+        if len(sides) > 2 or min(sides) < 1 or max(sides) > _MAX_SIDE:
+            raise ValueError
+    except ValueError:
+        raise ValueError(
+            f"dataset.resolution={value}: must be a number of pixels or [width, height], at most"
+            f" {_MAX_SIDE} a side"
+        ) from None
+    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
+
+
+Resolution = Annotated[int | tuple[int, int], PlainValidator(_resolution)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset(Settings):
+    """Which images are used, and kohya's options for reading them (the trainer applies those)."""
+
+    image_dir: Path
+    num_images: PositiveInt
+    num_holdout: NonNegativeInt
+    seed: int
+    min_size: PositiveInt
+    """Pixels of the shorter side; a smaller image is bad."""
+    max_pixels: PositiveInt
+    """Width times height; a larger image is bad, and is not decoded to find that out."""
+    skip_bad: bool
+    log_images: bool
+    caption_extension: str
+    allow_other_extension: bool
+
+    resolution: Resolution
+    enable_bucket: bool
+    min_bucket_reso: PositiveInt
+    max_bucket_reso: PositiveInt
+    bucket_reso_steps: PositiveInt
+    bucket_no_upscale: bool
+    flip_aug: bool
+    shuffle_caption: bool
+    keep_tokens: NonNegativeInt
+    caption_dropout_rate: Probability
+    caption_dropout_every_n_epochs: NonNegativeInt
+    caption_tag_dropout_rate: Probability
+
+    def __post_init__(self) -> None:
+        self._check_extension()
+        self._check_no_effect()
+        self._check_sizes()
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Training width and height in pixels."""
+        resolution = self.resolution
+        return (resolution, resolution) if isinstance(resolution, int) else resolution
+
+    def _check_extension(self) -> None:
+        extension = self.caption_extension
+        key = f"dataset.caption_extension={extension}"
+        if not extension.startswith(".") or len(extension) < 2 or set(extension) & set("/\\\0"):
+            raise SettingsError(f"{key}: must be a file extension such as .txt")
+        if extension.lower() in image_files.SUFFIXES:
+            raise SettingsError(f"{key}: that is an image's extension; set it to .txt")
+        if extension != ".txt" and not self.allow_other_extension:
+            raise SettingsError(
+                f"{key}: set it to .txt, otherwise caption files named .txt are ignored; "
+                "if yours are named so, add dataset.allow_other_extension=true"
+            )
+
+    def _check_no_effect(self) -> None:
+        if self.keep_tokens and not (self.shuffle_caption or self.caption_tag_dropout_rate):
+            raise SettingsError(
+                f"dataset.keep_tokens={self.keep_tokens} has no effect without "
+                "dataset.shuffle_caption=true or dataset.caption_tag_dropout_rate; set it to 0"
+            )
+        if self.bucket_no_upscale and not self.enable_bucket:
+            raise SettingsError(
+                "dataset.bucket_no_upscale=true has no effect without dataset.enable_bucket=true; "
+                "set it to false"
+            )
+
+    def _check_sizes(self) -> None:
+        if self.max_pixels > image_files.MAX_PIXELS:
+            raise SettingsError(
+                f"dataset.max_pixels={self.max_pixels}: must be at most {image_files.MAX_PIXELS}"
+            )
+        if not self.enable_bucket:
+            return
+        if self.min_bucket_reso > min(self.size):
+            raise SettingsError(
+                f"dataset.min_bucket_reso={self.min_bucket_reso}: must be at most the shorter side "
+                f"of dataset.resolution, {min(self.size)}"
+            )
+        if self.max_bucket_reso < max(self.size):
+            raise SettingsError(
+                f"dataset.max_bucket_reso={self.max_bucket_reso}: must be at least the longer side "
+                f"of dataset.resolution, {max(self.size)}"
+            )
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """One image as it lies on disk."""
+
+    path: Path
+    name: str
+    """Path relative to `image_dir`, with forward slashes."""
+    sha256: str
+    """Of the file's bytes, in hex."""
+    width: int
+    """Pixels, after EXIF orientation; so is the height."""
+    height: int
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """The images of a run: to train on, and held out for scoring; both sorted by name."""
+
+    train: tuple[ImageFile, ...]
+    holdout: tuple[ImageFile, ...]
+
+    @property
+    def images(self) -> tuple[ImageFile, ...]:
+        """All of them, the training images first."""
+        return self.train + self.holdout
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over names, contents and split; independent of where the folder lies."""
+        lines = [f"train {image.sha256} {image.name}\n" for image in self.train]
+        lines += [f"holdout {image.sha256} {image.name}\n" for image in self.holdout]
+        return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+
+def select(settings: Dataset) -> ImageSet:
+    """Draw `num_images` to train on and `num_holdout` more from the folder's usable images.
+
+    The draw depends on `seed` and the images' relative names only. The holdout is drawn first:
+    runs that differ in `num_images` are scored on the same images.
+
+    Every file's header is checked, though only the drawn images are decoded: the header is cheap
+    and says what is unreadable, huge or tiny in the whole folder, so one error lists it all and
+    another seed doesn't bring up the next. Decoding finds truncated files but takes its time.
+
+    Raises SettingsError for a missing or empty folder and BadImagesError for bad images, which
+    `skip_bad` turns into a warning; the next images are then drawn in their place.
+    """
+    root = _root(settings)
+    files = {path.relative_to(root).as_posix(): path for path in find(settings)}
+    bad = _bad_headers(files, settings)
+    sound = {name: path for name, path in files.items() if name not in bad}
+    drawn, undecodable = _draw(_without_duplicates(sound), settings)
+    _report_bad({**bad, **undecodable}, settings, num_usable=len(drawn))
+    return _split(drawn, settings)
+
+
+def find(settings: Dataset) -> tuple[Path, ...]:
+    """All image files below `image_dir`, sorted by their relative names.
+
+    Hidden files and folders and files of other types are left out. Links are followed as long as
+    they stay inside the folder; the others are left out with a warning.
+    """
+    root = _root(settings)
+    files, links_out = [], []
+    for path in _walk(root):
+        is_folder = path.is_dir()  # a link to one: its images are found where they are
+        if not is_folder and path.suffix.lower() not in image_files.SUFFIXES:
+            continue
+        if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(root):
+            links_out.append(path.relative_to(root).as_posix())
+        elif not is_folder:
+            files.append(path)
+    if links_out:
+        logger.warning(
+            "dataset.image_dir: ignored %d links that lead out of the folder (%s); "
+            "copy what they point to into it",
+            len(links_out),
+            listed(links_out),
+        )
+    if not files:
+        raise SettingsError(
+            f"dataset.image_dir={settings.image_dir}: no images in it; give a folder that holds "
+            "PNG, JPEG, WebP, BMP, GIF or TIFF files"
+        )
+    return tuple(sorted(files, key=lambda path: path.relative_to(root).as_posix()))
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names for a message: the first of them, and how many more there are."""
+    names = [shown(name, 300) for name in names]
+    rest = len(names) - _MAX_LISTED
+    return ", ".join(names[:_MAX_LISTED]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _root(settings: Dataset) -> Path:
+    root = settings.image_dir.expanduser().resolve()
+    if not root.is_dir():
+        problem = "is not a folder" if root.exists() else "there is no such folder"
+        raise SettingsError(
+            f"dataset.image_dir={settings.image_dir}: {problem}; give the folder of your images"
+        )
+    return root
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    """Files, and links to folders, below `root`; nothing hidden."""
+
+    def refuse(error: OSError) -> None:
+        raise SettingsError(
+            f"dataset.image_dir: cannot list {error.filename}: {error.strerror}; "
+            "make it readable or move it out of the folder"
+        )
+
+    for parent, folders, names in os.walk(root, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        links = [name for name in folders if Path(parent, name).is_symlink()]
+        yield from (Path(parent, name) for name in names + links if not name.startswith("."))
+
+
+def _bad_headers(files: Mapping[str, Path], settings: Dataset) -> dict[str, str]:
+    problems = {name: _header_problem(path, settings) for name, path in files.items()}
+    return {name: problem for name, problem in problems.items() if problem is not None}
+
+
+def _header_problem(path: Path, settings: Dataset) -> str | None:
+    if not path.is_file():  # a broken link, or a pipe that would block the reader
+        return "is not a file"
+    try:
+        width, height = image_files.header_size(path)
+    except image_files.decode_errors() as error:
+        return image_files.reason(error)
+    if width * height > settings.max_pixels:
+        return f"{width}x{height} is more than dataset.max_pixels={settings.max_pixels}"
+    if min(width, height) < settings.min_size:
+        return f"{width}x{height} has a side below dataset.min_size={settings.min_size}"
+    return None
+
+
+def _without_duplicates(files: Mapping[str, Path]) -> dict[str, Path]:
+    """One file of each content, the first by name; the others are reported."""
+    by_size = defaultdict(list)  # only files of one size can be equal, so few need be hashed
+    for name, path in files.items():
+        by_size[path.stat().st_size].append(name)
+    first: dict[str, str] = {}
+    twins = {}
+    for name in (name for names in by_size.values() if len(names) > 1 for name in names):
+        digest = hashlib.sha256(files[name].read_bytes()).hexdigest()
+        if first.setdefault(digest, name) != name:
+            twins[name] = first[digest]
+    if twins:
+        logger.warning(
+            "dataset.image_dir: %d duplicates are counted once: %s",
+            len(twins),
+            listed([f"{twin} (equals {name})" for twin, name in twins.items()]),
+        )
+    return {name: path for name, path in files.items() if name not in twins}
+
+
+def _draw(files: Mapping[str, Path], settings: Dataset) -> tuple[list[ImageFile], dict[str, str]]:
+    """Decode images in the order of the draw until there are enough; also say which failed."""
+    drawn: list[ImageFile] = []
+    bad = {}
+    for name in sorted(files, key=lambda name: _draw_key(name, settings.seed)):
+        if len(drawn) == settings.num_holdout + settings.num_images:
+            break
+        try:
+            drawn.append(_decode(files[name], name))
+        except image_files.decode_errors() as error:
+            bad[name] = image_files.reason(error)
+    return drawn, bad
+
+
+def _draw_key(name: str, seed: int) -> bytes:
+    """A rank that other files don't change: one image more moves at most one out of the draw."""
+    same_everywhere = unicodedata.normalize("NFC", name)  # macOS decomposes accents in names
+    return hashlib.sha256(f"{seed}/{same_everywhere}".encode(errors="surrogateescape")).digest()
+
+
+def _decode(path: Path, name: str) -> ImageFile:
+    data = path.read_bytes()
+    width, height = open_image(BytesIO(data)).size
+    return ImageFile(path, name, hashlib.sha256(data).hexdigest(), width, height)
+
+
+def _report_bad(bad: Mapping[str, str], settings: Dataset, num_usable: int) -> None:
+    if not bad:
+        return
+    found = sorted(bad.items())
+    lines = "".join(f"\n  {shown(name, 300)}: {shown(reason, 300)}" for name, reason in found)
+    if not settings.skip_bad:
+        raise BadImagesError(
+            f"dataset.image_dir={settings.image_dir}: {len(bad)} bad images; "
+            f"mend or remove them, or leave them out with dataset.skip_bad=true{lines}"
+        )
+    if not num_usable:
+        raise BadImagesError(
+            f"dataset.image_dir={settings.image_dir}: no usable images; give others{lines}"
+        )
+    logger.warning("dataset.skip_bad: left out %d bad images%s", len(bad), lines)
+
+
+def _split(drawn: Sequence[ImageFile], settings: Dataset) -> ImageSet:
+    wanted = settings.num_images + settings.num_holdout
+    num_holdout = settings.num_holdout
+    if len(drawn) < wanted:
+        num_holdout = _fewer_holdout(len(drawn), settings)
+        logger.warning(
+            "dataset: %d usable images instead of num_images=%d + num_holdout=%d: "
+            "%d to train on, %d held out",
+            len(drawn),
+            settings.num_images,
+            settings.num_holdout,
+            len(drawn) - num_holdout,
+            num_holdout,
+        )
+    holdout = sorted(drawn[:num_holdout], key=lambda image: image.name)
+    train = sorted(drawn[num_holdout:], key=lambda image: image.name)
+    return ImageSet(tuple(train), tuple(holdout))
+
+
+def _fewer_holdout(num_drawn: int, settings: Dataset) -> int:
+    """The same share as asked for, but at least one held out and first of all one to train on."""
+    if settings.num_holdout == 0:
+        return 0
+    share = settings.num_holdout / (settings.num_images + settings.num_holdout)
+    return min(max(round(num_drawn * share), 1), num_drawn - 1)

@@ -1,0 +1,397 @@
+"""kohya's folders: `{repeats}_{arm}/` with images and one caption file beside each.
+
+They are the contract between the data and the trainers, and may be looked at and edited by hand.
+Nothing else in the project knows the format:
+
+    root/images/              one prepared copy of every image
+    root/train/10_wd/         hard links to the copies, and a caption file beside each
+    root/holdout/10_wd/       the same for the images held out
+    root/manifest.json        what was written and what from
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import unicodedata
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from zipfile import ZIP_STORED, ZipFile, ZipInfo
+
+from lorasweep.core.atomic_write import write_atomically
+from lorasweep.core.settings import SettingsError
+from lorasweep.data.dataset import ImageFile, ImageSet, listed
+from lorasweep.data.image_files import open_image, plain_format
+
+logger = logging.getLogger(__name__)
+
+MANIFEST, ORIGINALS = "manifest.json", "originals.zip"
+MAX_REPEATS = 10_000  # of a folder; more is a typing error, and would make an epoch without end
+_VERSION = (
+    1  # part of what a folder is written from: count up when the same inputs give other files
+)
+_SUFFIXES = {"PNG": ".png", "JPEG": ".jpg", "MPO": ".jpg", "WEBP": ".webp", "BMP": ".bmp"}
+_IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})  # those that kohya reads
+
+
+class FoldersError(SettingsError):
+    """A folder that can't be written or read as asked; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class ArmCaptions:
+    """The captions of one arm, and how they were made."""
+
+    repeats: int
+    captions: tuple[str, ...]
+    """One for each image of `ImageSet.images`, in that order."""
+    captioner: str
+    """Identity of what made them: model, revision, settings."""
+
+
+@dataclass(frozen=True)
+class CaptionedImage:
+    """An image and its caption, as a trainer reads them."""
+
+    path: Path
+    caption: str
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One `{repeats}_{name}` folder."""
+
+    name: str
+    repeats: int
+    items: tuple[CaptionedImage, ...]
+
+
+def write(
+    image_set: ImageSet,
+    captions: Mapping[str, ArmCaptions],
+    root: Path,
+    caption_extension: str = ".txt",
+) -> Path:
+    """Write the folders and the manifest below `root`, whole or not at all; return `root`.
+
+    - Nothing at `root`, or an empty folder: it is written.
+    - The manifest there names the same inputs: it is kept, with whatever was edited since.
+    - It names other inputs: it is written anew if no caption was edited and no image or caption
+      added or removed since. Otherwise, or without a manifest, FoldersError says what to do.
+    """
+    _check_names(captions, image_set)
+    inputs = _inputs(image_set, captions, caption_extension)
+    if _is_written_from(inputs, root):
+        return root
+    _refuse_to_overwrite(root)
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=root.parent, prefix=f".{root.name}-") as scratch:
+        tree = Path(scratch) / "new"
+        _write_tree(tree, image_set, captions, caption_extension, inputs)
+        _put_in_place(tree, root, inputs, replaced=Path(scratch) / "old")
+    return root
+
+
+def read(split_dir: Path, caption_extension: str = ".txt") -> list[Arm]:
+    """Read `{repeats}_{name}` folders as kohya does, sorted by folder name.
+
+    The caption is the first line of the file beside the image, stripped; without a file it is
+    the arm's name, kohya's class token. Images in subfolders are not seen. Other folders, empty
+    ones, missing captions and further lines are warned about. An empty list means no images.
+    """
+    if not split_dir.is_dir():
+        raise FoldersError(f"{split_dir}: there is no such folder; write the folders first")
+    arms = (_read_arm(path, caption_extension) for path in sorted(split_dir.iterdir()))
+    return [arm for arm in arms if arm is not None]
+
+
+def pack_originals(root: Path, image_dir: Path) -> Path:
+    """One archive with the images that `root` was written from, by the sha256 of their bytes.
+
+    An image that was changed or removed since is left out, with a warning.
+    """
+    path = root / ORIGINALS
+    if path.is_file():
+        return path
+    manifest = _read_manifest(root)
+    assert manifest is not None
+    content, gone = BytesIO(), []
+    with ZipFile(content, "w", ZIP_STORED) as archive:  # images don't shrink
+        for image in manifest["images"]:
+            file = image_dir.expanduser() / image["file"]
+            data = file.read_bytes() if file.is_file() else b""
+            if hashlib.sha256(data).hexdigest() == image["sha256"]:
+                archive.writestr(ZipInfo(image["sha256"]), data)
+            else:
+                gone.append(image["file"])
+    if gone:
+        logger.warning("dataset.log_images: changed or gone meanwhile: %s", listed(gone))
+    write_atomically(path, content.getvalue())
+    return path
+
+
+def clean_caption(text: str) -> str:
+    """One line: runs of white space become one space, control characters go."""
+    line = " ".join(text.split())
+    unwanted = {"Cc", "Cs"}  # control characters, and halves of pairs that UTF-8 can't hold
+    return "".join(
+        char for char in line if unicodedata.category(char) not in unwanted and char != "\ufeff"
+    ).strip()
+
+
+def _check_names(captions: Mapping[str, ArmCaptions], image_set: ImageSet) -> None:
+    for arm, made in captions.items():
+        if not re.fullmatch(r"\w[\w.-]*", arm) or len(arm) > 100:
+            raise FoldersError(
+                f"captions.{arm}: the arm's name becomes a folder's; "
+                "use letters, digits, '_', '-' and '.'"
+            )
+        assert made.repeats >= 1
+        assert len(made.captions) == len(image_set.images)
+
+
+def _inputs(
+    image_set: ImageSet, captions: Mapping[str, ArmCaptions], caption_extension: str
+) -> str:
+    """Digest of all that decides what is written."""
+    arms = {
+        arm: [made.repeats, made.captioner, [clean_caption(text) for text in made.captions]]
+        for arm, made in captions.items()
+    }
+    parts = [_VERSION, image_set.digest, caption_extension, arms]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _is_written_from(inputs: str, root: Path) -> bool:
+    manifest = _read_manifest(root)
+    return manifest is not None and manifest["inputs"] == inputs
+
+
+def _read_manifest(root: Path) -> dict[str, Any] | None:
+    """The manifest, or None where there is none of ours."""
+    try:
+        manifest = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) and "inputs" in manifest else None
+
+
+def _refuse_to_overwrite(root: Path) -> None:
+    manifest = _read_manifest(root)
+    if manifest is None:
+        if root.exists() and not (root.is_dir() and not any(root.iterdir())):
+            raise FoldersError(f"{root} was not written by lorasweep; give another folder")
+        return
+    if edited := _edited(root, manifest):
+        raise FoldersError(
+            f"{root} was edited since it was written, and would now be written anew from other "
+            f"images or captions; move it away to keep it, or delete it ({listed(edited)})"
+        )
+
+
+def _edited(root: Path, manifest: dict[str, Any]) -> list[str]:
+    """Images and captions that were added, removed or rewritten; other files are not ours."""
+    extension = manifest["caption_extension"]
+    written = {
+        file: text
+        for image in manifest["images"]
+        for arm, text in image["captions"].items()
+        for file, text in _files_of(image, arm, manifest["arms"][arm], text, extension)
+    }
+    present = {
+        path.relative_to(root).as_posix()
+        for split in ("train", "holdout")
+        for path in (root / split).rglob("*")
+        if path.suffix.lower() in _IMAGE_SUFFIXES or path.name.endswith(extension)
+    }
+    edited = set(written) ^ present
+    for file in set(written) & present:
+        text = written[file]
+        if text is not None and (root / file).read_bytes() != f"{text}\n".encode():
+            edited.add(file)
+    return sorted(edited)
+
+
+def _files_of(
+    image: dict[str, Any], arm: str, made: dict[str, Any], text: str, extension: str
+) -> list[tuple[str, str | None]]:
+    """The image's file and its caption's in one arm, below root, the latter with its text."""
+    copy = Path(image["copy"])
+    folder = f"{image['split']}/{made['repeats']}_{arm}"
+    return [(f"{folder}/{copy.name}", None), (f"{folder}/{copy.stem}{extension}", text)]
+
+
+def _write_tree(
+    tree: Path,
+    image_set: ImageSet,
+    captions: Mapping[str, ArmCaptions],
+    caption_extension: str,
+    inputs: str,
+) -> None:
+    copies = _write_copies(tree / "images", image_set)
+    entries = []
+    for index, image in enumerate(image_set.images):
+        split = "train" if index < len(image_set.train) else "holdout"
+        texts = {arm: clean_caption(made.captions[index]) for arm, made in captions.items()}
+        for arm, made in captions.items():
+            folder = tree / split / f"{made.repeats}_{arm}"
+            _write_pair(folder, copies[image.name], texts[arm], caption_extension)
+        entries.append(_entry(image, copies[image.name], split, texts))
+    for split in ("train", "holdout"):
+        (tree / split).mkdir(exist_ok=True)
+    manifest = {
+        "version": _VERSION,
+        "inputs": inputs,
+        "digest": image_set.digest,
+        "caption_extension": caption_extension,
+        "arms": {
+            arm: {"repeats": made.repeats, "captioner": made.captioner}
+            for arm, made in captions.items()
+        },
+        "images": entries,
+    }
+    text = json.dumps(manifest, ensure_ascii=False, indent=1)
+    (tree / MANIFEST).write_text(f"{text}\n", encoding="utf-8")
+
+
+def _entry(image: ImageFile, copy: Path, split: str, texts: dict[str, str]) -> dict[str, Any]:
+    return {
+        # a name that is not UTF-8 can't stand in JSON as it is
+        "file": image.name.encode(errors="backslashreplace").decode(),
+        "copy": f"images/{copy.name}",
+        "sha256": image.sha256,
+        "width": image.width,
+        "height": image.height,
+        "split": split,
+        "captions": texts,
+    }
+
+
+def _write_copies(folder: Path, image_set: ImageSet) -> dict[str, Path]:
+    """Write each image in a form that kohya and any other reader sees alike; paths by name."""
+    folder.mkdir(parents=True)
+    copies = {}
+    for image, stem in zip(image_set.images, _stems(image_set.images), strict=True):
+        suffix, data = _prepared(image)
+        copies[image.name] = folder / f"{stem}{suffix}"
+        copies[image.name].write_bytes(data)
+    return copies
+
+
+def _prepared(image: ImageFile) -> tuple[str, bytes]:
+    """Suffix and bytes of the copy: the file's own where it is plain, else a PNG."""
+    data = image.path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != image.sha256:
+        raise FoldersError(f"{image.path} changed while it was being used; start again")
+    suffix = _SUFFIXES.get(plain_format(BytesIO(data)) or "")
+    if suffix is not None:
+        return suffix, data
+    png = BytesIO()
+    open_image(BytesIO(data)).save(png, "PNG")
+    return ".png", png.getvalue()
+
+
+def _stems(images: tuple[ImageFile, ...]) -> list[str]:
+    """A file name without suffix for each image, unique also where case doesn't count."""
+    stems = [_safe_stem(image.name) for image in images]
+    counts = Counter(stem.casefold() for stem in stems)
+    return [
+        stem if counts[stem.casefold()] == 1 else f"{stem}-{image.sha256[:16]}"
+        for stem, image in zip(stems, images, strict=True)
+    ]
+
+
+def _safe_stem(name: str) -> str:
+    """A relative path as one name: `cats/my cat.png` gives `cats_my_cat`."""
+    flat = re.sub(r"[^\w.-]+", "_", unicodedata.normalize("NFC", name.rpartition(".")[0]))
+    short = flat.encode()[:150].decode(errors="ignore")  # file systems allow 255 bytes
+    return short.strip("._-") or "image"
+
+
+def _write_pair(folder: Path, copy: Path, caption: str, caption_extension: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    _link(copy, folder / copy.name)
+    # kohya aborts on a caption file of zero bytes; one newline is an empty caption
+    (folder / f"{copy.stem}{caption_extension}").write_bytes(f"{caption}\n".encode())
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, target)
+
+
+def _put_in_place(tree: Path, root: Path, inputs: str, replaced: Path) -> None:
+    if _is_written_from(inputs, root):
+        return  # by another process, meanwhile; it may be in use already
+    try:
+        if root.exists():
+            root.rename(replaced)
+        tree.rename(root)
+    except OSError:
+        if not _is_written_from(inputs, root):
+            raise
+
+
+def _read_arm(folder: Path, caption_extension: str) -> Arm | None:
+    if not folder.is_dir():
+        return None
+    match = re.fullmatch(r"0*([1-9]\d*)_(.+)", folder.name)
+    if match is None:
+        logger.warning("%s: ignored, it is not named like 10_name", folder)
+        return None
+    images = sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in _IMAGE_SUFFIXES and not path.name.startswith(".")
+    )
+    if not images:
+        logger.warning("%s: ignored, there are no images in it", folder)
+        return None
+    repeats, name = int(match[1][:9]), match[2]
+    if repeats > MAX_REPEATS:
+        raise FoldersError(f"{folder}: repeats are at most {MAX_REPEATS}; rename the folder")
+    return Arm(name, repeats, _read_items(folder, images, name, caption_extension))
+
+
+def _read_items(
+    folder: Path, images: list[Path], name: str, caption_extension: str
+) -> tuple[CaptionedImage, ...]:
+    lines = {path: _caption_lines(path.with_suffix(caption_extension)) for path in images}
+    if missing := [path.name for path, found in lines.items() if found is None]:
+        logger.warning(
+            "%s: no %s file for %s; their caption is the folder's name, %r",
+            folder,
+            caption_extension,
+            listed(missing),
+            name,
+        )
+    if longer := [path.name for path, found in lines.items() if found and len(found) > 1]:
+        logger.warning("%s: only the first line is read of %s", folder, listed(longer))
+    return tuple(
+        CaptionedImage(path, name if found is None else found[0]) for path, found in lines.items()
+    )
+
+
+def _caption_lines(path: Path) -> list[str] | None:
+    """The lines of a caption file, stripped; None without a file, [""] for an empty caption."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except UnicodeDecodeError as error:
+        raise FoldersError(f"{path} is not UTF-8 text ({error.reason}); save it as such") from None
+    if not text:
+        raise FoldersError(f"{path} is empty; kohya wants one newline for an empty caption")
+    first, *rest = (line.strip() for line in text.split("\n"))
+    return [first, *filter(None, rest)]

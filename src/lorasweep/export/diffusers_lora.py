@@ -1,0 +1,197 @@
+"""A LoRA file that diffusers' `load_lora_weights` takes and draws right, from one of any type."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorasweep.adapters import peft_names
+from lorasweep.adapters.adapter import Site
+from lorasweep.adapters.kohya_names import every_site
+from lorasweep.adapters.pack import Pack
+from lorasweep.core.atomic_write import staged
+from lorasweep.core.safetensors_header import CheckpointError
+from lorasweep.core.text import shown
+from lorasweep.export import picture_check as export_check
+from lorasweep.export import sdxl
+from lorasweep.export.diffusers_names import REMEDY, How, convert, diffusers_reads
+from lorasweep.export.picture_check import TOLERANCES, Agreement, ExportError, Tolerance
+from lorasweep.lora_files import checkpoint, lora_file, svd
+from lorasweep.lora_files.lora_file import FACTORED, LoRAFile
+from lorasweep.models.base_model import BaseModel
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from lorasweep.export.sdxl import Base
+
+
+@dataclass(frozen=True)
+class DiffusersFile:
+    """A written file and what a person is told of it."""
+
+    path: Path
+    how: How
+    loss: svd.Loss | None
+    """Of the approximated modules; None where every module is exact."""
+    agreement: Agreement | None
+    """Of pictures drawn before and after; None without a base model."""
+
+    @property
+    def lines(self) -> list[str]:
+        """What was done, its error, and whether the pictures agree."""
+        told = {
+            "as it is": "diffusers reads the file as it is: copied",
+            "converted": "Converted exactly, to the names of PEFT",
+            "approximated": "Approximated by SVD",
+        }[self.how]
+        if self.loss is not None:
+            told += (
+                f": relative error of the change of the weights {self.loss.error:.2%}, worst"
+                f" {self.loss.worst_error:.2%} ({self.loss.worst_site}); kept energy"
+                f" {self.loss.total:.2%}"
+            )
+        check = "Not checked by a picture: no base model was given"
+        if self.agreement is not None:
+            is_exact = self.how != "approximated"
+            line = self.agreement.line if is_exact else self.agreement.approximate_line
+            check = line("diffusers' load_lora_weights")
+        return [told, check]
+
+
+def diffusers_lora(
+    source: Path,
+    target: Path,
+    base_model: Base | None,
+    rank: int | None,
+    *,
+    overwrite: bool = False,
+) -> DiffusersFile:
+    """Write `source` so that diffusers draws with it what our own adapters draw.
+
+    `rank` allows an approximation of what has no exact form. With a base model a picture is drawn
+    before and after. Raises TargetError for a taken target, and ExportError, naming the remedy, for
+    what can't be exported or is read otherwise by diffusers; nothing is written then.
+    """
+    file = lora_file.read(source) if base_model is None else sdxl.read_lora(source, base_model)
+    with staged(target, overwrite) as place:
+        if base_model is not None:
+            _check_fit(file, base_model)
+        try:
+            tensors, how, loss = convert(file, base_model, rank)
+        except ExportError as error:
+            raise ExportError(f"{source}: {error}") from None
+        if rank is not None and loss is None:
+            raise ExportError(f"--rank has no effect on {source}, which diffusers can hold exactly")
+        checkpoint.write(place, tensors, _metadata(file, how))
+        agreement = None if base_model is None else _check(file, place, base_model, how)
+    return DiffusersFile(target, how, loss, agreement)
+
+
+def approximation(before: Image.Image, base: Base, written: Path) -> str:
+    """The line on a LoRA file that approximates what drew `before`.
+
+    It is read by diffusers, where that reads kohya's names right, and must be read as we read it;
+    raises ExportError otherwise.
+    """
+    file = sdxl.read_lora(written, base)
+    with export_check.quiet():
+        bare, own, reader = export_check.draw(base), _draw(file, base), "the base with the LoRA"
+        after = own
+        if isinstance(base, BaseModel) and diffusers_reads(file):
+            after, reader = _draw_written(file, written, base), "diffusers' load_lora_weights"
+        must = export_check.compare(own, after, bare, _tolerance(file))
+        if not must.holds:
+            raise ExportError(f"{must.line(reader)} Nothing was written")
+    return export_check.compare(before, after, bare).approximate_line(reader)
+
+
+def _check_fit(file: LoRAFile, base: Base) -> None:
+    """Raise ExportError for a LoRA of another base, before any library is asked.
+
+    Types that can't be exported are left for what refuses them by name.
+    """
+    held = {
+        name: tensor
+        for name, tensor in file.tensors.items()
+        if file.algorithms[name.partition(".")[0]] in (*FACTORED, "dora", "full")
+    }
+    try:
+        Pack.from_files(base.parts, [held])
+    except CheckpointError as error:
+        raise ExportError(
+            f"{file.path}: {error}. Is it of another base than {base.settings.path}? Give the one"
+            " it was trained on by model=OPTION or model.path=FOLDER"
+        ) from None
+
+
+def _metadata(file: LoRAFile, how: How) -> dict[str, str]:
+    """The source's; its description of PEFT's config would contradict the folded scales."""
+    stale = ("sshs_", peft_names.METADATA_KEY)
+    carried = {key: value for key, value in file.metadata.items() if not key.startswith(stale)}
+    if how == "as it is":
+        return carried
+    return {**carried, "ss_training_comment": f"{how} for diffusers from {file.path.name}"}
+
+
+def _check(file: LoRAFile, written: Path, base: Base, how: How) -> Agreement:
+    """Compare the source's picture with the one that diffusers draws.
+
+    Raises ExportError where they must agree and don't: an approximation must still be read as it
+    was written.
+    """
+    with export_check.quiet():
+        bare, after = export_check.draw(base), _draw_written(file, written, base)
+        before = _draw(file, base)
+        agreement = export_check.compare(before, after, bare, _tolerance(file))
+        must = agreement
+        if how == "approximated":
+            itself = _draw(sdxl.read_lora(written, base), base)
+            must = export_check.compare(itself, after, bare, _tolerance(file))
+    if not must.holds:
+        raise ExportError(f"{file.path}: {must.line('diffusers')} Nothing was written; {REMEDY}")
+    return agreement
+
+
+def _draw(file: LoRAFile, base: Base) -> Image.Image:
+    pack = Pack.from_files(base.parts, [file.tensors])
+    return export_check.draw(base, [(pack, 1.0)])
+
+
+def _draw_written(file: LoRAFile, path: Path, base: Base) -> Image.Image:
+    """The picture that diffusers draws with a LoRA file; the base is as before afterwards."""
+    pipeline, known = export_check.pipeline_of(base), every_site(base.parts)
+    try:
+        _load(pipeline, path)
+        _require_adapted([known[key] for key in file.sites], base)
+        return export_check.draw_with(pipeline, export_check.Canvas.of(base))
+    finally:
+        pipeline.unload_lora_weights()
+
+
+def _load(pipeline: Any, path: Path) -> None:
+    try:
+        pipeline.load_lora_weights(str(path.parent), weight_name=path.name, use_safetensors=True)
+    except (ValueError, RuntimeError, KeyError) as error:
+        cause = shown(str(error).splitlines()[0])
+        raise ExportError(f"diffusers can't load it ({cause}): {REMEDY}") from None
+
+
+def _require_adapted(sites: Sequence[Site], base: Base) -> None:
+    """Raise ExportError for a module that diffusers has left bare, without a word of its own."""
+    roots = {part: root for part, (_, root) in base.parts.items()}
+    bare = [s for s in sites if not hasattr(roots[s.part].get_submodule(s.path), "lora_A")]
+    if bare:
+        raise ExportError(
+            f"diffusers leaves {len(bare)} of the {len(sites)} modules out, first"
+            f" {shown(bare[0].key)}: {REMEDY}"
+        )
+
+
+def _tolerance(file: LoRAFile) -> Tolerance:
+    """By the type that the folded scales are rounded to."""
+    largest = max(file.tensors.values(), key=lambda tensor: tensor.numel())
+    names = {"torch.float16": "fp16", "torch.bfloat16": "bf16"}
+    return TOLERANCES[names.get(str(largest.dtype), "fp32")]

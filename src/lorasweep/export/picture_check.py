@@ -1,0 +1,367 @@
+"""Do pictures agree before and after an export? So that a silent mismatch can't leave the house.
+
+Before: our adapters attached to the base model. After: what was written, loaded by the library that
+will use it. Both are drawn by diffusers' own pipeline from the same seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorasweep.adapters.adapter import Site, Stack
+from lorasweep.adapters.pack import Pack
+from lorasweep.export.original_layout import Weights, prefixed
+from lorasweep.export.sdxl import Base, SDXLModel
+from lorasweep.judging import contact_sheet
+from lorasweep.models.base_model import Precision
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+    from torch import Tensor
+
+PROMPT = "a picture of a fox, high contrast"
+SEED = 7
+NUM_STEPS = 8  # enough that an error shows: it grows from step to step
+GUIDANCE = 4.0
+MAX_SIDE = 256  # pixels; SD1.5 draws it in seconds where 512 take a minute on a CPU
+
+TEXT_TO_IMAGE = "StableDiffusionPipeline"
+
+Weighted = Sequence[tuple[Pack, float]]
+"""Packs of one adapter each, and the weight of its delta."""
+
+
+class ExportError(ValueError):
+    """What was to be exported can't be, or came out wrong; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far two pictures may differ and still agree, in levels of 0..255."""
+
+    mean: float
+    largest: int
+
+
+EXACT = Tolerance(mean=0.1, largest=3)
+"""The same sums in another order: some pixels are rounded to the neighbouring level."""
+TOLERANCES: Mapping[str, Tolerance] = {
+    "fp32": EXACT,
+    "fp16": Tolerance(mean=1.0, largest=48),
+    "bf16": Tolerance(mean=6.0, largest=255),
+}
+"""By the precision of the written weights, of which 11 and 8 bits are left.
+
+Ten times and twice the mean measured on the embedded model with LoRAs that change the picture by 19
+to 80 (0.14; 2.8). In bf16 an edge moves, so that single pixels say nothing.
+"""
+
+ROUNDED_SDXL = Tolerance(mean=12.0, largest=255)
+"""SDXL's in fp16 or bf16, beside the tensors' own comparison, bit by bit.
+
+On an SDXL of random weights fp16 changes a noise prediction by 0.0008 of its norm whatever the
+LoRA, and eight steps make 4 to 9 levels of that; how it is with real weights wasn't measured.
+"""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How two pictures compare, in levels of 0..255."""
+
+    mean: float
+    largest: int
+    effect: float | None
+    """Mean change that the adapters make to the bare model's picture; None: there are none."""
+    tolerance: Tolerance
+
+    @property
+    def holds(self) -> bool:
+        """Within the tolerance, and well below the adapters' own effect unless exact."""
+        if self.mean > self.tolerance.mean or self.largest > self.tolerance.largest:
+            return False
+        return self.effect is None or self.mean <= max(EXACT.mean, self.effect / 4)
+
+    def line(self, reader: str) -> str:
+        """What a person is told; `reader` names the library and call that read the result."""
+        verdict = "agree" if self.holds else "DISAGREE"
+        allowed = f"allowed are {self.tolerance.mean:g} and {self.tolerance.largest}"
+        return (
+            f"The pictures before and after {verdict}: drawn by {reader}, {self._distance};"
+            f" {allowed}.{_effect(self.effect)}"
+        )
+
+    def approximate_line(self, reader: str) -> str:
+        """What a person is told of a result that is no copy; drawn by `reader`."""
+        is_close = self.effect is None or self.mean <= self.effect / 4
+        return (
+            f"The pictures before and after are {'close' if is_close else 'NOT CLOSE'}: drawn by"
+            f" {reader}, {self._distance}.{_effect(self.effect)}"
+            f"{'' if is_close else ' A larger --rank keeps more.'}"
+        )
+
+    @property
+    def _distance(self) -> str:
+        return f"pixels differ by {self.mean:.3f} of 255 on average, {self.largest} at most"
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """What a picture of a base needs besides its modules, so that they can leave memory."""
+
+    side: int
+    """Pixels."""
+    clip_skip: int
+    sdxl_zeros: bool | None
+    """SDXL's force_zeros_for_empty_prompt; None: it is Stable Diffusion 1.x."""
+
+    @classmethod
+    def of(cls, base: Base) -> Canvas:
+        """For a model's own size, or less where that is large."""
+        own = int(base.unet.config.sample_size) * base.vae_scale_factor
+        step = base.size_multiple
+        zeros = None
+        if isinstance(base, SDXLModel):
+            zeros = bool(base.pipeline.config.force_zeros_for_empty_prompt)
+        side = max(step, min(own, MAX_SIDE) // step * step)
+        return cls(side, base.settings.clip_skip, zeros)
+
+    def tolerance(self, precision: Precision) -> Tolerance:
+        """How far a picture may be off that is drawn with weights rounded to a precision."""
+        is_rounded_sdxl = self.sdxl_zeros is not None and precision != "fp32"
+        return ROUNDED_SDXL if is_rounded_sdxl else TOLERANCES[precision]
+
+    def pipeline(self, parts: Mapping[str, Any]) -> Any:
+        """diffusers' text-to-image pipeline of these parts."""
+        from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+        if self.sdxl_zeros is None:
+            return StableDiffusionPipeline(**parts, requires_safety_checker=False)
+        return StableDiffusionXLPipeline(
+            **parts, force_zeros_for_empty_prompt=self.sdxl_zeros, add_watermarker=False
+        )
+
+
+def draw(base: Base, adapters: Weighted = (), prompt: str = PROMPT) -> Image.Image:
+    """The picture of our own adapters, at their weights, on the base; of the bare base without."""
+    with attached(adapters):
+        return draw_with(pipeline_of(base), Canvas.of(base), prompt)
+
+
+def draw_with(
+    pipeline: Any,
+    canvas: Canvas,
+    prompt: str = PROMPT,
+    scheduler_config: Mapping[str, Any] | None = None,
+) -> Image.Image:
+    """The same picture from the parts of any pipeline of diffusers, however it was loaded.
+
+    The noise schedule is the pipeline's own, or `scheduler_config` where what was written can't
+    hold one (a single file). Sampled by DDIM (arXiv 2010.02502), which adds no noise of its own.
+    """
+    import torch
+    from diffusers import DDIMScheduler
+
+    config = dict(scheduler_config or pipeline.scheduler.config)
+    parts = {**pipeline.components, "scheduler": DDIMScheduler.from_config(config)}
+    with quiet():
+        pipeline = canvas.pipeline(parts)
+    pipeline.set_progress_bar_config(disable=True)
+    side, skip = canvas.side, canvas.clip_skip
+    drawn = pipeline(
+        prompt,
+        width=side,
+        height=side,
+        num_inference_steps=NUM_STEPS,
+        guidance_scale=GUIDANCE,
+        generator=torch.Generator().manual_seed(SEED),
+        clip_skip=skip - 1 if skip > 1 else None,  # diffusers counts the layers left out
+        output_type="np",
+    )
+    return _image(drawn.images[0])
+
+
+def compare(
+    before: Image.Image,
+    after: Image.Image,
+    bare: Image.Image | None = None,
+    tolerance: Tolerance = EXACT,
+) -> Agreement:
+    """Compare the picture before an export with that of what was written.
+
+    `bare` is the base model's without adapters, where there are any.
+    """
+    difference = _levels(before, after)
+    return Agreement(
+        mean=float(difference.mean()),
+        largest=int(difference.max()),
+        effect=None if bare is None else float(_levels(before, bare).mean()),
+        tolerance=tolerance,
+    )
+
+
+def require(agreement: Agreement, reader: str) -> str:
+    """The line for a person. Raises ExportError when the pictures disagree."""
+    line = agreement.line(reader)
+    if not agreement.holds:
+        raise ExportError(f"{line} Nothing was kept; please report this with the LoRA's type")
+    return line
+
+
+def require_weights(pipeline: Any, weights: Weights) -> str:
+    """The line for a person. Raises ExportError unless the pipeline holds just these tensors.
+
+    Pictures can't see everything: the VAE's encoder draws none of them.
+    """
+    import torch
+
+    for part, expected in weights.items():
+        found = getattr(pipeline, part).state_dict()
+        named = {prefixed(n): t for n, t in found.items()} if part == "text_encoder" else found
+        for name, tensor in expected.items():
+            if not torch.equal(named[name], tensor.to(named[name])):
+                raise ExportError(
+                    f"diffusers reads the {part}'s {name} otherwise than it was written. Nothing"
+                    " was kept; please report this"
+                )
+    return f"diffusers read back all {sum(map(len, weights.values()))} tensors, bit by bit."
+
+
+def side_by_side(
+    path: Path, bare: Image.Image, before: Image.Image, after: Image.Image, prompt: str = PROMPT
+) -> Path:
+    """Write the three pictures beside each other, for a person to look at."""
+    columns = ["base model", "LoRA attached", "as exported"]
+    contact_sheet.contact_sheet([(prompt[:24], [bare, before, after])], columns).save(path)
+    return path
+
+
+@contextmanager
+def attached(adapters: Weighted) -> Iterator[None]:
+    """Within, the base computes with the sum of all deltas, each times its weight.
+
+    Each delta is taken of the bare weights, so a DoRA's doesn't depend on what else is attached.
+    """
+    handles = [
+        site.module.register_forward_hook(partial(_add_weighted, members))
+        for site, members in stacks_by_site(adapters)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def stacks_by_site(adapters: Weighted) -> list[tuple[Site, list[tuple[Stack, float]]]]:
+    """Every adapted site with all that adapts it, each with its weight."""
+    found: dict[str, tuple[Site, list[tuple[Stack, float]]]] = {}
+    for pack, weight in adapters:
+        assert len(pack) == 1, "one adapter a pack"
+        for entry in pack.entries:
+            found.setdefault(entry.site.key, (entry.site, []))[1].append((entry.stack, weight))
+    return list(found.values())
+
+
+def _add_weighted(
+    members: Sequence[tuple[Stack, float]],
+    module: torch.nn.Module,
+    args: tuple[Tensor, ...],
+    output: Tensor,
+) -> Tensor:
+    total = output
+    for stack, weight in members:
+        total = total + weight * (stack.forward(args[0], output, None) - output)
+    return total
+
+
+def load_folder(folder: Path, kind: str = TEXT_TO_IMAGE, variant: str | None = None) -> Any:
+    """A diffusers folder as its user loads it who asks for no type: fp32. `kind` is a class."""
+    import diffusers
+
+    asked = {"variant": variant} if variant else {}
+    with quiet():
+        return getattr(diffusers, kind).from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, **asked
+        )
+
+
+def load_file(path: Path, configs: Path) -> Any:
+    """A single file as its user loads it, with the configs of a diffusers folder, in fp32."""
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    with quiet():
+        return StableDiffusionPipeline.from_single_file(
+            str(path),
+            config=str(configs),
+            local_files_only=True,
+            safety_checker=None,
+            feature_extractor=None,
+            torch_dtype=torch.float32,
+        )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without bars, and without the libraries' notes on what we do on purpose."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    libraries = (diffusers_logging, transformers_logging)
+    levels = [library.get_verbosity() for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, level in zip(libraries, levels, strict=True):
+            library.set_verbosity(level)
+
+
+def pipeline_of(base: Base) -> Any:
+    """diffusers' own pipeline over the base's modules, not copies of them."""
+    from diffusers import DDPMScheduler, StableDiffusionPipeline
+
+    if isinstance(base, SDXLModel):
+        schedule = DDPMScheduler.from_config(dict(base.scheduler_config))
+        return Canvas.of(base).pipeline({**base.pipeline.components, "scheduler": schedule})
+    return StableDiffusionPipeline(
+        vae=base.vae,
+        text_encoder=base.text_encoder,
+        tokenizer=base.tokenizer,
+        unet=base.unet,
+        scheduler=base.noise_scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def _image(pixels: Any) -> Image.Image:
+    """A picture of pixels (H, W, 3) in 0..1. Raises ExportError for NaN, which would be black."""
+    import numpy as np
+    from PIL import Image
+
+    if not np.isfinite(pixels).all():
+        raise ExportError("the model draws values that are not finite; try it in fp32")
+    return Image.fromarray((pixels * 255).round().astype(np.uint8))
+
+
+def _levels(one: Image.Image, other: Image.Image) -> Any:
+    import numpy as np
+
+    return np.abs(np.asarray(one, np.int16) - np.asarray(other, np.int16))
+
+
+def _effect(effect: float | None) -> str:
+    if effect is None:
+        return ""
+    too_little = "" if effect > EXACT.mean else ", too little for a picture to tell"
+    return f" The LoRA itself changes this picture by {effect:.2f}{too_little}."

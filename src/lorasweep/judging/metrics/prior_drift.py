@@ -1,0 +1,95 @@
+"""val/prior_drift: how far predictions have moved on prompts that the training has nothing to say
+about. Small is good: what the base knows is still there (prior preservation, arXiv 2208.12242)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pydantic import PositiveInt
+
+from lorasweep.adapters.pack import Pack
+from lorasweep.core import rng
+from lorasweep.core.settings import Settings, SettingsError
+from lorasweep.judging.metrics.metric import Images, Scored, Scorer, Scores
+from lorasweep.models.base_model import BaseModel
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorDrift(Settings):
+    """Mean squared distance to the base's predictions on points of its own denoising."""
+
+    prompts: tuple[str, ...]
+    num_timesteps: PositiveInt
+    seed: int
+    batch_size: PositiveInt
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise SettingsError("metrics.prior_drift.prompts is empty: give at least one prompt")
+
+    def names(self, arms: Collection[str], num_holdout: int) -> Mapping[str, bool]:
+        """One score, of all prompts."""
+        return {"val/prior_drift": False}
+
+    def prepare(self, base: BaseModel, images: Images) -> Scorer | None:
+        """Let the base denoise each prompt and keep what it met and predicted on the way."""
+        return _Drift(self, base, images.train[0].latents.shape)
+
+
+class _Drift:
+    def __init__(self, settings: PriorDrift, base: BaseModel, shape: Sequence[int]) -> None:
+        self.settings, self.base = settings, base
+        self.latents: list[Tensor] = []
+        self.timesteps: list[int] = []
+        self.prompts: list[int] = []
+        self.predictions: list[Tensor] = []
+        self._follow_base(shape)
+
+    def _follow_base(self, shape: Sequence[int]) -> None:
+        """DDIM from noise: latents of the base's own making fit every timestep and prompt."""
+        import torch
+
+        base, prompts = self.base, self.settings.prompts
+        scheduler = base.sampler("DDIMScheduler")
+        scheduler.set_timesteps(self.settings.num_timesteps, device=base.device)
+        draws = [rng.generator(self.settings.seed, "drift", n) for n in range(len(prompts))]
+        latents = torch.stack([torch.randn(*shape, generator=draw) for draw in draws])
+        latents = latents.to(base.device) * scheduler.init_noise_sigma
+        with torch.no_grad(), base.autocast():
+            embeds = base.encode_prompt(prompts)
+            for timestep in scheduler.timesteps:
+                prediction = base.predict(latents, timestep.expand(len(prompts)), embeds).float()
+                self.latents += list(latents)
+                self.timesteps += [int(timestep)] * len(prompts)
+                self.prompts += range(len(prompts))
+                self.predictions += list(prediction)
+                latents = scheduler.step(prediction, timestep, latents).prev_sample
+
+    def baseline(self) -> Scores:
+        return {"val/prior_drift": 0.0}
+
+    def score(self, pack: Pack) -> list[Scored]:
+        import torch
+
+        base, num_runs = self.base, len(pack)
+        rows = max(1, self.settings.batch_size // num_runs)
+        distances = []
+        with torch.no_grad(), base.computing_with(pack), base.autocast():
+            embeds = base.encode_prompt(list(self.settings.prompts) * num_runs)
+            embeds = embeds.unflatten(0, (num_runs, len(self.settings.prompts)))
+            for start in range(0, len(self.latents), rows):
+                part = slice(start, start + rows)
+                latents = torch.stack(self.latents[part]).repeat(num_runs, 1, 1, 1)
+                timesteps = torch.tensor(self.timesteps[part], device=base.device)
+                context = embeds[:, self.prompts[part]].flatten(0, 1)
+                prediction = base.predict(latents, timesteps.repeat(num_runs), context).float()
+                before = torch.stack(self.predictions[part]).repeat(num_runs, 1, 1, 1)
+                squared = (prediction - before).square().mean((1, 2, 3))
+                distances.append(squared.view(num_runs, -1).cpu())
+        means = torch.cat(distances, dim=1).mean(dim=1).tolist()
+        return [Scored({"val/prior_drift": mean}) for mean in means]

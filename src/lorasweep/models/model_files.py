@@ -1,0 +1,221 @@
+"""Is a base model whole? Its files before a library loads them, and its parts afterwards.
+
+What diffusers and transformers can't find they fill with random numbers or an empty vocabulary, and
+say so in a warning at most: such a model would be trained on for hours.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorasweep.core.text import shown
+
+if TYPE_CHECKING:
+    import torch
+
+CONFIGS = {
+    "unet": "config.json",
+    "vae": "config.json",
+    "text_encoder": "config.json",
+    "scheduler": "scheduler_config.json",
+}
+"""By part of a diffusers folder."""
+PREDICTIONS = ("epsilon", "v_prediction")
+_VOCABULARY = ("tokenizer.json", "vocab.json")  # a tokenizer needs one of them
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+
+_OTHERS = {
+    "conditioner.embedders.": "an SDXL checkpoint: single files of SDXL come later; exports know"
+    " diffusers folders of SDXL",
+    "cond_stage_model.model.": "a Stable Diffusion 2 checkpoint: only 1.x is supported",
+    "lora_unet_": "a LoRA, not a whole model",
+    "lora_te_": "a LoRA, not a whole model",
+    "double_blocks.": "a Flux checkpoint: only Stable Diffusion 1.x is supported",
+    "model.diffusion_model.double_blocks.": "a Flux checkpoint: only Stable Diffusion 1.x is"
+    " supported",
+}
+"""Names of tensors that tell other models, and what is said of them."""
+
+
+class ModelError(ValueError):
+    """The base model can't be used; the message says why and what to do."""
+
+
+def check_folder(folder: Path, name: str, *, allow_pickle: bool) -> None:
+    """Raise ModelError unless a diffusers folder has all parts of a Stable Diffusion 1.x model.
+
+    Messages call it `name`. Nothing but JSON is read.
+    """
+    index = read_object(folder / "model_index.json", name)
+    kind = index.get("_class_name")
+    if kind != "StableDiffusionPipeline":
+        raise ModelError(
+            f"{name} is a {shown(str(kind))}; lorasweep trains models of Stable Diffusion 1.x's"
+            " layout (StableDiffusionPipeline) so far"
+        )
+    configs = {part: read_object(folder / part / file, name) for part, file in CONFIGS.items()}
+    _check_fit(configs, name)
+    if not any((folder / "tokenizer" / file).is_file() for file in _VOCABULARY):
+        raise ModelError(f"{name} can't be loaded: no tokenizer in it; give a whole folder")
+    if not allow_pickle:
+        for part in ("unet", "vae", "text_encoder"):
+            _refuse_pickles_alone(folder / part, name)
+
+
+def check_file(path: Path, name: str) -> None:
+    """Raise ModelError for a single file that is cut, no safetensors, or of another kind of model.
+
+    Messages call it `name`. Only its header is read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+    except SafetensorError as error:
+        reason = f"{path.name} is not a whole safetensors file: {error}"
+        raise ModelError(f"{name} can't be loaded: {reason}; give an undamaged copy") from None
+    refuse_others(name, names)
+
+
+def refuse_others(name: str, tensors: Iterable[str]) -> None:
+    """Raise ModelError where the names of a file's tensors are those of another kind of model."""
+    for tensor in tensors:
+        for mark, what in _OTHERS.items():
+            if tensor.startswith(mark):
+                raise ModelError(f"{name} is {what}")
+
+
+def read_object(path: Path, name: str) -> dict[str, Any]:
+    """The JSON object of a model's config. Raises ModelError."""
+    where = f"{path.parent.name}/{path.name}" if path.name != "model_index.json" else path.name
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        reason = f"{where}: {error.strerror}"
+    except (ValueError, RecursionError):
+        reason = f"{where} is not JSON"
+    else:
+        if isinstance(found, dict):
+            return found
+        reason = f"{where} is not a JSON object"
+    raise ModelError(f"{name} can't be loaded: {reason}; give a whole diffusers folder")
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Within, the libraries don't tell of what we check and say ourselves."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    both = (diffusers_logging, transformers_logging)
+    before = [one.get_verbosity() for one in both]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for one in both:
+                one.set_verbosity(logging.CRITICAL)
+            yield
+    finally:
+        for one, level in zip(both, before, strict=True):
+            one.set_verbosity(level)
+
+
+def check_missing(name: str, missing: Mapping[str, Iterable[str]]) -> None:
+    """Raise ModelError if weights, whose names are given by part, were not in the files."""
+    for part, names in missing.items():
+        # buffers that older files hold and newer ones leave out
+        lacking = sorted(one for one in names if not one.endswith("position_ids"))
+        if lacking:
+            raise ModelError(
+                f"{name} can't be loaded: {len(lacking)} of the {part}'s weights are missing in its"
+                f" files, first {shown(lacking[0])}; give a whole model"
+            )
+
+
+def check_values(name: str, modules: Mapping[str, torch.nn.Module], vocabulary: int) -> None:
+    """Raise ModelError for weights that are not finite, or a tokenizer of another model.
+
+    `vocabulary` is the number of the tokenizer's entries.
+    """
+    for part, module in modules.items():
+        for one, tensor in module.state_dict().items():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise ModelError(
+                    f"{name} can't be used: the {part}'s {one} holds values that are not finite"
+                    " (NaN or infinite); give an undamaged copy"
+                )
+    words = int(modules["text_encoder"].config.vocab_size)  # type: ignore[arg-type, union-attr]
+    if not words // 2 < vocabulary <= words:
+        raise ModelError(
+            f"{name} can't be used: its tokenizer has {vocabulary} entries and its text encoder"
+            f" {words}; they are of different models"
+        )
+
+
+def load_error(name: str, error: Exception) -> ModelError:
+    """The one line for what a library raised while it loaded the files."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    first = shown(lines[0] if lines else type(error).__name__, 300).rstrip(".:; ")
+    return ModelError(f"{name} can't be loaded: {first}; give a whole Stable Diffusion 1.x model")
+
+
+def load_errors() -> tuple[type[Exception], ...]:
+    """What libraries raise for damaged configs, vocabularies and weights, besides OSError."""
+    from safetensors import SafetensorError
+
+    return (
+        SafetensorError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        RuntimeError,
+        ArithmeticError,
+        RecursionError,
+    )
+
+
+def _check_fit(configs: Mapping[str, Mapping[str, Any]], name: str) -> None:
+    """Do the parts speak of one model, and of one that is trained here?"""
+    unet, vae, text = configs["unet"], configs["vae"], configs["text_encoder"]
+    width, reads = text.get("hidden_size"), unet.get("cross_attention_dim")
+    if reads != width:
+        raise ModelError(
+            f"{name} can't be used: its unet reads embeddings of width {shown(str(reads))}, its"
+            f" text_encoder makes {shown(str(width))}; they are of different models"
+        )
+    channels, latents = unet.get("in_channels", 4), vae.get("latent_channels", 4)
+    if channels != latents:
+        raise ModelError(
+            f"{name} can't be used: its unet takes {shown(str(channels))} channels, its vae makes"
+            f" {shown(str(latents))}; models of inpainting, depth or other variants are not trained"
+        )
+    scaling = vae.get("scaling_factor", 0.18215)
+    if isinstance(scaling, bool) or not isinstance(scaling, int | float) or not 0 < scaling < 1e6:
+        raise ModelError(f"{name} can't be used: vae/config.json: scaling_factor is no number > 0")
+    predicts = configs["scheduler"].get("prediction_type", "epsilon")
+    if predicts not in PREDICTIONS:
+        raise ModelError(
+            f"{name} can't be used: scheduler_config.json: prediction_type {shown(str(predicts))}"
+            f" is not known; it is {' or '.join(PREDICTIONS)}"
+        )
+
+
+def _refuse_pickles_alone(folder: Path, name: str) -> None:
+    files = [path for path in folder.iterdir() if path.is_file()]
+    if any(path.suffix == ".safetensors" for path in files):
+        return
+    pickles = sorted(path.name for path in files if path.suffix in _PICKLES)
+    if pickles:
+        raise ModelError(
+            f"{name} can't be loaded: {folder.name} has its weights as a pickle alone"
+            f" ({shown(pickles[0])}), which can run any code when loaded; convert it to"
+            " .safetensors, or trust it by model.allow_pickle=true"
+        )

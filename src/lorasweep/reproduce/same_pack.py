@@ -1,0 +1,148 @@
+"""Training runs again, in the company they had: who joins and who leaves, epoch by epoch."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lorasweep.config.config import Run
+from lorasweep.core.progress import Screen
+from lorasweep.reproduce.recipe import ReproduceError
+from lorasweep.runs.session import EpochReport, Failure, Session
+
+
+@dataclass(frozen=True)
+class Round:
+    """One epoch of a pack: who joins before it, who has left."""
+
+    joining: Sequence[str]
+    leaving: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The rounds of a run in its pack, up to the run's last epoch."""
+
+    rounds: Sequence[Round]
+    names: Sequence[str]
+    """Everybody in them, the run first."""
+    caveats: Sequence[str]
+    """What of the company can't be made again, in sentences."""
+
+
+def alone(name: str, epochs: int) -> Schedule:
+    """The run by itself."""
+    return Schedule([Round([name]), *[Round([]) for _ in range(epochs - 1)]], [name], ())
+
+
+def company(pack: Mapping[int, Mapping[str, Any]], name: str) -> set[str]:
+    """Who trained together with the run, at least for an epoch."""
+    return {
+        str(other)
+        for of in pack.values()
+        for other in [*(member for member, _ in of["members"]), *of["failed"]]
+    } - {name}
+
+
+def together(
+    pack: Mapping[int, Mapping[str, Any]], name: str, epochs: int, gone: Sequence[str] = ()
+) -> Schedule:
+    """The run with those it trained with, each joining and leaving when it did.
+
+    `pack` is its pack.json, `gone` are runs whose settings are no longer logged. Companions that
+    had begun before the run train their earlier epochs first.
+    """
+    begins: dict[str, int] = {}  # in epochs of the run; its own first is 1
+    for epoch in range(1, epochs + 1):
+        for member, own in pack[epoch]["members"]:
+            begins.setdefault(member, epoch - own + 1)
+    earliest = min(begins.values())
+    rounds: list[Round] = []
+    before: list[str] = []
+    for epoch in range(earliest, epochs + 1):
+        present = _present(pack, begins, epoch, before)
+        present = [member for member in present if member not in gone]
+        joining = [member for member in present if member not in before]
+        leaving = [member for member in before if member not in present]
+        rounds.append(Round(joining, leaving))
+        before = present
+    names = [name, *sorted(company(pack, name) - set(gone))]
+    return Schedule(rounds, names, _caveats(pack, begins, epochs, gone))
+
+
+def _present(
+    pack: Mapping[int, Mapping[str, Any]], begins: Mapping[str, int], epoch: int, before: list[str]
+) -> list[str]:
+    """Who begins this epoch, in the pack's order; those that broke off in it too."""
+    if epoch < 1:  # of those that were there first; who left before the run came isn't known
+        order = [member for member, _ in pack[1]["members"]]
+        return [member for member in order if begins[member] <= epoch]
+    members = [member for member, _ in pack[epoch]["members"]]
+    broken = [member for member in pack[epoch]["failed"] if member not in members]
+    return [*[one for one in before if one in broken], *members] + [
+        one for one in broken if one not in before
+    ]
+
+
+def _caveats(
+    pack: Mapping[int, Mapping[str, Any]],
+    begins: Mapping[str, int],
+    epochs: int,
+    gone: Sequence[str],
+) -> list[str]:
+    told = [f"{name}, of its pack, is no longer logged: its place stays empty" for name in gone]
+    if early := sorted(member for member, begin in begins.items() if begin < 1):
+        told.append(
+            f"{', '.join(early)} had begun before it; who trained with them then and left is not"
+            " trained again, which can change their rounding"
+        )
+    broken = {one for epoch in range(1, epochs + 1) for one in pack[epoch]["failed"]}
+    if broken:
+        told.append(
+            f"{', '.join(sorted(broken))} broke off inside an epoch; bit-equal only if that happens"
+            " at the same step again"
+        )
+    return told
+
+
+def play(schedule: Schedule, runs: Mapping[str, Run], name: str) -> str | None:
+    """Train the rounds, scored and logged as any run; why the run `name` failed, if it did.
+
+    Companions end with the last round. Raises ReproduceError if the pack doesn't fit here.
+    """
+    first, *rest = schedule.rounds
+    ahead, reason = deque(rest), None
+    joining = [runs[member] for member in first.joining]
+    with Screen() as screen, Session(joining[0], show=screen.show) as session:
+        coming = {run.name for run in joining}
+        for reports in session.train(joining):
+            for report in reports:
+                if isinstance(report, Failure) and report.run == runs[name].name:
+                    reason = report.reason
+            if coming and not any(isinstance(report, EpochReport) for report in reports):
+                coming -= {report.run for report in reports}
+                continue
+            if coming:
+                raise ReproduceError(
+                    f"only some of its pack of {len(joining)} fit on {session.device}; without"
+                    " --same-pack it is trained alone"
+                )
+            coming = _turn(session, ahead, runs)
+    return reason
+
+
+def _turn(session: Session, ahead: deque[Round], runs: Mapping[str, Run]) -> set[str]:
+    """Between two epochs: let go who leaves, take in who joins; those that were taken in."""
+    if not ahead:
+        for member in list(session.names):
+            session.drop(member)
+        return set()
+    now = ahead.popleft()
+    for member in now.leaving:
+        if runs[member].name in session.names:
+            session.drop(runs[member].name)
+    for member in now.joining:
+        session.join(runs[member])
+    return {runs[member].name for member in now.joining}

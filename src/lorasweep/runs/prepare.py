@@ -1,0 +1,130 @@
+"""Before a run trains: its images drawn, captioned, written into folders and encoded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock
+
+from lorasweep.config.config import Run
+from lorasweep.data import dataset, kohya_folders, latents
+from lorasweep.data.captions import caption_images
+from lorasweep.judging.metrics.metric import Images
+from lorasweep.models.base_model import BaseModel
+from lorasweep.tracking import TRIAL_TAG, NewRun
+from lorasweep.training.trainer import TrainingRun
+
+
+def check_inputs(runs: Iterable[Run]) -> None:
+    """Raise SettingsError for images that can't be used, and for captions that should be there.
+
+    Before a sweep, whose runs would all fail of them. Captions that models make are not made yet.
+    """
+    runs = list(runs)
+    with _hushed():  # the runs themselves warn
+        found = {one: dataset.select(one) for one in dict.fromkeys(run.dataset for run in runs)}
+    arms = dict.fromkeys((run.dataset, *arm) for run in runs for arm in run.captions.items())
+    for images, arm, captioner in arms:
+        if not captioner.cached:
+            caption_images.caption_images(
+                captioner, found[images].images, runs[0].cache_dir, arm=arm
+            )
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    logger, was = dataset.logger, dataset.logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = was
+
+
+def write_folders(run: Run) -> Path:
+    """Draw, caption and write the images into kohya's folders; the same inputs share one place."""
+    images = dataset.select(run.dataset)
+    texts = {
+        arm: kohya_folders.ArmCaptions(
+            repeats=captioner.repeats,
+            captions=tuple(
+                caption_images.caption_images(captioner, images.images, run.cache_dir, arm=arm)
+            ),
+            captioner=captioner.identity(),
+        )
+        for arm, captioner in run.captions.items()
+    }
+    inputs = repr((images.digest, texts, run.dataset.caption_extension)).encode()
+    name = f"{run.dataset.image_dir.resolve().name}-{hashlib.sha256(inputs).hexdigest()[:8]}"
+    root = run.output_root / "datasets" / name
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(root.with_name(f".{name}.lock")):
+        return kohya_folders.write(images, texts, root, run.dataset.caption_extension)
+
+
+def captions_used(run: Run, data: Path) -> str:
+    """The folders' captions as they are now, edited ones too, as JSON: split, folder, file."""
+    found = {
+        split: {
+            f"{arm.repeats}_{arm.name}": {item.path.name: item.caption for item in arm.items}
+            for arm in kohya_folders.read(data / split, run.dataset.caption_extension)
+        }
+        for split in ("train", "holdout")
+        if (data / split).is_dir()
+    }
+    return json.dumps(found, indent=1, ensure_ascii=False)
+
+
+def new_run(run: Run, data: Path, texts: str) -> NewRun:
+    """What MLflow is told of a run when it begins; its captions lie in its folder from then on."""
+    manifest = data / "manifest.json"
+    used = run.output_dir / "captions.json"
+    used.parent.mkdir(parents=True, exist_ok=True)
+    used.write_text(texts)
+    return NewRun(
+        name=run.name,
+        sweep=run.sweep,
+        output_dir=run.output_dir,
+        params=run.params,
+        config_yaml=run.config_yaml,
+        overrides=run.overrides,
+        manifest=manifest,
+        image_dir=run.dataset.image_dir,
+        dataset_digest=hashlib.sha256(manifest.read_bytes() + texts.encode()).hexdigest(),
+        tags={
+            "lorasweep.output_dir": str(run.output_dir),
+            "lorasweep.folders": str(data),
+            **({} if run.number is None else {TRIAL_TAG: str(run.number)}),
+            **run.tags,
+        },
+    )
+
+
+def training_run(run: Run) -> TrainingRun:
+    """What a trainer is told of a run."""
+    return TrainingRun(
+        name=run.name,
+        seed=run.seed,
+        output_dir=run.output_dir,
+        max_train_epochs=run.trainer.max_train_epochs,
+        noise_offset=run.trainer.noise_offset,
+        min_snr_gamma=run.trainer.min_snr_gamma,
+        adapter=run.adapter,
+        optimizer=run.optimizer,
+        lr_scheduler=run.lr_scheduler,
+    )
+
+
+def images_of(base: BaseModel, run: Run, data: Path) -> Images:
+    """The images of the folders in `data`, encoded."""
+
+    def split(name: str) -> list[latents.Item]:
+        folder = data / name
+        arms = kohya_folders.read(folder, run.dataset.caption_extension) if folder.is_dir() else []
+        return latents.encode(base, arms, run.dataset, run.cache_dir)
+
+    return Images(train=split("train"), holdout=split("holdout"))

@@ -1,0 +1,254 @@
+"""What a run is made with, beside its settings: base model, libraries, code, device.
+
+It is kept with the run as `origin.json`, so that `lorasweep reproduce` can say what differs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from lorasweep.core.atomic_write import write_atomically
+from lorasweep.models.base_model import Model
+
+log = logging.getLogger(__name__)
+
+ORIGIN, DIFF, PACK = "origin.json", "uncommitted.diff", "pack.json"
+"""Names of the files, in a run's folder and in MLflow."""
+LIBRARIES = (
+    "lorasweep",
+    "torch",
+    "diffusers",
+    "transformers",
+    "safetensors",
+    "numpy",
+    "pillow",
+    "tokenizers",
+    "mlflow",
+    "bitsandbytes",
+    "lion-pytorch",
+    "prodigyopt",
+    "lycoris-lora",
+)
+MAX_DIFF = 1_000_000
+"""Bytes of uncommitted changes that are kept."""
+GIT_SECONDS = 20
+_PARTS = ("unet", "text_encoder", "vae", "tokenizer", "scheduler")
+_WEIGHTS = re.compile(r"(diffusion_pytorch_model|model)(-\d+-of-\d+)?\.(safetensors|bin)")
+_OTHERS = {".json", ".txt", ".model"}  # configs, and a tokenizer's vocabulary
+
+
+def record(folder: Path, model: Model, cache_dir: Path, device: str) -> list[Path]:
+    """Write origin.json, and uncommitted changes of the code if there are any; what was written."""
+    code = sources()
+    content = {
+        "versions": versions(),
+        "code": [{key: one[key] for key in one if key != "diff"} for one in code],
+        "diff_is_cut": sum(len(str(one["diff"]).encode(errors="replace")) for one in code)
+        > MAX_DIFF,
+        "device": device_of(device),
+        "model": identity(model, cache_dir),
+    }
+    write_atomically(folder / ORIGIN, json.dumps(content, indent=1).encode())
+    diff = "".join(str(one["diff"]) for one in code)
+    if not diff:
+        return [folder / ORIGIN]
+    write_atomically(folder / DIFF, diff.encode(errors="replace")[:MAX_DIFF])
+    return [folder / ORIGIN, folder / DIFF]
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide what is computed."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def device_of(device: str) -> dict[str, Any]:
+    """What is known of a device (cpu, cuda:1) that decides how sums are rounded."""
+    import torch
+
+    found: dict[str, Any] = {"type": torch.device(device).type, "system": sys.platform}
+    if found["type"] == "cuda":
+        return {
+            **found,
+            "name": torch.cuda.get_device_name(device),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+        }
+    return {
+        **found,
+        "name": _cpu_name(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+@cache
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # another system than Linux
+        return platform.processor() or platform.machine()
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.machine())
+
+
+@cache
+def sources() -> list[dict[str, Any]]:
+    """The checkouts that a run depends on: of this code, and the folder it was started in.
+
+    Each has commit, dirty and the diff of what is not committed, of which the sha256 is kept too.
+    An installed package and a folder outside of git are none.
+    """
+    package = Path(__file__).resolve().parent  # any folder of the checkout will do
+    code = _checkout(package, tracked=Path(__file__).name)
+    here = _checkout(Path.cwd())
+    found = [("lorasweep", code), ("started in", here if here != code else None)]
+    return [{"what": what, **_state(top)} for what, top in found if top is not None]
+
+
+def _checkout(folder: Path, tracked: str | None = None) -> Path | None:
+    """The top of the checkout that holds the folder; with `tracked`, only if it has that file."""
+    if tracked is not None and git(folder, "ls-files", "--error-unmatch", tracked) is None:
+        return None
+    top = git(folder, "rev-parse", "--show-toplevel")
+    return Path(top) if top and git(folder, "rev-parse", "--verify", "HEAD") else None
+
+
+def _state(top: Path) -> dict[str, Any]:
+    diff = git(top, "diff", "HEAD", "--no-color", "--no-ext-diff") or ""
+    text = f"{diff}\n" if diff else ""
+    return {
+        "commit": git(top, "rev-parse", "--verify", "HEAD"),
+        "dirty": bool(text),
+        "diff_sha256": hashlib.sha256(text.encode(errors="replace")).hexdigest() if text else None,
+        "diff": text,
+    }
+
+
+def git(folder: Path, *arguments: str) -> str | None:
+    """What git says, stripped; None without git, outside of a checkout, or if it takes too long."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True,
+            check=True,
+            timeout=GIT_SECONDS,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.decode(errors="replace").strip()
+
+
+def identity(model: Model, cache_dir: Path) -> dict[str, Any]:
+    """The base model by content: sha256 of each of its files by name, and of all together.
+
+    A file is hashed once and found again by path, size and time of change.
+    """
+    hashes = _Hashes(cache_dir / "file_hashes.json")
+    files = {name: hashes.of(path) for name, path in sorted(_files(model).items())}
+    hashes.save()
+    lines = "".join(f"{name} {digest}\n" for name, digest in files.items())
+    return {
+        "path": model.path,
+        "sha256": hashlib.sha256(lines.encode()).hexdigest() if files else None,
+        "files": files,
+    }
+
+
+def _files(model: Model) -> dict[str, Path]:
+    """The files that a model is loaded from, by their names in its folder."""
+    path = Path(model.path).expanduser()
+    if path.is_file():
+        return {"file": path}
+    folder = path if path.is_dir() else _of_hub(model)
+    if folder is None:
+        return {}
+    found = {
+        f"{part}/{file.name}": file
+        for part in _PARTS
+        for file in sorted((folder / part).glob("*"))
+        if file.is_file() and (_WEIGHTS.fullmatch(file.name) or file.suffix in _OTHERS)
+    }
+    safe = {name.rpartition("/")[0] for name in found if name.endswith(".safetensors")}
+    return {
+        name: file
+        for name, file in found.items()
+        if not (name.endswith(".bin") and name.rpartition("/")[0] in safe)
+    }
+
+
+def _of_hub(model: Model) -> Path | None:
+    """The copy of a hub's model that was loaded from; it is in the cache by then."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model.path, revision=model.revision, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError):
+        return None
+
+
+class _Hashes:
+    """sha256 of large files, kept by path, size and time of change."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._is_new = False
+        try:
+            loaded = json.loads(file.read_text())
+        except (OSError, ValueError):
+            loaded = {}
+        self._known: dict[str, Any] = loaded if isinstance(loaded, dict) else {}
+
+    def of(self, path: Path) -> str:
+        place, state = str(path.resolve()), path.stat()
+        stamp = [state.st_size, state.st_mtime_ns]
+        match self._known.get(place):
+            case [size, changed, str(digest)] if [size, changed] == stamp:
+                return digest
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        self._known[place] = [*stamp, digest]
+        self._is_new = True
+        return digest
+
+    def save(self) -> None:
+        if self._is_new:
+            write_atomically(self._file, json.dumps(self._known, indent=1).encode())
+
+
+def note_companions(
+    folder: Path, name: str, members: Sequence[tuple[str, int]], failed: Iterable[str]
+) -> Path:
+    """Write to a run's pack.json whom it trained an epoch with; the file.
+
+    `members` are (run, its own epoch) in the pack's order, `failed` those who broke off in it.
+    """
+    path, epoch = folder / PACK, dict(members)[name]
+    epochs = read_pack(path.read_text() if path.is_file() else None)
+    kept = {number: of for number, of in epochs.items() if number < epoch}
+    kept[epoch] = {"members": [list(member) for member in members], "failed": sorted(failed)}
+    write_atomically(path, json.dumps(kept).encode())
+    return path
+
+
+def read_pack(text: str | None) -> dict[int, dict[str, Any]]:
+    """pack.json: epoch of the run -> members, [name, epoch] in the pack's order, and failed."""
+    return {int(epoch): of for epoch, of in json.loads(text or "{}").items()}

@@ -1,0 +1,345 @@
+"""A run's folder: one process at a time trains there, and a run that was begun there goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from filelock import FileLock, Timeout
+
+from lorasweep.core.atomic_write import delete_temporaries, write_atomically
+from lorasweep.core.components import first_name
+from lorasweep.core.interrupts import Interrupts
+from lorasweep.core.settings import SettingsError
+from lorasweep.lora_files.checkpoint import checkpoint_path
+from lorasweep.sweeps.study.study_storage import sweep_name
+from lorasweep.training import state_files
+
+if TYPE_CHECKING:
+    from lorasweep.config.config import Run
+    from lorasweep.judging.metrics.metric import Scored, Scores, Terms
+
+Status = Literal["unfinished", "finished", "failed", "dropped"]
+
+RECORD, SWEEP_RECORD = "run.json", "sweep.json"
+LOCK, LOCK_SECONDS = ".lock", 5.0
+MULTIRUN = "multirun.yaml"  # Hydra's, in a multirun's folder
+
+_PLACES = ("output_root", "cache_dir", "tracking.", "launcher.", "pick.")
+_STATES = ("trainer.keep_states", "trainer.save_every_n_steps")
+
+
+class TakenError(SettingsError):
+    """Another process works in the folder; it may be on its way out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What a folder's `run.json` says."""
+
+    name: str
+    status: Status
+    settings: str
+    """Digest of all settings that the result depends on."""
+    data: str
+    """Digest of the images and captions."""
+
+
+class RunFolder:
+    """The folder of a run that trains now; locked until `release`."""
+
+    def __init__(self, run: Run, data: str) -> None:
+        """Take the folder for `run` on `data`, a digest of images and captions.
+
+        Raises SettingsError if another process trains there, or if what was begun there can't go
+        on with these settings or images.
+        """
+        self.path = run.output_dir
+        self._lock = lock(self.path)
+        settings = settings_digest(run.params)
+        self._record = Record(name=run.name, status="unfinished", settings=settings, data=data)
+        try:
+            self.goes_on, self.ended = self._found()
+        except BaseException:
+            self._lock.release()
+            raise
+        if self.ended is not None:
+            state_files.delete(self.path)  # a kill may have come between the record and that
+            return
+        if not self.goes_on:
+            state_files.delete(self.path)
+            for path in (self.path / "scores").glob("*.json"):
+                path.unlink()
+            self._write("unfinished")
+        for folder in (self.path, state_files.folder_of(self.path), self.path / "scores"):
+            delete_temporaries(folder)
+
+    def _found(self) -> tuple[bool, Status | None]:
+        """Was this run begun here, and not ended? Or how did it end: finished or dropped?"""
+        ours, found = self._record, read_record(self.path)
+        if found is None or found.status == "failed":
+            return False, None
+        same = replace(found, status=ours.status) == ours
+        if found.status in ("finished", "dropped"):
+            return False, found.status if same else None
+        if same:
+            return True, None
+        if replace(found, status=ours.status, data=ours.data) == ours:
+            raise SettingsError(
+                f"{self.path}: the images or captions have changed since {ours.name} was begun;"
+                " delete the folder to train anew"
+            )
+        raise SettingsError(
+            f"{self.path} holds a run that was begun with other settings; give another"
+            " hydra.run.dir, or delete the folder"
+        )
+
+    def end(self, status: Status) -> None:
+        """The run has come to its end here: no state of it is needed any more."""
+        self._write(status)
+        state_files.delete(self.path)
+        self.release()
+
+    def release(self) -> None:
+        """Let others have the folder."""
+        self._lock.release()
+
+    def keep_scores(self, epoch: int, scored: Scored) -> tuple[Scores, Terms]:
+        """Keep what a checkpoint scored, unless that was done before; what is kept."""
+        if (known := self.scores(epoch)) is not None:
+            return known
+        terms = {name: list(values) for name, values in scored.terms.items()}
+        content = {"scores": dict(scored.scores), "terms": terms}
+        write_atomically(_scores_of(self.path, epoch), json.dumps(content).encode())
+        return scored.scores, scored.terms
+
+    def scores(self, epoch: int) -> tuple[Scores, Terms] | None:
+        """What the checkpoint of an epoch scored, if it has been."""
+        return read_scores(self.path, epoch)
+
+    def _write(self, status: Status) -> None:
+        values = {**vars(self._record), "status": status}
+        write_atomically(self.path / RECORD, json.dumps(values, indent=1).encode())
+
+
+@contextmanager
+def stoppable(folder: Path) -> Iterator[Interrupts]:
+    """Within, Ctrl-C and SIGTERM stop what works in the folder; it is said how to go on."""
+    with Interrupts(signal.SIGINT, signal.SIGTERM) as interrupts:
+        try:
+            yield interrupts
+        except KeyboardInterrupt:
+            print(
+                f"lorasweep: stopped. Go on with: lorasweep resume {shown(folder)}", file=sys.stderr
+            )
+            raise
+
+
+def shown(folder: Path) -> str:
+    """The folder as a person at the prompt would write it."""
+    path = folder.absolute()
+    here = Path.cwd()
+    return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
+
+
+@contextmanager
+def taken(folder: Path) -> Iterator[None]:
+    """Be the only process that works in the folder."""
+    held = lock(folder)
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def lock(folder: Path, seconds: float | None = None) -> FileLock:
+    """Be the only process that works in the folder. Raises TakenError if another does.
+
+    It is waited for a little (LOCK_SECONDS): a process that was stopped may be on its way out.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    held = FileLock(folder / LOCK)
+    try:
+        held.acquire(timeout=LOCK_SECONDS if seconds is None else seconds)
+    except Timeout:
+        raise TakenError(
+            f"{folder}: another process trains here; wait for it, or give another hydra.run.dir"
+        ) from None
+    return held
+
+
+def is_free(folder: Path) -> bool:
+    """Does no process work in the folder?"""
+    try:
+        lock(folder, seconds=0).release()
+    except TakenError:
+        return False
+    return True
+
+
+def find_run(parent: Path, settings: str) -> Path | None:
+    """The newest folder in which a run of these settings was broken off."""
+    return _newest(parent, RECORD, settings)
+
+
+def find_sweep(parent: Path, settings: str) -> Path | None:
+    """The newest folder in which a multirun of these settings was broken off."""
+    return _newest(parent, SWEEP_RECORD, settings)
+
+
+def write_sweep(folder: Path, settings: str, status: Status) -> None:
+    """Note that a multirun was begun in the folder, or has come to its end."""
+    content = {"status": status, "settings": settings}
+    write_atomically(folder / SWEEP_RECORD, json.dumps(content, indent=1).encode())
+
+
+def _newest(parent: Path, name: str, settings: str) -> Path | None:
+    for path in sorted(parent.glob(f"*/{name}"), reverse=True):
+        try:
+            found = json.loads(path.read_text())
+            wanted = found["status"] == "unfinished" and found["settings"] == settings
+        except (ValueError, KeyError, TypeError, OSError):
+            continue  # not ours, or torn: whoever trains there says so
+        if wanted and is_free(path.parent):
+            return path.parent
+    return None
+
+
+def read_record(folder: Path) -> Record | None:
+    """What was begun in a folder; None where nothing was."""
+    try:
+        return Record(**json.loads((folder / RECORD).read_text()))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, TypeError) as error:
+        raise SettingsError(
+            f"{folder / RECORD} can't be read ({error}); delete the folder to train anew"
+        ) from None
+
+
+def read_scores(folder: Path, epoch: int) -> tuple[Scores, Terms] | None:
+    """What the checkpoint of an epoch of the folder's run scored; None if it hasn't been."""
+    path = _scores_of(folder, epoch)
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_text())
+    return found["scores"], found["terms"]
+
+
+@dataclass(frozen=True)
+class ScoredCheckpoint:
+    """A checkpoint that a run left in its folder, and what it scored."""
+
+    epoch: int
+    path: Path
+    scores: Scores
+    terms: Terms
+
+
+def scored_checkpoints(run: Run) -> Iterator[ScoredCheckpoint]:
+    """The checkpoints in the folder of a run that have scores, in their order."""
+    for epoch in range(1, run.trainer.max_train_epochs + 1):
+        known = read_scores(run.output_dir, epoch)
+        if known is not None:
+            path = checkpoint_path(run.output_dir, run.name, epoch)
+            yield ScoredCheckpoint(epoch, path, *known)
+
+
+def _scores_of(folder: Path, epoch: int) -> Path:
+    return folder / "scores" / f"{epoch:06d}.json"
+
+
+def ended(run: Run) -> Status | None:
+    """How a run that was trained in its folder ended; None for one that is to be trained.
+
+    States that a kill left of one that has ended are deleted.
+    """
+    record = read_record(run.output_dir)
+    if record is None or record.status in ("unfinished", "dropped"):
+        return None
+    if record.settings != settings_digest(run.params):
+        return None
+    state_files.delete(run.output_dir)
+    return record.status
+
+
+def was_dropped(run: Run) -> bool:
+    """Did a sweep drop the run in its folder?"""
+    record = read_record(run.output_dir)
+    if record is None or record.status != "dropped":
+        return False
+    return record.settings == settings_digest(run.params)
+
+
+def forget_drop(folder: Path) -> None:
+    """Let a run that a sweep dropped in the folder be trained anew, to its end."""
+    record = read_record(folder)
+    if record is not None and record.status == "dropped":
+        (folder / RECORD).unlink()
+
+
+def find(target: str, output_root: Path) -> Path:
+    """The folder to go on in, of a run or a sweep by its name or its folder.
+
+    A run of a multirun goes on with the others, for a pack rounds by its members. Raises
+    SettingsError.
+    """
+    folder = Path(target)
+    if not folder.is_dir():
+        folder = _named(target, output_root)
+    if (folder.parent / MULTIRUN).is_file():
+        folder = folder.parent
+    if (folder / MULTIRUN).is_file() or (folder / RECORD).is_file():
+        return folder.absolute()
+    raise SettingsError(f"{target} is no folder of a run or of a sweep: nothing was begun there")
+
+
+def _named(name: str, output_root: Path) -> Path:
+    records = [*output_root.glob(f"*/*/{RECORD}"), *output_root.glob(f"*/*/*/{RECORD}")]
+    records.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    found = {path.parent: read_record(path.parent) for path in records}
+    open_ones = {p: one.name for p, one in found.items() if one and one.status == "unfinished"}
+    for folder, known in open_ones.items():
+        if known == name:
+            return folder
+    sweeps = [path.parent for path in output_root.glob(f"*/*/{MULTIRUN}")]
+    if named := [folder for folder in sweeps if sweep_name(folder) == name]:
+        return max(named, key=lambda folder: (folder / MULTIRUN).stat().st_mtime)
+    if name in {one.name for one in found.values() if one}:
+        raise SettingsError(f"{name} has ended: there is nothing to go on with")
+    known_names = ", ".join(dict.fromkeys(open_ones.values())) or "none"
+    raise SettingsError(f"{name}: no such run or sweep in {output_root}; broken off: {known_names}")
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Is there a run in the folder that was begun and hasn't ended?"""
+    record = read_record(folder)
+    return record is not None and record.status == "unfinished"
+
+
+def changes_nothing(key: str) -> bool:
+    """Does the setting change no result? A run or a sweep goes on with another value of it."""
+    return key.startswith((*_PLACES, *_STATES)) or key.endswith(".device")
+
+
+def settings_digest(params: Mapping[str, Any]) -> str:
+    """A digest of flat settings (`Run.params`), but for places and what doesn't change a result."""
+    counted = {
+        key: first_name(value) if key.endswith("._target_") else value
+        for key, value in params.items()
+        if not changes_nothing(key)
+    }
+    return digest(sorted(counted.items(), key=str))
+
+
+def digest(*values: object) -> str:
+    """sha256 of plain values."""
+    return hashlib.sha256(repr(values).encode()).hexdigest()

@@ -1,1 +1,0 @@
-"""Optuna lives here: what a sweep searches, asks, is told and remembers."""

@@ -1,0 +1,217 @@
+"""Jobs of a multirun, trained in packs: those that can share a base model train together."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+from pydantic import NonNegativeInt, PositiveInt
+
+from lorasweep.config.config import Run, sweep_digest
+from lorasweep.core.settings import Settings, SettingsError
+from lorasweep.runs import run_folder
+from lorasweep.runs.prepare import check_inputs
+from lorasweep.runs.session import Failure, RunError
+from lorasweep.sweeps.cluster_jobs import Engine, train_by_jobs
+from lorasweep.sweeps.compose_jobs import Job, compose_job, own_config, read_once, save_hydra_files
+from lorasweep.sweeps.trial_processes import JobsStudy
+from lorasweep.sweeps.workers import Fleet, choose_devices
+
+if TYPE_CHECKING:
+    from hydra.core.utils import JobReturn
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packs(Settings):
+    """Settings of the launcher; conf/config.yaml says what each does."""
+
+    devices: str | tuple[str, ...]
+    max_pack: PositiveInt
+    retries: NonNegativeInt
+    pack_via: Engine | None
+    engine: Mapping[str, Any] | None
+
+    def __post_init__(self) -> None:
+        if self.engine and self.pack_via is None:
+            raise SettingsError(
+                f"launcher.engine.{next(iter(self.engine))} has no effect without launcher.pack_via"
+            )
+        if self.pack_via is not None and self.devices != "auto":
+            raise SettingsError(
+                "launcher.devices has no effect with launcher.pack_via, whose jobs have a device"
+                " each: give trainer.device"
+            )
+
+
+def launch(
+    config: DictConfig,
+    config_loader: Any,
+    job_overrides: Sequence[Sequence[str]],
+    initial_job_idx: int,
+    settings: Packs,
+) -> list[JobReturn]:
+    """Train all jobs and return Hydra's result of each, in their order.
+
+    Every job's config is checked before the first trains. A job that fails is returned as failed,
+    with its reason; the others stand.
+    """
+    read_once(config_loader)
+    fleet = open_fleet(settings, config.trainer.device)
+    with fleet.ready(len(job_overrides)) if fleet else nullcontext():
+        jobs = [
+            compose_job(config, config_loader, overrides, number)
+            for number, overrides in enumerate(job_overrides, start=initial_job_idx)
+        ]
+        study = JobsStudy.of(jobs[0].config, jobs[0].config.hydra)
+        if study is None:  # whose driver has looked through them once
+            check_inputs(job.run for job in jobs)
+        for job in jobs:
+            job.run.check()
+        failures = _launch(config, jobs, settings, fleet, study)
+    failed = {failure.run: failure for failure in failures}
+    return [_returned(job, failed.get(job.run.name)) for job in jobs]
+
+
+def open_fleet(settings: Packs, device: str) -> Fleet | None:
+    """The workers, of which none runs yet; None where packs are jobs of an engine.
+
+    Raises SettingsError for a device that is not there.
+    """
+    if settings.pack_via is not None:
+        return None
+    return Fleet(choose_devices(settings.devices, device), settings.max_pack)
+
+
+def _launch(
+    config: DictConfig,
+    jobs: Sequence[Job],
+    settings: Packs,
+    fleet: Fleet | None,
+    study: JobsStudy | None,
+) -> list[Failure]:
+    """Train the jobs that haven't ended yet; those that failed."""
+    folder = Path(config.hydra.sweep.dir).absolute()
+    digest = sweep_digest(config)
+    ended = {job.run.name: run_folder.ended(job.run) for job in jobs}
+    before = [name for name, status in ended.items() if status == "failed"]
+    failed = [Failure(run=name, reason="it failed before") for name in before]
+    todo = [job for job in jobs if ended[job.run.name] is None]
+    if done := [name for name, status in ended.items() if status is not None]:
+        log.info("%s have ended before and stay as they are", ", ".join(done))
+    # a study can be stopped, and tries again, itself
+    stoppable = nullcontext() if study else run_folder.stoppable(folder)
+    with run_folder.taken(folder), stoppable:
+        run_folder.write_sweep(folder, digest, "unfinished")
+        for job in todo:
+            save_hydra_files(job)
+            run_folder.forget_drop(job.run.output_dir)
+        if todo:
+            retries = 0 if study else settings.retries
+            runs = [job.run for job in todo]
+            failed += (
+                _train_in_packs(fleet, runs, settings, retries)
+                if fleet
+                else _train_by_jobs(runs, settings, retries, study)
+            )
+        if not any(run_folder.is_unfinished(job.run.output_dir) for job in jobs):
+            run_folder.write_sweep(folder, digest, "finished")
+    for failure in [] if study else failed:  # a study says it of its trials
+        log.error("%s failed: %s", failure.run, failure.reason)
+    return failed
+
+
+def _train_in_packs(
+    fleet: Fleet, runs: Sequence[Run], settings: Packs, retries: int
+) -> list[Failure]:
+    """Train runs to their ends; those that failed, and were tried again in vain."""
+    chosen = {
+        tuple(choose_devices(settings.devices, device)): device
+        for device in dict.fromkeys(run.trainer.device for run in runs)
+    }
+    devices, *others = chosen
+    if others:
+        raise SettingsError(
+            f"trainer.device={chosen[others[0]]}: a sweep's runs share their devices, and others"
+            f" have {chosen[devices]}; use launcher.devices"
+        )
+    if devices != fleet.devices:  # all jobs have another than the sweep itself
+        fleet = Fleet(devices, settings.max_pack)
+    with fleet:
+        return _train(fleet, {run.name: run for run in runs}, retries)
+
+
+def _train_by_jobs(
+    runs: Sequence[Run], settings: Packs, retries: int, study: JobsStudy | None
+) -> list[Failure]:
+    """Train runs, in packs that are jobs of an engine; those of lost jobs in new packs again.
+
+    Trials of a study report to it.
+    """
+    assert settings.pack_via is not None
+    folder, packs = runs[0].output_dir.parent / ".jobs", group(runs, settings.max_pack)
+    found = train_by_jobs(packs, settings.pack_via, settings.engine or {}, folder, study)
+    again = {failure.run for failure in found if failure.transient and retries > 0}
+    if not again:
+        return found
+    _say_again([failure for failure in found if failure.run in again])
+    left = [run for run in runs if run.name in again]
+    stay = [failure for failure in found if failure.run not in again]
+    return [*stay, *_train_by_jobs(left, settings, retries - 1, study)]
+
+
+def _train(fleet: Fleet, runs: Mapping[str, Run], retries: int) -> list[Failure]:
+    failed: list[Failure] = []
+    tried = dict.fromkeys(runs, 0)
+    for run in runs.values():
+        fleet.submit(run)
+    while events := fleet.events():
+        for failure in events:
+            if not isinstance(failure, Failure):
+                continue
+            tried[failure.run] += 1
+            if failure.transient and tried[failure.run] <= retries:
+                _say_again([failure])
+                fleet.submit(runs[failure.run])
+            else:
+                failed.append(failure)
+    return failed
+
+
+def _say_again(failures: Sequence[Failure]) -> None:
+    for failure in failures:
+        log.warning("%s is tried again: %s", failure.run, failure.reason)
+
+
+def group(runs: Sequence[Run], max_pack: int) -> list[list[Run]]:
+    """Sort runs into packs of at most `max_pack` that can share a base, in order of appearance."""
+    packs: list[list[Run]] = []
+    for run in runs:
+        fitting = (p for p in packs if len(p) < max_pack and p[0].can_share_pack(run))
+        pack = next(fitting, None)
+        if pack is None:
+            packs.append([run])
+        else:
+            pack.append(run)
+    return packs
+
+
+def _returned(job: Job, failure: Failure | None) -> JobReturn:
+    from hydra.core.utils import JobReturn, JobStatus
+
+    returned = JobReturn(
+        overrides=job.overrides,
+        cfg=own_config(job.config),
+        hydra_cfg=OmegaConf.masked_copy(job.config, ["hydra"]),
+        working_dir=str(job.run.output_dir),
+        task_name=str(job.config.hydra.job.name),
+        status=JobStatus.COMPLETED if failure is None else JobStatus.FAILED,
+    )
+    returned.return_value = None if failure is None else RunError.of(failure)
+    return returned

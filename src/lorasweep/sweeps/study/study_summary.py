@@ -1,0 +1,191 @@
+"""What a sweep came to: its trials, the best candidate, what pruning saved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from optuna.trial import FrozenTrial, TrialState
+from rich.markup import escape
+from rich.table import Table
+
+from lorasweep.sweeps.study.methods import importance, was_pruned
+from lorasweep.sweeps.study.study import ATTEMPT, REASON, Study
+from lorasweep.sweeps.study.trial import BEST, EPOCHS, PLANNED
+
+MIN_COMPLETE = 8  # trials; with fewer, what matters can't be told
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One trial as the table shows it."""
+
+    number: int
+    state: str
+    best: dict[str, Any] | None
+    """Epoch, path and scores of its best candidate."""
+    feasible: bool
+    epochs: int
+    planned: int
+    params: dict[str, Any]
+    attempts: int
+    """How many times it failed and was begun again."""
+    reason: str
+    """Why it failed last."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """A study's rows, and what follows from them."""
+
+    name: str
+    rows: Sequence[Row]
+    best: Sequence[Row]
+    """The best trial, or with several objectives those that no other beats in all.
+
+    Those that train or failed count too: `pick` chooses among all candidates.
+    """
+    epochs: int
+    planned: int
+    """Epochs that the trials which ended well would have trained without pruning."""
+    importance: dict[str, float]
+    objectives: Sequence[str]
+
+
+def summarise(study: Study) -> Summary:
+    """Sum up what the study knows now."""
+    rows = [_row(trial) for trial in study.trials]
+    ended = [row for row in rows if row.state in ("complete", "pruned")]
+    return Summary(
+        name=study.name,
+        rows=rows,
+        best=_best(rows, study),
+        epochs=sum(row.epochs for row in ended),
+        planned=sum(max(row.planned, row.epochs) for row in ended),
+        importance=_importance(study),
+        objectives=study.settings.objectives,
+    )
+
+
+def table(summary: Summary) -> Table:
+    """The trials in their order; the best in green."""
+    names = list(dict.fromkeys(name for row in summary.rows for name in row.params))
+    shown = Table(title=f"{summary.name}: {len(summary.rows)} trials", caption_justify="left")
+    for header in ("trial", "state", *(_short(name, "/") for name in summary.objectives)):
+        shown.add_column(header, justify="left" if header == "state" else "right", no_wrap=True)
+    shown.add_column("at", justify="right", no_wrap=True)
+    shown.add_column("epochs", justify="right", no_wrap=True)
+    for name in names:
+        shown.add_column(_short(name, "."), justify="right", overflow="fold")
+    for row in summary.rows:
+        style = "bold green" if row in summary.best else None
+        shown.add_row(*_cells(row, names, summary.objectives), style=style)
+    return shown
+
+
+def lines(summary: Summary) -> list[str]:
+    """The best, what pruning saved, what failed and what matters, in lines for a person."""
+    said = []
+    what = "Best" if len(summary.objectives) == 1 else "On the front"
+    for row in summary.best:
+        assert row.best is not None
+        found = row.best["scores"]
+        scores = ", ".join(f"{n} {_number(found.get(n), 4)}" for n in summary.objectives)
+        breaks = "" if row.feasible else ", though it breaks a constraint"
+        path = Path(row.best["path"])
+        said.append(
+            f"{what}: trial {row.number}, epoch {row.best['epoch']}, {scores}{breaks}: {path}"
+        )
+    saved = summary.planned - summary.epochs
+    if summary.planned:
+        share = saved / summary.planned
+        said.append(
+            f"Trained {summary.epochs} epochs of {summary.planned} planned:"
+            f" pruning saved {saved} ({share:.0%})."
+        )
+    failed = [row for row in summary.rows if row.state == "failed"]
+    said += [f"Trial {row.number} failed: {row.reason}" for row in failed]
+    repeated = [row for row in summary.rows if row.attempts and row.state != "failed"]
+    said += [f"Trial {row.number} was begun again: {row.reason}" for row in repeated]
+    if summary.importance:
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in summary.importance.items())
+        said.append(f"What mattered for {summary.objectives[0]}: {shares}.")
+    if not summary.best:
+        said.append("No trial has a candidate yet.")
+    return said
+
+
+def _row(trial: FrozenTrial) -> Row:
+    attrs = trial.user_attrs
+    names = {TrialState.FAIL: "failed"}
+    state = "pruned" if was_pruned(trial) else names.get(trial.state, trial.state.name.lower())
+    return Row(
+        number=trial.number,
+        state=state,
+        best=attrs.get(BEST),
+        feasible=all(excess <= 0 for excess in trial.constraints.values()),
+        epochs=int(attrs.get(EPOCHS, 0)),
+        planned=int(attrs.get(PLANNED, 0)),
+        params=trial.params,
+        attempts=int(attrs.get(ATTEMPT, 0)),
+        reason=str(attrs.get(REASON, "")),
+    )
+
+
+def _best(rows: Sequence[Row], study: Study) -> list[Row]:
+    """The best trials; those that keep the constraints go before those that don't."""
+    known = [row for row in rows if row.best is not None]
+    usable = [row for row in known if row.feasible] or known
+    if not study.settings.pareto:
+        return sorted(usable, key=lambda row: _losses(row, study)[0])[:1]
+    return [
+        row
+        for row in usable
+        if not any(_beats(_losses(other, study), _losses(row, study)) for other in usable)
+    ]
+
+
+def _losses(row: Row, study: Study) -> list[float]:
+    """Its objectives; of all, smaller is better."""
+    assert row.best is not None
+    pairs = zip(study.settings.signs, study.settings.objectives, strict=True)
+    return [sign * row.best["scores"].get(name, math.inf) for sign, name in pairs]
+
+
+def _beats(ours: Sequence[float], theirs: Sequence[float]) -> bool:
+    return ours != theirs and all(a <= b for a, b in zip(ours, theirs, strict=True))
+
+
+def _importance(study: Study) -> dict[str, float]:
+    complete = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]
+    everywhere = [
+        name
+        for name in study.space.parameters
+        if all(name in trial.params for trial in complete)
+        and len({repr(trial.params[name]) for trial in complete}) > 1
+    ]
+    different = len({repr(trial.values) for trial in complete}) > 1
+    if study.settings.pareto or len(complete) < MIN_COMPLETE or not everywhere or not different:
+        return {}
+    return importance(study.optuna_study, everywhere)
+
+
+def _cells(row: Row, names: Sequence[str], objectives: Sequence[str]) -> list[str]:
+    best = row.best or {"scores": {}, "epoch": ""}
+    scores = [_number(best["scores"].get(name), 4) for name in objectives]
+    planned = f"{row.epochs}/{row.planned}" if row.planned else ""
+    params = [_number(row.params.get(name)) for name in names]
+    return [str(row.number), row.state, *scores, str(best["epoch"]), planned, *params]
+
+
+def _number(value: object, digits: int = 3) -> str:
+    if isinstance(value, float):
+        return f"{value:.{digits}g}"
+    return "" if value is None else escape(str(value))
+
+
+def _short(name: str, separator: str) -> str:
+    return name.rpartition(separator)[2]

@@ -1,0 +1,240 @@
+"""A worker process: trains packs on one device, as its driver says between two epochs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from logging.handlers import QueueHandler
+from multiprocessing import parent_process
+from typing import TYPE_CHECKING, Any
+
+from lorasweep.config.config import Run, one_line
+from lorasweep.core.interrupts import Interrupts
+from lorasweep.core.progress import Tick
+from lorasweep.models.base_model import BaseModel, import_libraries, is_out_of_memory
+from lorasweep.runs.session import Failure, Finished, Report, Session, load_base
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """What the driver answers a Boundary with."""
+
+    joining: Sequence[Run] = ()
+    dropping: Sequence[str] = ()
+    stop: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Boundary:
+    """The end of an epoch, or of a pack; the worker waits for its Turn."""
+
+    reports: Sequence[Report] = ()
+    max_runs: int | None = None
+    """Runs that can train at once here, as far as that is known."""
+    last: bool = False
+    """The worker ends: what broke may have broken its device's state too."""
+
+
+Message = Boundary | Tick | logging.LogRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class Orders:
+    """How a worker is to be."""
+
+    device: str
+    max_pack: int
+    num_threads: int | None
+    """Threads of torch, where several workers share the CPU."""
+    log_levels: Mapping[str, int]
+    """The driver's, by logger."""
+
+
+def work(connection: Connection) -> None:
+    """The worker's life, until its driver says stop, stops it by a signal, or dies.
+
+    Its orders come first; the driver may have none yet when it starts one.
+    """
+    # Ctrl-C reaches the whole terminal: the driver answers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_die_with_driver, daemon=True).start()
+    with suppress(Exception):  # who needs them says what is wrong
+        import_libraries()
+    orders: Orders = connection.recv()
+    _set_threads(orders)
+    outbox = _Outbox(connection)
+    _log_to(outbox, orders.log_levels)
+    with Interrupts(signal.SIGTERM, second_ends=False) as interrupts:
+        worker = _Worker(connection, outbox, orders, interrupts)
+        try:
+            worker.serve()
+        except KeyboardInterrupt as stop:
+            worker.close(stop)
+        else:
+            worker.close(None)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # all is written; to take the libraries down takes a second or two
+
+
+class _Outbox:
+    """The way to the driver, for all threads."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection, self._lock = connection, threading.Lock()
+
+    def put_nowait(self, message: Message) -> None:
+        """Send; without a driver nobody listens, and the worker is about to end."""
+        with self._lock:
+            try:
+                self._connection.send(message)
+            except (BrokenPipeError, ConnectionResetError):
+                return
+
+
+class _Worker:
+    """Sessions, one for each kind of run, over the base model that was loaded last."""
+
+    def __init__(
+        self, connection: Connection, outbox: _Outbox, orders: Orders, interrupts: Interrupts
+    ) -> None:
+        self._connection, self._outbox, self._orders = connection, outbox, orders
+        self._interrupts = interrupts
+        self._sessions: list[Session] = []
+        self._names: list[str] = []  # runs of the pack that have not ended yet
+        self._backlog: list[Run] = []  # for the next pack
+        self._base: tuple[object, BaseModel] | None = None
+
+    def serve(self) -> None:
+        """Train pack after pack."""
+        boundary = Boundary()
+        while not boundary.last:
+            runs = self._backlog or self._ask(boundary).joining
+            self._backlog = []
+            boundary = self._train(runs) if runs else Boundary()
+        self._outbox.put_nowait(boundary)
+
+    def close(self, error: BaseException | None) -> None:
+        """Write what waits for MLflow; runs that still train are marked there."""
+        for session in self._sessions:
+            session.__exit__(type(error) if error else None, error, None)
+        self._sessions = []
+
+    def _ask(self, boundary: Boundary) -> Turn:
+        self._outbox.put_nowait(boundary)
+        ended = {r.run for r in boundary.reports if isinstance(r, Finished | Failure)}
+        self._names = [name for name in self._names if name not in ended]
+        turn: Turn = self._connection.recv()
+        if turn.stop:
+            raise KeyboardInterrupt
+        return turn
+
+    def _train(self, runs: Sequence[Run]) -> Boundary:
+        """Train a pack and all who join it; the boundary at its end."""
+        self._names = [run.name for run in runs]
+        session = None
+        try:
+            session = self._session(runs[0])
+            for reports in session.train([self._here(run) for run in runs]):
+                self._take_turns(session, reports)
+            return Boundary()
+        except Exception as error:  # whatever broke this pack, the sweep goes on
+            return self._broken(session, error)
+
+    def _take_turns(self, session: Session, reports: Sequence[Report]) -> None:
+        turn = self._ask(Boundary(reports=reports, max_runs=session.max_runs))
+        for run in turn.joining:
+            self._join(session, run)
+        dropped = [session.drop(name) for name in turn.dropping if name in session.names]
+        if dropped:  # the driver may have others for their places
+            self._take_turns(session, dropped)
+
+    def _join(self, session: Session, run: Run) -> None:
+        here = self._here(run)
+        if session.first.can_share_pack(here):
+            self._names.append(run.name)
+            session.join(here)
+        else:  # the driver knows that this pack has just ended
+            self._backlog.append(run)
+
+    def _broken(self, session: Session | None, error: Exception) -> Boundary:
+        if session is not None:
+            self._sessions.remove(session)
+            session.__exit__(type(error), error, None)
+        shared = (
+            isinstance(error, RuntimeError) and is_out_of_memory(error) and len(self._names) > 1
+        )
+        failures = Failure.of_pack(self._names, error, shared=shared)
+        fewer = len(self._names) // 2 if shared else None
+        return Boundary(reports=failures, max_runs=fewer, last=one_line(error) is None)
+
+    def _session(self, run: Run) -> Session:
+        """The session of runs like this one, kept or new; its base model is kept likewise."""
+        run = self._here(run)
+        for session in self._sessions:
+            if session.first.can_share_pack(run):
+                return session
+        session = Session(
+            run,
+            max_pack=self._orders.max_pack,
+            load=self._load,
+            show=self._outbox.put_nowait,
+            interrupts=self._interrupts,
+        )
+        self._sessions.append(session)
+        return session
+
+    def _load(self, run: Run, device: str) -> BaseModel:
+        key = (run.model, run.trainer.precision, run.trainer.gradient_checkpointing)
+        if self._base is None or self._base[0] != key:
+            self._base = None  # two don't fit everywhere
+            for session in self._sessions[:-1]:
+                session.__exit__(None, None, None)
+            self._sessions = self._sessions[-1:]
+            self._base = (key, load_base(run, device))
+        return self._base[1]
+
+    def _here(self, run: Run) -> Run:
+        return replace(run, trainer=replace(run.trainer, device=self._orders.device))
+
+
+class _LogHandler(QueueHandler):
+    """Sends log lines to the driver, formatted, for it to show and to write."""
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        self.queue.put_nowait(record)
+
+
+def _log_to(outbox: Any, levels: Mapping[str, int]) -> None:
+    root = logging.getLogger()
+    root.handlers = [_LogHandler(outbox)]
+    for name, level in levels.items():
+        logging.getLogger(name or None).setLevel(level)
+
+
+def _die_with_driver() -> None:
+    """End at once when the driver is gone: another may take the sweep up, and we'd disturb it."""
+    driver = parent_process()
+    assert driver is not None
+    driver.join()
+    os._exit(1)
+
+
+def _set_threads(orders: Orders) -> None:
+    import torch
+
+    if orders.num_threads is not None:
+        torch.set_num_threads(orders.num_threads)
+    if orders.device.startswith("cuda"):
+        torch.cuda.set_device(orders.device)

@@ -1,0 +1,129 @@
+"""The diffusion loss of a pack's micro step, and its gradients.
+
+Noise prediction as in DDPM (arXiv 2006.11239) or v-prediction (arXiv 2202.00512), averaged over
+channels and pixels, weighted per sample, averaged over each run's own batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lorasweep.adapters.pack import Pack
+from lorasweep.core import rng
+from lorasweep.models.base_model import BaseModel
+from lorasweep.training.run_state import RunState
+from lorasweep.training.trainer import TrainingData
+from lorasweep.training.training_batches import Batch, caption_of, captions_vary
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class PackLoss:
+    """Computes losses of packs over one base model and one set of images."""
+
+    def __init__(self, base: BaseModel, data: TrainingData, accumulation: int) -> None:
+        self.base, self.data, self.accumulation = base, data, accumulation
+        self._embeds: dict[str, Tensor] = {}
+
+    def backward(
+        self, pack: Pack, states: Sequence[RunState], batches: Sequence[Batch]
+    ) -> list[float]:
+        """Add each run's gradients of its batch, divided by the accumulation steps; its loss."""
+        import torch
+
+        latents = torch.cat([self._latents(s, b) for s, b in zip(states, batches, strict=True)])
+        draws = [self._draw(state, len(batches[0]), latents.shape[1:]) for state in states]
+        noise = torch.cat([noise for noise, _ in draws]).to(latents.device)
+        timesteps = torch.cat([timesteps for _, timesteps in draws]).to(latents.device)
+        captions = self._captions(states, batches)
+        scheduler = self.base.noise_scheduler
+        noisy_latents = scheduler.add_noise(latents, noise, timesteps)
+        with pack.attached(dropout_steps=[state.num_micro_steps for state in states]):
+            with self.base.autocast():
+                embeds = self._encode(pack, captions)
+                noise_pred = self.base.predict(noisy_latents, timesteps, embeds)
+            target = self.base.training_target(latents, noise, timesteps)
+            per_sample = (noise_pred.float() - target).square().mean(dim=(1, 2, 3))
+            losses = self._weighted(per_sample, timesteps, states)
+            shares = losses / self.accumulation
+            total = torch.stack(
+                [state.scaler.scale(share) for state, share in zip(states, shares, strict=True)]
+            ).sum()
+            total.backward()
+        for state in states:
+            state.num_micro_steps += 1
+        values: list[float] = losses.tolist()
+        return values
+
+    def _latents(self, state: RunState, batch: Batch) -> Tensor:
+        import torch
+
+        items = [self.data.items[index] for index in batch]
+        draw = rng.python_random(state.run.seed, "flip", state.num_micro_steps)
+        flips = [draw.random() < 0.5 for _ in items]
+        return torch.stack(
+            [
+                item.flipped if flip and item.flipped is not None else item.latents
+                for item, flip in zip(items, flips, strict=True)
+            ]
+        )
+
+    def _draw(self, state: RunState, rows: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Noise (rows, C, h, w) and timesteps (rows,) of this run's micro step, on the CPU."""
+        import torch
+
+        seed, step = state.run.seed, state.num_micro_steps
+        draw = rng.generator(seed, "noise", step)
+        noise = torch.randn(rows, *shape, generator=draw)
+        if state.run.noise_offset > 0:  # kohya: the offset noise is the target too
+            noise += state.run.noise_offset * torch.randn(rows, shape[0], 1, 1, generator=draw)
+        draw = rng.generator(seed, "timesteps", step)
+        return noise, torch.randint(self.base.num_train_timesteps, (rows,), generator=draw)
+
+    def _captions(self, states: Sequence[RunState], batches: Sequence[Batch]) -> list[str]:
+        return [
+            caption_of(
+                self.data.items[index],
+                self.data.settings,
+                seed=state.run.seed,
+                epoch=state.num_epochs + 1,
+                place=(state.num_micro_steps, row),
+            )
+            for state, batch in zip(states, batches, strict=True)
+            for row, index in enumerate(batch)
+        ]
+
+    def _encode(self, pack: Pack, captions: list[str]) -> Tensor:
+        """Prompt embeddings (K * rows, L, D); kept where nothing changes them."""
+        import torch
+
+        if pack.adapts("text_encoder"):
+            return self.base.encode_prompt(captions)
+        with torch.no_grad():
+            if captions_vary(self.data.settings):
+                return self.base.encode_prompt(captions)
+            missing = sorted(set(captions) - set(self._embeds))
+            if missing:
+                embeds = self.base.encode_prompt(missing)
+                self._embeds.update(zip(missing, embeds, strict=True))
+            return torch.stack([self._embeds[caption] for caption in captions])
+
+    def _weighted(
+        self, per_sample: Tensor, timesteps: Tensor, states: Sequence[RunState]
+    ) -> Tensor:
+        """Losses (K,) of per-sample losses (K * rows,)."""
+        import torch
+
+        num_runs = len(states)
+        losses, times = per_sample.view(num_runs, -1), timesteps.view(num_runs, -1)
+        if any(state.run.min_snr_gamma is not None for state in states):
+            weights = [
+                torch.ones_like(losses[index])
+                if state.run.min_snr_gamma is None
+                else self.base.min_snr_weight(times[index], state.run.min_snr_gamma)
+                for index, state in enumerate(states)
+            ]
+            losses = losses * torch.stack(weights)
+        return losses.mean(dim=1)

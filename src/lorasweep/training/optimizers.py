@@ -1,0 +1,182 @@
+"""The optimiser and the learning-rate schedule of one run."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+
+from lorasweep.adapters.adapter import Site
+from lorasweep.adapters.unet_blocks import BlockWeights, block_index, joined
+from lorasweep.core.settings import Settings, SettingsError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer(Settings):
+    """Which optimiser, its learning rates by part, and clipping."""
+
+    type: str
+    unet_lr: NonNegativeFloat
+    text_encoder_lr: NonNegativeFloat
+    block_lr_weights: BlockWeights | None
+    max_grad_norm: NonNegativeFloat
+    args: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if not self.trained_parts:
+            raise SettingsError(
+                "optimizer.unet_lr and optimizer.text_encoder_lr are both 0, so nothing would be"
+                " trained; give one of them, e.g. optimizer.unet_lr=1e-4"
+            )
+        if self.block_lr_weights is not None and self.unet_lr == 0:
+            raise SettingsError(
+                "optimizer.block_lr_weights multiply optimizer.unet_lr, which is 0; set it or leave"
+                " them out"
+            )
+
+    @property
+    def trained_parts(self) -> frozenset[str]:
+        """text_encoder and unet, where their learning rate is not zero."""
+        rates = {"text_encoder": self.text_encoder_lr, "unet": self.unet_lr}
+        return frozenset(part for part, rate in rates.items() if rate > 0)
+
+    @property
+    def bare_blocks(self) -> frozenset[int]:
+        """The UNet's blocks, by kohya's number, that are not trained: their weight is 0."""
+        weights = self.block_lr_weights.all if self.block_lr_weights is not None else ()
+        return frozenset(index for index, weight in enumerate(weights) if weight == 0)
+
+    def group_of(self, site: Site) -> str:
+        """The group of a site's parameters: its part, or unet_x0.5 where a weight multiplies."""
+        index = block_index(site)
+        if self.block_lr_weights is None or index is None:
+            return site.part
+        return _weighted(self.block_lr_weights.all[index])
+
+    def network_args(self) -> dict[str, str]:
+        """kohya's network_args of the weights by block."""
+        weights = self.block_lr_weights
+        if weights is None:
+            return {}
+        return {
+            "down_lr_weight": joined(weights.down),
+            "mid_lr_weight": joined([weights.mid]),
+            "up_lr_weight": joined(weights.up),
+        }
+
+    def check(self) -> None:
+        """Raise SettingsError unless the optimiser can be made, before anything else is done."""
+        import torch
+
+        groups = [name for name, rate in self._rates().items() if rate > 0]
+        parameters = {group: [torch.nn.Parameter(torch.zeros(1))] for group in groups}
+        optimizer = self.create(parameters)
+        for (parameter,) in parameters.values():
+            parameter.grad = torch.zeros(1)
+        try:
+            optimizer.step()
+        except (RuntimeError, ValueError) as error:  # some check their settings only here
+            raise SettingsError(f"optimizer.type={self.type} refuses to step: {error}") from None
+
+    def create(
+        self, parameters: Mapping[str, Sequence[torch.nn.Parameter]]
+    ) -> torch.optim.Optimizer:
+        """The optimiser with a group for each name of `group_of`, the text encoder's first.
+
+        That is kohya's order. Raises SettingsError if the class is not installed or refuses its
+        arguments.
+        """
+        groups = [
+            {"params": list(parameters[name]), "lr": rate, "name": name}
+            for name, rate in self._rates().items()
+            if parameters.get(name)
+        ]
+        cls = self._class()
+        try:
+            created: torch.optim.Optimizer = cls(groups, **self.args)
+        except (TypeError, ValueError) as error:
+            raise SettingsError(f"optimizer.args: {self.type} refuses them: {error}") from None
+        return created
+
+    def _rates(self) -> dict[str, float]:
+        """The learning rate of every group there may be."""
+        weights = self.block_lr_weights.all if self.block_lr_weights is not None else ()
+        by_block = {_weighted(weight): self.unet_lr * weight for weight in sorted(set(weights))}
+        return {"text_encoder": self.text_encoder_lr, "unet": self.unet_lr, **by_block}
+
+    def _class(self) -> Any:
+        module_name, _, name = self.type.rpartition(".")
+        try:
+            found = getattr(importlib.import_module(module_name or "torch.optim"), name)
+        except ImportError:
+            package = module_name.partition(".")[0].replace("_", "-")
+            raise SettingsError(
+                f"optimizer.type={self.type}: package {package} is not installed;"
+                f" pip install {package}, or optimizer=adamw"
+            ) from None
+        except AttributeError:
+            found = None
+        from torch.optim import Optimizer as TorchOptimizer
+
+        if not (isinstance(found, type) and issubclass(found, TorchOptimizer)):
+            raise SettingsError(
+                f"optimizer.type={self.type}: {module_name or 'torch.optim'} has no class"
+                f" {name}; upper and lower case count, as in optimizer.type=AdamW"
+            )
+        return found
+
+
+def _weighted(weight: float) -> str:
+    return "unet" if weight == 1 else f"unet_x{weight}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LRScheduler(Settings):
+    """A schedule of diffusers.optimization over all steps of a run."""
+
+    type: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+    warmup: NonNegativeFloat
+    num_cycles: PositiveInt
+    power: PositiveFloat
+
+    def __post_init__(self) -> None:
+        unused = {"num_cycles": "cosine_with_restarts", "power": "polynomial"}
+        for name, needed in unused.items():
+            if getattr(self, name) != 1 and self.type != needed:
+                raise SettingsError(
+                    f"lr_scheduler.{name}={getattr(self, name):g} has no effect on"
+                    f" {self.type}; use lr_scheduler={needed} or set it to 1"
+                )
+        if self.warmup >= 1 and self.warmup != int(self.warmup):
+            raise SettingsError(
+                f"lr_scheduler.warmup={self.warmup}: give a whole number of steps, or a fraction"
+                " below 1 of all steps"
+            )
+
+    def warmup_steps(self, num_steps: int) -> int:
+        """Steps of warm-up in a run of `num_steps`."""
+        return int(self.warmup if self.warmup >= 1 else self.warmup * num_steps)
+
+    def create(
+        self, optimizer: torch.optim.Optimizer, num_steps: int
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """The schedule, to be stepped once an optimiser step, for `num_steps` in all."""
+        from diffusers.optimization import get_scheduler
+
+        warmup = self.warmup_steps(num_steps)
+        name = "constant_with_warmup" if self.type == "constant" and warmup else self.type
+        scheduler: torch.optim.lr_scheduler.LRScheduler = get_scheduler(
+            name,
+            optimizer,
+            num_warmup_steps=warmup,
+            num_training_steps=num_steps,
+            num_cycles=self.num_cycles,
+            power=self.power,
+        )
+        return scheduler

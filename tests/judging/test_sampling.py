@@ -1,0 +1,109 @@
+"""Sample images: kohya's prompt lines, fixed seeds, and pictures from files on the clean base."""
+
+import numpy as np
+import pytest
+from test_adapters import trained
+
+from lorasweep.core.settings import SettingsError
+from lorasweep.judging import sampling
+from lorasweep.lora_files import checkpoint
+from lorasweep.runs.session import load_pack
+
+
+@pytest.fixture
+def settings(make_run):
+    return make_run("sampling.num_inference_steps=3").sampling
+
+
+def difference(a, b):
+    return float(np.abs(np.asarray(a, float) - np.asarray(b, float)).max())
+
+
+def test_options_of_a_prompt_line_override_the_settings(make_run):
+    line = "a cat --n a dog --w 96 --h 70 --d 7 --l 3.5 --s 4000"
+    settings = make_run(f"sampling.prompts=['{line}',plain]").sampling
+    first, second = settings.resolve((64, 64), 32)
+    assert first == sampling.Prompt("a cat", "a dog", 96, 64, 7, 3.5, 1000)
+    assert (second.text, second.width, second.seed) == ("plain", 64, 1)
+
+
+def test_a_prompt_may_hold_dashes_that_are_no_option(make_run):
+    (prompt,) = make_run("sampling.prompts=['black-and-white -- drawing']").sampling.resolve(
+        (64, 64), 32
+    )
+    assert prompt.text == "black-and-white -- drawing"
+
+
+@pytest.mark.parametrize("line", ["a --x 3", "a --w wide"])
+def test_an_unknown_or_wrong_option_is_refused(line, make_run):
+    with pytest.raises(SettingsError, match=r"sampling\.prompts: --"):
+        make_run(f"sampling.prompts=['{line}']")
+
+
+def test_pictures_are_the_same_whatever_is_drawn_beside_them(base, settings, make_run):
+    prompts = settings.resolve((64, 64), 32)
+    wide = [*prompts, sampling.Prompt("a cat", "", 96, 64, 5, 1.0, 2)]
+    pack = trained(base, (make_run("adapter.rank=4").adapter, 0), (make_run().adapter, 1))
+    together = sampling.render(base, pack, wide, settings)
+    for index in range(2):
+        alone = sampling.render(base, pack.select([index]), prompts, settings)[0]
+        # rounding to 8 bits may fall on either side
+        assert difference(together[index][0], alone[0]) <= 1
+    assert together[0][1].size == (96, 64)
+
+
+def test_seed_and_adapter_change_the_picture(base, settings, make_run):
+    prompts = settings.resolve((64, 64), 32)
+    other = [sampling.Prompt(**{**prompts[0].__dict__, "seed": 9})]
+    bare = sampling.render(base, None, prompts, settings)[0][0]
+    again = sampling.render(base, None, prompts, settings)[0][0]
+    assert difference(bare, again) == 0
+    assert difference(bare, sampling.render(base, None, other, settings)[0][0]) > 10
+    pack = trained(base, (make_run("adapter.rank=4").adapter, 0))
+    assert difference(bare, sampling.render(base, pack, prompts, settings)[0][0]) > 10
+
+
+def test_a_sampler_that_adds_noise_repeats_its_picture(base, make_run):
+    settings = make_run("sampling.scheduler=EulerAncestralDiscreteScheduler").sampling
+    prompts = settings.resolve((64, 64), 4)
+    one, two = (sampling.render(base, None, prompts, settings)[0][0] for _ in range(2))
+    assert difference(one, two) == 0
+
+
+def test_due_epochs(make_run):
+    settings = make_run("sampling.every_n_epochs=3").sampling
+    assert [epoch for epoch in range(8) if settings.due(epoch)] == [0, 3, 6]
+    assert not make_run("sampling.every_n_epochs=0").sampling.due(0)
+
+
+def test_diffusers_draws_the_same_picture_from_the_file(base, make_run, tmp_path):
+    """The whole way of a user: load_lora_weights on the plain pipeline, same prompt and noise."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    settings = make_run("sampling.num_inference_steps=4", "sampling.guidance_scale=3").sampling
+    prompts = settings.resolve((64, 64), 32)
+    pack = trained(base, (make_run("adapter.rank=4").adapter, 0))
+    checkpoint.write(tmp_path / "style.safetensors", pack.file_tensors(0), {})
+    ours = sampling.render(
+        base, load_pack(base, [tmp_path / "style.safetensors"]), prompts, settings
+    )
+
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        base.settings.path, use_safetensors=True, dtype=base.unet.dtype
+    )
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = sampling.noise(base, prompts[0])[None]
+    call = {
+        "prompt": prompts[0].text,
+        "latents": noise,
+        "num_inference_steps": 4,
+        "guidance_scale": 3.0,
+        "width": 64,
+        "height": 64,
+    }
+    bare = pipeline(**call).images[0]
+    pipeline.load_lora_weights(tmp_path, weight_name="style.safetensors")
+    theirs = pipeline(**call).images[0]
+    assert difference(theirs, bare) > 10
+    assert difference(theirs, ours[0][0]) <= 2  # fp32 sums in another order, then 8 bits

@@ -1,0 +1,106 @@
+"""The base model: from a folder or one file, with the same predictions; pickles refused."""
+
+import pytest
+import torch
+from test_adapters import predict
+
+from lorasweep.core.settings import SettingsError
+from lorasweep.export import model_tensors
+from lorasweep.models.base_model import ModelError, resolve_device
+
+
+def test_a_single_file_gives_the_same_predictions_as_the_folder(base, make_run, tmp_path):
+    file = tmp_path / "model.safetensors"
+    model_tensors.write_file(model_tensors.read(base.settings.path), file)
+    model = make_run(f"model.path={file}", f"model.config={base.settings.path}").model
+    loaded = model.load()
+    assert torch.equal(predict(loaded, None), predict(base, None))
+    assert loaded.prediction_type == base.prediction_type
+    hashes = loaded.file_hashes
+    assert len(hashes["ss_new_sd_model_hash"]) == 64
+    assert len(hashes["ss_sd_model_hash"]) == 8
+
+
+def test_a_single_file_without_configs_says_what_it_needs(base, make_run, tmp_path):
+    file = tmp_path / "model.safetensors"
+    model_tensors.write_file(model_tensors.read(base.settings.path), file)
+    with pytest.raises(ModelError, match=r"model\.config is null"):
+        make_run(f"model.path={file}", "model.config=null").model.load()
+
+
+def test_a_pickled_checkpoint_is_refused_unless_allowed(make_run, tmp_path):
+    file = tmp_path / "model.ckpt"
+    torch.save({}, file)
+    with pytest.raises(SettingsError, match=r"model\.allow_pickle=true"):
+        make_run(f"model.path={file}")
+    assert make_run(f"model.path={file}", "model.allow_pickle=true").model.is_single_file
+
+
+def test_a_folder_that_holds_no_model_is_one_line(make_run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match="can't be loaded") as caught:
+        make_run(f"model.path={tmp_path / 'empty'}").model.load()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_hub_id_that_cannot_be_reached_is_one_line(make_run):
+    with pytest.raises(ModelError, match="nobody/nothing can't be loaded") as caught:
+        make_run("model.path=nobody/nothing").model.load()
+    assert "\n" not in str(caught.value)
+
+
+def test_another_architecture_is_refused(make_run, tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
+    with pytest.raises(ModelError, match="StableDiffusionXLPipeline"):
+        make_run(f"model.path={tmp_path}").model.load()
+
+
+def test_clip_skip_takes_an_earlier_layer_through_the_final_norm(base, make_run):
+    skipping = make_run("model.clip_skip=2").model.load()
+    with torch.no_grad():
+        embeds = skipping.encode_prompt(["a cat"])
+        states = base.text_encoder(base.tokenize(["a cat"]), output_hidden_states=True)
+        inner = getattr(base.text_encoder, "text_model", base.text_encoder)
+        expected = inner.final_layer_norm(states.hidden_states[-2])
+    assert torch.equal(embeds, expected)
+    assert not torch.equal(embeds, base.encode_prompt(["a cat"]))
+
+
+def test_training_target_is_what_the_model_predicts(base, make_run):
+    latents, noise = torch.randn(1, 4, 16, 16), torch.randn(1, 4, 16, 16)
+    timesteps = torch.tensor([500])
+    epsilon = make_run("model.prediction_type=epsilon").model.load()
+    assert torch.equal(epsilon.training_target(latents, noise, timesteps), noise)
+    alpha = base.noise_scheduler.alphas_cumprod[500]
+    velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents  # arXiv 2202.00512
+    assert torch.allclose(base.training_target(latents, noise, timesteps), velocity, atol=1e-5)
+
+
+def test_min_snr_weights_follow_the_paper(base, make_run):
+    timesteps = torch.tensor([10, 500, 900])
+    alphas = base.noise_scheduler.alphas_cumprod[timesteps]
+    snr = alphas / (1 - alphas)
+    assert torch.allclose(base.min_snr_weight(timesteps, 5), snr.clamp(max=5) / (snr + 1))
+    epsilon = make_run("model.prediction_type=epsilon").model.load()
+    assert torch.allclose(epsilon.min_snr_weight(timesteps, 5), snr.clamp(max=5) / snr)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_one_line():
+    assert resolve_device("auto") == "cpu"
+    with pytest.raises(SettingsError, match="no CUDA device was found"):
+        resolve_device("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_cuda_predicts_what_the_cpu_does(precision, base, make_run):
+    moved = make_run().model.load("cuda", precision)
+    with torch.no_grad(), moved.autocast():
+        embeds = moved.encode_prompt(["a cat"])
+        latents = torch.ones(1, 4, 16, 16, device="cuda")
+        ours = moved.predict(latents, torch.tensor([500], device="cuda"), embeds)
+        cpu = base.predict(latents.cpu(), torch.tensor([500]), base.encode_prompt(["a cat"]))
+    tolerance = 1e-3 if precision == "fp32" else 0.1
+    assert torch.allclose(ours.float().cpu(), cpu, atol=tolerance)

@@ -1,0 +1,179 @@
+"""The main job of one pack: its reports, its folders, and what it does when something breaks."""
+
+import json
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lorasweep import tracking
+from lorasweep.runs import session as run_module
+from lorasweep.runs.session import EpochReport, Failure, Finished, Session, run_pack, write_folders
+from lorasweep.training.native_trainer import NativeTraining
+
+
+def reports(*runs):
+    return [report for report in run_pack(runs) if isinstance(report, EpochReport)]
+
+
+def test_every_checkpoint_is_reported_once_with_scores(make_run):
+    runs = [make_run("adapter.rank=2", f"seed={n}", number=n) for n in range(2)]
+    found = reports(*runs)
+    assert [(r.run, r.checkpoint.epoch) for r in found] == [
+        ("demo-0", 1),
+        ("demo-1", 1),
+        ("demo-0", 2),
+        ("demo-1", 2),
+    ]
+    assert all(r.checkpoint.path.exists() for r in found)
+    assert found[0].scores["val/loss_rel"] != found[1].scores["val/loss_rel"]
+    seconds = json.loads((runs[0].output_dir / "seconds.json").read_text())
+    assert set(seconds) == {"prepare", "train", "score", "sample"}
+    assert all(spent > 0 for spent in seconds.values())
+
+
+def test_scoring_out_of_memory_goes_on_with_fewer_at_once(make_run, monkeypatch, caplog):
+    from diffusers import UNet2DConditionModel
+
+    runs = [make_run("trainer.max_train_epochs=1", f"seed={n}", number=n) for n in range(2)]
+    expected = {(r.run, r.checkpoint.epoch): r.scores["val/loss_rel"] for r in reports(*runs)}
+    forward = UNet2DConditionModel.forward
+
+    def limited(self, sample, *args, **kwargs):
+        if not torch.is_grad_enabled() and sample.shape[0] > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory (made by the test)")
+        return forward(self, sample, *args, **kwargs)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", limited)
+    runs = [replace(run, output_dir=run.output_dir / "limited") for run in runs]
+    with caplog.at_level(logging.WARNING):
+        found = {(r.run, r.checkpoint.epoch): r.scores["val/loss_rel"] for r in reports(*runs)}
+    assert "fewer are scored at once" in caplog.text
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_edited_caption_is_trained_on_and_logged(make_run):
+    run = make_run("trainer.max_train_epochs=1")
+    folder = write_folders(run) / "train" / "1_wd"
+    (file, *_) = sorted(folder.glob("*.txt"))
+    file.write_text("a caption of my own\n")
+    (report,) = reports(run)
+    used = json.loads((run.output_dir / "captions.json").read_text())
+    assert "a caption of my own" in used["train"]["1_wd"].values()
+    from lorasweep.lora_files.checkpoint import read_metadata
+
+    assert "a caption of my own" in read_metadata(report.checkpoint.path)["ss_tag_frequency"]
+
+
+def test_the_users_folder_is_left_as_it_was(make_run, tmp_path):
+    from PIL import Image
+
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for number in range(6):
+        Image.new("RGB", (80, 64), (40 * number, 100, 90)).save(mine / f"{number}.png")
+        (mine / f"{number}.txt").write_text(f"colour {number}")
+    before = {
+        p.name: (p.read_bytes(), p.stat().st_mtime_ns, p.stat().st_nlink) for p in mine.iterdir()
+    }
+    output_root = tmp_path / "elsewhere"
+    run = make_run(
+        f"dataset.image_dir={mine}",
+        f"output_root={output_root}",
+        "captions=[empty,sidecar]",
+        "captions.empty.repeats=1",
+        "captions.sidecar.repeats=2",
+        "trainer.max_train_epochs=1",
+    )
+    assert len(reports(run)) == 1
+    after = {
+        p.name: (p.read_bytes(), p.stat().st_mtime_ns, p.stat().st_nlink) for p in mine.iterdir()
+    }
+    assert after == before
+    (data,) = [p for p in (output_root / "datasets").iterdir() if p.is_dir()]
+    assert {p.name for p in (data / "train").iterdir()} == {"1_empty", "2_sidecar"}
+
+
+def mlflow_runs(run, query=""):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(run.tracking.resolve(run.output_root))
+    found = client.search_runs(["1"], query)
+    return {one.info.run_name: one for one in found}, found, client
+
+
+def test_one_leaves_a_pack_and_another_takes_its_place(make_run):
+    runs = [make_run("adapter.rank=2", f"seed={n}", number=n) for n in range(3)]
+    seen = []
+    with Session(runs[0], max_pack=2) as session:
+        for found in session.train(runs[:2]):
+            seen.append([(type(one).__name__, one.run) for one in found])
+            if seen[-1][0] == ("EpochReport", "demo-0") and len(seen) == 2:
+                session.join(runs[2])
+                assert session.drop("demo-1") == Finished(run="demo-1", dropped=True)
+    assert seen == [
+        [("Started", "demo-0"), ("Started", "demo-1")],
+        [("EpochReport", "demo-0"), ("EpochReport", "demo-1")],
+        [("Started", "demo-2")],
+        [("EpochReport", "demo-0"), ("EpochReport", "demo-2"), ("Finished", "demo-0")],
+        [("EpochReport", "demo-2"), ("Finished", "demo-2")],
+    ]
+    logged, every, client = mlflow_runs(runs[0])
+    assert len(every) == 3
+    statuses = {
+        name: (one.info.status, one.data.tags.get("lorasweep.pruned"))
+        for name, one in logged.items()
+    }
+    assert statuses == {
+        "demo-0": ("FINISHED", None),
+        "demo-1": ("KILLED", "true"),
+        "demo-2": ("FINISHED", None),
+    }
+    history = client.get_metric_history(logged["demo-2"].info.run_id, "val/loss_rel")
+    assert [metric.step for metric in history] == [0, 1, 2]
+    assert (runs[2].output_dir / "samples" / "demo-2_e000000_00.png").exists()
+    found = tracking.candidates(runs[0].tracking.resolve(runs[0].output_root), "lorasweep")
+    assert sorted((one.run, one.epoch) for one in found) == [
+        ("demo-0", 1),
+        ("demo-0", 2),
+        ("demo-1", 1),
+        ("demo-2", 1),
+        ("demo-2", 2),
+    ]
+
+
+def test_another_attempt_at_a_run_takes_the_place_of_the_broken_one(make_run):
+    run = make_run("adapter.rank=2", number=0)
+    with pytest.raises(RuntimeError, match="power"), Session(run) as session:
+        for found in session.train([run]):
+            if isinstance(found[0], EpochReport):
+                raise RuntimeError("power cut (made by the test)")
+    assert mlflow_runs(run)[0]["demo-0"].info.status == "FAILED"
+    assert len(reports(run)) == 2
+    logged, every, _ = mlflow_runs(run)
+    assert [one.info.status for one in every] == ["FINISHED"]
+    found = tracking.candidates(run.tracking.resolve(run.output_root), "lorasweep")
+    assert [one.epoch for one in found] == [1, 2]
+    assert {one.run_id for one in found} == {logged["demo-0"].info.run_id}
+
+
+def test_a_run_that_cannot_start_fails_alone(make_run, monkeypatch):
+    runs = [make_run("trainer.max_train_epochs=1", f"seed={n}", number=n) for n in range(2)]
+    join = NativeTraining.join
+
+    def refuse(self, run, state=None):
+        if run.name == "demo-0":
+            raise ValueError("demo-0 is not to be (made by the test)")
+        join(self, run, state)
+
+    monkeypatch.setattr(NativeTraining, "join", refuse)
+    # on a CUDA device a step is measured first
+    monkeypatch.setattr(run_module, "memory_for", lambda device, step: step())
+    found = list(run_pack(runs))
+    assert Failure(run="demo-0", reason="demo-0 is not to be (made by the test)") in found
+    assert [type(one).__name__ for one in found if one.run == "demo-1"] == [
+        "Started",
+        "EpochReport",
+        "Finished",
+    ]

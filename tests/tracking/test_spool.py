@@ -1,0 +1,486 @@
+"""What is logged while MLflow is away or the process dies arrives whole, and each thing once."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import shutil
+import socket
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import (
+    INTERNAL_ERROR,
+    INVALID_PARAMETER_VALUE,
+    TEMPORARILY_UNAVAILABLE,
+)
+
+from logged import SETTINGS, finish, log_epochs, new_run, snapshot
+from lorasweep import tracking
+from lorasweep.cli import main
+from lorasweep.tracking import Tracker, TrackingError, connect, spool, store, writer
+
+CALLS = """search_runs create_run log_batch log_inputs log_artifacts log_artifact set_tag delete_tag
+    create_logged_model log_outputs log_model_artifacts finalize_logged_model set_terminated
+    update_run search_logged_models"""
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty store, to copy: making one takes a second."""
+    database = tmp_path_factory.mktemp("tables") / "mlflow.db"
+    store.quieten_mlflow()
+    store._create_database(database)
+    return database
+
+
+@pytest.fixture
+def root(tmp_path: Path, tables: Path) -> Path:
+    shutil.copy(tables, tmp_path / "mlflow.db")
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory, tables: Path) -> list[dict[str, Any]]:
+    """What MLflow has of a run that nothing disturbed."""
+    root = tmp_path_factory.mktemp("unbroken")
+    shutil.copy(tables, root / "mlflow.db")
+    train(root)
+    return snapshot(SETTINGS.resolve(root))
+
+
+def train(root: Path, *, goes_on: bool = False) -> None:
+    """A whole run; what was logged before is logged again, as after a resume."""
+    with Tracker(SETTINGS, root) as tracker:
+        log = tracker.open_run(new_run(root), goes_on=goes_on)
+        log_epochs(log, root / "a")
+        finish(log)
+
+
+def die_in(train: Callable[[Path], None], root: Path, *, call: int, patched: list[Any]) -> bool:
+    """Train in a process that dies right after the call with that number; did it come so far?"""
+
+    def child() -> None:
+        done = 0
+
+        def dying(original: Callable[..., Any]) -> Callable[..., Any]:
+            def wrapper(*args: Any, **kwargs: Any) -> Any:
+                nonlocal done
+                result = original(*args, **kwargs)
+                done += 1
+                if done == call:
+                    os._exit(9)
+                return result
+
+            return wrapper
+
+        for owner, name in patched:
+            patch.object(owner, name, dying(getattr(owner, name))).start()
+        train(root)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join()
+    assert process.exitcode in (0, 9)
+    return process.exitcode == 9
+
+
+CLIENT = [(MlflowClient, name) for name in CALLS.split()]
+DISK = [(spool, "write_atomically"), (os, "fsync"), (Path, "rename")]
+STRIDE = 6  # of the default suite; `slow` does them all
+
+
+@pytest.mark.parametrize(
+    ("patched", "first", "stride"),
+    [
+        pytest.param(CLIENT, 2, STRIDE, id="store"),
+        pytest.param(DISK, 3, STRIDE, id="disk"),
+        pytest.param(CLIENT, 1, 1, id="store-all", marks=pytest.mark.slow),
+        pytest.param(DISK, 1, 1, id="disk-all", marks=pytest.mark.slow),
+    ],
+)
+def test_a_process_killed_after_any_call_loses_nothing_and_repeats_nothing(
+    patched: list[Any],
+    first: int,
+    stride: int,
+    tmp_path: Path,
+    tables: Path,
+    unbroken: list[dict[str, Any]],
+) -> None:
+    for call in range(first, 1000, stride):
+        root = tmp_path / str(call)
+        root.mkdir()
+        shutil.copy(tables, root / "mlflow.db")
+        if not die_in(train, root, call=call, patched=patched):
+            break
+        assert is_begun_and_whole(logged_offline(root))
+        train(root, goes_on=True)
+        assert snapshot(SETTINGS.resolve(root)) == unbroken, f"killed after call {call}"
+        left = sorted(path.name for path in (root / "a" / ".tracking").iterdir())
+        assert left[0].endswith(".done")
+        assert left[1:] in ([], ["lock"])
+    assert call > 20
+
+
+def logged_offline(root: Path) -> frozenset[int]:
+    """What a process that goes on knows without a store; it then stops in good order."""
+    with Tracker(replace(SETTINGS, offline=True), root) as tracker:
+        log = tracker.open_run(new_run(root), goes_on=True)
+        log.suspend("a signal")
+        return log.logged_epochs
+
+
+def is_begun_and_whole(epochs: frozenset[int]) -> bool:
+    """Epochs are logged in order, so that none is missing between two."""
+    return epochs == frozenset(range(len(epochs)))
+
+
+def test_what_goes_on_is_the_same_run_and_knows_its_epochs(root: Path) -> None:
+    uri = SETTINGS.resolve(root)
+    with Tracker(SETTINGS, root) as tracker:
+        log = tracker.open_run(new_run(root))
+        log_epochs(log, root / "a", last=1)
+        log.log_step(3, {"train/loss": 0.1})
+        first = log.run_id
+        log.suspend("SIGTERM")
+    suspended = MlflowClient(uri).get_run(first)
+    with Tracker(SETTINGS, root) as tracker:
+        log = tracker.open_run(new_run(root), goes_on=True)
+        second, logged = log.run_id, log.logged_epochs
+        running = MlflowClient(uri).get_run(first)
+        finish(log)
+    assert second == first
+    assert logged == {0, 1}
+    assert suspended.info.status == "KILLED"
+    assert suspended.data.tags["lorasweep.suspended"] == "SIGTERM"
+    assert suspended.data.metrics["train/loss"] == 0.1
+    assert running.info.status == "RUNNING"
+    assert "lorasweep.suspended" not in running.data.tags
+
+
+def test_a_new_attempt_drops_what_an_earlier_one_left(root: Path) -> None:
+    with Tracker(replace(SETTINGS, offline=True), root) as tracker:
+        log_epochs(tracker.open_run(new_run(root)), root / "a")
+    with Tracker(SETTINGS, root) as tracker:
+        log = tracker.open_run(new_run(root))
+        assert log.logged_epochs == frozenset()
+        log_epochs(log, root / "a", last=1)
+        log.finish("FINISHED")
+    (run,) = snapshot(SETTINGS.resolve(root))
+    assert [step for step, _ in run["curves"]["val/loss_rel"]] == [0, 1]
+    assert tracking.unsent(root) == []
+
+
+def test_offline_runs_are_sent_by_sync_as_if_they_had_been_online(
+    root: Path, unbroken: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = replace(SETTINGS, offline=True, uri="http://127.0.0.1:1")
+    with Tracker(settings, root) as tracker:
+        tracker.ready()
+        log = tracker.open_run(new_run(root))
+        log_epochs(log, root / "a")
+        finish(log)
+        with pytest.raises(TrackingError, match="not sent yet"):
+            _ = log.run_id
+    assert tracking.unsent(root) == [root / "a"]
+    store = [f"output_root={root}", f"tracking.uri={SETTINGS.resolve(root)}"]
+    codes = [main_code(["sync", *store]) for _ in range(2)]
+    said = capsys.readouterr().out
+    assert codes == [0, 0]
+    assert "a: 8 writes sent" in said
+    assert "MLflow has everything" in said
+    assert snapshot(SETTINGS.resolve(root)) == unbroken
+
+
+def main_code(argv: list[str]) -> int:
+    with pytest.raises(SystemExit) as end:
+        main.main(argv)
+    assert isinstance(end.value.code, int)
+    return end.value.code
+
+
+def test_sync_leaves_alone_what_another_process_sends_and_names_what_is_not_there(
+    root: Path,
+) -> None:
+    offline = replace(SETTINGS, offline=True)
+    with Tracker(offline, root) as tracker:
+        tracker.open_run(new_run(root))
+        (busy,) = tracking.sync(SETTINGS, root)
+        with pytest.raises(TrackingError, match="no such run"):
+            tracking.sync(SETTINGS, root, "b")
+    assert busy.is_busy
+    assert "another process" in busy.line()
+    (sent,) = tracking.sync(SETTINGS, root, "a")
+    assert (sent.sent, sent.left) == (1, 0)
+
+
+def test_two_processes_cannot_log_into_one_folder(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offline = replace(SETTINGS, offline=True)
+    monkeypatch.setattr(spool.Spool.acquire, "__defaults__", (0,))
+    with Tracker(offline, root) as one, Tracker(offline, root) as other:
+        log = one.open_run(new_run(root))
+        with pytest.raises(TrackingError, match="in use by another process"):
+            other.open_run(new_run(root))
+        with pytest.raises(TrackingError, match="two runs can't have one folder"):
+            one.open_run(new_run(root))
+        log.finish("FINISHED")
+
+
+def test_a_run_whose_process_died_is_closed_with_all_that_it_had_logged(root: Path) -> None:
+    def die(root: Path) -> None:
+        tracker = Tracker(SETTINGS, root)
+        log_epochs(tracker.open_run(new_run(root)), root / "a")
+        os._exit(9)
+
+    die_in(die, root, call=0, patched=[])
+    tracking.mark_broken(SETTINGS, root, root / "a", "its worker died")
+    (run,) = snapshot(SETTINGS.resolve(root))
+    assert run["status"] == "FAILED"
+    assert run["tags"]["lorasweep.reason"] == "its worker died"
+    assert [step for step, _ in run["curves"]["val/loss_rel"]] == [0, 1, 2, 3]
+    train(root, goes_on=True)
+    (run,) = snapshot(SETTINGS.resolve(root))
+    assert (run["status"], "lorasweep.reason" in run["tags"]) == ("FINISHED", False)
+
+
+def test_a_broken_run_of_a_dead_server_is_closed_later(root: Path) -> None:
+    with Tracker(replace(SETTINGS, offline=True), root) as tracker:
+        log_epochs(tracker.open_run(new_run(root)), root / "a")
+    dead = replace(SETTINGS, uri="http://127.0.0.1:1", max_wait_seconds=0.1)
+    tracking.mark_broken(dead, root, root / "a", "its worker died")
+    tracking.sync(SETTINGS, root, uri_is_given=True)
+    (run,) = snapshot(SETTINGS.resolve(root))
+    assert (run["status"], run["tags"]["lorasweep.reason"]) == ("FAILED", "its worker died")
+
+
+def test_a_server_that_refuses_or_hangs_at_the_start_is_one_line_and_leaves_nothing(
+    root: Path,
+) -> None:
+    with socket.socket() as hanging:
+        hanging.bind(("127.0.0.1", 0))
+        hanging.listen()
+        for port in (1, hanging.getsockname()[1]):
+            uri = f"http://me:sec/ret@127.0.0.1:{port}".replace("/ret", "ret")
+            settings = replace(SETTINGS, uri=uri, max_wait_seconds=0.5)
+            with (
+                pytest.raises(TrackingError, match=r"tracking\.offline=true") as error,
+                Tracker(settings, root) as tracker,
+            ):
+                tracker.open_run(new_run(root))
+                tracker.ready()
+            told = str(error.value)
+            assert f"http://***@127.0.0.1:{port}" in told
+            assert "secret" not in told
+            assert "\n" not in told
+            assert tracking.unsent(root) == []
+
+
+def test_a_store_that_took_the_sweep_before_may_be_away_when_more_of_it_starts(
+    root: Path, unbroken: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    away = replace(SETTINGS, uri="http://127.0.0.1:1", max_wait_seconds=0.1)
+    with Tracker(replace(away, uri=SETTINGS.resolve(root)), root) as tracker:
+        tracker.open_run(new_run(root, "b")).finish("FINISHED")
+    done = root / "b" / ".tracking" / "000002.done"
+    text = done.read_text().replace(SETTINGS.resolve(root), "http://127.0.0.1:1")
+    done.write_text(text)  # as if it had been on that server
+    with Tracker(away, root) as tracker:
+        log = tracker.open_run(new_run(root))
+        tracker.ready()
+        log_epochs(log, root / "a")
+        finish(log)
+    assert "waits on the disk" in caplog.text
+    tracking.sync(SETTINGS, root, uri_is_given=True)
+    assert snapshot(SETTINGS.resolve(root))[:1] == unbroken
+
+
+def test_what_an_ended_run_left_is_sent_when_another_of_its_sweep_starts(
+    root: Path, unbroken: list[dict[str, Any]]
+) -> None:
+    with Tracker(replace(SETTINGS, offline=True), root) as tracker:
+        log = tracker.open_run(new_run(root))
+        log_epochs(log, root / "a")
+        finish(log)
+    with Tracker(SETTINGS, root) as tracker:
+        tracker.open_run(new_run(root, "b")).finish("FINISHED")
+    assert tracking.unsent(root) == []
+    assert snapshot(SETTINGS.resolve(root))[:1] == unbroken
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_what_an_ended_run_left_is_held_no_longer_than_sending_it_takes(
+    root: Path, *, offline: bool
+) -> None:
+    """Another worker may be about to go on with it."""
+    with Tracker(replace(SETTINGS, offline=True), root) as tracker:
+        tracker.open_run(new_run(root)).finish("FAILED", "its worker died")
+    settings = replace(SETTINGS, offline=offline)
+    with Tracker(settings, root) as one, Tracker(settings, root) as other:
+        one.open_run(new_run(root, "b"))
+        other.open_run(new_run(root), goes_on=True).finish("FINISHED")
+    assert [path.name for path in tracking.unsent(root)] == (["a", "b"] if offline else [])
+
+
+def test_who_adopted_a_run_may_go_on_with_it(
+    root: Path, unbroken: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Tracker(replace(SETTINGS, offline=True), root) as tracker:
+        log = tracker.open_run(new_run(root))
+        log_epochs(log, root / "a")
+        log.finish("FAILED", "its worker died")
+    opened = threading.Event()
+    connected = writer.Writer._open
+    monkeypatch.setattr(
+        writer.Writer, "_open", lambda self: (opened.wait(60) and None) or connected(self)
+    )
+    with Tracker(SETTINGS, root) as tracker:
+        other = tracker.open_run(new_run(root, "b"))
+        log = tracker.open_run(new_run(root), goes_on=True)  # before it is sent
+        opened.set()
+        finish(log)
+        other.finish("FINISHED")
+    assert snapshot(SETTINGS.resolve(root))[:1] == unbroken
+
+
+def test_the_end_of_a_run_waits_for_a_hanging_server_only_so_long(
+    root: Path, unbroken: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answered, log_batch = threading.Event(), MlflowClient.log_batch
+
+    def hanging(*args: Any, **kwargs: Any) -> None:
+        answered.wait()
+        log_batch(*args, **kwargs)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", hanging)
+    monkeypatch.setattr(connect, "sqlite_path", lambda _uri: None)  # as for a server
+    with Tracker(SETTINGS, root) as tracker:
+        tracker.ready()
+        log = tracker.open_run(new_run(root))
+        log_epochs(log, root / "a")
+        finish(log)  # comes back, though nothing is answered
+        assert len(spool.Spool(root / "a").waiting()) == 8
+        answered.set()
+    assert snapshot(SETTINGS.resolve(root)) == unbroken
+
+
+def test_a_store_that_fails_for_a_while_gets_everything_in_order(
+    root: Path, unbroken: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of 13 calls fail, one of them after it has worked."""
+    calls = itertools.count(1)
+
+    def failing(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            number = next(calls)
+            if number % 13 == 11:
+                raise MlflowException("database is locked", TEMPORARILY_UNAVAILABLE)
+            result = original(*args, **kwargs)
+            if number % 13 == 4:
+                raise MlflowException("the answer was lost", TEMPORARILY_UNAVAILABLE)
+            return result
+
+        return call
+
+    monkeypatch.setattr(writer, "FIRST_PAUSE", 0.0)
+    monkeypatch.setattr(writer, "answers", lambda _store: False)
+    with pytest.MonkeyPatch.context() as during:
+        for owner, name in CLIENT:
+            if not name.startswith("search"):
+                during.setattr(owner, name, failing(getattr(owner, name)))
+        train(root)
+    assert next(calls) > 30
+    assert snapshot(SETTINGS.resolve(root)) == unbroken
+
+
+def test_a_write_that_only_fails_by_itself_is_put_aside_and_sync_tries_it_again(
+    root: Path, unbroken: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_args: Any, **_kwargs: Any) -> None:
+        raise MlflowException("the disk of the artifacts is full", INTERNAL_ERROR)
+
+    monkeypatch.setattr(writer, "FIRST_PAUSE", 0.0)
+    with pytest.MonkeyPatch.context() as during:
+        during.setattr(MlflowClient, "log_artifact", broken)  # the contact sheet's
+        train(root)
+    (run,) = snapshot(SETTINGS.resolve(root))
+    assert (run["status"], run["tags"]["kept"]) == ("FINISHED", "yes")
+    assert tracking.unsent(root) == [root / "a"]
+    (result,) = tracking.sync(SETTINGS, root)
+    assert (result.sent, result.left, list(result.refused)) == (1, 0, [])
+    assert snapshot(SETTINGS.resolve(root)) == unbroken
+
+
+def test_a_run_that_mlflow_refuses_to_begin_waits_whole(
+    root: Path, unbroken: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_args: Any, **_kwargs: Any) -> None:
+        raise MlflowException("a name of that kind is not taken", INVALID_PARAMETER_VALUE)
+
+    with pytest.MonkeyPatch.context() as during:
+        during.setattr(MlflowClient, "create_run", broken)
+        train(root)
+    assert caplog.text.count("is not taken") == 1
+    assert snapshot(SETTINGS.resolve(root)) == []
+    (result,) = tracking.sync(SETTINGS, root)
+    assert (result.sent, result.left) == (8, 0)
+    assert snapshot(SETTINGS.resolve(root)) == unbroken
+
+
+def test_a_damaged_file_in_the_spool_is_put_aside(root: Path) -> None:
+    with Tracker(replace(SETTINGS, offline=True), root) as tracker:
+        log = tracker.open_run(new_run(root))
+        log_epochs(log, root / "a")
+        finish(log)
+    (root / "a" / ".tracking" / "000003.json").write_bytes(b'{"run": {"uid"')
+    (result,) = tracking.sync(SETTINGS, root)
+    (run,) = snapshot(SETTINGS.resolve(root))
+    assert [path.name for path in result.refused] == ["000003.refused"]
+    assert [step for step, _ in run["curves"]["val/loss_rel"]] == [0, 2, 3]
+
+
+SECRET = "http://me:hunter2@host:5000/x?api_key=hunter2&page=2"
+PUBLIC = "http://***@host:5000/x?api_key=***&page=2"
+
+
+def test_secrets_in_uris_reach_neither_mlflow_nor_the_spool(root: Path) -> None:
+    new = replace(
+        new_run(root),
+        params={"tracking.uri": SECRET},
+        config_yaml=f"tracking:\n  uri: {SECRET}\n",
+        overrides=[f"tracking.uri={SECRET}", "study.storage='postgresql://a:hunter2@b/c'"],
+        tags={"where": SECRET},
+    )
+    with Tracker(replace(SETTINGS, offline=True, uri=SECRET), root) as tracker:
+        log = tracker.open_run(new)
+        log.tag("also", SECRET)
+        log.finish("FAILED", f"{SECRET} is away")
+    spooled = [path.read_text() for path in (root / "a" / ".tracking").glob("*.json")]
+    assert len(spooled) == 3
+    assert not any("hunter2" in text for text in spooled)
+    tracking.sync(SETTINGS, root, uri_is_given=True)
+    run_id = MlflowClient(SETTINGS.resolve(root)).search_runs(["1"])[0].info.run_id
+    run = MlflowClient(SETTINGS.resolve(root)).get_run(run_id)
+    assert run.data.params == {"tracking.uri": PUBLIC}
+    assert run.data.tags["where"] == run.data.tags["also"] == PUBLIC
+    assert run.data.tags["lorasweep.reason"] == f"{PUBLIC} is away"
+    files = [path for path in (root / "mlartifacts").rglob("*") if path.is_file()]
+    assert {path.name for path in files} >= {"config.yaml", "overrides.yaml"}
+    assert not any(b"hunter2" in path.read_bytes() for path in files)
+
+
+def test_sync_asks_for_a_password_that_is_kept_nowhere(root: Path) -> None:
+    with Tracker(replace(SETTINGS, offline=True, uri=SECRET), root) as tracker:
+        tracker.open_run(new_run(root)).finish("FINISHED")
+    with pytest.raises(TrackingError, match=r"give tracking\.uri=") as error:
+        tracking.sync(SETTINGS, root)
+    assert "hunter2" not in str(error.value)

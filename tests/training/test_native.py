@@ -1,0 +1,439 @@
+"""The native trainer: a run in a pack is the same run alone, whatever its neighbours do."""
+
+import logging
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lorasweep.data import kohya_folders, latents
+from lorasweep.lora_files import checkpoint
+from lorasweep.models.base_model import is_out_of_memory
+from lorasweep.runs.session import training_run, write_folders
+from lorasweep.training.loss import PackLoss
+from lorasweep.training.trainer import TrainerError, TrainingData
+from lorasweep.training.training_batches import caption_of, epoch_batches
+
+
+@pytest.fixture
+def data(make_run, base):
+    return load(make_run(), base)
+
+
+def load(run, base):
+    arms = kohya_folders.read(write_folders(run) / "train")
+    return TrainingData(latents.encode(base, arms, run.dataset, run.cache_dir), run.dataset)
+
+
+def train(base, data, *runs):
+    """Train to the end: losses by run, the last checkpoint by run, failures by run."""
+    losses, last, failures = {}, {}, {}
+    training = runs[0].trainer.start(base, [training_run(run) for run in runs], data)
+    for epoch in training:
+        for name, steps in epoch.steps.items():
+            losses.setdefault(name, []).extend(values["train/loss"] for _, values in steps)
+        last.update({one.run: one for one in epoch.checkpoints})
+        failures.update(epoch.failures)
+    return losses, last, failures
+
+
+def tensors(one):
+    return checkpoint.read(one.path)[0]
+
+
+def relative_difference(a, b):
+    squared = sum(float((a[name] - b[name]).square().sum()) for name in a)
+    return math.sqrt(squared / sum(float(tensor.square().sum()) for tensor in b.values()))
+
+
+MIXED = [
+    ("adapter.rank=4", "optimizer.unet_lr=1e-3", "seed=1"),
+    ("adapter.rank=16", "optimizer.unet_lr=3e-4", "lr_scheduler=cosine", "seed=2"),
+    ("adapter.rank=8", "optimizer.unet_lr=2e-3", "trainer.noise_offset=0.1", "seed=3"),
+]
+
+
+def test_a_run_in_a_pack_is_the_run_alone(make_run, base, data):
+    runs = [make_run(*overrides, number=number) for number, overrides in enumerate(MIXED)]
+    losses, last, _ = train(base, data, *runs)
+    for run in runs:
+        alone_losses, alone_last, _ = train(base, data, run)
+        assert losses[run.name] == pytest.approx(alone_losses[run.name], rel=1e-5)
+        difference = relative_difference(tensors(last[run.name]), tensors(alone_last[run.name]))
+        assert difference < 1e-5
+
+
+def test_a_neighbour_that_turns_nan_is_stopped_alone(make_run, base, data, monkeypatch):
+    healthy = make_run("adapter.rank=4", number=0)
+    doomed = make_run("adapter.rank=8", "seed=9", number=1)
+    noise = PackLoss._draw
+
+    def poisoned(self, state, rows, shape):
+        drawn, timesteps = noise(self, state, rows, shape)
+        if state.run.name == doomed.name and state.num_micro_steps == 5:  # in its second epoch
+            drawn = drawn * float("nan")
+        return drawn, timesteps
+
+    monkeypatch.setattr(PackLoss, "_draw", poisoned)
+    losses, last, failures = train(base, data, doomed, healthy)
+    assert list(failures) == [doomed.name]
+    assert (last[doomed.name].epoch, last[healthy.name].epoch) == (1, 2)
+    assert all(bool(tensor.isfinite().all()) for tensor in tensors(last[doomed.name]).values())
+    assert "in epoch 2, step 6" in failures[doomed.name]
+    assert any(item.path.name in failures[doomed.name] for item in data.items)
+    alone_losses, alone_last, _ = train(base, data, healthy)
+    assert losses[healthy.name] == pytest.approx(alone_losses[healthy.name], rel=1e-5)
+    difference = relative_difference(tensors(last[healthy.name]), tensors(alone_last[healthy.name]))
+    assert difference < 1e-5
+
+
+@pytest.mark.parametrize(
+    "overrides", [("optimizer.unet_lr=1e39",), ("optimizer.unet_lr=1e5", "trainer.save_dtype=fp16")]
+)
+def test_weights_that_no_file_can_hold_stop_their_run_alone(overrides, make_run, base, data):
+    """The last step of an epoch overflows: nothing but the weights shows it."""
+    settings = ("trainer.max_train_epochs=1", "trainer.batch_size=12", *overrides[1:])
+    doomed = make_run(*settings, overrides[0], number=1)
+    healthy = make_run(*settings, number=0)
+    _, last, failures = train(base, data, doomed, healthy)
+    assert list(failures) == [doomed.name]
+    assert list(last) == [healthy.name]
+
+
+def test_a_neighbour_that_leaves_early_changes_nothing(make_run, base, data):
+    short = make_run("trainer.max_train_epochs=1", "adapter.rank=16", number=0)
+    dropped = make_run("trainer.max_train_epochs=3", "adapter.rank=2", number=1)
+    long = make_run("trainer.max_train_epochs=3", "adapter.rank=4", number=2)
+    training = long.trainer.start(base, [training_run(r) for r in (short, dropped, long)], data)
+    seen, losses = [], []
+    for epoch in training:
+        seen.append([one.run for one in epoch.checkpoints])
+        losses += [values["train/loss"] for _, values in epoch.steps[long.name]]
+        if len(seen) == 2:
+            training.drop(dropped.name)
+    assert [len(names) for names in seen] == [3, 2, 1]
+    alone, _, _ = train(base, data, long)
+    assert losses == pytest.approx(alone[long.name], rel=1e-5)
+
+
+NO_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory (made by the test)"),
+    RuntimeError(
+        "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+    ),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+]
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=["cuda", "cpu", "cublas"])
+def test_every_way_of_running_out_of_memory_is_known(error):
+    assert is_out_of_memory(error)
+
+
+@pytest.mark.parametrize("error", NO_MEMORY[:1], ids=["cuda"])
+def test_out_of_memory_splits_the_pack_and_loses_nothing(
+    error, make_run, base, data, monkeypatch, caplog
+):
+    precision = "trainer.precision=fp16" if error is NO_MEMORY[2] else "trainer.precision=fp32"
+    if precision.endswith("fp16"):  # GradScaler must forget the step that broke off
+        base = make_run().model.load(precision="fp16")
+    runs = [make_run(f"seed={n}", "adapter.rank=4", precision, number=n) for n in range(3)]
+    expected, files = {}, {}
+    for run in runs:
+        losses, last, _ = train(base, data, run)
+        expected[run.name], files[run.name] = losses[run.name], tensors(last[run.name])
+    calls = {"count": 0}
+    forward = type(base.unet).forward
+
+    def limited(self, sample, *args, **kwargs):
+        calls["count"] += 1
+        if sample.shape[0] > 6 and calls["count"] > 3:  # two runs of batch 3 fit
+            raise error
+        return forward(self, sample, *args, **kwargs)
+
+    monkeypatch.setattr(type(base.unet), "forward", limited)
+    with caplog.at_level(logging.WARNING):
+        losses, last, _ = train(base, data, *runs)
+    assert "out of memory with 3 runs: they go on as two packs" in caplog.text
+    for run in runs:
+        exact = precision.endswith("fp32")
+        assert losses[run.name] == pytest.approx(expected[run.name], rel=1e-5 if exact else 0.02)
+        assert (last[run.name].epoch, last[run.name].step) == (2, 8)
+        difference = relative_difference(tensors(last[run.name]), files[run.name])
+        assert difference < (1e-5 if exact else 0.02)  # fp16 has 11 bits of mantissa
+
+
+def test_out_of_memory_alone_says_what_to_try(make_run, base, data, monkeypatch):
+    def fails(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory (made by the test)")
+
+    monkeypatch.setattr(type(base.unet), "forward", fails)
+    with pytest.raises(TrainerError, match=r"trainer\.gradient_checkpointing=true"):
+        train(base, data, make_run())
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
+def test_each_epoch_leaves_a_file_with_kohyas_name_and_metadata(name, dtype, make_run, base, data):
+    run = make_run("adapter.rank=4", f"trainer.save_dtype={name}")
+    _, last, _ = train(base, data, run)
+    files = sorted(path.name for path in run.output_dir.glob("*.safetensors"))
+    assert files == [f"{run.name}-000001.safetensors", f"{run.name}-000002.safetensors"]
+    weights, metadata = checkpoint.read(last[run.name].path)
+    assert {tensor.dtype for tensor in weights.values()} == {dtype}
+    assert metadata["ss_epoch"] == "2"
+    assert metadata["ss_network_dim"] == "4"
+    assert metadata["ss_network_alpha"] == "2.0"
+    # 4 images in 3 arms, batch 3, 2 epochs
+    assert metadata["ss_steps"] == metadata["ss_max_train_steps"] == "8"
+    content = last[run.name].path.read_bytes()
+    assert metadata["sshs_model_hash"] == checkpoint.model_hash(content)
+
+
+def test_text_encoder_lr_zero_leaves_the_text_encoder_alone(make_run, base, data, monkeypatch):
+    encoded = []
+    encode = type(base).encode_prompt
+    monkeypatch.setattr(
+        type(base), "encode_prompt", lambda self, p: encoded.append(len(p)) or encode(self, p)
+    )
+    _, last, _ = train(base, data, make_run("optimizer.text_encoder_lr=0"))
+    (weights,) = [tensors(one) for one in last.values()]
+    assert all(name.startswith("lora_unet") for name in weights)
+    assert sum(encoded) == len({item.caption for item in data.items})  # each caption once
+
+
+def test_accumulated_gradients_are_averaged(make_run, base, data):
+    """With a tiny learning rate two plain steps move twice as far as one of two micro steps."""
+    overrides = (
+        "adapter.rank=4",
+        "optimizer=sgd",
+        "optimizer.args.momentum=0",
+        "optimizer.unet_lr=1e-6",
+        "optimizer.text_encoder_lr=1e-6",
+        "optimizer.max_grad_norm=0",
+        "trainer.batch_size=1",
+        "trainer.max_train_epochs=1",
+    )
+    two_steps = make_run(*overrides, number=0)
+    one_step = make_run(*overrides, "trainer.gradient_accumulation_steps=2", number=1)
+    twice = replace(data, items=[replace(data.items[0], repeats=2)])
+    (far,) = train(base, twice, two_steps)[1].values()
+    losses, near, _ = train(base, twice, one_step)
+    assert len(losses[one_step.name]) == 1
+    assert (near[one_step.name].step, far.step) == (1, 2)
+    ups = {name: tensor for name, tensor in tensors(far).items() if "lora_up" in name}
+    doubled = {name: 2 * tensors(near[one_step.name])[name] for name in ups}
+    assert relative_difference(doubled, ups) < 1e-3
+
+
+def test_gradient_checkpointing_changes_memory_not_results(make_run, base, data):
+    plain, _, _ = train(base, data, make_run("adapter.rank=4", "adapter.rank_dropout=0.3"))
+    fresh = make_run().model.load()
+    run = make_run(
+        "adapter.rank=4", "adapter.rank_dropout=0.3", "trainer.gradient_checkpointing=true"
+    )
+    saved, _, _ = train(fresh, data, run)
+    assert saved[run.name] == pytest.approx(plain[run.name], rel=1e-5)
+    seen = []
+    inner = fresh.unet.up_blocks[-1].resnets[0]
+    inner.register_forward_pre_hook(lambda *_: seen.append(1))
+    train(
+        fresh, data, make_run("trainer.gradient_checkpointing=true", "trainer.max_train_epochs=1")
+    )
+    assert len(seen) == 2 * 4  # 4 steps, each computed forward twice
+
+
+def test_bf16_trains_close_to_fp32_with_fp32_adapters(make_run, base, data):
+    exact, _, _ = train(base, data, make_run("adapter.rank=4"))
+    run = make_run("adapter.rank=4", "trainer.precision=bf16")
+    rough, last, _ = train(run.model.load(precision="bf16"), data, run)
+    assert rough[run.name] == pytest.approx(exact[run.name], rel=0.05)  # 8 bits of mantissa
+    assert {tensor.dtype for tensor in tensors(last[run.name]).values()} == {torch.float32}
+
+
+def test_bf16_packs_of_mixed_scales_train_as_alone(make_run, base, data):
+    low = make_run().model.load(precision="bf16")
+    options = ("trainer.precision=bf16", "trainer.max_train_epochs=1")
+    runs = [
+        make_run(*options, "adapter.rank=6", "adapter.alpha=1.7", number=0),
+        make_run(*options, "adapter.rank=4", "adapter.alpha=3", number=1),
+    ]
+    losses, _, _ = train(low, data, *runs)
+    for run in runs:
+        alone, _, _ = train(low, data, run)
+        assert losses[run.name] == pytest.approx(alone[run.name], rel=0.01)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """What the small demo's weights are after an epoch; filled by the first who trains it."""
+    return {}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("trainer.min_snr_gamma=5",),
+        ("dataset.shuffle_caption=true", "dataset.keep_tokens=1"),
+        ("dataset.flip_aug=true",),
+        ("dataset.caption_dropout_rate=0.5",),
+        ("adapter.scale_weight_norms=0.01",),
+        ("model.clip_skip=2",),
+        ("optimizer=sgd",),
+        ("lr_scheduler=polynomial", "lr_scheduler.warmup=0.5"),
+    ],
+)
+def test_options_train_and_change_the_result(overrides, make_run, base, data, plain):
+    short = "trainer.max_train_epochs=1"
+    if not plain:
+        (trained,) = train(base, data, make_run(short))[1].values()
+        plain.update(tensors(trained))
+    run = make_run(*overrides, short, number=1)
+    own_base = run.model.load() if run.model != base.settings else base
+    losses, last, _ = train(own_base, load(run, own_base), run)
+    assert all(math.isfinite(loss) for loss in losses[run.name])
+    assert relative_difference(tensors(last[run.name]), plain) > 1e-4
+
+
+def test_weight_norms_are_kept_below_the_limit(make_run, base, data):
+    run = make_run("adapter.rank=4", "adapter.scale_weight_norms=0.01")
+    _, last, _ = train(base, data, run)
+    from lorasweep.runs.session import load_pack
+
+    pack = load_pack(base, [last[run.name].path])
+    assert max(float(delta.norm()) for _, delta in pack.delta_weights(0)) <= 0.01 * (1 + 1e-5)
+
+
+def captions_seen(data, caption, count=400, **changes):
+    """The captions that many reads of one image give."""
+    item = replace(data.items[0], caption=caption)
+    settings = replace(data.settings, **changes)
+    return [caption_of(item, settings, seed=0, epoch=2, place=(n, 0)) for n in range(count)]
+
+
+def test_shuffled_captions_keep_their_first_tags_in_place(data):
+    captions = captions_seen(data, "a, b, c, d", shuffle_caption=True, keep_tokens=2)
+    assert {caption[:6] for caption in captions} == {"a, b, "}
+    assert {caption[6:] for caption in captions} == {"c, d", "d, c"}
+
+
+def test_captions_are_dropped_as_often_as_asked(data):
+    whole = captions_seen(data, "a, b", caption_dropout_rate=0.25)
+    assert 0.15 < whole.count("") / len(whole) < 0.35
+    tags = captions_seen(data, "a, b, c", caption_tag_dropout_rate=0.5, keep_tokens=1)
+    assert all(caption.startswith("a") for caption in tags)
+    assert 0.4 < sum("b" in caption for caption in tags) / len(tags) < 0.6
+    assert set(captions_seen(data, "a", caption_dropout_every_n_epochs=2)) == {""}
+    assert set(captions_seen(data, "a", caption_dropout_every_n_epochs=3)) == {"a"}
+
+
+def test_an_epoch_holds_every_image_repeats_times_in_kohyas_number_of_steps(data):
+    items = [replace(item, repeats=10) for item in data.items[:10]]
+    batches = epoch_batches(items, 3, run_seed=0, data_seed=0, epoch=1)
+    assert len(batches) == 34  # kohya: 10 images x 10 repeats, batch 3
+    counts = [sum(batch.count(index) for batch in batches) for index in range(10)]
+    assert counts == [10] * 10
+
+
+def test_buckets_meet_in_the_same_order_for_every_run_seed(data):
+    items = [replace(item, bucket=(64, 64 + 32 * (n % 2))) for n, item in enumerate(data.items)]
+
+    def shapes(seed):
+        batches = epoch_batches(items, 2, run_seed=seed, data_seed=0, epoch=1)
+        assert all(len({items[i].bucket for i in batch}) == 1 for batch in batches)
+        return [(len(batch), items[batch[0]].bucket) for batch in batches]
+
+    assert shapes(1) == shapes(2)
+
+
+def test_runs_with_buckets_share_a_pack(make_run, base):
+    options = (
+        "dataset.enable_bucket=true",
+        "dataset.min_bucket_reso=32",
+        "dataset.max_bucket_reso=128",
+        "dataset.bucket_reso_steps=32",
+    )
+    runs = [make_run(*options, f"seed={n}", "adapter.rank=4", number=n) for n in range(2)]
+    data = load(runs[0], base)
+    wide = [
+        replace(item, bucket=(64, 32), latents=item.latents[:, :8]) if n % 3 == 0 else item
+        for n, item in enumerate(data.items)
+    ]
+    data = replace(data, items=wide)
+    losses, _, _ = train(base, data, *runs)
+    alone, _, _ = train(base, data, runs[1])
+    assert losses[runs[1].name] == pytest.approx(alone[runs[1].name], rel=1e-5)
+
+
+def test_buckets_keep_their_order_from_epoch_to_epoch(data):
+    """So that a run meets its neighbours' shapes whenever it joined them."""
+    items = [replace(item, bucket=(64, 64 + 32 * (n % 3))) for n, item in enumerate(data.items)]
+    orders = {
+        tuple(items[batch[0]].bucket for batch in batches)
+        for epoch in (1, 2, 3)
+        for batches in [epoch_batches(items, 2, run_seed=epoch, data_seed=0, epoch=epoch)]
+    }
+    assert len(orders) == 1
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [("adapter.rank=16",), ("optimizer.text_encoder_lr=0",), ("optimizer.unet_lr=0",)],
+    ids=["same kind", "unet only", "text encoder only"],
+)
+def test_a_run_that_joins_later_is_the_run_alone(kind, make_run, base, data):
+    first, second = (make_run(f"seed={n}", "adapter.rank=4", number=n) for n in range(2))
+    late = make_run("seed=7", *kind, number=2)
+    training = first.trainer.start(base, [training_run(first), training_run(second)], data)
+    losses, last = {run.name: [] for run in (first, second, late)}, {}
+    for number, epoch in enumerate(training):
+        for name, steps in epoch.steps.items():
+            losses[name] += [values["train/loss"] for _, values in steps]
+        last.update({one.run: one for one in epoch.checkpoints})
+        if number == 0:
+            training.join(training_run(late))
+    files = {name: tensors(one) for name, one in last.items()}
+    assert {one.epoch for one in last.values()} == {2}
+    for run in (first, late):
+        alone_losses, alone_last, _ = train(base, data, run)
+        assert losses[run.name] == pytest.approx(alone_losses[run.name], rel=1e-5)
+        assert relative_difference(files[run.name], tensors(alone_last[run.name])) < 1e-5
+
+
+def test_a_run_that_does_not_fit_alone_leaves_the_others(make_run, base, data, monkeypatch):
+    runs = [make_run(f"seed={n}", f"name=r{n}") for n in range(2)]
+    backward = PackLoss.backward
+
+    def limited(self, pack, states, batches):
+        if "r1" in [state.run.name for state in states]:
+            raise torch.OutOfMemoryError("CUDA out of memory (made by the test)")
+        return backward(self, pack, states, batches)
+
+    monkeypatch.setattr(PackLoss, "backward", limited)
+    training = runs[0].trainer.start(base, [training_run(run) for run in runs], data)
+    monkeypatch.setattr(training, "_members", training._members.select([1, 0]))  # it comes first
+    training._members.bind()
+    epochs = list(training)
+    assert [list(epoch.failures) for epoch in epochs] == [["r1"], [], []]
+    assert [one.run for epoch in epochs for one in epoch.checkpoints] == ["r0", "r0"]
+    assert training.max_runs == 1
+
+
+def test_a_run_that_does_not_fit_alone_leaves_those_that_wait_for_the_end_of_its_epoch(
+    make_run, base, data, monkeypatch
+):
+    first, late = (make_run(f"seed={n}", f"name=r{n}") for n in range(2))
+    backward = PackLoss.backward
+
+    def limited(self, pack, states, batches):
+        if first.name in [state.run.name for state in states]:
+            raise torch.OutOfMemoryError("CUDA out of memory (made by the test)")
+        return backward(self, pack, states, batches)
+
+    monkeypatch.setattr(PackLoss, "backward", limited)
+    training = first.trainer.start(base, [training_run(first)], data)
+    training._members.states[0].num_batches = 1  # it goes on within its epoch
+    training.join(training_run(late))
+    epochs = list(training)
+    assert [list(epoch.failures) for epoch in epochs] == [["r0"], [], []]
+    assert [one.run for epoch in epochs for one in epoch.checkpoints] == ["r1", "r1"]
