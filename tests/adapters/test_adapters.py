@@ -11,7 +11,7 @@ from conftest import options
 from lorasweep.adapters.adapter import Dropout, Site
 from lorasweep.adapters.initial_weights import start
 from lorasweep.adapters.locon import LoConStack
-from lorasweep.adapters.pack import Pack
+from lorasweep.adapters.pack import Pack, computing_with
 from lorasweep.core.settings import SettingsError
 from lorasweep.lora_files import checkpoint
 
@@ -59,7 +59,7 @@ def predict(base, pack, rows=2, runs=1):
     draw = torch.Generator().manual_seed(1)
     latents = torch.randn(rows, 4, 16, 16, generator=draw).repeat(runs, 1, 1, 1)
     timesteps = torch.tensor([100, 900][:rows]).repeat(runs)
-    with torch.no_grad(), base.computing_with(pack):
+    with torch.no_grad(), computing_with(pack):
         embeds = base.encode_prompt(["a cat", "a rocket"][:rows] * runs)
         return base.predict(latents, timesteps, embeds)
 

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from lorasweep.adapters import peft_names
 from lorasweep.adapters.kohya_names import every_site, sites
+from lorasweep.adapters.pack import computing_with
 from lorasweep.cli import main
 from lorasweep.core import safetensors_header
 from lorasweep.core.safetensors_header import CheckpointError
@@ -271,7 +272,7 @@ def test_a_file_under_pefts_names_scores_as_under_kohyas(base, tmp_path):
     predictions = []
     for name in ("kohya", "peft"):
         pack = load_pack(base, [tmp_path / f"{name}.safetensors"])
-        with torch.no_grad(), base.computing_with(pack):
+        with torch.no_grad(), computing_with(pack):
             predictions.append(predict(base, base.unet, base.encode_prompt(["a cat"])))
     assert torch.allclose(*predictions, atol=1e-5)
     bare = predict(base, base.unet, base.encode_prompt(["a cat"]))

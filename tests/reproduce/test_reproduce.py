@@ -406,7 +406,7 @@ def test_companions_are_kept_across_a_broken_off_process(tmp_path):
 
 def test_uncommitted_changes_are_kept_with_the_run(tmp_path, monkeypatch):
     def git(*words):
-        assert provenance.git(tmp_path, "-c", "user.name=x", "-c", "user.email=x@x", *words) != None  # noqa: E711
+        assert git(tmp_path, "-c", "user.name=x", "-c", "user.email=x@x", *words) != None  # noqa: E711
 
     git("init")
     Path(tmp_path / "notes.txt").write_text("one\n")

@@ -7,7 +7,7 @@ at once, and every site adds each run's delta to that run's own rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -245,3 +245,8 @@ def _add_deltas(
         pieces += [output[done:start], delta]
         done = stop
     return torch.cat([*pieces, output[done:]])
+
+
+def computing_with(pack: Pack | None) -> AbstractContextManager[None]:
+    """Within, the base model computes with the pack's adapters; bare without a pack."""
+    return nullcontext() if pack is None else pack.attached()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from lorasweep.adapters.pack import Pack
+from lorasweep.adapters.pack import Pack, computing_with
 from lorasweep.core import rng
 from lorasweep.core.settings import Settings, SettingsError
 from lorasweep.models.base_model import BaseModel
@@ -152,7 +152,7 @@ def _denoise(
     guidance = torch.tensor([p.guidance_scale for p in prompts], device=base.device)
     start = torch.stack([noise(base, prompt) for prompt in prompts])
     latents = (start * scheduler.init_noise_sigma).to(base.device).repeat(num_runs, 1, 1, 1)
-    with torch.no_grad(), base.computing_with(pack), base.autocast():
+    with torch.no_grad(), computing_with(pack), base.autocast():
         embeds = base.encode_prompt(texts * num_runs)
         for timestep in scheduler.timesteps:
             rows = latents.unflatten(0, (num_runs, num_prompts)).repeat(1, 2, 1, 1, 1).flatten(0, 1)

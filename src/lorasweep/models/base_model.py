@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    from lorasweep.adapters.pack import Pack
 
 PICKLED = {".ckpt", ".pt", ".pth", ".bin"}
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -277,10 +276,6 @@ class BaseModel:
             return nullcontext()
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float16
         return torch.autocast(torch.device(self.device).type, dtype)
-
-    def computing_with(self, pack: Pack | None) -> AbstractContextManager[None]:
-        """Within, the model computes with the pack's adapters, or bare."""
-        return nullcontext() if pack is None else pack.attached()
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Token ids (N, L), padded and cut to the text encoder's length."""

@@ -10,7 +10,6 @@ import json
 import logging
 import platform
 import re
-import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from functools import cache
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.core.atomic_write import write_atomically
+from lorasweep.core.git import git
 from lorasweep.models.base_model import Model
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,6 @@ LIBRARIES = (
 )
 MAX_DIFF = 1_000_000
 """Bytes of uncommitted changes that are kept."""
-GIT_SECONDS = 20
 _PARTS = ("unet", "text_encoder", "vae", "tokenizer", "scheduler")
 _WEIGHTS = re.compile(r"(diffusion_pytorch_model|model)(-\d+-of-\d+)?\.(safetensors|bin)")
 _OTHERS = {".json", ".txt", ".model"}  # configs, and a tokenizer's vocabulary
@@ -140,20 +139,6 @@ def _state(top: Path) -> dict[str, Any]:
         "diff_sha256": hashlib.sha256(text.encode(errors="replace")).hexdigest() if text else None,
         "diff": text,
     }
-
-
-def git(folder: Path, *arguments: str) -> str | None:
-    """What git says, stripped; None without git, outside of a checkout, or if it takes too long."""
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments],
-            capture_output=True,
-            check=True,
-            timeout=GIT_SECONDS,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.decode(errors="replace").strip()
 
 
 def identity(model: Model, cache_dir: Path) -> dict[str, Any]:

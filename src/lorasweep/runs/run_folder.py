@@ -20,7 +20,6 @@ from lorasweep.core.components import first_name
 from lorasweep.core.interrupts import Interrupts
 from lorasweep.core.settings import SettingsError
 from lorasweep.lora_files.checkpoint import checkpoint_path
-from lorasweep.sweeps.study.study_storage import sweep_name
 from lorasweep.training import state_files
 
 if TYPE_CHECKING:
@@ -300,6 +299,11 @@ def find(target: str, output_root: Path) -> Path:
     if (folder / MULTIRUN).is_file() or (folder / RECORD).is_file():
         return folder.absolute()
     raise SettingsError(f"{target} is no folder of a run or of a sweep: nothing was begun there")
+
+
+def sweep_name(folder: Path) -> str:
+    """What the sweep of a folder is called, in MLflow and as a study."""
+    return f"{folder.parent.name}-{folder.name}"
 
 
 def _named(name: str, output_root: Path) -> Path:

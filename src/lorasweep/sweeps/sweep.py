@@ -15,11 +15,11 @@ from omegaconf import DictConfig, OmegaConf
 from lorasweep.config.config import PACKAGE, Run
 from lorasweep.core.progress import say
 from lorasweep.core.settings import SettingsError
-from lorasweep.runs.run_folder import changes_nothing, stoppable
+from lorasweep.runs.run_folder import changes_nothing, stoppable, sweep_name
 from lorasweep.sweeps import sweep_file
 from lorasweep.sweeps.compose_jobs import read_once
 from lorasweep.sweeps.stop_rules import Limits, SweepError
-from lorasweep.sweeps.study.study_storage import only_driver, sweep_name
+from lorasweep.sweeps.study.study_storage import only_driver
 from lorasweep.sweeps.sweep_file import Search
 from lorasweep.sweeps.trial_jobs import Jobs
 from lorasweep.sweeps.trial_processes import study_settings

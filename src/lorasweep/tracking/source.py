@@ -6,7 +6,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-from lorasweep.runs.provenance import git
+from lorasweep.core.git import git
 
 LIBRARIES = ("lorasweep", "torch", "diffusers", "transformers", "safetensors", "mlflow")
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import PositiveInt
 
-from lorasweep.adapters.pack import Pack
+from lorasweep.adapters.pack import Pack, computing_with
 from lorasweep.core import rng
 from lorasweep.core.settings import Settings
 from lorasweep.data.latents import Item
@@ -174,7 +174,7 @@ class _Validator:
         rows = max(1, self.settings.batch_size // num_runs)
         by_shape = sorted(range(len(chosen)), key=lambda i: chosen[i].item.bucket)
         losses = torch.zeros(num_runs, len(chosen))
-        with torch.no_grad(), self.base.computing_with(pack), self.base.autocast():
+        with torch.no_grad(), computing_with(pack), self.base.autocast():
             embeds = self._embeds(num_runs, sorted({t.item.caption for t in chosen}))
             start = 0
             while start < len(by_shape):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import PositiveInt
 
-from lorasweep.adapters.pack import Pack
+from lorasweep.adapters.pack import Pack, computing_with
 from lorasweep.core import rng
 from lorasweep.core.settings import Settings, SettingsError
 from lorasweep.judging.metrics.metric import Images, Scored, Scorer, Scores
@@ -79,7 +79,7 @@ class _Drift:
         base, num_runs = self.base, len(pack)
         rows = max(1, self.settings.batch_size // num_runs)
         distances = []
-        with torch.no_grad(), base.computing_with(pack), base.autocast():
+        with torch.no_grad(), computing_with(pack), base.autocast():
             embeds = base.encode_prompt(list(self.settings.prompts) * num_runs)
             embeds = embeds.unflatten(0, (num_runs, len(self.settings.prompts)))
             for start in range(0, len(self.latents), rows):

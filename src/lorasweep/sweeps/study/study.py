@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 from lorasweep.core.components import with_short_names
 from lorasweep.core.rng import key_seed
 from lorasweep.core.settings import SettingsError
-from lorasweep.runs.run_folder import ScoredCheckpoint
+from lorasweep.runs.run_folder import ScoredCheckpoint, sweep_name
 from lorasweep.sweeps.study.methods import (
     CURVE,
     ORIGIN,
@@ -36,12 +36,7 @@ from lorasweep.sweeps.study.pareto import FirstObjective
 from lorasweep.sweeps.study.points import PointSampler, point_key
 from lorasweep.sweeps.study.search_space import Choice, Parameter, Space, Value
 from lorasweep.sweeps.study.study_settings import StudySettings
-from lorasweep.sweeps.study.study_storage import (
-    find_journal,
-    journal_path,
-    open_storage,
-    sweep_name,
-)
+from lorasweep.sweeps.study.study_storage import find_journal, journal_path, open_storage
 from lorasweep.sweeps.study.trial import BEST, EPOCHS, Trial, excess
 
 log = logging.getLogger(__name__)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from filelock import FileLock, Timeout
 
 from lorasweep.core.settings import SettingsError
+from lorasweep.runs.run_folder import sweep_name
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -119,11 +120,6 @@ def find_journal(sweep: str | None, output_root: Path, but: Path | None = None) 
             f"{sweep}: there is no such sweep{other} with a study; there are: {known}"
         )
     return named[-1]
-
-
-def sweep_name(folder: Path) -> str:
-    """What the sweep of a folder is called, in MLflow and as a study."""
-    return f"{folder.parent.name}-{folder.name}"
 
 
 def show(sweep: str | None, storage: str | None, output_root: Path, port: int) -> int:
