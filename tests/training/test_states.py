@@ -10,7 +10,7 @@ import torch
 from conftest import options
 from lorasweep.data import kohya_folders, latents
 from lorasweep.lora_files import checkpoint
-from lorasweep.runs.session import training_run, write_folders
+from lorasweep.runs.session import write_folders
 from lorasweep.training import state_files
 from lorasweep.training.native_trainer import NativeTraining
 from lorasweep.training.state_files import StateError
@@ -35,7 +35,7 @@ def train(base, data, runs, stop_at=None, resume=False):
     found = state_files.together({run.name: run.output_dir for run in runs}) if resume else {}
     training = runs[0].trainer.start(base, [], data)
     for run in runs:
-        training.join(training_run(run), found.get(run.name))
+        training.join(run, found.get(run.name))
     logged = {name: losses(state.snapshot.records) for name, state in found.items()}
     take_step = NativeTraining._step
 

@@ -24,7 +24,7 @@ from lorasweep.judging.metrics.metric import Scores, Terms
 from lorasweep.lora_files.checkpoint import Checkpoint, checkpoint_path
 from lorasweep.models.base_model import BaseModel, memory_for, resolve_device
 from lorasweep.runs import provenance
-from lorasweep.runs.prepare import captions_used, images_of, new_run, training_run, write_folders
+from lorasweep.runs.prepare import captions_used, images_of, new_run, write_folders
 from lorasweep.runs.run_folder import RunFolder, TakenError, forget_drop
 from lorasweep.tracking import PRUNED_TAG, InUseError, RunLog, Tracker, TrackingError
 from lorasweep.training import state_files
@@ -42,7 +42,6 @@ __all__ = [
     "captions_used",
     "load_pack",
     "run_pack",
-    "training_run",
     "write_folders",
 ]
 
@@ -264,7 +263,7 @@ class Session:
         """Runs that fit into the device's memory; what a step takes grows with K x B."""
 
         def step() -> None:
-            for run in map(training_run, self._waiting):
+            for run in self._waiting:
                 with suppress(ValueError):  # a run that can't start will say so itself
                     self.first.trainer.start(self._base, [run], self._data).probe()
                     return
@@ -323,7 +322,7 @@ class Session:
         dropped = folder.ended == "dropped"
         how = "dropped" if dropped else "trained"
         log.info("%s was %s before, in %s", run.name, how, run.output_dir)
-        epochs = range(1, run.trainer.max_train_epochs + 1)
+        epochs = range(1, run.max_train_epochs + 1)
         found = [self._known(run, epoch, folder.scores(epoch)) for epoch in epochs]
         ended = Finished(run=run.name, dropped=dropped)
         return [
@@ -350,8 +349,8 @@ class Session:
         run, epochs = member.run, 0 if state is None else state.snapshot.num_epochs
         self._runs[run.name] = member
         try:
-            if epochs < run.trainer.max_train_epochs:
-                self._training.join(training_run(run), state)
+            if epochs < run.max_train_epochs:
+                self._training.join(run, state)
                 self._check_disk(run)
         except ValueError as error:  # this run's settings: the others go on
             self._training.drop(run.name)
@@ -387,7 +386,7 @@ class Session:
             members = [member for member, state in begun if epoch <= state.snapshot.num_epochs]
             reports += self._again(members, epoch)
         for member, state in begun:
-            if state.snapshot.num_epochs == member.run.trainer.max_train_epochs:
+            if state.snapshot.num_epochs == member.run.max_train_epochs:
                 reports.append(self._finish(member, dropped=False))
         return reports
 
@@ -442,7 +441,7 @@ class Session:
         reports += self._scored(epoch.checkpoints)
         for one in epoch.checkpoints:
             member = self._runs[one.run]
-            if one.epoch == member.run.trainer.max_train_epochs:
+            if one.epoch == member.run.max_train_epochs:
                 reports.append(self._finish(member, dropped=False))
         return reports
 
