@@ -27,7 +27,7 @@ from lorasweep.core.settings import (
 from lorasweep.training.trainer import RunTraining
 
 if TYPE_CHECKING:
-    from lorasweep.models.base_model import Model
+    from lorasweep.models.load_model import Model
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def job_identity(hydra_cfg: DictConfig) -> dict[str, Any]:
 
 def saved_model(config_file: Path, *, trusted: bool) -> Model:
     """The base model of a run's config; one that came with a file may name no class, no pickle."""
-    from lorasweep.models.base_model import Model
+    from lorasweep.models.load_model import Model
 
     register_resolvers()
     try:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lorasweep.data.dataset import Dataset
     from lorasweep.judging.metrics.metric import Metric
     from lorasweep.judging.sampling import Sampling
-    from lorasweep.models.base_model import Model
+    from lorasweep.models.load_model import Model
     from lorasweep.tracking import Tracking
     from lorasweep.training.native_trainer import NativeTrainer
 
