@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from lorasweep.judging.sampling import Sampling
     from lorasweep.models.load_model import Model
     from lorasweep.tracking import Tracking
+    from lorasweep.training.lr_schedulers import LRScheduler
     from lorasweep.training.native_trainer import NativeTrainer
-    from lorasweep.training.optimizers import LRScheduler, Optimizer
+    from lorasweep.training.optimizers import Optimizer
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from lorasweep.data.captions import caption_images
 from lorasweep.judging.metrics.metric import Images
 from lorasweep.models.base_model import BaseModel
 from lorasweep.tracking import TRIAL_TAG, NewRun
-from lorasweep.training.trainer import TrainingRun
+from lorasweep.training.training_run import TrainingRun
 
 
 def check_inputs(runs: Iterable[Run]) -> None:
