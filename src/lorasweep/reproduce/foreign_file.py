@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from lorasweep.config import config
+from lorasweep.config.compose import compose_without_images
 from lorasweep.lora_files import checkpoint, info
 from lorasweep.reproduce import kohya_options, recipe
 
@@ -53,7 +53,7 @@ class Guess:
     def values(self, overrides: Sequence[str] = ()) -> dict[str, Any]:
         """The whole config, resolved; its images are left for the user to give."""
         chosen = [f"{group}={option}" for group, option in self.options.items()]
-        cfg = config.compose(["dataset.image_dir=lorasweep", "captions=[sidecar]", *chosen])
+        cfg = compose_without_images(["captions=[sidecar]", *chosen])
         OmegaConf.set_struct(cfg, False)
         for setting, value in self.settings.items():
             OmegaConf.update(cfg, setting, value, merge=False)

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorasweep.config import config
+from lorasweep.config.compose import compose_without_images
+from lorasweep.config.conf_folder import groups
 from lorasweep.core.settings import build
 from lorasweep.lora_files.info import Info
 
@@ -278,7 +279,7 @@ def _rates(found: Guess, metadata: Mapping[str, str]) -> None:
 def _schedule(found: Guess, metadata: Mapping[str, str]) -> None:
     said = metadata.get("ss_lr_scheduler", "")
     plain = "constant" if said == "constant_with_warmup" else said
-    if plain in config.groups()["lr_scheduler"]:
+    if plain in groups()["lr_scheduler"]:
         found.options["lr_scheduler"] = plain
         found.sources["lr_scheduler"] = f"ss_lr_scheduler={said}"
     else:
@@ -336,8 +337,8 @@ def model(found: Guess, metadata: Mapping[str, str]) -> None:
     name, digest = metadata.get("ss_sd_model_name", ""), metadata.get("ss_new_sd_model_hash", "")
     found.options["model"] = "sd15"
     found.sources["model"] = f"ss_base_model_version={metadata.get('ss_base_model_version')}"
-    for option in config.groups()["model"]:
-        path = build(config.compose(["dataset.image_dir=x", f"model={option}"]).model, "model").path
+    for option in groups()["model"]:
+        path = build(compose_without_images([f"model={option}"]).model, "model").path
         if name and name in (path, Path(path).name):
             found.options["model"], found.sources["model"] = option, f"ss_sd_model_name={name}"
             break

@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lorasweep.config.config import Run
+from lorasweep.config.run import Run
 from lorasweep.core.settings import build as build_component
 from lorasweep.data import dataset, kohya_folders
 from lorasweep.data.dataset import listed

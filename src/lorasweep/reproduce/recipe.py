@@ -11,8 +11,11 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lorasweep.config import config
-from lorasweep.config.config import Run
+from lorasweep.config.build_run import build_run
+from lorasweep.config.compose import compose_without_images
+from lorasweep.config.conf_folder import PACKAGE, conf_dir
+from lorasweep.config.resolvers import register_resolvers
+from lorasweep.config.run import Run
 from lorasweep.core.components import short_name
 from lorasweep.core.settings import SettingsError, unknown_key
 
@@ -83,9 +86,9 @@ def build(values: Mapping[str, Any], output_dir: Path, sweep: str, **further: An
     """The run of plain values. Raises SettingsError."""
     from dataclasses import replace
 
-    config.register_resolvers()
+    register_resolvers()
     cfg = OmegaConf.create(dict(values))
-    return replace(config.build_run(cfg, output_dir=output_dir, sweep=sweep), **further)
+    return replace(build_run(cfg, output_dir=output_dir, sweep=sweep), **further)
 
 
 def with_captions(values: Mapping[str, Any], image_dir: Path, jsonl: Path) -> dict[str, Any]:
@@ -109,7 +112,7 @@ def relocated(path: str) -> str:
     inside = re.search(r"lorasweep/embedded/(.+)$", path)
     if inside is None or Path(path).exists():
         return path
-    return str(config.PACKAGE / "embedded" / inside[1])
+    return str(PACKAGE / "embedded" / inside[1])
 
 
 def write_config(values: Mapping[str, Any], folder: Path, name: str, of: str = "") -> Path:
@@ -143,7 +146,7 @@ def _write(path: Path, content: Mapping[str, Any], head: str = "") -> None:
 
 def _option(group: str, target: str) -> dict[str, Any]:
     """The YAML of the option of a group that configures this class, unresolved; {} if none does."""
-    for file in sorted((config.conf_dir() / group).glob("*.yaml")):
+    for file in sorted((conf_dir() / group).glob("*.yaml")):
         loaded = OmegaConf.to_container(OmegaConf.load(file))
         if isinstance(loaded, dict) and loaded.get("_target_") == short_name(target):
             return {str(key): value for key, value in loaded.items()}
@@ -152,7 +155,7 @@ def _option(group: str, target: str) -> dict[str, Any]:
 
 def _completed(values: dict[str, Any]) -> Recipe:
     """Fill in settings that came with a later lorasweep."""
-    config.register_resolvers()
+    register_resolvers()
     filled = {}
     for group in _SINGLE:
         node = values.get(group)
@@ -204,7 +207,7 @@ def _changed(cfg: Any, key: str, override: str) -> Any:
         )
     value = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
     if key in _COMPONENTS:
-        option = config.compose(["dataset.image_dir=lorasweep", override])[key]
+        option = compose_without_images([override])[key]
         OmegaConf.update(cfg, key, OmegaConf.to_container(option, resolve=True), merge=False)
         return cfg
     if "." in key and _at(OmegaConf.to_container(cfg), key, _MISSING) is _MISSING:
@@ -234,7 +237,7 @@ def _with_rules(values: Mapping[str, Any], fixed: Sequence[str]) -> dict[str, An
 
 def _placed(values: dict[str, Any], places: Sequence[str]) -> dict[str, Any]:
     """The settings with what is elsewhere on this machine."""
-    here = config.compose(["dataset.image_dir=lorasweep", *places])
+    here = compose_without_images(places)
     keys = {place.partition("=")[0].lstrip("+") for place in places}
     values = {**values, "output_root": here.output_root, "cache_dir": here.cache_dir}
     tracking = OmegaConf.to_container(here.tracking)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from lorasweep.config.config import Run
+from lorasweep.config.run import Run
 from lorasweep.data import dataset, kohya_folders, latents
 from lorasweep.data.captions import caption_images
 from lorasweep.judging.metrics.metric import Images

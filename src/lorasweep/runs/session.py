@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from types import TracebackType
 
-from lorasweep.config.config import Run, one_line
+from lorasweep.config.error_messages import one_line
+from lorasweep.config.run import Run
 from lorasweep.core.atomic_write import DiskFullError
 from lorasweep.core.interrupts import Interrupts
 from lorasweep.core.progress import Screen, Show

@@ -278,9 +278,8 @@ class NativeTraining:
         self._keep(lambda state: state.is_finite)
         self._save()
         steps = {state.run.name: tuple(state.records) for state in begun}
-        return TrainedEpoch(
-            checkpoints=checkpoints, steps=steps, failures={**failures, **overflown}
-        )
+        failures.update(overflown)
+        return TrainedEpoch(checkpoints=checkpoints, steps=steps, failures=failures)
 
     def _begin_epoch(self, states: Sequence[TrainingState], steps_done: int) -> None:
         for state in states:
