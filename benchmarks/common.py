@@ -21,7 +21,7 @@ from lorasweep.data import kohya_folders, latents
 from lorasweep.models.base_model import BaseModel
 from lorasweep.runs.session import write_folders
 from lorasweep.training.native_trainer import NativeTraining
-from lorasweep.training.trainer import TrainingData
+from lorasweep.training.training_run import TrainingData
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -88,14 +88,14 @@ def prepare(
 
 def stepper(training: NativeTraining) -> Callable[[], object]:
     """Does one optimiser step of every run at each call, on its next batch of full size."""
-    states = training._members.states
+    states = training.pack.states
     size = training.settings.batch_size
-    batches = [[b for b in training._batches(state) if len(b) == size] for state in states]
+    batches = [[b for b in training.batches(state) if len(b) == size] for state in states]
     numbers = count()
 
     def step() -> object:
         number = next(numbers) % len(batches[0])
-        return training._step([[own[number] for own in batches]])
+        return training.step([[own[number] for own in batches]])
 
     return step
 

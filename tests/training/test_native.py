@@ -12,8 +12,8 @@ from lorasweep.lora_files import checkpoint
 from lorasweep.models.gpu_memory import is_out_of_memory
 from lorasweep.runs.session import write_folders
 from lorasweep.training.loss import PackLoss
-from lorasweep.training.trainer import TrainerError, TrainingData
 from lorasweep.training.training_batches import caption_of, epoch_batches
+from lorasweep.training.training_run import TrainerError, TrainingData
 
 
 @pytest.fixture
@@ -411,8 +411,8 @@ def test_a_run_that_does_not_fit_alone_leaves_the_others(make_run, base, data, m
 
     monkeypatch.setattr(PackLoss, "backward", limited)
     training = runs[0].trainer.start(base, runs, data)
-    monkeypatch.setattr(training, "_members", training._members.select([1, 0]))  # it comes first
-    training._members.bind()
+    monkeypatch.setattr(training, "pack", training.pack.select([1, 0]))  # it comes first
+    training.pack.bind()
     epochs = list(training)
     assert [list(epoch.failures) for epoch in epochs] == [["r1"], [], []]
     assert [one.run for epoch in epochs for one in epoch.checkpoints] == ["r0", "r0"]
@@ -432,7 +432,7 @@ def test_a_run_that_does_not_fit_alone_leaves_those_that_wait_for_the_end_of_its
 
     monkeypatch.setattr(PackLoss, "backward", limited)
     training = first.trainer.start(base, [first], data)
-    training._members.states[0].num_batches = 1  # it goes on within its epoch
+    training.pack.states[0].num_batches = 1  # it goes on within its epoch
     training.join(late)
     epochs = list(training)
     assert [list(epoch.failures) for epoch in epochs] == [["r0"], [], []]

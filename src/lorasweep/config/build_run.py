@@ -24,7 +24,7 @@ from lorasweep.core.settings import (
     name_for_files,
     unknown_key,
 )
-from lorasweep.training.trainer import RunTraining
+from lorasweep.training.training_run import RunTraining
 
 if TYPE_CHECKING:
     from lorasweep.models.load_model import Model

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorasweep.training.trainer import TrainingRun
+from lorasweep.training.training_run import TrainingRun
 
 if TYPE_CHECKING:
     from lorasweep.data.captions.caption_images import Captioner

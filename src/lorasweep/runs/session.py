@@ -29,9 +29,10 @@ from lorasweep.runs import provenance
 from lorasweep.runs.prepare import captions_used, images_of, new_run, write_folders
 from lorasweep.runs.run_folder import RunFolder, TakenError, forget_drop
 from lorasweep.tracking import PRUNED_TAG, InUseError, RunLog, Tracker, TrackingError
-from lorasweep.training import state_files
-from lorasweep.training.state_files import State
-from lorasweep.training.trainer import Epoch, Stopped, Training, TrainingData
+from lorasweep.training import saved_states
+from lorasweep.training.native_trainer import NativeTraining
+from lorasweep.training.saved_states import SavedState
+from lorasweep.training.training_run import Stopped, TrainedEpoch, TrainingData
 
 __all__ = [
     "EpochReport",
@@ -215,7 +216,7 @@ class Session:
         if self._judge is None:
             self._prepare()
         trainer = self.first.trainer
-        self._training: Training = trainer.start(self._base, [], self._data, self._show)
+        self._training: NativeTraining = trainer.start(self._base, [], self._data, self._show)
         epochs = iter(self._training)
         while True:
             while started := self._admit():
@@ -281,7 +282,7 @@ class Session:
         coming, self._waiting = self._waiting[:room], self._waiting[len(self._waiting[:room]) :]
         members, reports = self._open(coming)
         begun = {one.run.name: one.run.output_dir for one in members if one.folder.goes_on}
-        found = state_files.together(begun)
+        found = saved_states.together(begun)
         fresh = [one.run.name for one in members if one.run.name not in found]
         if fresh:
             log.info("training %s", ", ".join(fresh))
@@ -345,7 +346,7 @@ class Session:
         step = epoch * self._training.steps_per_epoch
         return Checkpoint(path=path, run=run.name, epoch=epoch, step=step)
 
-    def _start(self, member: _Member, state: State | None) -> Started | Failure:
+    def _start(self, member: _Member, state: SavedState | None) -> Started | Failure:
         """Let a run train, from its beginning or from a state."""
         assert self._judge is not None
         run, epochs = member.run, 0 if state is None else state.snapshot.num_epochs
@@ -430,7 +431,7 @@ class Session:
         folder, name = member.run.output_dir, member.run.name
         member.log.log_file(provenance.note_companions(folder, name, pack, failures))
 
-    def _reports(self, epoch: Epoch) -> list[Report]:
+    def _reports(self, epoch: TrainedEpoch) -> list[Report]:
         pack = [(one.run, one.epoch) for one in epoch.checkpoints]
         for name, _ in pack:
             self._note_companions(self._runs[name], pack, epoch.failures)
@@ -495,7 +496,7 @@ class _Member:
     begun: dict[str, float]
 
 
-_Begun = tuple[_Member, State]
+_Begun = tuple[_Member, SavedState]
 
 
 def load_base(run: Run, device: str) -> BaseModel:
