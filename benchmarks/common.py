@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Literal
 from rich.console import Console
 from rich.table import Table
 
-from lorasweep.config.config import Run, build_run, compose
+from lorasweep.config.build_run import build_run
+from lorasweep.config.compose import compose
+from lorasweep.config.run import Run
 from lorasweep.data import kohya_folders, latents
 from lorasweep.models.base_model import BaseModel
 from lorasweep.runs.session import write_folders

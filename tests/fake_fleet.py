@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from lorasweep.config.config import Run
+from lorasweep.config.run import Run
 from lorasweep.lora_files.checkpoint import Checkpoint
 from lorasweep.runs.session import EpochReport, Failure, Finished, Report, Started
 

@@ -17,7 +17,7 @@ from lorasweep.adapters import lycoris_module as oracle
 from lorasweep.adapters.adapter import Dropout, Site
 from lorasweep.adapters.lokr import factorization
 from lorasweep.adapters.stack_types import stack_class
-from lorasweep.config import config
+from lorasweep.config.compose import compose
 from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.core.settings import SettingsError, build
 
@@ -46,7 +46,7 @@ VARIANTS = {
 
 @cache
 def adapter(*overrides):
-    cfg = config.compose(["experiment=demo", "adapter.rank=3", "adapter.alpha=2", *overrides])
+    cfg = compose(["experiment=demo", "adapter.rank=3", "adapter.alpha=2", *overrides])
     return build(cfg.adapter, "adapter")
 
 

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from lorasweep.cli import main
-from lorasweep.config import config
+from lorasweep.config.build_run import build_run
+from lorasweep.config.compose import compose
 from lorasweep.reproduce import foreign_lora
 
 KOHYA = json.loads((Path(__file__).parents[1] / "recorded/kohya_metadata.json").read_text())
@@ -68,8 +69,8 @@ def run_of(found, folder):
     """The run that its config folder gives, as train would have it."""
     file = foreign_lora.write_config(found, folder)
     images = f"dataset.image_dir={folder}"
-    cfg = config.compose([f"experiment={file.stem}", images, "output_root=elsewhere"], folder)
-    return config.build_run(cfg, output_dir=Path("elsewhere"))
+    cfg = compose([f"experiment={file.stem}", images, "output_root=elsewhere"], folder)
+    return build_run(cfg, output_dir=Path("elsewhere"))
 
 
 def test_what_kohya_says_is_taken_over(tmp_path):

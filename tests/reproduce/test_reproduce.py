@@ -11,7 +11,9 @@ from rich.console import Console
 
 from conftest import SMALL
 from lorasweep.cli import main
-from lorasweep.config import config
+from lorasweep.config.build_run import build_run
+from lorasweep.config.compose import compose
+from lorasweep.config.conf_folder import PACKAGE
 from lorasweep.core.git import git
 from lorasweep.lora_files import checkpoint
 from lorasweep.reproduce import (
@@ -29,13 +31,13 @@ from lorasweep.runs import provenance
 from lorasweep.runs import session as runs
 from lorasweep.tracking.history import Log
 
-DEMO_IMAGES = config.PACKAGE / "embedded" / "demo_images"
+DEMO_IMAGES = PACKAGE / "embedded" / "demo_images"
 PACK = (("adapter.rank=4", "seed=1"), ("adapter.rank=2", "seed=2", "lr_scheduler=cosine"))
 
 
 def build(root, cache_dir, number, *overrides):
-    cfg = config.compose([*SMALL, f"output_root={root}", f"cache_dir={cache_dir}", *overrides])
-    return config.build_run(
+    cfg = compose([*SMALL, f"output_root={root}", f"cache_dir={cache_dir}", *overrides])
+    return build_run(
         cfg, output_dir=root / "s" / str(number), overrides=overrides, sweep="s", number=number
     )
 
@@ -198,8 +200,8 @@ def test_as_config_writes_a_folder_that_trains_the_same(trained, places, tmp_pat
     file, notes = reproduce_run.write_config(original, Options(places=places), folder)
     assert notes == []
     assert sorted(path.name for path in (folder / "images").iterdir())
-    cfg = config.compose([f"experiment={file.stem}", f"output_root={tmp_path / 'out'}"], folder)
-    run = config.build_run(cfg, output_dir=tmp_path / "run")
+    cfg = compose([f"experiment={file.stem}", f"output_root={tmp_path / 'out'}"], folder)
+    run = build_run(cfg, output_dir=tmp_path / "run")
     logged = trained.run
     assert (run.adapter, run.optimizer, run.sampling) == (
         logged.adapter,
@@ -388,8 +390,8 @@ def test_a_file_of_weights_is_hashed_once_and_again_when_it_changes(tmp_path, ca
     from lorasweep.core.settings import build as build_component
 
     folder = tmp_path / "model"
-    shutil.copytree(config.PACKAGE / "embedded" / "base_model", folder)
-    cfg = config.compose(["experiment=demo", f"model.path={folder}"])
+    shutil.copytree(PACKAGE / "embedded" / "base_model", folder)
+    cfg = compose(["experiment=demo", f"model.path={folder}"])
     model = build_component(cfg.model, "model")
     first = provenance.identity(model, tmp_path)
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"

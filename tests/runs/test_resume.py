@@ -17,7 +17,8 @@ from mlflow import MlflowClient
 
 from conftest import SMALL
 from lorasweep.cli import main
-from lorasweep.config import config
+from lorasweep.config.build_run import build_run
+from lorasweep.config.compose import compose
 from lorasweep.core.atomic_write import DiskFullError
 from lorasweep.core.interrupts import Interrupts
 from lorasweep.core.settings import SettingsError
@@ -58,8 +59,8 @@ def make_pack(cache_dir):
     def make(folder):
         places = [f"output_root={folder}", f"cache_dir={cache_dir}"]
         return [
-            config.build_run(
-                config.compose([*TINY, *places, f"adapter.rank={rank}", f"seed={number}"]),
+            build_run(
+                compose([*TINY, *places, f"adapter.rank={rank}", f"seed={number}"]),
                 output_dir=folder / str(number),
                 sweep="s",
                 number=number,

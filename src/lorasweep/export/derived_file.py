@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorasweep.adapters.pack import Pack
-from lorasweep.config import config
+from lorasweep.config.compose import compose_without_images
 from lorasweep.core.atomic_write import staged
 from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.core.settings import SettingsError
@@ -91,7 +91,7 @@ def extracted(
 
 def _found(source: Path, say: Callable[[str], None]) -> _Before | str:
     """The picture on the base that the file was trained on, or why there is none."""
-    cfg = config.compose(find_lora.NEEDED)
+    cfg = compose_without_images([])
     try:
         found = find_lora.trained_on(source, cfg)
         if found is None:

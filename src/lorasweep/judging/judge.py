@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorasweep.adapters.pack import Pack
-from lorasweep.config.config import Run
+from lorasweep.config.run import Run
 from lorasweep.judging import contact_sheet, sampling
 from lorasweep.judging.metrics.metric import Images, Scored, Scores
 from lorasweep.lora_files import lora_file

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorasweep.config.config import Run
+from lorasweep.config.run import Run
 from lorasweep.core.settings import SettingsError
 from lorasweep.data.captions import caption_images
 from lorasweep.data.captions.caption_images import Captioner

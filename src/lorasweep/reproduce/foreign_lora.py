@@ -14,7 +14,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from lorasweep.config import config
+from lorasweep.config.build_run import build_run
+from lorasweep.config.compose import compose_without_images, plain_values
+from lorasweep.config.conf_folder import groups
 from lorasweep.core.settings import build
 from lorasweep.lora_files import checkpoint, info
 from lorasweep.lora_files.info import Info
@@ -103,19 +105,19 @@ def write_config(found: FoundSettings, folder: Path, overrides: Sequence[str] = 
     can't be trained here.
     """
     chosen = [f"{group}={option}" for group, option in found.options.items()]
-    cfg = config.compose(["dataset.image_dir=lorasweep", "captions=[sidecar]", *chosen, *overrides])
+    cfg = compose_without_images(["captions=[sidecar]", *chosen, *overrides])
     OmegaConf.set_struct(cfg, False)
     overridden = {one.partition("=")[0].lstrip("+") for one in overrides}
     for setting, value in found.settings.items():
         if setting not in overridden:
             OmegaConf.update(cfg, setting, value, merge=False)
-    values: Any = OmegaConf.to_container(cfg, resolve=True)
+    values = plain_values(cfg)
     arms = {
         arm: {**values["captions"]["sidecar"], "repeats": repeats}
         for arm, repeats in found.arms.items()
     }
     values |= {"name": found.name, "captions": arms or values["captions"]}
-    config.build_run(OmegaConf.create(values), output_dir=Path())
+    build_run(OmegaConf.create(values), output_dir=Path())
     values["dataset"]["image_dir"] = "???"
     return write_config_folder(values, folder, found.name)
 
@@ -234,7 +236,7 @@ def _optimizer(found: FoundSettings, metadata: Metadata) -> None:
 def _schedule(found: FoundSettings, metadata: Metadata) -> None:
     said = metadata.get("ss_lr_scheduler", "")
     plain = "constant" if said == "constant_with_warmup" else said
-    is_ours = plain in config.groups()["lr_scheduler"]
+    is_ours = plain in groups()["lr_scheduler"]
     found.choose("lr_scheduler", plain if is_ours else "constant", f"ss_lr_scheduler={said}")
     if not is_ours:
         found.unknown.append((f"lr_scheduler {said}", "constant stands"))
@@ -283,8 +285,8 @@ def _model(found: FoundSettings, metadata: Metadata) -> None:
     name, digest = metadata.get("ss_sd_model_name", ""), metadata.get("ss_new_sd_model_hash", "")
     version = metadata.get("ss_base_model_version")
     found.choose("model", "sd15", f"ss_base_model_version={version}")
-    for option in config.groups()["model"]:
-        cfg = config.compose(["dataset.image_dir=lorasweep", f"model={option}"])
+    for option in groups()["model"]:
+        cfg = compose_without_images([f"model={option}"])
         path = build(cfg.model, "model").path
         if name and name in (path, Path(path).name):
             found.choose("model", option, f"ss_sd_model_name={name}")

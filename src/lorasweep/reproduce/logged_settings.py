@@ -16,7 +16,8 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lorasweep.config import config
+from lorasweep.config.compose import compose, plain_values, quoted
+from lorasweep.config.conf_folder import PACKAGE, conf_dir
 from lorasweep.core.components import short_name
 from lorasweep.reproduce.config_folder import COMPONENTS, write_config_folder
 from lorasweep.reproduce.original_run import ReproduceError
@@ -72,16 +73,16 @@ def rebuild(
     source = _with_rules(values, fixed) if changed else values
     with TemporaryDirectory() as folder:
         file = write_config_folder(source, Path(folder), "logged-run")
-        cfg = config.compose(
+        cfg = compose(
             [
                 f"experiment={file.stem}",
-                f"tracking.registered_model={config.quoted(str(model_name))}",
+                f"tracking.registered_model={quoted(str(model_name))}",
                 *places,
                 *changed,
             ],
             Path(folder),
         )
-    new: Any = OmegaConf.to_container(cfg, resolve=True)
+    new = plain_values(cfg)
     path = str(new["model"]["path"])
     if Path(path).is_absolute() and not Path(path).exists():
         raise ReproduceError(
@@ -146,7 +147,7 @@ def _read(logged: str) -> dict[str, Any]:
     for node, key in ((values["model"], "path"), (values["dataset"], "image_dir")):
         inside = re.search(r"lorasweep/embedded/(.+)$", str(node[key]))
         if inside is not None and not Path(str(node[key])).exists():
-            node[key] = str(config.PACKAGE / "embedded" / inside[1])
+            node[key] = str(PACKAGE / "embedded" / inside[1])
     return values  # type: ignore[no-any-return]
 
 
@@ -163,7 +164,7 @@ def _fill_in(values: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _option(group: str, node: Mapping[str, Any]) -> dict[str, Any]:
     """The option of conf/ that configures the same class, unresolved; {} if none does."""
-    for file in sorted((config.conf_dir() / group).glob("*.yaml")):
+    for file in sorted((conf_dir() / group).glob("*.yaml")):
         option: Any = OmegaConf.to_container(OmegaConf.load(file))
         if option.get("_target_") == short_name(str(node.get("_target_"))):
             return option  # type: ignore[no-any-return]

@@ -16,7 +16,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from lorasweep.config.config import Run, build_run
+from lorasweep.config.build_run import build_run
+from lorasweep.config.run import Run
 from lorasweep.core.settings import build
 from lorasweep.data import dataset, kohya_folders
 from lorasweep.data.dataset import listed

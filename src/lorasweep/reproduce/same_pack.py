@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorasweep.config.config import Run
+from lorasweep.config.run import Run
 from lorasweep.core.progress import Screen
 from lorasweep.reproduce.original_run import ReproduceError
 from lorasweep.runs.session import EpochReport, Failure, Session

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from types import TracebackType
 
-from lorasweep.config.config import Run, one_line
+from lorasweep.config.error_messages import one_line
+from lorasweep.config.run import Run
 from lorasweep.core.atomic_write import DiskFullError
 from lorasweep.core.interrupts import Interrupts
 from lorasweep.core.progress import Screen, Show
@@ -23,7 +24,13 @@ from lorasweep.judging.metrics.metric import Scores, Terms
 from lorasweep.lora_files.checkpoint import Checkpoint, checkpoint_path
 from lorasweep.models.base_model import BaseModel, memory_for, resolve_device
 from lorasweep.runs import provenance
-from lorasweep.runs.prepare import captions_used, images_of, new_run, training_run, write_folders
+from lorasweep.runs.prepare import (
+    captions_used,
+    encoded_images,
+    new_run,
+    training_run,
+    write_folders,
+)
 from lorasweep.runs.run_folder import RunFolder, TakenError, forget_drop
 from lorasweep.tracking import PRUNED_TAG, InUseError, RunLog, Tracker, TrackingError
 from lorasweep.training import state_files
@@ -218,7 +225,7 @@ class Session:
         while True:
             while started := self._admit():
                 yield started
-            with self.clock("train"), self._interrupts.softly(self._training.stop):
+            with self.clock("train"), self._interrupts.calling(self._training.stop):
                 epoch = next(epochs, None)
             if self._interrupts.asked:
                 raise Stopped("stopped at the end of an epoch")
@@ -254,7 +261,7 @@ class Session:
         with self.clock("prepare"):
             self._base = self._load(self.first, self.device)
             self._tracker.ready()  # a store that can't be written ends here, before any training
-            images = images_of(self._base, self.first, self._folder)
+            images = encoded_images(self._base, self.first, self._folder)
             self._data = TrainingData(images.train, self.first.dataset)
             self._judge = Judge(self._base, self.first, images, self.clock)
             self._fitting = self._measure()
