@@ -9,7 +9,7 @@ import torch
 
 from lorasweep.data import kohya_folders, latents
 from lorasweep.lora_files import checkpoint
-from lorasweep.models.base_model import is_out_of_memory
+from lorasweep.models.gpu_memory import is_out_of_memory
 from lorasweep.runs.session import training_run, write_folders
 from lorasweep.training.loss import PackLoss
 from lorasweep.training.trainer import TrainerError, TrainingData

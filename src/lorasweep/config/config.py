@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lorasweep.data.dataset import Dataset
     from lorasweep.judging.metrics.metric import Metric
     from lorasweep.judging.sampling import Sampling
-    from lorasweep.models.base_model import Model
+    from lorasweep.models.load_model import Model
     from lorasweep.tracking import Tracking
     from lorasweep.training.native_trainer import NativeTrainer
     from lorasweep.training.optimizers import LRScheduler, Optimizer
@@ -222,7 +222,7 @@ def folder(value: object, key: str) -> Path:
 
 def saved_model(config_file: Path, *, trusted: bool) -> Model:
     """The base model of a run's config; one that came with a file may name no class, no pickle."""
-    from lorasweep.models.base_model import Model
+    from lorasweep.models.load_model import Model
 
     register_resolvers()
     try:

@@ -18,7 +18,7 @@ MODULES = {
     "LoKr": "lorasweep.adapters.lokr",
     "LoRA": "lorasweep.adapters.lora",
     "LyCORIS": "lorasweep.adapters.lycoris",
-    "Model": "lorasweep.models.base_model",
+    "Model": "lorasweep.models.load_model",
     "NativeTrainer": "lorasweep.training.native_trainer",
     "Optimizer": "lorasweep.training.optimizers",
     "PriorDrift": "lorasweep.judging.metrics.prior_drift",

@@ -338,7 +338,7 @@ def pipeline_of(base: Base) -> Any:
         text_encoder=base.text_encoder,
         tokenizer=base.tokenizer,
         unet=base.unet,
-        scheduler=base.noise_scheduler,
+        scheduler=base.noise_schedule.scheduler,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

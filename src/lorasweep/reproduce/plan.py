@@ -14,7 +14,7 @@ from lorasweep.config.config import Run
 from lorasweep.core.settings import build as build_component
 from lorasweep.data import dataset, kohya_folders
 from lorasweep.data.dataset import listed
-from lorasweep.models.base_model import resolve_device
+from lorasweep.models.devices import resolve_device
 from lorasweep.reproduce import differences, original_images, recipe, same_pack
 from lorasweep.reproduce.differences import Difference
 from lorasweep.reproduce.original_images import Captions, Found

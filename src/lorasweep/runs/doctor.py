@@ -25,7 +25,8 @@ from lorasweep import __version__
 from lorasweep.config.config import Run, build_run
 from lorasweep.core.settings import SettingsError
 from lorasweep.data import dataset
-from lorasweep.models.base_model import Precision, choose_devices, resolve_device
+from lorasweep.models.base_model import Precision
+from lorasweep.models.devices import choose_devices, resolve_device
 from lorasweep.tracking import public_uri, sqlite_path
 
 if TYPE_CHECKING:

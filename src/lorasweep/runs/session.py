@@ -21,7 +21,9 @@ from lorasweep.data import kohya_folders
 from lorasweep.judging.judge import Clock, Judge, load_pack
 from lorasweep.judging.metrics.metric import Scores, Terms
 from lorasweep.lora_files.checkpoint import Checkpoint, checkpoint_path
-from lorasweep.models.base_model import BaseModel, memory_for, resolve_device
+from lorasweep.models.base_model import BaseModel
+from lorasweep.models.devices import resolve_device
+from lorasweep.models.gpu_memory import memory_for
 from lorasweep.runs import provenance
 from lorasweep.runs.prepare import captions_used, images_of, new_run, training_run, write_folders
 from lorasweep.runs.run_folder import RunFolder, TakenError, forget_drop

@@ -20,7 +20,8 @@ from lorasweep.core.progress import Bar, Show
 from lorasweep.core.settings import Settings, SettingsError
 from lorasweep.lora_files import checkpoint
 from lorasweep.lora_files.checkpoint import Checkpoint
-from lorasweep.models.base_model import BaseModel, Precision, is_out_of_memory
+from lorasweep.models.base_model import BaseModel, Precision, torch_dtype
+from lorasweep.models.gpu_memory import is_out_of_memory
 from lorasweep.training import state_files as state_files
 from lorasweep.training.kohya_metadata import kohya_metadata
 from lorasweep.training.loss import PackLoss
@@ -174,7 +175,7 @@ class NativeTraining:
         """On disk, of a trained number: in checkpoints and, with Adam's two moments, in states."""
         epochs = state.run.max_train_epochs - state.num_epochs
         num_states = self.settings.keep_states + 1  # the next is written before the oldest goes
-        checkpoints = epochs * self.base.dtype(self.settings.save_dtype).itemsize
+        checkpoints = epochs * torch_dtype(self.settings.save_dtype).itemsize
         return checkpoints + (num_states * 3 * 4 if self.settings.keep_states else 0)
 
     def stop(self) -> None:
@@ -394,7 +395,7 @@ class NativeTraining:
 
     def _file_tensors(self, index: int) -> dict[str, Tensor]:
         """DoRA's magnitudes stay fp32: as large as the base's norms, they'd round the change."""
-        dtype = self.base.dtype(self.settings.save_dtype)
+        dtype = torch_dtype(self.settings.save_dtype)
         tensors = self._members.pack.file_tensors(index)
         return {
             name: tensor if name.endswith(".dora_scale") else tensor.to(dtype)
