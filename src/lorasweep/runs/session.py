@@ -26,7 +26,7 @@ from lorasweep.models.base_model import BaseModel
 from lorasweep.models.devices import resolve_device
 from lorasweep.models.gpu_memory import memory_for
 from lorasweep.runs import provenance
-from lorasweep.runs.prepare import captions_used, images_of, new_run, write_folders
+from lorasweep.runs.prepare import captions_used, encoded_images, new_run, write_folders
 from lorasweep.runs.run_folder import RunFolder, TakenError, forget_drop
 from lorasweep.tracking import PRUNED_TAG, InUseError, RunLog, Tracker, TrackingError
 from lorasweep.training import saved_states
@@ -221,7 +221,7 @@ class Session:
         while True:
             while started := self._admit():
                 yield started
-            with self.clock("train"), self._interrupts.softly(self._training.stop):
+            with self.clock("train"), self._interrupts.calling(self._training.stop):
                 epoch = next(epochs, None)
             if self._interrupts.asked:
                 raise Stopped("stopped at the end of an epoch")
@@ -257,7 +257,7 @@ class Session:
         with self.clock("prepare"):
             self._base = self._load(self.first, self.device)
             self._tracker.ready()  # a store that can't be written ends here, before any training
-            images = images_of(self._base, self.first, self._folder)
+            images = encoded_images(self._base, self.first, self._folder)
             self._data = TrainingData(images.train, self.first.dataset)
             self._judge = Judge(self._base, self.first, images, self.clock)
             self._fitting = self._measure()
