@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lorasweep.cli.command_line import Commands, add_command, say_lines, split_words
+from lorasweep.cli.command_line import Commands, add_command, say_lines
 
 
 def add_parser(commands: Commands) -> None:
     """Add the command's words."""
     text = "caption a folder of images into kohya's folders"
-    add_command(commands, "caption", _caption, text, "DIR", "DIR: folder of images")
+    add_command(commands, "caption", _caption, text, "[DIR]", "DIR: folder of images")
 
 
 def _caption(arguments: argparse.Namespace) -> int:
@@ -19,12 +19,13 @@ def _caption(arguments: argparse.Namespace) -> int:
     from lorasweep.config.compose import compose, quoted
     from lorasweep.core.settings import SettingsError
 
-    words, overrides = split_words(arguments, at_most=1)
-    given = [one for one in overrides if one.lstrip("+").startswith("dataset.image_dir=")]
-    if words and given:
-        raise SettingsError(f"{words[0]} and {given[0]}: give one folder of images")
-    images = [f"dataset.image_dir={quoted(words[0])}"] if words else []
-    run = build_run(compose([*overrides, *images], arguments.config_dir), output_dir=Path())
+    overrides: list[str] = arguments.overrides
+    if arguments.word is not None:
+        given = [one for one in overrides if one.lstrip("+").startswith("dataset.image_dir=")]
+        if given:
+            raise SettingsError(f"{arguments.word} and {given[0]}: give one folder of images")
+        overrides = [*overrides, f"dataset.image_dir={quoted(arguments.word)}"]
+    run = build_run(compose(overrides, arguments.config_dir), output_dir=Path())
     from lorasweep.runs.session import write_folders
 
     say_lines(

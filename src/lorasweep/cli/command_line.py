@@ -31,9 +31,13 @@ def add_command(
     words: str = "",
     words_help: str = "",
 ) -> argparse.ArgumentParser:
-    """A command that takes `words` and settings (with a `=`), in any order."""
+    """A command that takes `words`, such as `SOURCE TARGET` or `[SWEEP]`, and settings (KEY=VALUE).
+
+    `run` finds them as `arguments.words`, of which `arguments.word` is the first or None, and
+    `arguments.overrides`; it returns the exit code.
+    """
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
-    parser.set_defaults(command=run)
+    parser.set_defaults(command=run, takes=words.split(), needs=f"{name} what? Give {words_help}")
     told = "; ".join(filter(None, (words_help, "KEY=VALUE: settings to change")))
     metavar = " ".join(filter(None, (words, "KEY=VALUE")))
     parser.add_argument("words", nargs="*", metavar=metavar, help=told)
@@ -41,17 +45,32 @@ def add_command(
     return parser
 
 
-def split_words(arguments: argparse.Namespace, at_most: int) -> tuple[list[str], list[str]]:
-    """Words and overrides. Raises SettingsError for more than `at_most` words."""
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """The command that `argv` gives, its words, settings and flags in any order.
+
+    Raises SettingsError for what is not understood, and for words that are missing.
+    """
     from lorasweep.core.settings import SettingsError
 
+    arguments, rest = parser.parse_known_args(argv)  # argparse takes words up to the first flag
+    takes_words = "words" in arguments
+    if unknown := [word for word in rest if word.startswith("-") or not takes_words]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if not takes_words:
+        return arguments
+    given = [*arguments.words, *rest]
     # a file's name may have a = too
-    words = [word for word in arguments.words if "=" not in word or is_there(word)]
-    if len(words) > at_most:
-        raise SettingsError(f"{words[at_most]}: not understood; settings are given as KEY=VALUE")
+    words = [word for word in given if "=" not in word or is_there(word)]
+    if len(words) > len(arguments.takes):
+        excess = words[len(arguments.takes)]
+        raise SettingsError(f"{excess}: not understood; settings are given as KEY=VALUE")
     if "" in words:
         raise SettingsError("an empty word names nothing")
-    return words, [word for word in arguments.words if word not in words]
+    if len(words) < sum(not word.startswith("[") for word in arguments.takes):
+        raise SettingsError(arguments.needs)
+    arguments.words, arguments.word = words, words[0] if words else None
+    arguments.overrides = [word for word in given if word not in words]
+    return arguments
 
 
 def is_there(word: str) -> bool:
@@ -59,13 +78,13 @@ def is_there(word: str) -> bool:
     return os.path.lexists(word) and "\0" not in word
 
 
-def tracking_settings(overrides: Sequence[str], config_dir: Path | None) -> tuple[Any, Any, Path]:
+def tracking_settings(arguments: argparse.Namespace) -> tuple[Any, Any, Path]:
     """The composed config, its tracking settings and its output_root; no images are needed."""
     from lorasweep.config.build_run import absolute_folder
     from lorasweep.config.compose import compose_without_images
     from lorasweep.core.settings import build
 
-    cfg = compose_without_images(overrides, config_dir)
+    cfg = compose_without_images(arguments.overrides, arguments.config_dir)
     return cfg, build(cfg.tracking, "tracking"), absolute_folder(cfg.output_root, "output_root")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lorasweep.cli.command_line import Commands, add_command, say_lines, split_words
+from lorasweep.cli.command_line import Commands, add_command, say_lines
 from lorasweep.models.base_model import PRECISIONS
 
 _WORDS = (
@@ -26,16 +26,13 @@ def add_parser(commands: Commands) -> None:
 def _convert(arguments: argparse.Namespace) -> int:
     from lorasweep.cli.model_argument import model_path
     from lorasweep.config.compose import compose_without_images
-    from lorasweep.core.settings import SettingsError
     from lorasweep.export import convert_model
 
-    words, overrides = split_words(arguments, at_most=2)
-    if len(words) != 2:
-        raise SettingsError("convert needs SOURCE and TARGET: one ends in .safetensors")
-    cfg = compose_without_images(overrides, arguments.config_dir)
+    source, target = arguments.words
+    cfg = compose_without_images(arguments.overrides, arguments.config_dir)
     done = convert_model.convert(
-        model_path(words[0]),
-        Path(words[1]),
+        model_path(source),
+        Path(target),
         config=model_path(arguments.config) if arguments.config else cfg.model.config,
         precision=arguments.dtype,
         overwrite=arguments.overwrite,

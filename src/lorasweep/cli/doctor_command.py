@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lorasweep.cli.command_line import Commands, add_command, split_words
+from lorasweep.cli.command_line import Commands, add_command
 
 
 def add_parser(commands: Commands) -> None:
@@ -17,5 +17,4 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from lorasweep.config.compose import compose
     from lorasweep.runs import doctor
 
-    _, overrides = split_words(arguments, at_most=0)
-    return doctor.examine(compose(overrides, arguments.config_dir), overrides)
+    return doctor.examine(compose(arguments.overrides, arguments.config_dir), arguments.overrides)

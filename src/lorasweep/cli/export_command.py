@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lorasweep.cli.command_line import Commands, add_command, say_lines, split_words
+from lorasweep.cli.command_line import Commands, add_command, say_lines
 from lorasweep.models.base_model import PRECISIONS
 
 FORMATS = ("merged", "diffusers-lora", "offline-lora")
@@ -39,13 +39,9 @@ def add_parser(commands: Commands) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from lorasweep.core.settings import SettingsError
     from lorasweep.export import find_lora, merge
 
-    words, overrides = split_words(arguments, at_most=1)
-    if not words:
-        raise SettingsError("export what? Give a .safetensors file or a run's name")
-    found = find_lora.find(words[0], overrides, arguments.config_dir)
+    found = find_lora.find(arguments.word, arguments.overrides, arguments.config_dir)
     say_lines(found.lines)
     done = merge.export(
         found,

@@ -24,7 +24,7 @@ from lorasweep.cli import (
     train_command,
     ui_command,
 )
-from lorasweep.cli.command_line import OneLineParser, end_with
+from lorasweep.cli.command_line import OneLineParser, end_with, parse
 
 _EPILOG = """\
 Settings are Hydra overrides (KEY=VALUE); `lorasweep train --cfg job` shows them all.
@@ -70,24 +70,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if argv and argv[0] in _HYDRA_APPS:  # Hydra reads the rest, its own flags included
             _HYDRA_APPS[argv[0]](argv[1:])
             return
-        arguments = _parsed(argv)
+        arguments = parse(_parser(), argv)
         sys.exit(arguments.command(arguments))
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
         end_with(error)
-
-
-def _parsed(argv: Sequence[str]) -> argparse.Namespace:
-    """argparse takes words up to the first option only; ours may stand anywhere."""
-    parser = _parser()
-    arguments, rest = parser.parse_known_args(argv)
-    takes_words = "words" in arguments
-    if unknown := [word for word in rest if word.startswith("-") or not takes_words]:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    if takes_words:
-        arguments.words += rest
-    return arguments
 
 
 def _parser() -> OneLineParser:

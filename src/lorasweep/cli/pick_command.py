@@ -4,13 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lorasweep.cli.command_line import (
-    Commands,
-    add_command,
-    say_unsent,
-    split_words,
-    tracking_settings,
-)
+from lorasweep.cli.command_line import Commands, add_command, say_unsent, tracking_settings
 
 
 def add_parser(commands: Commands) -> None:
@@ -33,13 +27,12 @@ def _pick(arguments: argparse.Namespace) -> int:
 
     from lorasweep.judging import pick
 
-    words, overrides = split_words(arguments, at_most=1)
-    cfg, settings, output_root = tracking_settings(overrides, arguments.config_dir)
+    cfg, settings, output_root = tracking_settings(arguments)
     say_unsent(output_root)
     result = pick.pick(
         settings,
         output_root,
-        sweep=words[0] if words else None,
+        sweep=arguments.word,
         by=cfg.pick.by,
         run=arguments.run,
         epoch=arguments.epoch,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lorasweep.cli.command_line import Commands, add_command, split_words, tracking_settings
+from lorasweep.cli.command_line import Commands, add_command, tracking_settings
 
 
 def add_parser(commands: Commands) -> None:
@@ -19,7 +19,7 @@ def add_parser(commands: Commands) -> None:
     again.add_argument("--recaption", action="store_true", help="make the captions again too")
     again.add_argument(
         "--override",
-        dest="overrides",
+        dest="variation",
         action="append",
         default=[],
         metavar="KEY=VALUE",
@@ -33,21 +33,17 @@ def add_parser(commands: Commands) -> None:
 def _reproduce(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from lorasweep.core.settings import SettingsError
     from lorasweep.reproduce import reproduce_command
     from lorasweep.reproduce.reproduce_run import Options
 
-    words, places = split_words(arguments, at_most=1)
-    if not words:
-        raise SettingsError("reproduce what? Give a run's name, its MLflow id or a LoRA file")
-    _, settings, output_root = tracking_settings(places, arguments.config_dir)
+    _, settings, output_root = tracking_settings(arguments)
     request = reproduce_command.Request(
-        word=words[0],
+        word=arguments.word,
         uri=settings.resolve(output_root),
         experiment=settings.experiment,
         options=Options(
-            places=places,
-            overrides=arguments.overrides,
+            places=arguments.overrides,
+            overrides=arguments.variation,
             same_pack=arguments.same_pack,
             recaption=arguments.recaption,
         ),

@@ -6,13 +6,7 @@ import argparse
 import os
 import shlex
 
-from lorasweep.cli.command_line import (
-    Commands,
-    add_command,
-    say_lines,
-    split_words,
-    tracking_settings,
-)
+from lorasweep.cli.command_line import Commands, add_command, say_lines, tracking_settings
 from lorasweep.cli.train_command import train_by_hydra
 
 
@@ -26,14 +20,10 @@ def add_parser(commands: Commands) -> None:
 
 def _resume(arguments: argparse.Namespace) -> int:
     from lorasweep.config.compose import begun_by
-    from lorasweep.core.settings import SettingsError
     from lorasweep.runs import run_folder
 
-    words, overrides = split_words(arguments, at_most=1)
-    if not words:
-        raise SettingsError("resume what? Give the name or the folder of a run or of a sweep")
-    _, _, output_root = tracking_settings(overrides, arguments.config_dir)
-    command = begun_by(run_folder.find(words[0], output_root))
+    _, _, output_root = tracking_settings(arguments)
+    command = begun_by(run_folder.find(arguments.word, output_root))
     os.chdir(command.cwd)
     say_lines([f"lorasweep train {shlex.join(command.argv)}"])
     train_by_hydra(command.argv)

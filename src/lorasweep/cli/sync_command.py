@@ -4,13 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lorasweep.cli.command_line import (
-    Commands,
-    add_command,
-    say_lines,
-    split_words,
-    tracking_settings,
-)
+from lorasweep.cli.command_line import Commands, add_command, say_lines, tracking_settings
 
 
 def add_parser(commands: Commands) -> None:
@@ -23,10 +17,9 @@ def add_parser(commands: Commands) -> None:
 def _sync(arguments: argparse.Namespace) -> int:
     from lorasweep import tracking
 
-    words, overrides = split_words(arguments, at_most=1)
-    _, settings, output_root = tracking_settings(overrides, arguments.config_dir)
-    given = any(override.startswith("tracking.uri=") for override in overrides)
-    only = words[0] if words else None
+    _, settings, output_root = tracking_settings(arguments)
+    given = any(override.startswith("tracking.uri=") for override in arguments.overrides)
+    only = arguments.word
     results = tracking.sync(settings, output_root, only, uri_is_given=given)
     say_lines([result.line() for result in results] or ["MLflow has everything."])
     return 1 if any(result.left or result.refused or result.is_busy for result in results) else 0

@@ -68,17 +68,14 @@ def _flags_first(argv: Sequence[str]) -> list[str]:
     """
     parser = OneLineParser(prog="lorasweep train", add_help=False)
     parser.add_argument("overrides", nargs="*")
-    for switch in ("--hydra-help", "--version", "--resolve"):
-        parser.add_argument(switch, action="store_true")
-    for switch, short in (("--run", "-r"), ("--multirun", "-m"), ("--shell-completion", "-sc")):
-        parser.add_argument(switch, short, action="store_true")
-    for flag, short in (("--package", "-p"), ("--config-path", "-cp"), ("--config-name", "-cn")):
-        parser.add_argument(flag, short)
-    parser.add_argument("--config-dir", "-cd")
+    for names in ("--hydra-help", "--version", "--resolve", "--run -r", "--multirun -m"):
+        parser.add_argument(*names.split(), action="store_true")
+    parser.add_argument("--shell-completion", "-sc", action="store_true")
+    for names in ("--package -p", "--config-path -cp", "--config-name -cn", "--config-dir -cd"):
+        parser.add_argument(*names.split())
     parser.add_argument("--experimental-rerun")
     parser.add_argument("--cfg", "-c", choices=["job", "hydra", "all"])
-    shown = ["all", "config", "defaults", "defaults-tree", "plugins", "searchpath"]
-    parser.add_argument("--info", "-i", nargs="?", choices=shown)
+    parser.add_argument("--info", "-i", nargs="?")
     overrides = parser.parse_intermixed_args(list(argv)).overrides
     return [*(word for word in argv if word not in overrides), *overrides]
 

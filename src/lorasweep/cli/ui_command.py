@@ -9,7 +9,6 @@ from lorasweep.cli.command_line import (
     add_command,
     is_there,
     say_unsent,
-    split_words,
     tracking_settings,
 )
 
@@ -38,10 +37,9 @@ def _ui(arguments: argparse.Namespace) -> int:
     from lorasweep import tracking
 
     if arguments.optuna and "=" in arguments.optuna and not is_there(arguments.optuna):
-        arguments.words.append(arguments.optuna)  # a setting, which argparse took for the sweep
+        arguments.overrides.append(arguments.optuna)  # a setting, which argparse took for the sweep
         arguments.optuna = ""
-    _, overrides = split_words(arguments, at_most=0)
-    cfg, settings, output_root = tracking_settings(overrides, arguments.config_dir)
+    cfg, settings, output_root = tracking_settings(arguments)
     if arguments.optuna is not None:
         from lorasweep.sweeps.study import study_storage
 
