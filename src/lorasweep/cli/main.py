@@ -433,12 +433,12 @@ def _caption(arguments: argparse.Namespace) -> int:
 def _pick(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from lorasweep.judging import pick
+    from lorasweep.runs import pick_checkpoint, pick_table
 
     words, overrides = _split(arguments, at_most=1)
     cfg, settings, output_root = _tracking(overrides, arguments.config_dir)
     _say_unsent(output_root)
-    result = pick.pick(
+    result = pick_checkpoint.pick(
         settings,
         output_root,
         sweep=words[0] if words else None,
@@ -447,8 +447,8 @@ def _pick(arguments: argparse.Namespace) -> int:
         epoch=arguments.epoch,
     )
     console = Console()
-    console.print(pick.table(result, arguments.limit))
-    for line in pick.summary(result):
+    console.print(pick_table.table(result, arguments.limit))
+    for line in pick_table.summary(result):
         console.print(line, soft_wrap=True, highlight=False)
     return 0
 
