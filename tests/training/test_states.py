@@ -10,7 +10,7 @@ import torch
 from conftest import options
 from lorasweep.data import kohya_folders, latents
 from lorasweep.lora_files import checkpoint
-from lorasweep.runs.session import training_run, write_folders
+from lorasweep.runs.session import write_folders
 from lorasweep.training import saved_states, training_state
 from lorasweep.training.native_trainer import NativeTraining
 from lorasweep.training.saved_states import StateError
@@ -35,7 +35,7 @@ def train(base, data, runs, stop_at=None, resume=False):
     found = saved_states.together({run.name: run.output_dir for run in runs}) if resume else {}
     training = runs[0].trainer.start(base, [], data)
     for run in runs:
-        training.join(training_run(run), found.get(run.name))
+        training.join(run, found.get(run.name))
     logged = {name: losses(state.snapshot.records) for name, state in found.items()}
     take_step = NativeTraining.step
 

@@ -241,7 +241,7 @@ class ScoredCheckpoint:
 
 def scored_checkpoints(run: Run) -> Iterator[ScoredCheckpoint]:
     """The checkpoints in the folder of a run that have scores, in their order."""
-    for epoch in range(1, run.trainer.max_train_epochs + 1):
+    for epoch in range(1, run.max_train_epochs + 1):
         known = read_scores(run.output_dir, epoch)
         if known is not None:
             path = checkpoint_path(run.output_dir, run.name, epoch)

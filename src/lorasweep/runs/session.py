@@ -27,7 +27,7 @@ from lorasweep.models.base_model import BaseModel
 from lorasweep.models.devices import resolve_device
 from lorasweep.models.gpu_memory import memory_for
 from lorasweep.runs import provenance
-from lorasweep.runs.prepare import captions_used, images_of, new_run, training_run, write_folders
+from lorasweep.runs.prepare import captions_used, encoded_images, new_run, write_folders
 from lorasweep.runs.run_folder import RunFolder, TakenError, forget_drop
 from lorasweep.tracking import PRUNED_TAG, InUseError, RunLog, Tracker, TrackingError
 from lorasweep.training import saved_states
@@ -46,7 +46,6 @@ __all__ = [
     "captions_used",
     "load_pack",
     "run_pack",
-    "training_run",
     "write_folders",
 ]
 
@@ -223,7 +222,7 @@ class Session:
         while True:
             while started := self._admit():
                 yield started
-            with self.clock("train"), self._interrupts.softly(self._training.stop):
+            with self.clock("train"), self._interrupts.calling(self._training.stop):
                 epoch = next(epochs, None)
             if self._interrupts.asked:
                 raise Stopped("stopped at the end of an epoch")
@@ -259,7 +258,7 @@ class Session:
         with self.clock("prepare"):
             self._base = self._load(self.first, self.device)
             self._tracker.ready()  # a store that can't be written ends here, before any training
-            images = images_of(self._base, self.first, self._folder)
+            images = encoded_images(self._base, self.first, self._folder)
             self._data = TrainingData(images.train, self.first.dataset)
             first = self.first
             self._judge = Judge(
@@ -276,7 +275,7 @@ class Session:
         """Runs that fit into the device's memory; what a step takes grows with K x B."""
 
         def step() -> None:
-            for run in map(training_run, self._waiting):
+            for run in self._waiting:
                 with suppress(ValueError):  # a run that can't start will say so itself
                     self.first.trainer.start(self._base, [run], self._data).probe()
                     return
@@ -335,7 +334,7 @@ class Session:
         dropped = folder.ended == "dropped"
         how = "dropped" if dropped else "trained"
         log.info("%s was %s before, in %s", run.name, how, run.output_dir)
-        epochs = range(1, run.trainer.max_train_epochs + 1)
+        epochs = range(1, run.max_train_epochs + 1)
         found = [self._known(run, epoch, folder.scores(epoch)) for epoch in epochs]
         ended = Finished(run=run.name, dropped=dropped)
         return [
@@ -362,8 +361,8 @@ class Session:
         run, epochs = member.run, 0 if state is None else state.snapshot.num_epochs
         self._runs[run.name] = member
         try:
-            if epochs < run.trainer.max_train_epochs:
-                self._training.join(training_run(run), state)
+            if epochs < run.max_train_epochs:
+                self._training.join(run, state)
                 self._check_disk(run)
         except ValueError as error:  # this run's settings: the others go on
             self._training.drop(run.name)
@@ -399,7 +398,7 @@ class Session:
             members = [member for member, state in begun if epoch <= state.snapshot.num_epochs]
             reports += self._again(members, epoch)
         for member, state in begun:
-            if state.snapshot.num_epochs == member.run.trainer.max_train_epochs:
+            if state.snapshot.num_epochs == member.run.max_train_epochs:
                 reports.append(self._finish(member, dropped=False))
         return reports
 
@@ -454,7 +453,7 @@ class Session:
         reports += self._scored(epoch.checkpoints)
         for one in epoch.checkpoints:
             member = self._runs[one.run]
-            if one.epoch == member.run.trainer.max_train_epochs:
+            if one.epoch == member.run.max_train_epochs:
                 reports.append(self._finish(member, dropped=False))
         return reports
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 
 from lorasweep.adapters.pack import Pack
 from lorasweep.core.progress import Bar, Show
@@ -51,16 +51,16 @@ _LEFT = (
 
 @dataclass(frozen=True, kw_only=True)
 class NativeTrainer(Settings):
-    """Settings of the native trainer; conf/trainer/native.yaml says what each does."""
+    """Settings that the runs of a pack share; conf/trainer/native.yaml says what each does.
 
-    max_train_epochs: PositiveInt
+    Those under `trainer` that are a run's own are `training_run.RunTraining`.
+    """
+
     batch_size: PositiveInt
     gradient_accumulation_steps: PositiveInt
     precision: Precision
     save_dtype: Precision
     gradient_checkpointing: bool
-    noise_offset: NonNegativeFloat
-    min_snr_gamma: PositiveFloat | None
     device: str
     save_every_n_steps: PositiveInt | None
     keep_states: NonNegativeInt

@@ -6,7 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+
 from lorasweep.adapters.adapter import Adapter
+from lorasweep.core.settings import Settings
 from lorasweep.data.dataset import Dataset
 from lorasweep.data.latents import Item
 from lorasweep.lora_files.checkpoint import Checkpoint
@@ -19,15 +22,21 @@ class TrainerError(RuntimeError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingRun:
-    """What a trainer knows of one run."""
+class RunTraining(Settings):
+    """Settings under `trainer` that are a run's own: runs that differ in them can share a pack."""
+
+    max_train_epochs: PositiveInt
+    noise_offset: NonNegativeFloat
+    min_snr_gamma: PositiveFloat | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRun(RunTraining):
+    """What a trainer knows of one run: all that is the run's own."""
 
     name: str
     seed: int
     output_dir: Path
-    max_train_epochs: int
-    noise_offset: float
-    min_snr_gamma: float | None
     adapter: Adapter
     optimizer: Optimizer
     lr_scheduler: LRScheduler
