@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lorasweep import tracking
-from lorasweep.core.text import harmless
-from lorasweep.data.dataset import listed
+from lorasweep.core.text import harmless, listed
 from lorasweep.judging.contact_sheet import FILE_NAME as CONTACT_SHEET
 from lorasweep.judging.pick_rule import rank, with_finite_score
 from lorasweep.runs.picked_readme import ChosenBy, readme, value_at
