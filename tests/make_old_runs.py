@@ -1,4 +1,4 @@
-"""Makes tests/data/old_runs.tar.xz and old_runs.json, with the lorasweep of a commit:
+"""Makes tests/recorded/old_runs.tar.xz and old_runs.json, with the lorasweep of a commit:
 
     git worktree add /tmp/lorasweep-code 0257ede
     python tests/make_old_runs.py

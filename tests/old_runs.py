@@ -1,4 +1,4 @@
-"""Runs that the lorasweep of commit 0257ede left: tests/data/old_runs.tar.xz holds them as they lay
+"""Runs that the lorasweep of commit 0257ede left: tests/recorded/old_runs.tar.xz holds them as they lay
 on its disk, old_runs.json what became of them when it went on with them itself.
 
 `make_old_runs.py` has made both. Of lorasweep's own code nothing is used here, for it moves.
@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-ARCHIVE = HERE / "data" / "old_runs.tar.xz"
-EXPECTED = HERE / "data" / "old_runs.json"
+ARCHIVE = HERE / "recorded" / "old_runs.tar.xz"
+EXPECTED = HERE / "recorded" / "old_runs.json"
 PLACES = {"home": b"@OLD_HOME@", "code": b"@OLD_CODE@"}
 """What stands in the archive's texts for the folder that the commands were given in, and for the
 checkout that they ran from."""

@@ -1,7 +1,7 @@
 """Numbers that must stay as they are when the code's shape changes.
 
 Four small runs with adapters, optimisers and options of several kinds are trained by the command
-line: all in one pack, and each alone. `data/golden.json` holds what came out before the code was
+line: all in one pack, and each alone. `recorded/golden.json` holds what came out before the code was
 moved: the loss of every step, the checkpoints' weights, scores and pictures. On a machine of the
 same type (processor and libraries, see `fingerprint`) everything must be equal bit by bit; on any
 other it must agree within the tolerances below. Nothing of the package is imported for that: only
@@ -33,9 +33,9 @@ from typing import Any
 
 import pytest
 
-from lorasweep import rng
+from lorasweep.core import rng
 
-GOLDEN = Path(__file__).parent / "data" / "golden.json"
+GOLDEN = Path(__file__).parent / "recorded" / "golden.json"
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 """How sums are cut into parts, and so how they are rounded, depends on the number of threads."""
