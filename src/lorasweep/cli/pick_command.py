@@ -25,11 +25,11 @@ def _count(text: str) -> int:
 def _pick(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from lorasweep.judging import pick
+    from lorasweep.runs import pick_checkpoint, pick_table
 
     cfg, settings, output_root = tracking_settings(arguments)
     say_unsent(output_root)
-    result = pick.pick(
+    result = pick_checkpoint.pick(
         settings,
         output_root,
         sweep=arguments.word,
@@ -38,7 +38,7 @@ def _pick(arguments: argparse.Namespace) -> int:
         epoch=arguments.epoch,
     )
     console = Console()
-    console.print(pick.table(result, arguments.limit))
-    for line in pick.summary(result):
+    console.print(pick_table.table(result, arguments.limit))
+    for line in pick_table.summary(result):
         console.print(line, soft_wrap=True, highlight=False)
     return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from lorasweep.config.conf_folder import groups
 from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.core.settings import SettingsError, build
 from lorasweep.core.text import shown
-from lorasweep.judging import pick
+from lorasweep.judging.pick_rule import rank, with_finite_score
 from lorasweep.lora_files import checkpoint
 
 if TYPE_CHECKING:
@@ -102,12 +101,12 @@ def _of_run(name: str, cfg: Any) -> tuple[Path, Model, list[str]]:
 
 def _best(candidates: Sequence[Candidate], by: str) -> tuple[Candidate, str]:
     """The checkpoint that a person expects of a run, and why it is that."""
-    scored = [one for one in candidates if math.isfinite(one.scores.get(by, math.nan))]
+    scored = with_finite_score(candidates, by)
     if len(candidates) == 1:
         return candidates[0], "its only checkpoint"
     if not scored:
         return candidates[-1], f"its newest, for none has a {by}"
-    best = pick.rank(scored, by)[0]
+    best = rank(scored, by)[0]
     return best, f"the best of its {len(candidates)} by {by} ({best.scores[by]:.4f})"
 
 
