@@ -73,7 +73,7 @@ def build_run(
         **_trainer(values["trainer"]),
     )
     for check in checks:
-        for warning in check(run):
+        for warning in check(run) or ():
             log.warning(warning)
     return run
 
