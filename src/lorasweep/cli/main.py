@@ -480,14 +480,14 @@ def _reproduce(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     from lorasweep.core.settings import SettingsError
-    from lorasweep.export import find_lora, merge
+    from lorasweep.export import export_command, find_lora
 
     words, overrides = _split(arguments, at_most=1)
     if not words:
         raise SettingsError("export what? Give a .safetensors file or a run's name")
     found = find_lora.find(words[0], overrides, arguments.config_dir)
     _say(found.lines)
-    done = merge.export(
+    done = export_command.export(
         found,
         arguments.to,
         out=arguments.out,
@@ -543,10 +543,10 @@ def _info(arguments: argparse.Namespace) -> int:
 
 def _resize(arguments: argparse.Namespace) -> int:
     from lorasweep.core.progress import say
-    from lorasweep.export import derived_file
+    from lorasweep.export import resize
 
     source: Path = arguments.file
-    derived_file.resized(
+    resize.resize_and_draw(
         source,
         arguments.out or source.with_name(f"{source.stem}-resized.safetensors"),
         arguments.rank,
@@ -560,10 +560,10 @@ def _resize(arguments: argparse.Namespace) -> int:
 
 def _extract(arguments: argparse.Namespace) -> int:
     from lorasweep.core.progress import say
-    from lorasweep.export import derived_file
+    from lorasweep.export import extract
 
     tuned, base = (_model_of(path, arguments.config) for path in (arguments.tuned, arguments.base))
-    derived_file.extracted(
+    extract.extract_and_draw(
         (tuned, base),
         arguments.out,
         arguments.rank,
@@ -579,9 +579,9 @@ def _model_of(path: str, config: str | None) -> Any:
     """A model by its path, or its option's name, with conf/model/sd15's other values."""
     from lorasweep.config.config import compose, quoted
     from lorasweep.core.settings import build
-    from lorasweep.lora_files import lora_file
+    from lorasweep.lora_files import read_lora_file
 
-    lora_file.refuse_as_model(Path(path))
+    read_lora_file.refuse_as_model(Path(path))
     configs = [f"model.config={quoted(_model_path(config))}"] if config else []
     chosen = ["model=sd15", f"model.path={quoted(_model_path(path))}"]
     cfg = compose(["dataset.image_dir=lorasweep", *chosen, *configs])

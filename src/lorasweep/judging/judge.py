@@ -14,7 +14,7 @@ from lorasweep.adapters.pack import Pack
 from lorasweep.config.config import Run
 from lorasweep.judging import contact_sheet, sampling
 from lorasweep.judging.metrics.metric import Images, Scored, Scores
-from lorasweep.lora_files import lora_file
+from lorasweep.lora_files import read_lora_file
 from lorasweep.lora_files.checkpoint import Checkpoint
 from lorasweep.models.base_model import BaseModel
 from lorasweep.models.gpu_memory import is_out_of_memory
@@ -118,7 +118,7 @@ class Judge:
 
 def load_pack(base: BaseModel, files: Sequence[Path]) -> Pack:
     """Written LoRA files, ready to be attached to the base. Raises ValueError for a bad one."""
-    return Pack.from_files(base.parts, [lora_file.read(path).tensors for path in files])
+    return Pack.from_files(base.parts, [read_lora_file.read(path).tensors for path in files])
 
 
 @dataclass

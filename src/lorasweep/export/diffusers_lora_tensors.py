@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
-from lorasweep.adapters import peft_names
 from lorasweep.adapters.deltas import Tensors, algorithm, has_magnitude, low_rank_delta
 from lorasweep.adapters.kohya_names import every_site
 from lorasweep.adapters.pack import check_fit, make_stack
 from lorasweep.core.text import shown
-from lorasweep.export.picture_check import ExportError
-from lorasweep.export.sdxl import Base, SDXLModel
-from lorasweep.lora_files import svd
-from lorasweep.lora_files.lora_file import FACTORED, LoRAFile
+from lorasweep.export import svd
+from lorasweep.export.exported import ExportError
+from lorasweep.lora_files import peft_names
+from lorasweep.lora_files.read_lora_file import FACTORED, LoRAFile
+from lorasweep.models.sdxl import Base, SDXLModel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,7 +51,7 @@ def convert(
         if exact is None:
             exact, kept[key] = _approximated(key, file, _module(key, known), rank)
         sites[key] = exact
-    sites = _alike(sites, known)
+    sites = _uniform(sites, known)
     named = {
         f"{key}.{name}": tensor for key, site in sites.items() for name, tensor in site.items()
     }
@@ -98,8 +98,6 @@ def _approximated(
     key: str, file: LoRAFile, module: Site | None, rank: int | None
 ) -> tuple[dict[str, Tensor], tuple[float, float]]:
     """The best LoRA of `rank`, and the (kept, whole) squared norm of the change."""
-    import torch
-
     tensors = file.sites[key]
     kind = _described(tensors)
     if algorithm(tensors) not in (*FACTORED, "full") or "diff_b" in tensors:
@@ -118,13 +116,7 @@ def _approximated(
     else:
         found = svd.spectrum(tensors)
     shape = file.shape(key) if module is None else tuple(module.weight.shape)
-    down, up = found.factors(rank, shape, pad=True)
-    dtype = svd.dtype_of(tensors)
-    site = {
-        "lora_down.weight": down.to(dtype),
-        "lora_up.weight": up.to(dtype),
-        "alpha": torch.tensor(float(rank)),
-    }
+    site = found.as_lora(rank, shape, svd.dtype_of(tensors))
     return site, (found.squared(rank), found.squared())
 
 
@@ -134,7 +126,7 @@ def _described(tensors: Tensors) -> str:
     return kind.get(name, name.upper()) + (" with magnitudes" if has_magnitude(tensors) else "")
 
 
-def _alike(
+def _uniform(
     sites: Mapping[str, dict[str, Tensor]], known: Mapping[str, Site] | None
 ) -> dict[str, dict[str, Tensor]]:
     """Magnitudes for all of a part's sites or none, and one rank: PEFT has one config for a part.
