@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_export_lora import dora, dora_here_and_there, loha, lora
+from test_diffusers_lora import dora, dora_here_and_there, loha, lora
 
 from lorasweep.adapters.deltas import low_rank_delta
 from lorasweep.adapters.kohya_names import every_site

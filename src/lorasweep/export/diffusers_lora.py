@@ -37,8 +37,8 @@ class DiffusersFile:
     how: How
     loss: svd.Loss | None
     """Of the approximated modules; None where every module is exact."""
-    agreement: Agreement | None
-    """Of pictures drawn before and after; None without a base model."""
+    agreement: Agreement
+    """Of pictures drawn before and after."""
 
     @property
     def lines(self) -> tuple[str, str]:
@@ -54,12 +54,9 @@ class DiffusersFile:
                 f" {self.loss.worst_error:.2%} ({self.loss.worst_site}); kept energy"
                 f" {self.loss.total:.2%}"
             )
-        check = "Not checked by a picture: no base model was given"
-        if self.agreement is not None:
-            is_exact = self.how != "approximated"
-            line = self.agreement.line if is_exact else self.agreement.approximate_line
-            check = line("diffusers' load_lora_weights")
-        return told, check
+        is_exact = self.how != "approximated"
+        line = self.agreement.line if is_exact else self.agreement.approximate_line
+        return told, line("diffusers' load_lora_weights")
 
 
 def only_one(loras: Loras) -> Path:
@@ -78,7 +75,7 @@ def write_for_diffusers(
 ) -> Exported:
     """As `diffusers_lora`, on the base model that these settings name."""
     with picture_check.quiet():
-        loaded = whole_model.load_base(base)
+        loaded = whole_model.base_for_loras(base)
         written = diffusers_lora(source, target, loaded, rank, overwrite=overwrite)
     return Exported(target, written.lines)
 
@@ -86,21 +83,20 @@ def write_for_diffusers(
 def diffusers_lora(
     source: Path,
     target: Path,
-    base: Base | None,
+    base: Base,
     rank: int | None,
     *,
     overwrite: bool = False,
 ) -> DiffusersFile:
     """Write `source` so that diffusers draws with it what our own adapters draw.
 
-    `rank` allows an approximation of what has no exact form. With a base model a picture is drawn
-    before and after. Raises TargetError for a taken target, and ExportError, naming the remedy, for
+    `rank` allows an approximation of what has no exact form. A picture is drawn before and after.
+    Raises TargetError for a taken target, and ExportError, naming the remedy, for
     what can't be exported or is read otherwise by diffusers; nothing is written then.
     """
     file = read_lora_file.read(source, base)
     with staged(target, overwrite) as place:
-        if base is not None:
-            _check_fit(file, base)
+        _check_fit(file, base)
         try:
             tensors, how, loss = convert(file, base, rank)
         except ExportError as error:
@@ -108,7 +104,7 @@ def diffusers_lora(
         if rank is not None and loss is None:
             raise ExportError(f"--rank has no effect on {source}, which diffusers can hold exactly")
         checkpoint.write(place, tensors, _metadata(file, how))
-        agreement = None if base is None else _check(file, place, base, how)
+        agreement = _check(file, place, base, how)
     return DiffusersFile(target, how, loss, agreement)
 
 

@@ -45,11 +45,8 @@ def merged(
     loaded by diffusers' `pipeline_class`, must be that of the attached LoRAs; raises ExportError
     otherwise, TargetError for a taken target. `fp16_variant` adds SDXL's variant to a folder.
     """
-    is_sdxl = diffusers_folder.is_sdxl(settings.path, settings.revision)
-    if is_sdxl and is_file(target):
+    if is_file(target) and diffusers_folder.is_sdxl(settings.path, settings.revision):
         raise ExportError(f"{target}: SDXL as a single file comes later; give a folder's name")
-    usual = "AutoPipelineForText2Image" if is_sdxl else read_back.TEXT_TO_IMAGE
-    loader = pipeline_class or usual
     with picture_check.quiet(), staged(target, overwrite) as place:
         model = whole_model.read(settings.path, settings.config, settings.revision, sdxl=True)
         base = whole_model.as_base(settings, model)
@@ -61,6 +58,8 @@ def merged(
         del base, adapters  # a large model doesn't fit twice
 
         result.write(place, settings.prediction_type)
+        usual = "AutoPipelineForText2Image" if model.layout.is_sdxl else read_back.TEXT_TO_IMAGE
+        loader = pipeline_class or usual
         written = read_back.load(place, result.configs, loader)
         same_tensors = read_back.require_weights(written, result.weights)
         after = picture_check.draw_with(written, canvas, scheduler_config=schedule)

@@ -16,7 +16,7 @@ from lorasweep.core.settings import SettingsError
 from lorasweep.export import diffusers_folder, find_lora, picture_check, svd
 from lorasweep.export.attach_loras import adapters_of
 from lorasweep.export.diffusers_lora import approximation
-from lorasweep.export.whole_model import load_base
+from lorasweep.export.whole_model import base_for_loras
 from lorasweep.lora_files import checkpoint, read_lora_file
 from lorasweep.lora_files.read_lora_file import FACTORED, MAX_RANK, LoRAFile
 from lorasweep.models.model_files import ModelError
@@ -73,7 +73,7 @@ def resize_and_draw(
     read_lora_file.check_target(target, overwrite)
     check(rank, energy)
     with picture_check.quiet(), staged(target, overwrite) as place:
-        before = _drawn(source, load_base(model)) if model else _drawn_on_its_base(source, say)
+        before = _drawn(source, base_for_loras(model)) if model else _drawn_on_its_base(source, say)
         result = resize(source, place, rank, energy)
         if isinstance(before, str):
             told = f"Not checked by a picture: {before}"
@@ -151,7 +151,7 @@ def _drawn_on_its_base(source: Path, say: Callable[[str], None]) -> tuple[Image,
                 f"{model.path} is not on this machine, and nothing is downloaded for a picture;"
                 " --model PATH gives a copy"
             )
-        return _drawn(source, load_base(local))
+        return _drawn(source, base_for_loras(local))
     except (SettingsError, ModelError, TrackingError, CheckpointError) as error:
         read_lora_file.read(source)  # is it the file itself? Then that is what must be said
         return f"{error}; --model PATH gives the base"

@@ -134,14 +134,14 @@ def as_base(settings: Model, model: WholeModel) -> Base:
     """
     damaged: tuple[type[Exception], ...] = (OSError, *load_errors())
     try:
-        return _sdxl_base(settings, model) if model.layout.is_sdxl else _sd_base(settings, model)
+        return (_sdxl_base if model.layout.is_sdxl else _sd_base)(settings, model)
     except (ModelError, SettingsError):
         raise
     except damaged as error:
         raise load_error(f"model.path={settings.path}", error) from None
 
 
-def load_base(settings: Model) -> Base:
+def base_for_loras(settings: Model) -> Base:
     """The model that LoRA files are drawn with, whatever its architecture. Raises ModelError."""
     if not diffusers_folder.is_sdxl(settings.path, settings.revision):
         return settings.load()
