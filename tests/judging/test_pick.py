@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,35 +11,16 @@ import pytest
 from mlflow import MlflowClient
 from rich.console import Console
 
+from candidates import BY, candidate
 from lorasweep import tracking
 from lorasweep.judging import pick as picking
 from lorasweep.lora_files.checkpoint import Checkpoint
 from lorasweep.tracking import Candidate, NewRun, Tracker, Tracking
 
-BY = "val/loss_rel"
 CONFIG = """\
 model: {path: some/base-model, clip_skip: 2}
 sampling: {prompts: ["a rocket --w 64 --s 9", a house]}
 """
-
-
-def candidate(
-    epoch: int, run: str = "a", terms: Sequence[float] = (), **scores: float
-) -> Candidate:
-    named = {f"val/{key}": value for key, value in scores.items()}
-    return Candidate(
-        name=f"{run}-e{epoch:03d}",
-        run=run,
-        sweep="s",
-        epoch=epoch,
-        path=Path(f"/{run}/{epoch}.safetensors"),
-        scores=named,
-        terms={BY: terms},
-        run_id="r",
-        model_id=f"m-{run}-{epoch}",
-        experiment_id="1",
-        created=epoch,
-    )
 
 
 def epochs(ranked: list[Candidate]) -> list[int]:
