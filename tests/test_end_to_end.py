@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 from omegaconf import OmegaConf
+from test_native import relative_difference
 
 from conftest import SMALL
 from lorasweep import tracking
 from lorasweep.lora_files import checkpoint
-from test_native import relative_difference
 
 RANKS = (2, 4)
 

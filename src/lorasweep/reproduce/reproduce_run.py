@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from lorasweep.core.failures import RunError
 from lorasweep.reproduce import same_pack
 from lorasweep.reproduce.compare import Comparison, compare
 from lorasweep.reproduce.config_folder import write_config
@@ -17,7 +18,6 @@ from lorasweep.reproduce.original_run import find
 from lorasweep.reproduce.plan import Options, Plan, prepare
 from lorasweep.reproduce.recipe import ReproduceError
 from lorasweep.runs import session as runs
-from lorasweep.runs.session import RunError
 from lorasweep.tracking.history import Log, LoggedRun
 
 __all__ = [
