@@ -84,7 +84,7 @@ def _key(params: Mapping[str, Any]) -> str:
 
 
 class _Recorded:
-    """Workers for a sweep's loop that give back what was recorded, an epoch of each run at a time."""
+    """Workers that give a sweep's loop what was recorded, an epoch of each run at a time."""
 
     def __init__(self, curves: Mapping[str, Curve], max_pack: int) -> None:
         self._curves, self.max_pack = curves, max_pack

@@ -140,7 +140,7 @@ def test_runs_go_to_the_emptiest_device_with_memory_for_them(make_run, monkeypat
     assert not pool.submit(runs[5])
     assert not pool.has_room
     pool.drop("demo-0")  # its worker has not heard of it yet
-    assert pool.events(0) == [Finished(run="demo-0", dropped=True)]
+    assert pool._inbox.get_nowait().content == Finished(run="demo-0", dropped=True)
     assert pool.has_room
     assert not pool.submit(make_run("dataset.seed=5", number=7))  # it can't share
     assert pool.submit(runs[5])
@@ -251,7 +251,7 @@ sys.path.insert(0, {tests!r})
 from pathlib import Path
 from types import SimpleNamespace
 from conftest import SMALL
-from lorasweep import config
+from lorasweep.config import config
 from lorasweep.sweeps.worker_pool import WorkerPool
 
 if __name__ == "__main__":

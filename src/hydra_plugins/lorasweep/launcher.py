@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 
 class PacksLauncher(Launcher):
-    """Trains the jobs of a multirun in packs, by the LauncherSettings of lorasweep.sweeps.multirun."""
+    """Trains the jobs of a multirun in packs; lorasweep.sweeps.multirun has its settings."""
 
     def __init__(self, **settings: Any) -> None:
         self.settings = settings
