@@ -20,7 +20,9 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 
 from benchmarks.common import show
-from lorasweep.config.config import compose, conf_dir, register_resolvers
+from lorasweep.config.compose import compose
+from lorasweep.config.conf_folder import conf_dir
+from lorasweep.config.resolvers import register_resolvers
 from lorasweep.sweeps.compose_jobs import compose_job, save_hydra_files
 from lorasweep.sweeps.read_yaml_once import read_yaml_once
 from lorasweep.sweeps.study.search_space import Choice, Number, Space

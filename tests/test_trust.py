@@ -11,7 +11,7 @@ import pytest
 
 import lorasweep
 from bad_files import BASE, base, both, without
-from lorasweep.config import config
+from lorasweep.config.compose import compose
 from lorasweep.core.settings import build
 from lorasweep.judging import pick
 from lorasweep.tracking import operations, server
@@ -43,7 +43,7 @@ def test_a_folder_of_pickles_is_not_loaded_unless_it_is_trusted(tmp_path, monkey
     both(base(), without(f"model/{unet}.safetensors", f"model/{text}.safetensors"))(tmp_path)
     for name in (f"{unet}.bin", "text_encoder/pytorch_model.bin"):
         (tmp_path / "model" / name).write_bytes(PICKLE)
-    cfg = config.compose(["experiment=demo", "model.path=model"])
+    cfg = compose(["experiment=demo", "model.path=model"])
     with pytest.raises(ValueError, match=r"as a pickle alone .* trust it by model\.allow_pickle"):
         build(cfg.model, "model").load()
     assert not (tmp_path / "PWNED").exists()
@@ -54,7 +54,7 @@ def test_beside_safetensors_a_pickle_is_not_looked_at(tmp_path, monkeypatch):
     base()(tmp_path)
     for name in ("unet/diffusion_pytorch_model.bin", "text_encoder/pytorch_model.bin"):
         (tmp_path / "model" / name).write_bytes(PICKLE)
-    cfg = config.compose(["experiment=demo", "model.path=model"])
+    cfg = compose(["experiment=demo", "model.path=model"])
     build(cfg.model, "model").load()
     assert not (tmp_path / "PWNED").exists()
 
@@ -69,7 +69,7 @@ def test_with_hf_hub_offline_nothing_on_the_network_is_asked(tmp_path):
         "socket.getaddrinfo = lambda *a, **k: asked.append(a) or []\n"
         "from lorasweep import config\n"
         "from lorasweep.core.settings import build\n"
-        "node = config.compose(['experiment=demo', 'model.path=nobody/nothing']).model\n"
+        "node = compose(['experiment=demo', 'model.path=nobody/nothing']).model\n"
         "try: build(node, 'model').load()\n"
         "except ValueError as error: print(error)\n"
         "print(asked)"

@@ -8,7 +8,8 @@ import test_native
 import torch
 
 from conftest import options
-from lorasweep.adapters.adapter import Dropout, Site
+from lorasweep.adapters.adapter import Site
+from lorasweep.adapters.dropout import Dropout
 from lorasweep.adapters.initial_weights import start
 from lorasweep.adapters.locon import LoConStack
 from lorasweep.adapters.pack import Pack, computing_with

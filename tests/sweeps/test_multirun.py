@@ -12,10 +12,13 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from hydra.types import RunMode
+from lorasweep.compose import compose
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError
 
-from lorasweep.config import config
+from lorasweep.config.conf_folder import conf_dir
+from lorasweep.config.error_messages import one_line
+from lorasweep.config.resolvers import register_resolvers
 from lorasweep.core.atomic_write import DiskFullError
 from lorasweep.core.failures import FailureKind
 from lorasweep.core.settings import SettingsError, build_class
@@ -55,9 +58,9 @@ class FakePool:
 
 
 def test_settings_are_those_of_config_yaml():
-    cfg = config.compose(["experiment=demo"])
+    cfg = compose(["experiment=demo"])
     assert dict(cfg.launcher) == DEFAULTS
-    cfg = config.compose(["experiment=demo", "launcher.engine={n_jobs: 2}"])
+    cfg = compose(["experiment=demo", "launcher.engine={n_jobs: 2}"])
     assert cfg.launcher.engine.n_jobs == 2
 
 
@@ -78,7 +81,7 @@ def test_mistakes_name_the_key(changes, message):
 def test_this_version_of_hydra_lets_its_files_be_read_once():
     """By what its loader doesn't document, which another version may not have."""
     assert hydra.__version__ == "1.3.8", "see read_yaml_once.py"
-    with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         loader = GlobalHydra.instance().hydra.config_loader
         read_yaml_once(loader)
         first, again = (loader.repository.load_config("config") for _ in range(2))
@@ -87,8 +90,8 @@ def test_this_version_of_hydra_lets_its_files_be_read_once():
 
 
 def test_jobs_share_nothing_that_was_composed(tmp_path):
-    config.register_resolvers()
-    with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
+    register_resolvers()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         app = GlobalHydra.instance().hydra
         given = ["experiment=demo", f"output_root={tmp_path}", "hydra.job.name=x"]
         sweep = app.compose_config("config", given, RunMode.MULTIRUN)
@@ -241,7 +244,7 @@ def test_a_launcher_of_hydras_that_is_missing_says_how_it_comes(name, package, r
     if find_spec(f"hydra_plugins.hydra_{package}_launcher"):
         pytest.skip("it is installed")
     with pytest.raises(HydraException) as refused:
-        config.compose(["experiment=demo", f"hydra/launcher={name}"])
-    said = config.one_line(refused.value)  # what the command line ends with
+        compose(["experiment=demo", f"hydra/launcher={name}"])
+    said = one_line(refused.value)  # what the command line ends with
     assert said.startswith(f"hydra/launcher={name} is not installed: {remedy}")
     assert "\n" not in said

@@ -27,8 +27,9 @@ def jobs_that_left(folder, *values):
         for epoch, value in enumerate(values, start=1):
             scored = {"scores": {SCORE: trial.number + value}, "terms": {}}
             (path / "scores" / f"{epoch:06d}.json").write_text(json.dumps(scored))
-        trainer = SimpleNamespace(max_train_epochs=len(values))
-        return SimpleNamespace(name="demo", output_dir=path, params={}, trainer=trainer)
+        return SimpleNamespace(
+            name="demo", output_dir=path, params={}, max_train_epochs=len(values)
+        )
 
     return SimpleNamespace(run_of=run_of, overrides=lambda trial: trial.overrides)
 

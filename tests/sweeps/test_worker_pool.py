@@ -17,7 +17,7 @@ from test_run import reports
 from lorasweep.core.failures import FailureKind
 from lorasweep.core.settings import SettingsError
 from lorasweep.lora_files import checkpoint
-from lorasweep.models.base_model import choose_devices
+from lorasweep.models.devices import choose_devices
 from lorasweep.runs.session import EpochReport, Failure, Finished
 from lorasweep.sweeps import worker_pool, worker_process
 from lorasweep.sweeps.worker_pool import WorkerPool
@@ -251,12 +251,13 @@ sys.path.insert(0, {tests!r})
 from pathlib import Path
 from types import SimpleNamespace
 from conftest import SMALL
-from lorasweep.config import config
+from lorasweep.build_run import build_run
+from lorasweep.compose import compose
 from lorasweep.sweeps.worker_pool import WorkerPool
 
 if __name__ == "__main__":
-    cfg = config.compose([*SMALL, *sys.argv[1:], "trainer.max_train_epochs=50"])
-    run = config.build_run(cfg, output_dir=Path("run"), sweep="s", number=0)
+    cfg = compose([*SMALL, *sys.argv[1:], "trainer.max_train_epochs=50"])
+    run = build_run(cfg, output_dir=Path("run"), sweep="s", number=0)
     with WorkerPool(["cpu"], 2) as pool:
         pool.submit(run)
         while events := pool.events():

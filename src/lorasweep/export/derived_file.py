@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorasweep.adapters.pack import Pack
-from lorasweep.config import config
+from lorasweep.config.compose import compose_without_images
 from lorasweep.core.atomic_write import staged
 from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.core.settings import SettingsError
@@ -16,7 +16,8 @@ from lorasweep.export import find_lora, model_tensors, picture_check, sdxl
 from lorasweep.export.convert_model import load_base
 from lorasweep.export.diffusers_lora import approximation
 from lorasweep.lora_files import extract, lora_file, resize
-from lorasweep.models.base_model import Model, ModelError
+from lorasweep.models.load_model import Model
+from lorasweep.models.model_files import ModelError
 from lorasweep.tracking import TrackingError
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def extracted(
 
 def _found(source: Path, say: Callable[[str], None]) -> _Before | str:
     """The picture on the base that the file was trained on, or why there is none."""
-    cfg = config.compose(find_lora.NEEDED)
+    cfg = compose_without_images([])
     try:
         found = find_lora.trained_on(source, cfg)
         if found is None:

@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from lorasweep.config.config import Run, build_run, explain, job_identity, quoted
+from lorasweep.config.build_run import build_run, job_identity
+from lorasweep.config.compose import quoted
+from lorasweep.config.error_messages import explain
+from lorasweep.config.run import Run
 from lorasweep.core.settings import SettingsError
 from lorasweep.judging.metrics import metric
 from lorasweep.runs.prepare import check_inputs

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lorasweep.config.config import Run
+from lorasweep.config.run import Run
 from lorasweep.core.progress import say
 from lorasweep.runs.run_folder import stoppable, sweep_name
 from lorasweep.sweeps import sweep_file
@@ -91,7 +91,7 @@ def open_study(
         found.space,
         sweep_name(folder),
         folder,
-        max_epochs=run.trainer.max_train_epochs,
+        max_epochs=run.max_train_epochs,
         guesses=found.guesses,
         basis=runs_basis(found.fixed, probes),
     )

@@ -12,7 +12,8 @@ from contextlib import redirect_stderr
 from io import StringIO
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lorasweep.config.config import Run, one_line
+from lorasweep.config.error_messages import one_line
+from lorasweep.config.run import Run
 from lorasweep.core.failures import FailureKind, RunError
 from lorasweep.runs import run_folder
 from lorasweep.runs.session import Failure, Finished, Report, failure_kind
@@ -56,7 +57,7 @@ class _Trials:
             except ValueError as error:
                 self._failed.add(trial, one_line(error) or str(error))
                 continue
-            trial.plan(run.trainer.max_train_epochs)
+            trial.plan(run.max_train_epochs)
             log.info("trial %d: %s", trial.number, " ".join(trial.overrides))
             return trial, run
         return None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from lorasweep.config.config import Run
+from lorasweep.config.run import Run
 from lorasweep.runs.session import EpochReport, Failure, Finished, Report, Session
 from lorasweep.sweeps.study.study_settings import StudySettings
 from lorasweep.sweeps.sweep_file import read_study_settings

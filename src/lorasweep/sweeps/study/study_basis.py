@@ -8,10 +8,11 @@ from typing import Any
 
 import optuna
 
-from lorasweep.config.config import PACKAGE, Run
+from lorasweep.config.conf_folder import PACKAGE
+from lorasweep.config.run import Run
+from lorasweep.config.settings_digest import changes_nothing
 from lorasweep.core.components import with_short_names
 from lorasweep.core.settings import SettingsError
-from lorasweep.runs.run_folder import changes_nothing
 from lorasweep.sweeps.study.search_space import Space
 from lorasweep.sweeps.study.study_settings import StudySettings
 from lorasweep.sweeps.study.trial_attributes import BASIS
