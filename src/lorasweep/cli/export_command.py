@@ -39,11 +39,11 @@ def add_parser(commands: Commands) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from lorasweep.export import find_lora, merge
+    from lorasweep.export import export_lora, find_lora
 
     found = find_lora.find(arguments.word, arguments.overrides, arguments.config_dir)
     say_lines(found.lines)
-    done = merge.export(
+    done = export_lora.export(
         found,
         arguments.to,
         out=arguments.out,

@@ -27,10 +27,10 @@ def add_parser(commands: Commands) -> None:
 def _extract(arguments: argparse.Namespace) -> int:
     from lorasweep.cli.model_argument import model_of
     from lorasweep.core.progress import say
-    from lorasweep.export import derived_file
+    from lorasweep.export import extract
 
     tuned, base = (model_of(path, arguments.config) for path in (arguments.tuned, arguments.base))
-    derived_file.extracted(
+    extract.extract_and_draw(
         (tuned, base),
         arguments.out,
         arguments.rank,

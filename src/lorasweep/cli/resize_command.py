@@ -28,10 +28,10 @@ def add_parser(commands: Commands) -> None:
 def _resize(arguments: argparse.Namespace) -> int:
     from lorasweep.cli.model_argument import model_of
     from lorasweep.core.progress import say
-    from lorasweep.export import derived_file
+    from lorasweep.export import resize
 
     source: Path = arguments.file
-    derived_file.resized(
+    resize.resize_and_draw(
         source,
         arguments.out or source.with_name(f"{source.stem}-resized.safetensors"),
         arguments.rank,

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from lorasweep.core import kohya_hashes
 from lorasweep.models.model_settings import ModelSettings
 from lorasweep.models.noise_schedule import NoiseSchedule
 
@@ -168,12 +169,11 @@ class BaseModel:
         """kohya's hashes of the base's file; of a folder it has none and says IsADirectory."""
         if not self.settings.is_single_file:
             return {"ss_sd_model_hash": "IsADirectory", "ss_new_sd_model_hash": "IsADirectory"}
-        path = Path(self.settings.path)
-        with path.open("rb") as file:
-            whole = hashlib.file_digest(file, "sha256").hexdigest()
-            file.seek(0x100000)
-            part = hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
-        return {"ss_sd_model_hash": part, "ss_new_sd_model_hash": whole}
+        with Path(self.settings.path).open("rb") as file:
+            return {
+                "ss_sd_model_hash": kohya_hashes.legacy_hash(file),
+                "ss_new_sd_model_hash": kohya_hashes.whole_hash(file),
+            }
 
 
 def parts_of(
