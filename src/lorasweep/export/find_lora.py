@@ -28,7 +28,7 @@ class OriginError(ValueError):
 
 
 @dataclass(frozen=True)
-class Origin:
+class FoundLoRA:
     """A LoRA file with its base model."""
 
     path: Path
@@ -40,7 +40,7 @@ class Origin:
     """Where exports go that are given no place."""
 
 
-def find(word: str, overrides: Sequence[str], config_dir: Path | None = None) -> Origin:
+def find(word: str, overrides: Sequence[str], config_dir: Path | None = None) -> FoundLoRA:
     """The LoRA that `word` means: a .safetensors file, a run's name, or a checkpoint's (RUN-e012).
 
     Of a run it is the checkpoint that `lorasweep pick` would rank first among the run's in its
@@ -63,7 +63,7 @@ def find(word: str, overrides: Sequence[str], config_dir: Path | None = None) ->
             )
         model, where = found
         lines = [*lines, where]
-    return Origin(path, path.stem, model, tuple(lines), Path(cfg.output_root) / "exports")
+    return FoundLoRA(path, path.stem, model, tuple(lines), Path(cfg.output_root) / "exports")
 
 
 def _names_model(overrides: Sequence[str]) -> bool:
@@ -162,7 +162,3 @@ def _base_of_run(uri: str, candidate: Candidate) -> Model:
         file = Path(folder) / "config.yaml"
         file.write_text(tracking.config_of(uri, candidate))
         return saved_model(file, trusted=True)
-
-
-NEEDED = ["dataset.image_dir=lorasweep"]
-"""What composing the config asks for, though nothing here reads images."""

@@ -12,7 +12,7 @@ from lorasweep.core.clock import Clock
 from lorasweep.judging import contact_sheet
 from lorasweep.judging.metrics.metric import Images, Metric, Scored, Scores
 from lorasweep.judging.sampling import Sampling, render
-from lorasweep.lora_files import lora_file
+from lorasweep.lora_files import read_lora_file
 from lorasweep.lora_files.checkpoint import Checkpoint
 from lorasweep.models.base_model import BaseModel
 from lorasweep.models.gpu_memory import halved
@@ -116,7 +116,7 @@ class Judge:
 
 def load_pack(base: BaseModel, files: Sequence[Path]) -> Pack:
     """Written LoRA files, ready to be attached to the base. Raises ValueError for a bad one."""
-    return Pack.from_files(base.parts, [lora_file.read(path).tensors for path in files])
+    return Pack.from_files(base.parts, [read_lora_file.read(path).tensors for path in files])
 
 
 def _merged(parts: Sequence[Scored]) -> Scored:
