@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lorasweep.models.gpu_memory import halved, memory_for
+from lorasweep.models.gpu_memory import halved, is_out_of_memory, memory_for
 
 FULL = torch.OutOfMemoryError("CUDA out of memory (made by the test)")
 
@@ -25,3 +25,17 @@ def test_another_error_is_raised_as_it_is():
 
 def test_nothing_is_known_of_a_cpus_memory():
     assert memory_for("cpu", lambda: None) is None
+
+
+NO_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory (made by the test)"),
+    RuntimeError(
+        "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+    ),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+]
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=["cuda", "cpu", "cublas"])
+def test_every_way_of_running_out_of_memory_is_known(error):
+    assert is_out_of_memory(error)
