@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from lorasweep.lora_files import checkpoint
-from lorasweep.training.loss import PackLoss
-from lorasweep.training.training_batches import caption_of, epoch_batches
+from lorasweep.training.pack_loss import PackLoss
+from lorasweep.training.training_batches import epoch_batches
+from lorasweep.training.training_captions import caption_of
 from lorasweep.training.training_run import TrainerError
 from small_training import load, relative_difference, tensors, train
 
