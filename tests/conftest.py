@@ -12,8 +12,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the network
 import pytest
 import yaml
 
-from lorasweep.config import config
-from lorasweep.config.config import Run
+from lorasweep.config.build_run import build_run
+from lorasweep.config.compose import compose
+from lorasweep.config.conf_folder import conf_dir
+from lorasweep.config.run import Run
 
 yaml.SafeLoader = yaml.CSafeLoader  # Hydra's files are parsed thousands of times
 
@@ -37,7 +39,7 @@ SMALL = [
 
 def options(group: str) -> list[str]:
     """Names of all options of a config group."""
-    return sorted(path.stem for path in (config.conf_dir() / group).glob("*.yaml"))
+    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
 
 
 @pytest.fixture(scope="session")
@@ -51,13 +53,9 @@ def make_run(tmp_path: Path, cache_dir: Path) -> Callable[..., Run]:
     """Build a Run from overrides on the small demo."""
 
     def make(*overrides: str, number: int | None = None) -> Run:
-        cfg = config.compose(
-            [*SMALL, f"output_root={tmp_path}", f"cache_dir={cache_dir}", *overrides]
-        )
+        cfg = compose([*SMALL, f"output_root={tmp_path}", f"cache_dir={cache_dir}", *overrides])
         output_dir = tmp_path / "run" / str(number or 0)
-        return config.build_run(
-            cfg, output_dir=output_dir, overrides=overrides, sweep="s", number=number
-        )
+        return build_run(cfg, output_dir=output_dir, overrides=overrides, sweep="s", number=number)
 
     return make
 
@@ -67,5 +65,5 @@ def base():
     """The embedded base model, loaded once; nothing may change its weights."""
     from lorasweep.core.settings import build
 
-    cfg = config.compose(["experiment=demo"])
+    cfg = compose(["experiment=demo"])
     return build(cfg.model, "model").load()

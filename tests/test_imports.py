@@ -26,7 +26,7 @@ FLOORS = [
 
 HOMES = {
     "hydra": {"config", "sweeps", "cli", "runs/doctor"},
-    "omegaconf": {"config", "sweeps", "runs/doctor", "reproduce", "judging/pick"},
+    "omegaconf": {"config", "sweeps", "runs/doctor", "reproduce", "cli/broken_off"},
     "mlflow": {"tracking"},
     "optuna": {"sweeps/study"},
     "optuna_dashboard": {"sweeps/study"},

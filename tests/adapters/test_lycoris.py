@@ -18,7 +18,7 @@ from lorasweep.adapters.adapter import Site
 from lorasweep.adapters.dropout import Dropout
 from lorasweep.adapters.lokr import factorization
 from lorasweep.adapters.pack import check_fit, make_stack
-from lorasweep.config import config
+from lorasweep.config.compose import compose
 from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.core.settings import SettingsError, build
 
@@ -47,7 +47,7 @@ VARIANTS = {
 
 @cache
 def adapter(*overrides):
-    cfg = config.compose(["experiment=demo", "adapter.rank=3", "adapter.alpha=2", *overrides])
+    cfg = compose(["experiment=demo", "adapter.rank=3", "adapter.alpha=2", *overrides])
     return build(cfg.adapter, "adapter")
 
 

@@ -8,7 +8,7 @@ from test_adapters import trained
 from test_pick import candidate
 
 from lorasweep.cli.main import main
-from lorasweep.config import config
+from lorasweep.config.compose import compose, compose_without_images
 from lorasweep.core.settings import build
 from lorasweep.export import diffusers_lora, find_lora, merge
 from lorasweep.lora_files import checkpoint, read_lora_file
@@ -17,7 +17,7 @@ from lorasweep.lora_files import checkpoint, read_lora_file
 @pytest.fixture(scope="module")
 def tensors(base):
     """A LoRA of the embedded model, as if it had been trained."""
-    cfg = config.compose(["experiment=demo", "adapter.rank=4"])
+    cfg = compose(["experiment=demo", "adapter.rank=4"])
     return trained(base, (build(cfg.adapter, "adapter"), 0)).file_tensors(0)
 
 
@@ -69,13 +69,12 @@ def test_a_copy_of_a_runs_file_is_found_by_its_hash(base, write, tmp_path, monke
     monkeypatch.setattr(
         find_lora.tracking, "config_of", lambda *_: f"model: {{path: {base.settings.path}, {rest}}}"
     )
-    model, told = find_lora.trained_on(mine, config.compose(find_lora.NEEDED))
+    model, told = find_lora.trained_on(mine, compose_without_images([]))
     assert model.path == base.settings.path
     assert "Base model, of a-e003 in the tracking store" in told
-    checkpoint.write(
-        mine, read_lora_file.read(mine).tensors | {"lora_unet_x.alpha": torch.ones(())}, {}
-    )
-    assert find_lora.trained_on(mine, config.compose(find_lora.NEEDED)) is None
+    other = read_lora_file.read(mine).tensors | {"lora_unet_x.alpha": torch.ones(())}
+    checkpoint.write(mine, other, {})
+    assert find_lora.trained_on(mine, compose_without_images([])) is None
 
 
 @pytest.mark.parametrize(

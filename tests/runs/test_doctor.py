@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lorasweep.config.config import compose
+from lorasweep.config.compose import compose
 from lorasweep.core.settings import SettingsError
 from lorasweep.runs import doctor
 from lorasweep.runs.doctor import Finding

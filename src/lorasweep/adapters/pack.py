@@ -186,11 +186,6 @@ class Pack:
         """A pack of these runs alone, with copies of their tensors."""
         return Pack(self.known, [self.member(index) for index in indices])
 
-    def joined(self, other: Pack) -> Pack:
-        """A pack of this one's runs, then the other's, with copies of their tensors."""
-        packs = ((pack, index) for pack in (self, other) for index in range(len(pack)))
-        return Pack(self.known, [pack.member(index) for pack, index in packs])
-
     @contextmanager
     def attached(self, dropout_steps: Sequence[int] | None = None) -> Iterator[None]:
         """Within, the base's modules compute with the adapters; rows must be (K, rows).

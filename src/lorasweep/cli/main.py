@@ -180,7 +180,7 @@ def _count(text: str) -> int:
 
 def _sweep(argv: Sequence[str]) -> None:
     """`sweep NAME …` is `train -m +sweeps=NAME …`."""
-    from lorasweep.config.config import groups
+    from lorasweep.config.conf_folder import groups
     from lorasweep.core.settings import SettingsError
 
     if {"-h", "--help"} & set(argv) or not argv:
@@ -284,7 +284,7 @@ def _add_extract(commands: Any) -> None:
 
 def _train_help() -> str:
     """Ours, for Hydra's own lists every folder on its search path."""
-    from lorasweep.config.config import groups
+    from lorasweep.config.conf_folder import groups
 
     options = "\n".join(f"  {name:16}{', '.join(found)}" for name, found in groups().items())
     return _TRAIN_HELP.format(options=options)
@@ -327,7 +327,8 @@ def train(argv: Sequence[str]) -> None:
     """Compose the config with Hydra and train; its flags (-m, --cfg, --config-dir) are Hydra's."""
     import hydra
 
-    from lorasweep.config.config import conf_dir, register_resolvers
+    from lorasweep.config.conf_folder import conf_dir
+    from lorasweep.config.resolvers import register_resolvers
 
     _check_flags(argv)
     register_resolvers()
@@ -362,7 +363,7 @@ def _job(cfg: Any) -> None:
 
 
 def _run_alone(cfg: Any, hydra_cfg: Any) -> None:
-    from lorasweep.config.config import build_run, job_identity
+    from lorasweep.config.build_run import build_run, job_identity
     from lorasweep.data import dataset
     from lorasweep.runs import run_folder
 
@@ -392,7 +393,7 @@ def _run_alone(cfg: Any, hydra_cfg: Any) -> None:
 
 
 def _resume(arguments: argparse.Namespace) -> int:
-    from lorasweep.config.config import begun_by
+    from lorasweep.config.compose import begun_by
     from lorasweep.core.settings import SettingsError
     from lorasweep.runs import run_folder
 
@@ -408,7 +409,8 @@ def _resume(arguments: argparse.Namespace) -> int:
 
 
 def _caption(arguments: argparse.Namespace) -> int:
-    from lorasweep.config.config import build_run, compose, quoted
+    from lorasweep.config.build_run import build_run
+    from lorasweep.config.compose import compose, quoted
     from lorasweep.core.settings import SettingsError
 
     words, overrides = _split(arguments, at_most=1)
@@ -431,12 +433,12 @@ def _caption(arguments: argparse.Namespace) -> int:
 def _pick(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from lorasweep.judging import pick
+    from lorasweep.runs import pick_checkpoint, pick_table
 
     words, overrides = _split(arguments, at_most=1)
     cfg, settings, output_root = _tracking(overrides, arguments.config_dir)
     _say_unsent(output_root)
-    result = pick.pick(
+    result = pick_checkpoint.pick(
         settings,
         output_root,
         sweep=words[0] if words else None,
@@ -445,8 +447,8 @@ def _pick(arguments: argparse.Namespace) -> int:
         epoch=arguments.epoch,
     )
     console = Console()
-    console.print(pick.table(result, arguments.limit))
-    for line in pick.summary(result):
+    console.print(pick_table.table(result, arguments.limit))
+    for line in pick_table.summary(result):
         console.print(line, soft_wrap=True, highlight=False)
     return 0
 
@@ -502,7 +504,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    from lorasweep.config.config import compose
+    from lorasweep.config.compose import compose
     from lorasweep.core.settings import SettingsError
     from lorasweep.export import convert_model
 
@@ -577,7 +579,7 @@ def _extract(arguments: argparse.Namespace) -> int:
 
 def _model_of(path: str, config: str | None) -> Any:
     """A model by its path, or its option's name, with conf/model/sd15's other values."""
-    from lorasweep.config.config import compose, quoted
+    from lorasweep.config.compose import compose, quoted
     from lorasweep.core.settings import build
     from lorasweep.lora_files import read_lora_file
 
@@ -590,7 +592,8 @@ def _model_of(path: str, config: str | None) -> Any:
 
 def _model_path(word: str) -> str:
     """A model's own path; of an option of conf/model (embedded, sd15) what it says."""
-    from lorasweep.config.config import compose, groups
+    from lorasweep.config.compose import compose
+    from lorasweep.config.conf_folder import groups
 
     if word not in groups()["model"] or Path(word).exists():
         return word
@@ -637,7 +640,7 @@ def _say_unsent(output_root: Path) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from lorasweep.config.config import compose
+    from lorasweep.config.compose import compose
     from lorasweep.runs import doctor
 
     _, overrides = _split(arguments, at_most=0)
@@ -646,15 +649,16 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 def _tracking(overrides: Sequence[str], config_dir: Path | None) -> tuple[Any, Any, Path]:
     """The composed config, its tracking settings and its output_root; no images are needed."""
-    from lorasweep.config.config import compose, folder
+    from lorasweep.config.build_run import absolute_folder
+    from lorasweep.config.compose import compose_without_images
     from lorasweep.core.settings import build
 
-    cfg = compose(["dataset.image_dir=lorasweep", *overrides], config_dir)
-    return cfg, build(cfg.tracking, "tracking"), folder(cfg.output_root, "output_root")
+    cfg = compose_without_images(overrides, config_dir)
+    return cfg, build(cfg.tracking, "tracking"), absolute_folder(cfg.output_root, "output_root")
 
 
 def _exit(error: Exception) -> NoReturn:
-    from lorasweep.config.config import one_line
+    from lorasweep.config.error_messages import one_line
     from lorasweep.core.text import harmless
 
     line = one_line(error)

@@ -12,7 +12,7 @@ MODULES = {
     "Dataset": "lorasweep.data.dataset",
     "Empty": "lorasweep.data.captions.empty",
     "Kosmos2": "lorasweep.data.captions.kosmos2",
-    "LRScheduler": "lorasweep.training.optimizers",
+    "LRScheduler": "lorasweep.training.lr_schedulers",
     "LoCon": "lorasweep.adapters.locon",
     "LoHa": "lorasweep.adapters.loha",
     "LoKr": "lorasweep.adapters.lokr",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorasweep import __version__
-from lorasweep.config import config
+from lorasweep.config.compose import compose_without_images
 from lorasweep.core.atomic_write import staged
 from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.core.settings import SettingsError
@@ -138,7 +138,7 @@ def _drawn(source: Path, base: Base) -> tuple[Image, Base]:
 
 def _drawn_on_its_base(source: Path, say: Callable[[str], None]) -> tuple[Image, Base] | str:
     """The picture on the base that the file was trained on, or why there is none."""
-    cfg = config.compose(find_lora.NEEDED)
+    cfg = compose_without_images([])
     try:
         found = find_lora.trained_on(source, cfg)
         if found is None:

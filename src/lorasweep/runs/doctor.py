@@ -22,7 +22,8 @@ from urllib.parse import urlsplit, urlunsplit
 from urllib.request import Request, urlopen
 
 from lorasweep import __version__
-from lorasweep.config.config import Run, build_run
+from lorasweep.config.build_run import build_run
+from lorasweep.config.run import Run
 from lorasweep.core.settings import SettingsError
 from lorasweep.data import dataset
 from lorasweep.models.base_model import Precision

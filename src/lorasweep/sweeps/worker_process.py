@@ -14,7 +14,8 @@ from logging.handlers import QueueHandler
 from multiprocessing import parent_process
 from typing import TYPE_CHECKING, Any
 
-from lorasweep.config.config import Run, one_line
+from lorasweep.config.error_messages import one_line
+from lorasweep.config.run import Run
 from lorasweep.core.interrupts import Interrupts
 from lorasweep.core.progress import Tick
 from lorasweep.models.base_model import BaseModel

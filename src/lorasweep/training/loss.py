@@ -12,9 +12,9 @@ from lorasweep.adapters.pack import Pack
 from lorasweep.core import rng
 from lorasweep.models.base_model import BaseModel
 from lorasweep.models.diffusion_loss import squared_errors
-from lorasweep.training.run_state import RunState
-from lorasweep.training.trainer import TrainingData
 from lorasweep.training.training_batches import Batch, caption_of, captions_vary
+from lorasweep.training.training_run import TrainingData
+from lorasweep.training.training_state import TrainingState
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +28,7 @@ class PackLoss:
         self._embeds: dict[str, Tensor] = {}
 
     def backward(
-        self, pack: Pack, states: Sequence[RunState], batches: Sequence[Batch]
+        self, pack: Pack, states: Sequence[TrainingState], batches: Sequence[Batch]
     ) -> list[float]:
         """Add each run's gradients of its batch, divided by the accumulation steps; its loss."""
         import torch
@@ -53,7 +53,7 @@ class PackLoss:
         values: list[float] = losses.tolist()
         return values
 
-    def _latents(self, state: RunState, batch: Batch) -> Tensor:
+    def _latents(self, state: TrainingState, batch: Batch) -> Tensor:
         import torch
 
         items = [self.data.items[index] for index in batch]
@@ -66,7 +66,7 @@ class PackLoss:
             ]
         )
 
-    def _draw(self, state: RunState, rows: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def _draw(self, state: TrainingState, rows: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Noise (rows, C, h, w) and timesteps (rows,) of this run's micro step, on the CPU."""
         import torch
 
@@ -80,7 +80,7 @@ class PackLoss:
             self.base.noise_schedule.num_train_timesteps, (rows,), generator=draw
         )
 
-    def _captions(self, states: Sequence[RunState], batches: Sequence[Batch]) -> list[str]:
+    def _captions(self, states: Sequence[TrainingState], batches: Sequence[Batch]) -> list[str]:
         return [
             caption_of(
                 self.data.items[index],
@@ -109,7 +109,7 @@ class PackLoss:
             return torch.stack([self._embeds[caption] for caption in captions])
 
     def _weighted(
-        self, per_sample: Tensor, timesteps: Tensor, states: Sequence[RunState]
+        self, per_sample: Tensor, timesteps: Tensor, states: Sequence[TrainingState]
     ) -> Tensor:
         """Losses (K,) of per-sample losses (K * rows,)."""
         import torch

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 from lorasweep.cli import main
-from lorasweep.config import config
-from lorasweep.reproduce import foreign_file
+from lorasweep.config.build_run import build_run
+from lorasweep.config.compose import compose
+from lorasweep.reproduce import foreign_lora
 
 KOHYA = json.loads((Path(__file__).parents[1] / "recorded/kohya_metadata.json").read_text())
 """Written by kohya's sd-scripts itself."""
@@ -64,36 +65,36 @@ def file_of(folder, metadata, rank=8, alpha=4.0):
     return path
 
 
-def run_of(guess, folder):
+def run_of(found, folder):
     """The run that its config folder gives, as train would have it."""
-    file = guess.write(folder)
+    file = foreign_lora.write_config(found, folder)
     images = f"dataset.image_dir={folder}"
-    cfg = config.compose([f"experiment={file.stem}", images, "output_root=elsewhere"], folder)
-    return config.build_run(cfg, output_dir=Path("elsewhere"))
+    cfg = compose([f"experiment={file.stem}", images, "output_root=elsewhere"], folder)
+    return build_run(cfg, output_dir=Path("elsewhere"))
 
 
 def test_what_kohya_says_is_taken_over(tmp_path):
-    run = run_of(foreign_file.guess(file_of(tmp_path, KOHYA)), tmp_path / "config")
+    run = run_of(foreign_lora.read_settings(file_of(tmp_path, KOHYA)), tmp_path / "config")
     assert (run.adapter.rank, run.adapter.alpha) == (8, 4)
     assert (run.optimizer.unet_lr, run.optimizer.text_encoder_lr) == (1e-4, 5e-5)
-    assert (run.trainer.max_train_epochs, run.trainer.batch_size) == (2, 2)
-    assert (run.seed, run.trainer.noise_offset, run.model.clip_skip) == (1234, 0.05, 2)
+    assert (run.max_train_epochs, run.trainer.batch_size) == (2, 2)
+    assert (run.seed, run.noise_offset, run.model.clip_skip) == (1234, 0.05, 2)
     assert run.dataset.size == (64, 64)
     assert {arm: captioner.repeats for arm, captioner in run.captions.items()} == {"wd": 2}
     assert (run.dataset.num_images, run.dataset.num_holdout) == (10, 0)
 
 
 def test_what_is_not_known_is_listed(tmp_path):
-    guess = foreign_file.guess(file_of(tmp_path, KOHYA))
-    unknown = " ".join(what for what, _ in guess.unknown)
+    found = foreign_lora.read_settings(file_of(tmp_path, KOHYA))
+    unknown = " ".join(what for what, _ in found.unknown)
     assert "the images" in unknown
     assert "where the base model sd15-random is" in unknown
     assert "ss_" not in unknown  # nothing that the reference says is lost
 
 
 def test_a_lycoris_file_with_its_data_set_in_a_toml(tmp_path):
-    guess = foreign_file.guess(file_of(tmp_path, LYCORIS))
-    run = run_of(guess, tmp_path / "config")
+    found = foreign_lora.read_settings(file_of(tmp_path, LYCORIS))
+    run = run_of(found, tmp_path / "config")
     assert type(run.adapter).__name__ == "LoCon"
     adapter = run.adapter
     assert (adapter.rank, adapter.alpha, adapter.conv_rank, adapter.conv_alpha) == (64, 64, 32, 1)
@@ -106,18 +107,18 @@ def test_a_lycoris_file_with_its_data_set_in_a_toml(tmp_path):
     assert (run.trainer.batch_size, run.dataset.size) == (3, (512, 650))
     assert run.dataset.enable_bucket
     assert {arm: one.repeats for arm, one in run.captions.items()} == {"wd": 10, "a-b": 5}
-    unknown = [what for what, _ in guess.unknown]
+    unknown = [what for what, _ in found.unknown]
     assert "ss_network_args: use_scalar=True" in unknown
     assert "ss_num_reg_images=20" in unknown
     assert "seed" in unknown
 
 
 def test_without_metadata_the_tensors_speak(tmp_path):
-    guess = foreign_file.guess(file_of(tmp_path, None, rank=2, alpha=1.0))
-    assert guess.settings["adapter.rank"] == 2
-    assert guess.settings["adapter.alpha"] == 1
-    assert {"optimizer.unet_lr", "trainer.max_train_epochs"} <= {what for what, _ in guess.unknown}
-    run_of(guess, tmp_path / "config")
+    found = foreign_lora.read_settings(file_of(tmp_path, None, rank=2, alpha=1.0))
+    assert found.settings["adapter.rank"] == 2
+    assert found.settings["adapter.alpha"] == 1
+    assert {"optimizer.unet_lr", "trainer.max_train_epochs"} <= {what for what, _ in found.unknown}
+    run_of(found, tmp_path / "config")
 
 
 @pytest.mark.parametrize(
@@ -131,10 +132,10 @@ def test_without_metadata_the_tensors_speak(tmp_path):
 )
 def test_hostile_entries_are_not_understood_and_said_so(entries, tmp_path):
     folder = tmp_path / "config"
-    guess = foreign_file.guess(file_of(tmp_path, entries))
-    run = run_of(guess, folder)
-    assert guess.unknown
-    written = guess.write(folder)
+    found = foreign_lora.read_settings(file_of(tmp_path, entries))
+    run = run_of(found, folder)
+    assert found.unknown
+    written = foreign_lora.write_config(found, folder)
     assert written.resolve().is_relative_to(folder.resolve())
     assert all(arm.isprintable() and "/" not in arm for arm in run.captions)
 
