@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_adapters import predict, trained
-from test_pick import candidate
+from tracked_candidate import candidate
 
 from conftest import options
 from lorasweep.cli.main import main

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from test_adapters import trained
-from test_pick import candidate
+from tracked_candidate import candidate
 
 from lorasweep.cli.main import main
 from lorasweep.config.compose import compose, compose_without_images

@@ -162,7 +162,3 @@ def _base_of_run(uri: str, candidate: Candidate) -> Model:
         file = Path(folder) / "config.yaml"
         file.write_text(tracking.config_of(uri, candidate))
         return saved_model(file, trusted=True)
-
-
-NEEDED = ["dataset.image_dir=lorasweep"]
-"""What composing the config asks for, though nothing here reads images."""
