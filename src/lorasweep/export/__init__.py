@@ -6,9 +6,9 @@ target, checks what was written, and only then lets it appear. Open merge.py fir
 """
 
 from lorasweep.export.convert_model import convert
-from lorasweep.export.diffusers_lora import diffusers_lora
+from lorasweep.export.diffusers_lora import lora_for_diffusers
 from lorasweep.export.exported import Exported, ExportError
 from lorasweep.export.generic_diffusion_feature import offline_lora
 from lorasweep.export.merge import merged
 
-__all__ = ["ExportError", "Exported", "convert", "diffusers_lora", "merged", "offline_lora"]
+__all__ = ["ExportError", "Exported", "convert", "lora_for_diffusers", "merged", "offline_lora"]
