@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_adapters import predict
 
+from adapter_packs import predict
 from lorasweep.cli.main import main
 from lorasweep.core.atomic_write import TargetError
 from lorasweep.export import read_back, whole_model

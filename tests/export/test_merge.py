@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_adapters import predict, trained
-from tracked_candidate import candidate
 
+from adapter_packs import predict, trained
+from candidates import candidate
 from conftest import options
 from lorasweep.cli.main import main
 from lorasweep.core.settings import SettingsError

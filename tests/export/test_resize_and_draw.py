@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_adapters import trained
-from tracked_candidate import candidate
 
+from adapter_packs import trained
+from candidates import candidate
 from lorasweep.cli.main import main
 from lorasweep.config.compose import compose, compose_without_images
 from lorasweep.core.settings import build

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from test_adapters import predict
 
+from adapter_packs import predict
 from lorasweep.core.settings import SettingsError
 from lorasweep.export import whole_model
 from lorasweep.models.devices import resolve_device

@@ -11,12 +11,12 @@ import pytest
 from mlflow import MlflowClient
 from rich.console import Console
 
+from candidates import BY
 from lorasweep import tracking
 from lorasweep.lora_files.checkpoint import Checkpoint
 from lorasweep.runs import pick_checkpoint, pick_table
 from lorasweep.tracking import NewRun, Tracker, Tracking
 
-BY = "val/loss_rel"
 CONFIG = """\
 model: {path: some/base-model, clip_skip: 2}
 sampling: {prompts: ["a rocket --w 64 --s 9", a house]}

@@ -102,21 +102,22 @@ def _train_job(cfg: Any, hydra_cfg: Any) -> None:
     run = build_run(cfg, **job_identity(hydra_cfg))
     if status := run_folder.ended(run):
         if status == "failed" and run.number is not None:  # a job: whoever gave it counts on it
-            from lorasweep.runs.session import RunError
+            from lorasweep.core.failures import RunError
 
             raise RunError("it failed before")
         print(f"{run.name} has ended in {run_folder.shown(run.output_dir)}: nothing to train")
         return
     dataset.find(run.dataset)
     run.check()
-    from lorasweep.runs.session import Failure, RunError, run_pack
-    from lorasweep.sweeps import trial_processes
+    from lorasweep.core.failures import RunError
+    from lorasweep.runs.session import Failure, run_pack
+    from lorasweep.sweeps.trial_job import JobsStudy, train_trials
 
-    study = trial_processes.JobsStudy.of(cfg, hydra_cfg)
+    study = JobsStudy.of(cfg, hydra_cfg)
     if study is not None:  # a trial that a sweep gave to Hydra's launcher
-        failures = trial_processes.train([run], study)
+        failures = train_trials([run], study)
     else:
         with run_folder.stoppable(run.output_dir) as interrupts:
             failures = [one for one in run_pack([run], interrupts) if isinstance(one, Failure)]
     if failures:
-        raise RunError.of(failures[0])
+        raise RunError(failures[0].reason, failures[0].kind)

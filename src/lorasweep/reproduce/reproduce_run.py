@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 
 from lorasweep.config.build_run import build_run
 from lorasweep.config.run import Run
+from lorasweep.core.failures import RunError
 from lorasweep.core.settings import build
 from lorasweep.core.text import listed
 from lorasweep.data import dataset, kohya_folders
@@ -36,7 +37,6 @@ from lorasweep.reproduce.original_images import CaptionTexts, FoundImages, Logge
 from lorasweep.reproduce.original_run import OriginalRun, ReproduceError
 from lorasweep.reproduce.same_pack import Schedule
 from lorasweep.runs.prepare import write_folders
-from lorasweep.runs.session import RunError
 from lorasweep.tracking.history import Log, LoggedRun
 
 REPRODUCES_TAG = "lorasweep.reproduces"

@@ -11,11 +11,11 @@ import pytest
 from hydra.core.utils import JobReturn, JobStatus
 from test_study import SCORE, SETTINGS, SPACE
 
+from lorasweep.core.failures import FailureKind, RunError
 from lorasweep.core.settings import SettingsError
-from lorasweep.runs.session import PassingError, PausingError, RunError, UnreadyError
-from lorasweep.sweeps.stop_rules import Limits, SweepError
+from lorasweep.sweeps.stop_rules import StopRules, SweepError
 from lorasweep.sweeps.study.study import Study
-from lorasweep.sweeps.trials_in_batches import Batches
+from lorasweep.sweeps.sweep_loop import TrialsInBatches
 
 
 def jobs_that_left(folder, *values):
@@ -27,8 +27,9 @@ def jobs_that_left(folder, *values):
         for epoch, value in enumerate(values, start=1):
             scored = {"scores": {SCORE: trial.number + value}, "terms": {}}
             (path / "scores" / f"{epoch:06d}.json").write_text(json.dumps(scored))
-        trainer = SimpleNamespace(max_train_epochs=len(values))
-        return SimpleNamespace(name="demo", output_dir=path, params={}, trainer=trainer)
+        return SimpleNamespace(
+            name="demo", output_dir=path, params={}, max_train_epochs=len(values)
+        )
 
     return SimpleNamespace(run_of=run_of, overrides=lambda trial: trial.overrides)
 
@@ -64,7 +65,9 @@ def launcher_that(returned):
 
 def test_a_lost_batch_is_launched_again_under_its_numbers_with_its_parameters(tmp_path):
     study, launcher = study_in(tmp_path), DyingOnce()
-    Batches(study, jobs_that_left(tmp_path, 0.5), launcher, Limits(None, 1, time.monotonic())).run()
+    TrialsInBatches(
+        study, jobs_that_left(tmp_path, 0.5), launcher, StopRules(None, 1, time.monotonic())
+    ).run()
     assert launcher.launched == [[0, 1], [0, 1], [2]]
     assert [(t.number, t.value) for t in study.trials] == [(0, 0.5), (1, 1.5), (2, 2.5)]
     assert [t.user_attrs.get("attempt") for t in study.trials] == [1, 1, None]
@@ -80,7 +83,7 @@ def test_a_trial_that_cannot_be_composed_fails_alone(tmp_path):
 
     jobs.run_of = run_of
     launcher = launcher_that(JobReturn(status=JobStatus.COMPLETED))
-    Batches(study, jobs, launcher, Limits(None, None, time.monotonic())).run()
+    TrialsInBatches(study, jobs, launcher, StopRules(None, None, time.monotonic())).run()
     assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE", "COMPLETE"]
     assert (
         study.trials[0].user_attrs["reason"] == "adapter.network_dropout=4.0: must be less than 1"
@@ -91,8 +94,8 @@ def test_a_launchers_setting_that_is_wrong_ends_the_sweep_and_no_trial_fails_for
     study = study_in(tmp_path)
     launcher = launcher_that(SettingsError("launcher.pack_via=ray: ray is not installed"))
     with pytest.raises(SettingsError, match="ray is not installed"):
-        Batches(
-            study, jobs_that_left(tmp_path), launcher, Limits(None, None, time.monotonic())
+        TrialsInBatches(
+            study, jobs_that_left(tmp_path), launcher, StopRules(None, None, time.monotonic())
         ).run()
     assert study.take_over() == [0, 1]
     assert not any("attempt" in trial.user_attrs for trial in study.trials)
@@ -101,10 +104,10 @@ def test_a_launchers_setting_that_is_wrong_ends_the_sweep_and_no_trial_fails_for
 def test_trials_without_a_finite_score_count_as_failures(tmp_path):
     jobs = jobs_that_left(tmp_path, math.nan)
     launcher = launcher_that(JobReturn(status=JobStatus.COMPLETED))
-    limits = Limits(None, 2, time.monotonic())
-    Batches(study_in(tmp_path), jobs, launcher, limits).run()
-    assert limits.hopeless
-    assert limits.last_reason == f"no epoch had a finite {SCORE}"
+    rules = StopRules(None, 2, time.monotonic())
+    TrialsInBatches(study_in(tmp_path), jobs, launcher, rules).run()
+    assert rules.too_many_failed
+    assert rules.last_reason == f"no epoch had a finite {SCORE}"
 
 
 def test_of_a_trial_that_another_driver_began_the_later_epochs_count_too(tmp_path):
@@ -115,35 +118,37 @@ def test_of_a_trial_that_another_driver_began_the_later_epochs_count_too(tmp_pat
     assert study.take_over() == [0]
     jobs = jobs_that_left(tmp_path, 1.0, 0.5)
     launcher = launcher_that(JobReturn(status=JobStatus.COMPLETED))
-    Batches(study, jobs, launcher, Limits(None, None, time.monotonic())).run()
+    TrialsInBatches(study, jobs, launcher, StopRules(None, None, time.monotonic())).run()
     assert study.trials[0].value == 0.5
     assert study.trials[0].user_attrs["best"]["epoch"] == 2
 
 
 def test_a_launcher_that_breaks_on_a_value_loses_its_batch_as_by_any_other_error(tmp_path):
-    study, limits = study_in(tmp_path), Limits(None, 2, time.monotonic())
+    study, rules = study_in(tmp_path), StopRules(None, 2, time.monotonic())
     broken = launcher_that(ValueError("Expecting value: line 1"))  # of JSON, say
-    Batches(study, jobs_that_left(tmp_path), broken, limits).run()
+    TrialsInBatches(study, jobs_that_left(tmp_path), broken, rules).run()
     assert [trial.user_attrs.get("attempt") for trial in study.trials] == [1, 1]
 
 
-@pytest.mark.parametrize(("error", "attempts"), [(PassingError, [1, 1]), (RunError, [None, None])])
+@pytest.mark.parametrize(
+    ("kind", "attempts"), [(FailureKind.RETRY, [1, 1]), (FailureKind.OWN, [None, None])]
+)
 def test_trials_whose_job_was_lost_are_tried_again_and_those_that_failed_are_not(
-    error, attempts, tmp_path
+    kind, attempts, tmp_path
 ):
     returned = JobReturn(status=JobStatus.FAILED)
-    returned.return_value = error("its ray job failed")
-    study, limits = study_in(tmp_path), Limits(None, 2, time.monotonic())
-    Batches(study, jobs_that_left(tmp_path), launcher_that(returned), limits).run()
+    returned.return_value = RunError("its ray job failed", kind)
+    study, rules = study_in(tmp_path), StopRules(None, 2, time.monotonic())
+    TrialsInBatches(study, jobs_that_left(tmp_path), launcher_that(returned), rules).run()
     assert [trial.user_attrs.get("attempt") for trial in study.trials] == attempts
-    assert limits.hopeless  # in the end
+    assert rules.too_many_failed  # in the end
 
 
 @pytest.mark.parametrize(
     "error",
     [
-        PausingError("the disk is full"),
-        UnreadyError("captions.wd.model: no weights found"),
+        RunError("the disk is full", FailureKind.ENVIRONMENT),
+        RunError("captions.wd.model: no weights found", FailureKind.SETUP),
         SettingsError("captions.wd.model: no weights found"),  # of Hydra's own launchers
     ],
 )
@@ -155,24 +160,26 @@ def test_what_has_to_be_mended_stops_the_sweep_and_leaves_its_trials_open(error,
     study = study_in(tmp_path)
     with pytest.raises(SweepError, match=str(error)):
         jobs = jobs_that_left(tmp_path, 0.5)
-        Batches(study, jobs, launcher, Limits(None, None, time.monotonic(), alike=True)).run()
+        TrialsInBatches(
+            study, jobs, launcher, StopRules(None, None, time.monotonic(), same_setup=True)
+        ).run()
     assert [trial.state.name for trial in study.trials] == ["RUNNING", "COMPLETE"]
 
 
 def test_what_runs_of_several_kinds_lack_is_known_when_all_were_tried(tmp_path):
     broken = JobReturn(status=JobStatus.FAILED)
-    broken.return_value = UnreadyError("captions.wd.model: no weights found")
-    study, limits = study_in(tmp_path), Limits(None, None, time.monotonic())
+    broken.return_value = RunError("captions.wd.model: no weights found", FailureKind.SETUP)
+    study, rules = study_in(tmp_path), StopRules(None, None, time.monotonic())
     with pytest.raises(SweepError, match=r"trial 0: captions.wd.model: no weights"):
-        Batches(study, jobs_that_left(tmp_path), launcher_that(broken), limits).run()
+        TrialsInBatches(study, jobs_that_left(tmp_path), launcher_that(broken), rules).run()
     assert [trial.state.name for trial in study.trials] == ["RUNNING"] * 3
 
 
 def test_what_one_kind_of_runs_lacks_fails_those_alone(tmp_path):
     broken = JobReturn(status=JobStatus.FAILED)
-    broken.return_value = UnreadyError("captions.wd.model: no weights found")
+    broken.return_value = RunError("captions.wd.model: no weights found", FailureKind.SETUP)
     returns = [broken, JobReturn(status=JobStatus.COMPLETED)]
     launcher = SimpleNamespace(launch=lambda overrides, initial_job_idx: returns[: len(overrides)])
-    study, limits = study_in(tmp_path), Limits(None, None, time.monotonic())
-    Batches(study, jobs_that_left(tmp_path, 0.5), launcher, limits).run()
+    study, rules = study_in(tmp_path), StopRules(None, None, time.monotonic())
+    TrialsInBatches(study, jobs_that_left(tmp_path, 0.5), launcher, rules).run()
     assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE", "FAIL"]

@@ -3,7 +3,7 @@
 import pytest
 
 from conftest import SMALL, options
-from fake_fleet import FakeFleet
+from fake_worker_pool import FakePool
 from lorasweep.cli import main
 from lorasweep.config.conf_folder import sweeps_dir
 from lorasweep.sweeps import multirun, sweep_file
@@ -22,8 +22,8 @@ def ship(tmp_path, monkeypatch):
     """Run a shipped sweep, shrunk."""
 
     def run(name, *overrides):
-        workers = FakeFleet(scores)
-        monkeypatch.setattr(multirun, "Fleet", lambda devices, max_pack: workers)
+        workers = FakePool(scores)
+        monkeypatch.setattr(multirun, "WorkerPool", lambda devices, max_pack: workers)
         base = [
             "model=embedded",
             "dataset.image_dir=${embedded:demo_images}",
@@ -87,7 +87,7 @@ def read(monkeypatch):
         """The sweep's search, in place of the sweep."""
 
     def sweep(config, loader, launcher, arguments):
-        raise Read(sweep_file.read(config, loader, arguments))
+        raise Read(sweep_file.read_search(config, loader, arguments))
 
     def found(name, *overrides):
         with pytest.raises(Read) as found:

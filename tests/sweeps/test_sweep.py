@@ -16,10 +16,11 @@ from optuna.trial import TrialState
 from PIL import Image
 
 from conftest import SMALL
-from fake_fleet import FakeFleet
+from fake_worker_pool import FakePool
 from lorasweep import tracking
 from lorasweep.cli import main
 from lorasweep.config.conf_folder import conf_dir
+from lorasweep.core.failures import FailureKind
 from lorasweep.core.settings import SettingsError
 from lorasweep.runs import run_folder
 from lorasweep.runs.session import Failure, Finished
@@ -54,8 +55,8 @@ def sweep(tmp_path, monkeypatch):
     places = [f"output_root={tmp_path}/outputs", f"cache_dir={tmp_path}/cache"]
 
     def started(*overrides, script=by_rate, max_pack=2, text=SWEEP):
-        workers = FakeFleet(script, max_pack)
-        monkeypatch.setattr(multirun, "Fleet", lambda devices, max_pack: workers)
+        workers = FakePool(script, max_pack)
+        monkeypatch.setattr(multirun, "WorkerPool", lambda devices, max_pack: workers)
         (tmp_path / "sweeps" / "mine.yaml").write_text(text)
         base = ["experiment=demo", "trainer.max_train_epochs=4", *places]
         main.main(["sweep", "mine", "--config-dir", str(tmp_path), *base, *overrides])
@@ -116,8 +117,8 @@ def test_what_would_train_without_a_sweep_is_tried_first(sweep):
 
 
 def test_hydras_command_line_alone_is_a_sweep_too(tmp_path, monkeypatch):
-    workers = FakeFleet(by_rate)
-    monkeypatch.setattr(multirun, "Fleet", lambda devices, max_pack: workers)
+    workers = FakePool(by_rate)
+    monkeypatch.setattr(multirun, "WorkerPool", lambda devices, max_pack: workers)
     places = [f"output_root={tmp_path}/outputs", f"cache_dir={tmp_path}/cache"]
     asked = ["adapter.rank=choice(4,8,16)", "seed=1,2", "study.n_trials=3", *places]
     main.main(["train", "-m", "hydra/sweeper=optuna", "experiment=demo", *asked])
@@ -152,9 +153,9 @@ def test_failures_are_told_with_reasons_and_passing_ones_tried_again(sweep, caps
     def script(run, epoch):
         tried.append(run.name)
         if tried == ["demo-0"]:
-            return Failure(run=run.name, reason="worker was killed", transient=True)
+            return Failure(run=run.name, reason="worker was killed", kind=FailureKind.RETRY)
         if run.number == 1:
-            return Failure(run=run.name, reason="loss is NaN", transient=False)
+            return Failure(run=run.name, reason="loss is NaN")
         return by_rate(run, epoch)
 
     study, _workers = sweep("study.n_trials=3", script=script)
@@ -231,16 +232,16 @@ def test_what_one_run_lacks_when_another_had_it_fails_that_trial_alone(sweep):
 def test_the_death_of_one_worker_does_not_end_a_sweep_whose_whole_pack_it_had(sweep):
     def script(run, epoch):
         if epoch == 1:
-            return Failure(run=run.name, reason="worker was killed", transient=True)
+            return Failure(run=run.name, reason="worker was killed", kind=FailureKind.RETRY)
         return by_rate(run, epoch)
 
     study, _ = sweep("study.n_trials=8", script=script, max_pack=8)
     assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 8
 
 
-def test_a_hopeless_sweep_stops(sweep, capsys):
+def test_a_sweep_whose_trials_all_fail_stops(sweep, capsys):
     def script(run, epoch):
-        return Failure(run=run.name, reason="no such luck", transient=False)
+        return Failure(run=run.name, reason="no such luck")
 
     with pytest.raises(SystemExit):
         sweep("study.max_failures=2", "study.n_trials=9", script=script)
@@ -304,12 +305,12 @@ def test_a_trial_that_waits_for_room_does_not_begin_when_too_many_have_failed(sw
 
     def script(run, epoch):
         tried.append(run.name)
-        return Failure(run=run.name, reason="loss is NaN", transient=False)
+        return Failure(run=run.name, reason="loss is NaN")
 
-    def room_for(workers, run):  # no other can join: the second trial is asked for, and waits
-        return not workers._live
+    def has_room_for(pool, run):  # no other can join: the second trial is asked for, and waits
+        return not pool._live
 
-    monkeypatch.setattr(FakeFleet, "room_for", room_for)
+    monkeypatch.setattr(FakePool, "has_room_for", has_room_for)
     with pytest.raises(SystemExit):
         sweep("study.max_failures=1", "study.n_trials=3", script=script)
     assert tried == ["demo-0"]
@@ -352,7 +353,9 @@ def test_packs_as_jobs_leave_their_scores_in_their_folders_and_a_lost_one_is_tri
         launched.append([[run.name for run in pack] for pack in packs])
         if len(launched) == 1:
             lost = packs[-1]
-            return [Failure(run=run.name, reason="node down", transient=True) for run in lost]
+            return [
+                Failure(run=run.name, reason="node down", kind=FailureKind.RETRY) for run in lost
+            ]
         for run in (run for pack in packs for run in pack):
             (run.output_dir / "scores").mkdir(parents=True)
             for epoch in (1, 2, 3):  # MLflow knows of none
@@ -468,7 +471,7 @@ def test_what_a_killed_driver_left_goes_on_under_its_number(sweep, tmp_path):
 
 
 def test_a_run_that_a_killed_driver_had_dropped_is_told_as_pruned(sweep, monkeypatch):
-    epoch_of = FakeFleet._epoch
+    epoch_of = FakePool._epoch
 
     def _epoch(workers, run):
         found = epoch_of(workers, run)
@@ -477,7 +480,7 @@ def test_a_run_that_a_killed_driver_had_dropped_is_told_as_pruned(sweep, monkeyp
             found.append(Finished(run=run.name, dropped=True))
         return found
 
-    monkeypatch.setattr(FakeFleet, "_epoch", _epoch)
+    monkeypatch.setattr(FakePool, "_epoch", _epoch)
     study, _ = sweep("study.n_trials=2")
     assert [trial.state.name for trial in study.trials] == ["PRUNED", "COMPLETE"]
     assert study.trials[0].user_attrs["epochs"] == 1

@@ -13,7 +13,7 @@ from lorasweep.runs.session import EpochReport, Failure, Finished, Report, Start
 Script = Callable[[Run, int], "dict[str, float] | Failure"]
 
 
-class FakeFleet:
+class FakePool:
     """One device that trains `max_pack` runs at once, an epoch of each at every `events()`."""
 
     def __init__(self, script: Script, max_pack: int = 4) -> None:
@@ -27,7 +27,7 @@ class FakeFleet:
     def ready(self, number: int | None) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def __enter__(self) -> FakeFleet:
+    def __enter__(self) -> FakePool:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -37,14 +37,16 @@ class FakeFleet:
     def has_room(self) -> bool:
         return len(self._live) - len(self._dropped) < self.max_pack
 
-    def room_for(self, run: Run) -> bool:
+    def has_room_for(self, run: Run) -> bool:
         others = [one for one in self._live.values() if not one.can_share_pack(run)]
         return self.has_room and run.name not in self._live and not others
 
-    def submit(self, run: Run) -> None:
-        assert self.room_for(run)
+    def submit(self, run: Run) -> bool:
+        if not self.has_room_for(run):
+            return False
         self._live[run.name] = run
         self.submitted.append(run)
+        return True
 
     def drop(self, name: str) -> None:
         self._dropped.add(name)

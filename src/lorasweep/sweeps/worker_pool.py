@@ -1,7 +1,7 @@
 """Worker processes, one a device, that train the runs of a sweep in packs and take new ones in.
 
-Driver and workers go in step: a worker that ended an epoch waits for its turn, so that what is
-decided on that epoch's scores counts from the next one on.
+Driver and workers go in step: a worker that ended an epoch waits for its next instruction, so that
+what is decided on that epoch's scores counts from the next one on.
 """
 
 from __future__ import annotations
@@ -15,24 +15,22 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
 from pickle import UnpicklingError
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from lorasweep.config.run import Run
+from lorasweep.core.failures import FailureKind
 from lorasweep.core.progress import Screen, Tick
-from lorasweep.models.devices import choose_devices
 from lorasweep.runs.session import Failure, Finished, Report
-from lorasweep.sweeps.worker_process import Boundary, Orders, Turn, work
+from lorasweep.sweeps.worker_process import EpochEnd, Instruction, WorkerOptions, work
 from lorasweep.tracking import mark_broken
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
     from multiprocessing.context import SpawnProcess
-
-__all__ = ["Fleet", "choose_devices"]
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +38,7 @@ STOP_SECONDS = 60.0
 """How long a worker may write what waits for MLflow before it is killed."""
 
 
-class Fleet:
+class WorkerPool:
     """One worker process a device, for the life of a sweep; leaving the `with` stops them.
 
     A pack that has ended an epoch waits until its events were taken by `events` and the next call
@@ -48,24 +46,23 @@ class Fleet:
     """
 
     def __init__(self, devices: Sequence[str], max_pack: int) -> None:
-        self._inbox: queue.SimpleQueue[_Letter] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
         self._screen = Screen()
         self.devices, self.max_pack = tuple(devices), max_pack
-        self._queue: list[Run] = []
         threads = max(1, (os.cpu_count() or 1) // len(devices)) if len(devices) > 1 else None
-        self._seats = [
-            _Seat(
-                Orders(
+        self.workers = [
+            Worker(
+                WorkerOptions(
                     device=device,
                     max_pack=max_pack,
                     num_threads=threads if device == "cpu" else None,
                     log_levels={},
                 ),
-                _label(devices, place),
+                _label(devices, index),
                 self._inbox,
                 self._screen,
             )
-            for place, device in enumerate(devices)
+            for index, device in enumerate(devices)
         ]
 
     @contextmanager
@@ -74,8 +71,8 @@ class Fleet:
 
         That takes seconds, which a driver needs to compose and check its jobs.
         """
-        for seat in self._seats[:number]:
-            seat.start()
+        for worker in self.workers[:number]:
+            worker.start()
         try:
             yield
         finally:
@@ -84,25 +81,23 @@ class Fleet:
     @property
     def has_room(self) -> bool:
         """Would some run start or join a pack at the next epoch?"""
-        return not self._queue and any(seat.num_free for seat in self._seats)
+        return any(worker.num_free for worker in self.workers)
 
-    def room_for(self, run: Run) -> bool:
-        """Would the run start or join a pack at the next epoch?"""
-        return not self._queue and any(seat.has_room(run) for seat in self._seats)
+    def submit(self, run: Run) -> bool:
+        """Train the run from the next epoch on, on the device with the fewest runs.
 
-    def submit(self, run: Run) -> None:
-        """Train the run as soon as there is room, on the device with the fewest runs."""
-        self._queue.append(run)
-        self._place()
+        False if it can't start or join a pack anywhere yet: whoever drives keeps it and asks again.
+        """
+        fitting = [worker for worker in self.workers if worker.has_room(run)]
+        if fitting:
+            min(fitting, key=lambda worker: len(worker.runs)).add(run)
+        return bool(fitting)
 
     def drop(self, name: str) -> None:
         """Let the run leave its pack at the end of the epoch; then comes its Finished."""
-        if any(seat.drop(name) for seat in self._seats):
-            return
-        before = len(self._queue)
-        self._queue = [run for run in self._queue if run.name != name]
-        if len(self._queue) < before:
-            self._inbox.put(_Letter(None, Finished(run=name, dropped=True)))
+        for worker in self.workers:
+            if name in worker.runs:
+                worker.drop(name)
 
     def events(self, timeout: float | None = None) -> list[Report]:
         """What has happened, at least one event; [] after `timeout` seconds or with nothing to do.
@@ -112,10 +107,9 @@ class Fleet:
         until = None if timeout is None else time.monotonic() + timeout
         found: list[Report] = []
         while not found:
-            self._place()
-            for seat in self._seats:
-                seat.take_turn()
-            if self._inbox.empty() and not any(seat.runs for seat in self._seats):
+            for worker in self.workers:
+                worker.go_on()
+            if self._inbox.empty() and not any(worker.runs for worker in self.workers):
                 return []
             left = None if until is None else max(0.0, until - time.monotonic())
             try:
@@ -126,7 +120,7 @@ class Fleet:
             found += self._read(self._inbox.get())
         return found
 
-    def __enter__(self) -> Fleet:
+    def __enter__(self) -> WorkerPool:
         self._screen.__enter__()
         return self
 
@@ -142,59 +136,47 @@ class Fleet:
         self._screen.__exit__(kind, error, trace)
 
     def _stop(self) -> None:
-        for seat in self._seats:
-            seat.stop()
+        for worker in self.workers:
+            worker.stop()
         until = time.monotonic() + STOP_SECONDS
-        for seat in self._seats:
-            seat.join(until)
+        for worker in self.workers:
+            worker.join(until)
 
-    def _place(self) -> None:
-        """Give runs that wait to workers with room, in order."""
-        waiting = []
-        for run in self._queue:
-            seats = [seat for seat in self._seats if seat.has_room(run)]
-            if seats:
-                min(seats, key=lambda seat: len(seat.runs)).add(run)
-            else:
-                waiting.append(run)
-        self._queue = waiting
-
-    def _read(self, letter: _Letter) -> Sequence[Report]:
-        if letter.seat is None:
-            assert not isinstance(letter.content, Boundary | None)
-            return [letter.content]
-        if letter.process is not letter.seat.process:
+    def _read(self, message: _Message) -> Sequence[Report]:
+        worker = message.worker
+        if isinstance(message.content, Finished):  # dropped before its worker knew of it
+            return [message.content]
+        if message.process is not worker.process:
             return []  # from one that has been replaced
-        if isinstance(letter.content, Boundary):
-            return letter.seat.note(letter.content)
-        return letter.seat.bury()
+        return worker.died() if message.content is None else worker.note(message.content)
 
 
-class _Letter:
-    """What a worker's reader found; no content: the worker has died."""
+@dataclass(frozen=True)
+class _Message:
+    """What came from a worker; no content: its process has died."""
+
+    worker: Worker
+    content: EpochEnd | Finished | None
+    process: SpawnProcess | None = None
+
+
+class Worker:
+    """A device, its runs, and the process that trains there, if one was needed yet."""
 
     def __init__(
         self,
-        seat: _Seat | None,
-        content: Boundary | Report | None,
-        process: SpawnProcess | None = None,
+        options: WorkerOptions,
+        label: str,
+        inbox: queue.SimpleQueue[_Message],
+        screen: Screen,
     ) -> None:
-        self.seat, self.content, self.process = seat, content, process
-
-
-class _Seat:
-    """A device and the process that works there, if one was needed yet."""
-
-    def __init__(
-        self, orders: Orders, label: str, inbox: queue.SimpleQueue[_Letter], screen: Screen
-    ) -> None:
-        self.orders, self.label, self.inbox, self.screen = orders, label, inbox, screen
-        self.runs: dict[str, Run] = {}
-        self.dropping: set[str] = set()
+        self.options, self.label, self.inbox, self.screen = options, label, inbox, screen
+        self.runs: dict[str, Run] = {}  # that train or will from the next epoch on
         self.process: SpawnProcess | None = None
-        self._joining: list[Run] = []
-        self._has_orders = False
-        self._is_waiting = False  # for its turn
+        self._joining: list[Run] = []  # of the runs those that the process has not been told of
+        self._dropping: set[str] = set()  # likewise those that are to leave
+        self._has_options = False
+        self._is_waiting = False  # for its next instruction
         self._has_begun = False
         self._max_runs: int | None = None  # of the pack that trains
         self._at_most: int | None = None  # since a larger pack ran out of memory
@@ -210,9 +192,9 @@ class _Seat:
     @property
     def num_free(self) -> int:
         """How many runs could join those that stay; of an empty one, how many could start."""
-        bounds = (self.orders.max_pack, self._max_runs if self.runs else None, self._at_most)
+        bounds = (self.options.max_pack, self._max_runs if self.runs else None, self._at_most)
         most = min(bound for bound in bounds if bound is not None)
-        staying = [name for name in self.runs if name not in self.dropping]
+        staying = [name for name in self.runs if name not in self._dropping]
         return max(0, most - len(staying))
 
     def add(self, run: Run) -> None:
@@ -225,68 +207,64 @@ class _Seat:
 
     def start(self) -> None:
         """Let a process get ready for a run that will come; one that died before is replaced."""
-        died_early = self.process and not self._has_orders and not self.process.is_alive()
+        died_early = self.process and not self._has_options and not self.process.is_alive()
         if self.process is None or died_early:
             self._start()
 
-    def drop(self, name: str) -> bool:
-        """Let the run leave at its next turn; False if it isn't here."""
-        if name not in self.runs:
-            return False
-        if any(run.name == name for run in self._joining):  # the worker has not heard of it
+    def drop(self, name: str) -> None:
+        """Let one of its runs leave at the end of the epoch."""
+        if any(run.name == name for run in self._joining):  # the process has not heard of it
             self._joining = [run for run in self._joining if run.name != name]
             del self.runs[name]
-            self.inbox.put(_Letter(None, Finished(run=name, dropped=True)))
+            self.inbox.put(_Message(self, Finished(run=name, dropped=True)))
         else:
-            self.dropping.add(name)
-        return True
+            self._dropping.add(name)
 
-    def take_turn(self) -> None:
-        """Let a worker that waits go on, with who joins and who leaves."""
+    def go_on(self) -> None:
+        """Tell a process that waits who joins and who leaves."""
         if not self._is_waiting or not self.runs:
             return
-        turn = Turn(joining=tuple(self._joining), dropping=tuple(self.dropping))
-        self._joining, self._is_waiting = [], False
-        self.dropping = set()
-        self._send(turn)
+        instruction = Instruction(joining=tuple(self._joining), dropping=tuple(self._dropping))
+        self._joining, self._dropping, self._is_waiting = [], set(), False
+        self._send(instruction)
 
-    def note(self, boundary: Boundary) -> Sequence[Report]:
-        """A worker has come to the end of an epoch."""
-        self._is_waiting, self._max_runs = not boundary.last, boundary.max_runs
+    def note(self, end: EpochEnd) -> Sequence[Report]:
+        """The process has come to the end of an epoch."""
+        self._is_waiting, self._max_runs = not end.last, end.max_runs
         self._has_begun = True
-        for report in boundary.reports:
+        for report in end.reports:
             if isinstance(report, Finished | Failure):
                 self.runs.pop(report.run, None)
-                self.dropping.discard(report.run)
-        if boundary.last:
-            self._at_most = boundary.max_runs or self._at_most
+                self._dropping.discard(report.run)
+        if end.last:
+            self._at_most = end.max_runs or self._at_most
             self.process = None
             self._restart()
-        return boundary.reports
+        return end.reports
 
-    def bury(self) -> Sequence[Report]:
-        """The worker has died: its runs failed, but those it had not heard of go to another."""
+    def died(self) -> Sequence[Report]:
+        """The process has died: its runs failed, but those it had not heard of go to another."""
         assert self.process is not None
         self.join(time.monotonic() + STOP_SECONDS)  # it may live, if it's the reader that broke
-        if not self._has_begun:  # what stops one worker from beginning stops the next
+        if not self._has_begun:  # what stops one process from beginning stops the next
             self._joining = []
         may_go_well = self._has_begun or (self.process.exitcode or 0) < 0
-        reason = f"its worker on {self.orders.device} died ({_cause(self.process.exitcode)})"
-        unheard = {run.name for run in self._joining}
+        reason = f"its worker on {self.options.device} died ({_cause(self.process.exitcode)})"
+        unheard = {run.name: run for run in self._joining}
         lost = [run for name, run in self.runs.items() if name not in unheard]
         if lost:
             log.warning("%s: %s", ", ".join(run.name for run in lost), reason)
         for run in lost:
             mark_broken(run.tracking, run.output_root, run.output_dir, reason)
-        self.runs = {run.name: run for run in self._joining}
-        self.process, self._is_waiting = None, False
+        kind = FailureKind.RETRY if may_go_well else FailureKind.OWN
         events: list[Report] = [
             Finished(run=run.name, dropped=True)
-            if run.name in self.dropping
-            else Failure(run=run.name, reason=reason, transient=may_go_well)
+            if run.name in self._dropping
+            else Failure(run=run.name, reason=reason, kind=kind)
             for run in lost
         ]
-        self.dropping = set()
+        self.runs, self._dropping = unheard, set()
+        self.process, self._is_waiting = None, False
         self._restart()
         return events
 
@@ -295,7 +273,7 @@ class _Seat:
         if self.process is None:
             return
         if self._is_waiting:
-            self._send(Turn(stop=True))
+            self._send(Instruction(stop=True))
         else:
             self.process.terminate()
 
@@ -305,7 +283,7 @@ class _Seat:
             return
         self.process.join(max(0.0, until - time.monotonic()))
         if self.process.is_alive():
-            log.warning("the worker on %s did not stop and is killed", self.orders.device)
+            log.warning("the worker on %s did not stop and is killed", self.options.device)
             self.process.kill()
             self.process.join()
         self._reader.join()
@@ -317,9 +295,9 @@ class _Seat:
     def _open(self) -> None:
         """Have a process at work, with the log levels of now."""
         self.start()
-        if not self._has_orders:
-            self._has_orders = True
-            self._send(replace(self.orders, log_levels=_log_levels()))
+        if not self._has_options:
+            self._has_options = True
+            self._send(replace(self.options, log_levels=_log_levels()))
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -336,14 +314,14 @@ class _Seat:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()  # so that the reader meets the end when the worker dies
         self.process = process
-        self._has_orders = self._is_waiting = self._has_begun = False
+        self._has_options = self._is_waiting = self._has_begun = False
         self._reader = threading.Thread(
             target=self._listen, args=(self._connection, process), daemon=True
         )
         self._reader.start()
 
     def _listen(self, connection: Connection, process: SpawnProcess) -> None:
-        """Show what the worker says, and pass on what it reports."""
+        """Show what the process says, and pass on what it reports."""
         try:
             while True:
                 try:
@@ -355,28 +333,28 @@ class _Seat:
                 elif isinstance(message, logging.LogRecord):
                     self._log(message)
                 else:
-                    self.inbox.put(_Letter(self, message, process))
-        finally:  # whatever happened here: the driver waits for a letter
-            self.inbox.put(_Letter(self, None, process))
+                    self.inbox.put(_Message(self, message, process))
+        finally:  # whatever happened here: the driver waits for a message
+            self.inbox.put(_Message(self, None, process))
 
     def _log(self, record: logging.LogRecord) -> None:
         if self.label:
             record.msg = f"[{self.label}] {record.msg}"
         logging.getLogger(record.name).handle(record)
 
-    def _send(self, message: Orders | Turn) -> None:
+    def _send(self, message: WorkerOptions | Instruction) -> None:
         try:
             self._connection.send(message)
         except (BrokenPipeError, ConnectionResetError):
             return  # it has died, and its reader says so
 
 
-def _label(devices: Sequence[str], place: int) -> str:
+def _label(devices: Sequence[str], index: int) -> str:
     """How log lines and bars name a worker: not at all if there is one."""
-    device = devices[place]
+    device = devices[index]
     if len(devices) == 1:
         return ""
-    return device if devices.count(device) == 1 else f"{device}/{place}"
+    return device if devices.count(device) == 1 else f"{device}/{index}"
 
 
 def _log_levels() -> dict[str, int]:

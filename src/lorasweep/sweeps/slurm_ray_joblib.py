@@ -1,4 +1,4 @@
-"""Whole packs as jobs of engines that reach other machines: submitit, Ray, joblib.
+"""Whole packs as jobs of engines that reach other machines: SLURM (by submitit), Ray, joblib.
 
 Each job trains one pack in a process of its own; nobody joins it later.
 """
@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorasweep.config.run import Run
+from lorasweep.core.failures import FailureKind
 from lorasweep.core.settings import SettingsError
 from lorasweep.runs.session import Failure, run_pack
-from lorasweep.sweeps import trial_processes
-from lorasweep.sweeps.trial_processes import JobsStudy
+from lorasweep.sweeps.trial_job import JobsStudy, train_trials
 
 log = logging.getLogger(__name__)
 
 Engine = Literal["submitit_slurm", "submitit_local", "joblib", "ray"]
-Failures = list[Failure]
-"""Of the runs of a pack, or of all."""
+_Result = Callable[[], list[Failure]]
+"""Waits for one job, and gives the failures of its pack's runs."""
 
 
 def train_by_jobs(
@@ -30,12 +30,12 @@ def train_by_jobs(
     options: Mapping[str, Any],
     folder: Path,
     study: JobsStudy | None = None,
-) -> Failures:
+) -> list[Failure]:
     """Train each pack as one job of the engine; `options` are the engine's own, `folder` its logs.
 
     With a study the runs are its trials: they report to it, and stop where they are to be pruned. A
-    job that is lost fails its pack's runs with what the engine says; they may go well another
-    time. Raises SettingsError where the engine isn't installed or doesn't know an option.
+    job that is lost fails its pack's runs with what the engine says; they are worth a retry. Raises
+    SettingsError where the engine isn't installed or doesn't know an option.
     """
     if engine == "ray":
         results = _by_ray(packs, study, options)
@@ -44,22 +44,23 @@ def train_by_jobs(
     else:
         cluster = engine.removeprefix("submitit_")
         results = _by_submitit(packs, study, cluster, options, folder)
-    failures: Failures = []
+    failures: list[Failure] = []
     for pack, result in zip(packs, results, strict=True):
         try:
             failures += result()
         except Exception as error:  # whatever became of this job, the others stand
             reason = f"its {engine} job failed: {str(error).strip() or type(error).__name__}"
-            failures += [Failure(run=run.name, reason=reason, transient=True) for run in pack]
+            lost = [Failure(run=run.name, reason=reason, kind=FailureKind.RETRY) for run in pack]
+            failures += lost
     return failures
 
 
-def train_pack(runs: Sequence[Run], study: JobsStudy | None = None) -> Failures:
+def train_pack(runs: Sequence[Run], study: JobsStudy | None = None) -> list[Failure]:
     """One job: train a pack to its end."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:
         if study is not None:
-            return trial_processes.train(runs, study)
+            return train_trials(runs, study)
         return [report for report in run_pack(runs) if isinstance(report, Failure)]
     except Exception as error:
         return Failure.of_pack([run.name for run in runs], error)
@@ -71,7 +72,7 @@ def _by_submitit(
     cluster: str,
     options: Mapping[str, Any],
     folder: Path,
-) -> Iterator[Callable[[], Failures]]:
+) -> Iterator[_Result]:
     try:
         import submitit
     except ImportError:
@@ -89,7 +90,7 @@ def _by_submitit(
 
 def _by_ray(
     packs: Sequence[Sequence[Run]], study: JobsStudy | None, options: Mapping[str, Any]
-) -> Iterator[Callable[[], Failures]]:
+) -> Iterator[_Result]:
     try:
         import ray
     except ImportError:
@@ -109,7 +110,7 @@ def _by_ray(
 
 def _by_joblib(
     packs: Sequence[Sequence[Run]], study: JobsStudy | None, options: Mapping[str, Any]
-) -> Iterator[Callable[[], Failures]]:
+) -> Iterator[_Result]:
     try:
         from joblib import Parallel, delayed
     except ImportError:
@@ -125,8 +126,8 @@ def _by_joblib(
 
 def _side_by_side(
     packs: Sequence[Sequence[Run]],
-    train: Callable[[Sequence[Sequence[Run]]], Iterable[Failures]],
-) -> Iterator[Callable[[], Failures]]:
+    train: Callable[[Sequence[Sequence[Run]]], Iterable[list[Failure]]],
+) -> Iterator[_Result]:
     """Results in order. A worker's death ends all that train, and joblib can't say whose it was:
     what is left goes on pack by pack, so that it is known from then on."""
     done = 0
@@ -141,8 +142,8 @@ def _side_by_side(
 
 
 def _alone(
-    train: Callable[[Sequence[Sequence[Run]]], Iterable[Failures]], pack: Sequence[Run]
-) -> Failures:
+    train: Callable[[Sequence[Sequence[Run]]], Iterable[list[Failure]]], pack: Sequence[Run]
+) -> list[Failure]:
     (failures,) = train([pack])
     return failures
 
