@@ -8,7 +8,8 @@ import torch
 
 from adapter_packs import BOTH, predict, trained
 from conftest import options
-from lorasweep.adapters.adapter import Dropout, Site
+from lorasweep.adapters.adapter import Site
+from lorasweep.adapters.dropout import Dropout
 from lorasweep.adapters.initial_weights import start
 from lorasweep.adapters.locon import LoConStack
 from lorasweep.adapters.pack import Pack

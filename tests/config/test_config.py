@@ -39,7 +39,7 @@ def test_every_metric_can_stand_alone(name, tmp_path):
 
 @pytest.mark.parametrize("name", options("debug"))
 def test_every_debug_option_composes(name, make_run):
-    assert make_run(f"debug={name}").trainer.max_train_epochs >= 1
+    assert make_run(f"debug={name}").max_train_epochs >= 1
 
 
 def test_guide_experiment_is_the_guides_recipe(tmp_path):
@@ -53,7 +53,7 @@ def test_guide_experiment_is_the_guides_recipe(tmp_path):
     }
     assert (run.adapter.rank, run.adapter.alpha) == (64, 32)
     assert (run.optimizer.unet_lr, run.optimizer.text_encoder_lr) == (1e-4, 5e-5)
-    assert run.trainer.max_train_epochs == 100
+    assert run.max_train_epochs == 100
     assert run.sampling.every_n_epochs == 1
 
 

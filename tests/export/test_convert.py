@@ -17,7 +17,7 @@ from lorasweep.export import picture_check as export_check
 from lorasweep.export.convert_model import convert
 from lorasweep.export.original_layout import Layout
 from lorasweep.export.picture_check import ExportError
-from lorasweep.models.base_model import ModelError
+from lorasweep.models.model_files import ModelError
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lorasweep.export.original_layout import Layout, modern_vae_name
-from lorasweep.models.base_model import ModelError
+from lorasweep.models.model_files import ModelError
 
 DATA = Path(__file__).parents[1] / "recorded"
 UNET = {"cross_attention_dim": 768}

@@ -23,7 +23,8 @@ from lorasweep.export.original_layout import Layout
 from lorasweep.export.part_files import FILES
 from lorasweep.export.picture_check import ExportError
 from lorasweep.lora_files import checkpoint
-from lorasweep.models.base_model import Model, ModelError
+from lorasweep.models.load_model import Model
+from lorasweep.models.model_files import ModelError
 
 KEYS = json.loads(
     gzip.decompress((Path(__file__).parents[1] / "recorded/kohya_sdxl_keys.json.gz").read_bytes())

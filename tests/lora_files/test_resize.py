@@ -11,7 +11,7 @@ from lorasweep.adapters.kohya_names import sites
 from lorasweep.core.atomic_write import TargetError
 from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.lora_files import checkpoint, extract, lora_file, resize, svd
-from lorasweep.models.base_model import ModelError
+from lorasweep.models.model_files import ModelError
 
 LINEAR = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
 CONV = "lora_unet_mid_block_resnets_0_conv1"

@@ -77,8 +77,8 @@ def test_what_kohya_says_is_taken_over(tmp_path):
     run = run_of(foreign_lora.read_settings(file_of(tmp_path, KOHYA)), tmp_path / "config")
     assert (run.adapter.rank, run.adapter.alpha) == (8, 4)
     assert (run.optimizer.unet_lr, run.optimizer.text_encoder_lr) == (1e-4, 5e-5)
-    assert (run.trainer.max_train_epochs, run.trainer.batch_size) == (2, 2)
-    assert (run.seed, run.trainer.noise_offset, run.model.clip_skip) == (1234, 0.05, 2)
+    assert (run.max_train_epochs, run.trainer.batch_size) == (2, 2)
+    assert (run.seed, run.noise_offset, run.model.clip_skip) == (1234, 0.05, 2)
     assert run.dataset.size == (64, 64)
     assert {arm: captioner.repeats for arm, captioner in run.captions.items()} == {"wd": 2}
     assert (run.dataset.num_images, run.dataset.num_holdout) == (10, 0)

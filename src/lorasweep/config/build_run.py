@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +24,10 @@ from lorasweep.core.settings import (
     name_for_files,
     unknown_key,
 )
+from lorasweep.training.training_run import RunTraining
 
 if TYPE_CHECKING:
-    from lorasweep.models.base_model import Model
+    from lorasweep.models.load_model import Model
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +55,7 @@ def build_run(
     for key in sorted(NEEDED - values.keys()):
         raise SettingsError(cannot_be_removed(key))
     name = name_for_files(values["name"], "name")
+    components = {key: build(values[key], key) for key in COMPONENTS if key != "trainer"}
     run = Run(
         name=name if number is None else f"{name}-{number}",
         seed=_integer(values["seed"], "seed"),
@@ -66,7 +69,8 @@ def build_run(
         params=flat(values),
         overrides=tuple(overrides),
         number=number,
-        **{key: build(values[key], key) for key in COMPONENTS},
+        **components,
+        **_trainer(values["trainer"]),
     )
     for check in checks:
         for warning in check(run):
@@ -92,7 +96,7 @@ def job_identity(hydra_cfg: DictConfig) -> dict[str, Any]:
 
 def saved_model(config_file: Path, *, trusted: bool) -> Model:
     """The base model of a run's config; one that came with a file may name no class, no pickle."""
-    from lorasweep.models.base_model import Model
+    from lorasweep.models.load_model import Model
 
     register_resolvers()
     try:
@@ -113,6 +117,14 @@ def absolute_folder(value: object, key: str) -> Path:
     if not isinstance(value, str) or not value.strip() or "\0" in value:
         raise SettingsError(f"{key}={value}: give a folder")
     return Path(value).expanduser().absolute()
+
+
+def _trainer(node: object) -> dict[str, Any]:
+    """What is written under `trainer`: the pack's settings, and a run's own."""
+    values = dict(node) if isinstance(node, Mapping) else {}
+    own = {one.name: values.pop(one.name) for one in fields(RunTraining) if one.name in values}
+    trainer = build(values or node, "trainer")  # type: ignore[arg-type]
+    return {"trainer": trainer, **vars(build_class(RunTraining, own, "trainer"))}
 
 
 def _integer(value: object, key: str) -> int:

@@ -5,22 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
-"""The folder of the installed package lorasweep."""
+"""The folder of the package lorasweep."""
+_SHIPPED = PACKAGE / "shipped"  # of a wheel; pyproject.toml puts conf/ and sweeps/ there
 
 
 def conf_dir() -> Path:
     """The folder of options: inside the installed package, or the checkout's."""
-    return _data_dir("conf")
+    return _root() / "conf"
 
 
 def sweeps_dir() -> Path:
     """The folder of the sweeps that ship, likewise."""
-    return _data_dir("sweeps")
+    return _root() / "sweeps"
 
 
-def _data_dir(name: str) -> Path:
-    installed = PACKAGE / name
-    return installed if installed.is_dir() else PACKAGE.parents[1] / name
+def _root() -> Path:
+    return _SHIPPED if _SHIPPED.is_dir() else PACKAGE.parents[1]
 
 
 def groups() -> dict[str, list[str]]:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorasweep.training.training_run import TrainingRun
+
 if TYPE_CHECKING:
-    from lorasweep.adapters.adapter import Adapter
     from lorasweep.data.captions.caption_images import Captioner
     from lorasweep.data.dataset import Dataset
     from lorasweep.judging.metrics.metric import Metric
     from lorasweep.judging.sampling import Sampling
-    from lorasweep.models.base_model import Model
+    from lorasweep.models.load_model import Model
     from lorasweep.tracking import Tracking
     from lorasweep.training.native_trainer import NativeTrainer
-    from lorasweep.training.optimizers import LRScheduler, Optimizer
 
 
 COMPONENTS = (
@@ -36,27 +36,28 @@ KEYS = {*NEEDED, "captions", "metrics", "pick", "launcher"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """One configured training: every component, typed and checked."""
+class PackSettings:
+    """What all runs of a pack share: base, data, batches and what is scored."""
 
-    name: str
-    seed: int
-    sweep: str | None
     output_root: Path
-    output_dir: Path
-    cache_dir: Path
     model: Model
     dataset: Dataset
     captions: Mapping[str, Captioner]
-    adapter: Adapter
-    optimizer: Optimizer
-    lr_scheduler: LRScheduler
     trainer: NativeTrainer
     sampling: Sampling
     metrics: Mapping[str, Metric]
     tracking: Tracking
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(PackSettings, TrainingRun):
+    """One configured run, typed and checked: a pack's settings and the run's own."""
+
+    sweep: str | None
+    cache_dir: Path
     config_yaml: str
     params: Mapping[str, Any]
+    """The settings by their dotted keys, as they were given."""
     overrides: Sequence[str]
     number: int | None = None
     """In its sweep: of its job, and of its trial if there is a study."""
@@ -64,23 +65,11 @@ class Run:
     """Further tags in MLflow."""
 
     def check(self) -> None:
-        """Raise SettingsError for what can be known to be wrong before any work."""
+        """Raise SettingsError for what the libraries refuse, before any work; imports torch."""
         self.optimizer.check()
         self.sampling.check()
 
     def can_share_pack(self, other: Run) -> bool:
-        """Can both train together? Base, data, batches and what is scored must be the same."""
-        return self._shared() == other._shared()
-
-    def _shared(self) -> tuple[object, ...]:
-        own = {"max_train_epochs": 1, "noise_offset": 0.0, "min_snr_gamma": None}
-        return (
-            self.model,
-            self.dataset,
-            self.captions,
-            replace(self.trainer, **own),  # type: ignore[arg-type]
-            self.sampling,
-            self.metrics,
-            self.tracking,
-            self.output_root,
-        )
+        """Can both train together?"""
+        shared = [one.name for one in fields(PackSettings)]
+        return all(getattr(self, name) == getattr(other, name) for name in shared)

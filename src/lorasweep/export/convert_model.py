@@ -10,7 +10,8 @@ from lorasweep.core.atomic_write import staged
 from lorasweep.export import model_tensors, sdxl
 from lorasweep.export import picture_check as export_check
 from lorasweep.export.picture_check import EXACT, TEXT_TO_IMAGE, TOLERANCES, ExportError, Tolerance
-from lorasweep.models.base_model import Model, Precision
+from lorasweep.models.base_model import Precision
+from lorasweep.models.load_model import Model
 
 if TYPE_CHECKING:
     from lorasweep.export.model_tensors import WholeModel

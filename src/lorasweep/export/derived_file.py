@@ -16,7 +16,8 @@ from lorasweep.export import find_lora, model_tensors, picture_check, sdxl
 from lorasweep.export.convert_model import load_base
 from lorasweep.export.diffusers_lora import approximation
 from lorasweep.lora_files import extract, lora_file, resize
-from lorasweep.models.base_model import Model, ModelError
+from lorasweep.models.load_model import Model
+from lorasweep.models.model_files import ModelError
 from lorasweep.tracking import TrackingError
 
 if TYPE_CHECKING:

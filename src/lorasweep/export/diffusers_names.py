@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Literal
 
 from lorasweep.adapters import peft_names
 from lorasweep.adapters.deltas import Tensors, algorithm, has_magnitude, low_rank_delta
-from lorasweep.adapters.dora import DoRAStack
 from lorasweep.adapters.kohya_names import every_site
+from lorasweep.adapters.pack import check_fit, make_stack
 from lorasweep.core.text import shown
 from lorasweep.export.picture_check import ExportError
 from lorasweep.export.sdxl import Base, SDXLModel
@@ -112,8 +112,8 @@ def _approximated(
     if has_magnitude(tensors):
         if module is None:
             raise ExportError(f"{shown(key)} has magnitudes, which need the base model: give it")
-        DoRAStack.check(module, tensors)
-        change = DoRAStack.of(module, [(None, tensors)]).delta_weight(0)
+        check_fit(module, tensors)
+        change = make_stack(module, [(None, tensors)]).delta_weight(0)
         found = svd.of_matrix(change.flatten(1))
     else:
         found = svd.spectrum(tensors)

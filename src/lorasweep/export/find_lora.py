@@ -20,7 +20,7 @@ from lorasweep.judging import pick
 from lorasweep.lora_files import checkpoint
 
 if TYPE_CHECKING:
-    from lorasweep.models.base_model import Model
+    from lorasweep.models.load_model import Model
     from lorasweep.tracking import Candidate, Tracking
 
 

@@ -18,7 +18,8 @@ from lorasweep.export.generic_diffusion_feature import SD15, SDXL, Loader, paste
 from lorasweep.export.original_layout import Weights, prefixed
 from lorasweep.export.part_files import VARIANT
 from lorasweep.export.picture_check import TEXT_TO_IMAGE, Canvas, ExportError, Weighted
-from lorasweep.models.base_model import Model, Precision
+from lorasweep.models.base_model import Precision
+from lorasweep.models.load_model import Model
 
 if TYPE_CHECKING:
     from PIL.Image import Image

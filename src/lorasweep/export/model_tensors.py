@@ -28,8 +28,14 @@ from lorasweep.export.part_files import (
     save,
     variant_of,
 )
-from lorasweep.models.base_model import ModelError, Precision
-from lorasweep.models.model_files import load_error, load_errors, read_object, refuse_others
+from lorasweep.models.base_model import Precision
+from lorasweep.models.model_files import (
+    ModelError,
+    load_error,
+    load_errors,
+    read_object,
+    refuse_others,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,8 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorasweep.models.base_model import ModelError
-from lorasweep.models.model_files import read_object
+from lorasweep.models.model_files import ModelError, read_object
 
 if TYPE_CHECKING:
     from torch import Tensor

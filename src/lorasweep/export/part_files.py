@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorasweep.models.base_model import ModelError, Precision
+from lorasweep.models.base_model import Precision
+from lorasweep.models.model_files import ModelError
 
 if TYPE_CHECKING:
     import torch

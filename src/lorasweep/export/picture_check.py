@@ -13,8 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorasweep.adapters.adapter import Site, Stack
+from lorasweep.adapters.adapter import Site
 from lorasweep.adapters.pack import Pack
+from lorasweep.adapters.stack import Stack
 from lorasweep.export.original_layout import Weights, prefixed
 from lorasweep.export.sdxl import Base, SDXLModel
 from lorasweep.judging import contact_sheet
@@ -337,7 +338,7 @@ def pipeline_of(base: Base) -> Any:
         text_encoder=base.text_encoder,
         tokenizer=base.tokenizer,
         unet=base.unet,
-        scheduler=base.noise_scheduler,
+        scheduler=base.noise_schedule.scheduler,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

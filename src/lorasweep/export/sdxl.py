@@ -18,7 +18,9 @@ from lorasweep.core.text import shown
 from lorasweep.export import part_files
 from lorasweep.lora_files import lora_file
 from lorasweep.lora_files.lora_file import LoRAFile
-from lorasweep.models.base_model import BaseModel, Model, ModelError
+from lorasweep.models.base_model import BaseModel
+from lorasweep.models.load_model import Model
+from lorasweep.models.model_files import ModelError
 
 if TYPE_CHECKING:
     import torch

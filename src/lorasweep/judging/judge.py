@@ -16,7 +16,8 @@ from lorasweep.judging import contact_sheet, sampling
 from lorasweep.judging.metrics.metric import Images, Scored, Scores
 from lorasweep.lora_files import lora_file
 from lorasweep.lora_files.checkpoint import Checkpoint
-from lorasweep.models.base_model import BaseModel, is_out_of_memory
+from lorasweep.models.base_model import BaseModel
+from lorasweep.models.gpu_memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from PIL import Image

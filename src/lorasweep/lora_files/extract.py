@@ -12,7 +12,8 @@ from lorasweep.adapters.adapter import Site
 from lorasweep.adapters.kohya_names import PRESETS, every_site, sites
 from lorasweep.lora_files import checkpoint, svd
 from lorasweep.lora_files.lora_file import MAX_RANK
-from lorasweep.models.base_model import BaseModel, ModelError
+from lorasweep.models.base_model import BaseModel
+from lorasweep.models.model_files import ModelError
 
 if TYPE_CHECKING:
     from torch import Tensor

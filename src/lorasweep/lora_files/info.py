@@ -254,7 +254,7 @@ def _norms(file: LoRAFile) -> dict[str, float]:
 def _square(site: Tensors) -> float | None:
     if "diff" in site:
         return float(site["diff"].float().square().sum())
-    return frobenius_norm(site) ** 2 if algorithm(site) in FACTORED else None
+    return float(frobenius_norm(site)) ** 2 if algorithm(site) in FACTORED else None
 
 
 def _datasets(metadata: Mapping[str, str]) -> dict[str, dict[str, int]]:

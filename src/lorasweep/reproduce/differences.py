@@ -13,7 +13,7 @@ from lorasweep.core.settings import SettingsError
 from lorasweep.data.captions import caption_images
 from lorasweep.data.captions.caption_images import Captioner
 from lorasweep.data.dataset import listed
-from lorasweep.models.base_model import resolve_device
+from lorasweep.models.devices import resolve_device
 from lorasweep.reproduce.original_images import CaptionTexts, FoundImages
 from lorasweep.runs import provenance
 

@@ -21,7 +21,7 @@ from lorasweep.config.run import Run
 from lorasweep.core.settings import build
 from lorasweep.data import dataset, kohya_folders
 from lorasweep.data.dataset import listed
-from lorasweep.models.base_model import resolve_device
+from lorasweep.models.devices import resolve_device
 from lorasweep.reproduce import differences, original_images, same_pack
 from lorasweep.reproduce.compare import Comparison, compare
 from lorasweep.reproduce.config_folder import write_config_folder

@@ -26,7 +26,8 @@ from lorasweep.config.build_run import build_run
 from lorasweep.config.run import Run
 from lorasweep.core.settings import SettingsError
 from lorasweep.data import dataset
-from lorasweep.models.base_model import Precision, choose_devices, resolve_device
+from lorasweep.models.base_model import Precision
+from lorasweep.models.devices import choose_devices, resolve_device
 from lorasweep.tracking import public_uri, sqlite_path
 
 if TYPE_CHECKING:

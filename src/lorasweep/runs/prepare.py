@@ -16,7 +16,6 @@ from lorasweep.data.captions import caption_images
 from lorasweep.judging.metrics.metric import Images
 from lorasweep.models.base_model import BaseModel
 from lorasweep.tracking import TRIAL_TAG, NewRun
-from lorasweep.training.trainer import TrainingRun
 
 
 def check_inputs(runs: Iterable[Run]) -> None:
@@ -102,21 +101,6 @@ def new_run(run: Run, data: Path, texts: str) -> NewRun:
             **({} if run.number is None else {TRIAL_TAG: str(run.number)}),
             **run.tags,
         },
-    )
-
-
-def training_run(run: Run) -> TrainingRun:
-    """What a trainer needs of a run."""
-    return TrainingRun(
-        name=run.name,
-        seed=run.seed,
-        output_dir=run.output_dir,
-        max_train_epochs=run.trainer.max_train_epochs,
-        noise_offset=run.trainer.noise_offset,
-        min_snr_gamma=run.trainer.min_snr_gamma,
-        adapter=run.adapter,
-        optimizer=run.optimizer,
-        lr_scheduler=run.lr_scheduler,
     )
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from lorasweep.core.atomic_write import write_atomically
 from lorasweep.core.git import git
-from lorasweep.models.base_model import Model
+from lorasweep.models.load_model import Model
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from lorasweep.core.atomic_write import delete_temporaries, write_atomically
 from lorasweep.core.interrupts import Interrupts
 from lorasweep.core.settings import SettingsError
 from lorasweep.lora_files.checkpoint import checkpoint_path
-from lorasweep.training import state_files
+from lorasweep.training import saved_states
 
 if TYPE_CHECKING:
     from lorasweep.config.run import Run
@@ -67,14 +67,14 @@ class RunFolder:
             self._lock.release()
             raise
         if self.ended is not None:
-            state_files.delete(self.path)  # a kill may have come between the record and that
+            saved_states.delete(self.path)  # a kill may have come between the record and that
             return
         if not self.goes_on:
-            state_files.delete(self.path)
+            saved_states.delete(self.path)
             for path in (self.path / "scores").glob("*.json"):
                 path.unlink()
             self._write("unfinished")
-        for folder in (self.path, state_files.folder_of(self.path), self.path / "scores"):
+        for folder in (self.path, saved_states.folder_of(self.path), self.path / "scores"):
             delete_temporaries(folder)
 
     def _found(self) -> tuple[bool, Status | None]:
@@ -100,7 +100,7 @@ class RunFolder:
     def end(self, status: Status) -> None:
         """The run has come to its end here: no state of it is needed any more."""
         self._write(status)
-        state_files.delete(self.path)
+        saved_states.delete(self.path)
         self.release()
 
     def release(self) -> None:
@@ -241,7 +241,7 @@ class ScoredCheckpoint:
 
 def scored_checkpoints(run: Run) -> Iterator[ScoredCheckpoint]:
     """The checkpoints in the folder of a run that have scores, in their order."""
-    for epoch in range(1, run.trainer.max_train_epochs + 1):
+    for epoch in range(1, run.max_train_epochs + 1):
         known = read_scores(run.output_dir, epoch)
         if known is not None:
             path = checkpoint_path(run.output_dir, run.name, epoch)
@@ -262,7 +262,7 @@ def ended(run: Run) -> Status | None:
         return None
     if record.settings != settings_digest(run.params):
         return None
-    state_files.delete(run.output_dir)
+    saved_states.delete(run.output_dir)
     return record.status
 
 

@@ -94,7 +94,7 @@ def open_study(
         found.space,
         sweep_name(folder),
         folder,
-        max_epochs=run.trainer.max_train_epochs,
+        max_epochs=run.max_train_epochs,
         guesses=found.guesses,
         basis={
             "overrides": _basis(found.fixed),

@@ -55,7 +55,7 @@ class Batches:
             except ValueError as error:
                 self._failures.fail(trial, one_line(error) or str(error))
                 continue
-            trial.plan(run.trainer.max_train_epochs)
+            trial.plan(run.max_train_epochs)
             if run_folder.was_dropped(run):  # a job would train it to its end
                 say_pruned(trial)
                 trial.mark_pruned()

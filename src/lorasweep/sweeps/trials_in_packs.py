@@ -89,7 +89,7 @@ class Flow:
         except ValueError as error:
             self._failures.fail(trial, one_line(error) or str(error))
             return True
-        trial.plan(run.trainer.max_train_epochs)
+        trial.plan(run.max_train_epochs)
         log.info("trial %d: %s", trial.number, " ".join(trial.overrides))
         self._held.append((trial, run))
         return True

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from lorasweep.config.run import Run
 from lorasweep.core.progress import Screen, Tick
-from lorasweep.models.base_model import choose_devices
+from lorasweep.models.devices import choose_devices
 from lorasweep.runs.session import Failure, Finished, Report
 from lorasweep.sweeps.worker_process import Boundary, Orders, Turn, work
 from lorasweep.tracking import mark_broken

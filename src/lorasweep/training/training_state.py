@@ -1,4 +1,4 @@
-"""What one run carries from step to step: parameters, optimiser, schedule, counters."""
+"""What a run carries from step to step: parameters, optimiser, schedule, counters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorasweep.core import rng
 from lorasweep.models.base_model import BaseModel
-from lorasweep.training.trainer import TrainingRun
+from lorasweep.training.training_run import TrainingRun
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,7 @@ Records = Sequence[tuple[int, Mapping[str, float]]]
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A run's state, independent of what it trains on."""
+    """A copy of a run's state in the computer's memory; `saved_states` writes it to the disk."""
 
     parameters: list[Tensor]
     optimizer: dict[str, Any]
@@ -43,7 +43,7 @@ class Snapshot:
     """Of the epoch under way; at an epoch's end, of that epoch."""
 
 
-class RunState:
+class TrainingState:
     """One run in training. Its parameters live in the pack's stacks, `bind` says where."""
 
     def __init__(
@@ -59,8 +59,8 @@ class RunState:
             for group, tensors in views.items()
         }
         self.optimizer = run.optimizer.create(self.parameters)
-        num_steps = run.max_train_epochs * steps_per_epoch
-        self.lr_scheduler = run.lr_scheduler.create(self.optimizer, num_steps)
+        self.max_train_steps = run.max_train_epochs * steps_per_epoch
+        self.lr_scheduler = run.lr_scheduler.create(self.optimizer, self.max_train_steps)
         self._device_type = torch.device(base.device).type
         self.scaler = self._new_scaler(enabled=base.precision == "fp16")
         self.num_epochs = 0  # finished ones

@@ -1,4 +1,4 @@
-"""States on disk: all that a run carries from step to step, to go on as if nothing had happened.
+"""States on disk, from which a run that was broken off goes on as if nothing had happened.
 
 A file is the sha256 of what follows, then a safetensors file, which no pickle can hide in. The
 states that the runs of a pack write at one moment name each other: only together do they go on
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasweep.core.atomic_write import write_atomically
-from lorasweep.training.run_state import Snapshot
+from lorasweep.training.training_state import Snapshot
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +32,7 @@ class StateError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class State:
+class SavedState:
     """A run at the end of an epoch, or of a step within one."""
 
     run: str
@@ -53,7 +53,7 @@ def path_of(output_dir: Path, step: int) -> Path:
     return folder_of(output_dir) / f"{step:08d}.state"
 
 
-def write(output_dir: Path, state: State) -> None:
+def write(output_dir: Path, state: SavedState) -> None:
     """Write the state whole or not at all. Raises DiskFullError."""
     import numpy as np
     import torch
@@ -68,7 +68,7 @@ def write(output_dir: Path, state: State) -> None:
     )
 
 
-def read(path: Path) -> State:
+def read(path: Path) -> SavedState:
     """A state. Raises StateError for a file that isn't as it was written."""
     from safetensors.torch import load
 
@@ -77,7 +77,7 @@ def read(path: Path) -> State:
         raise StateError(f"{path} is torn or was changed")
     tensors = load(content[DIGEST:])
     values = _unpacked(json.loads(tensors.pop(_JSON).numpy().tobytes()), tensors)
-    return State(**{**values, "snapshot": Snapshot(**values["snapshot"])})
+    return SavedState(**{**values, "snapshot": Snapshot(**values["snapshot"])})
 
 
 def keep_last(output_dir: Path, number: int) -> None:
@@ -95,7 +95,7 @@ def delete(output_dir: Path) -> None:
         folder.rmdir()
 
 
-def together(output_dirs: Mapping[str, Path]) -> dict[str, State]:
+def together(output_dirs: Mapping[str, Path]) -> dict[str, SavedState]:
     """The states from which runs that train together go on, by run; none: from the beginning.
 
     Taken are the last states that all runs of a pack wrote at one moment. A file that can't be
@@ -105,18 +105,18 @@ def together(output_dirs: Mapping[str, Path]) -> dict[str, State]:
         run: {state.pack: state for state in _readable(folder)}
         for run, folder in output_dirs.items()
     }
-    chosen: dict[str, State] = {}
+    chosen: dict[str, SavedState] = {}
     while moment := _last_whole(found, chosen):
         chosen.update(moment)
     return chosen
 
 
 def _last_whole(
-    found: Mapping[str, Mapping[Any, State]], chosen: Mapping[str, State]
-) -> dict[str, State]:
+    found: Mapping[str, Mapping[Any, SavedState]], chosen: Mapping[str, SavedState]
+) -> dict[str, SavedState]:
     """Of the moments of which each member that goes on has its state, the last one's states."""
     moments = {pack for states in found.values() for pack in states}
-    whole: list[dict[str, State]] = []
+    whole: list[dict[str, SavedState]] = []
     for pack in moments:
         names = [name for name, _, _ in pack if name in found]
         if all(name not in chosen and pack in found[name] for name in names):
@@ -126,7 +126,7 @@ def _last_whole(
     )
 
 
-def _readable(output_dir: Path) -> list[State]:
+def _readable(output_dir: Path) -> list[SavedState]:
     states = []
     for path in sorted(folder_of(output_dir).glob("*.state")):
         try:
