@@ -8,13 +8,16 @@ Here: `SMALL` and `options`, and the fixtures
   empty_store  an MLflow store without runs, copied wherever a test would make one
 
 Helper modules beside this file, named by what they hold:
-  small_training  training in this process, and its losses, checkpoints, reports and weights
-  adapter_packs   packs as if they had been trained, and the model's predictions with them
-  candidates      made-up checkpoints of the tracking store
-  command_line    `lorasweep …`, in a process of its own or in this one
-  logged          a run as a trainer logs it, and all that MLflow then has of it
-  fake_fleet      stands in for a sweep's worker processes
-  bad_files       images, LoRA files and models that are broken on purpose
+  small_training    training in this process, and its losses, checkpoints, reports and weights
+  adapter_packs     packs as if they had been trained, and the model's predictions with them
+  candidates        made-up checkpoints of the tracking store
+  command_line      `lorasweep …`, in a process of its own or in this one
+  small_study       settings and search space of a study
+  logged            a run as a trainer logs it, and all that MLflow then has of it
+  fake_worker_pool  stands in for a sweep's worker processes
+  lora_tensors      a module's tensors of every type of LoRA file
+  bad_files         images, LoRA files and models that are broken on purpose
+  old_runs          runs that an earlier lorasweep left (made by make_old_runs)
 recorded/ holds what other programs have written.
 """
 
@@ -61,7 +64,7 @@ SMALL = [
 LONGEST_FIRST = (
     "test_resume.py",
     "test_native.py",
-    "test_sweeper.py",
+    "test_sweep.py",
     "test_end_to_end.py",
     "test_old_runs.py",
     "test_golden.py",
@@ -69,7 +72,7 @@ LONGEST_FIRST = (
     "test_states.py",
     "test_adapters.py",
     "test_run.py",
-    "test_fleet.py",
+    "test_worker_pool.py",
 )
 """Files that are given to the workers of pytest-xdist before others, so that none is left alone
 with a long one at the end."""
