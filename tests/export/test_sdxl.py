@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_diffusers_lora import dora, dora_here_and_there, loha, lora
 
+from lora_tensors import dora, dora_here_and_there, loha, lora
 from lorasweep.adapters.deltas import low_rank_delta
 from lorasweep.adapters.kohya_names import every_site
 from lorasweep.core.safetensors_header import CheckpointError

@@ -31,6 +31,7 @@ from lorasweep.runs import provenance
 from lorasweep.runs import session as runs
 from lorasweep.tracking.history import Log
 
+pytestmark = pytest.mark.usefixtures("shared_base")
 DEMO_IMAGES = PACKAGE / "embedded" / "demo_images"
 PACK = (("adapter.rank=4", "seed=1"), ("adapter.rank=2", "seed=2", "lr_scheduler=cosine"))
 
