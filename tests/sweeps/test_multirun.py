@@ -12,10 +12,10 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from lorasweep.compose import compose
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError
 
+from lorasweep.config.compose import compose
 from lorasweep.config.conf_folder import conf_dir
 from lorasweep.config.error_messages import one_line
 from lorasweep.config.resolvers import register_resolvers
