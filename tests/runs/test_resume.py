@@ -255,7 +255,7 @@ def places(runs):
 SECOND = """
 import os, signal
 from lorasweep.core.interrupts import Interrupts
-with Interrupts(signal.SIGINT) as interrupts, interrupts.softly(lambda: None):
+with Interrupts(signal.SIGINT) as interrupts, interrupts.calling(lambda: None):
     os.kill(os.getpid(), signal.SIGINT)
     print("still here", flush=True)
     os.kill(os.getpid(), signal.SIGINT)

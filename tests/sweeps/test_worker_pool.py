@@ -11,8 +11,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from mlflow import MlflowClient
-from test_native import relative_difference
-from test_run import reports
 
 from lorasweep.core.failures import FailureKind
 from lorasweep.core.settings import SettingsError
@@ -21,6 +19,7 @@ from lorasweep.models.devices import choose_devices
 from lorasweep.runs.session import EpochReport, Failure, Finished
 from lorasweep.sweeps import worker_pool, worker_process
 from lorasweep.sweeps.worker_pool import WorkerPool
+from small_training import relative_difference, reports
 
 
 def told(events):

@@ -20,8 +20,8 @@ from lorasweep.config.build_run import build_run
 from lorasweep.config.run import Run
 from lorasweep.core.failures import RunError
 from lorasweep.core.settings import build
+from lorasweep.core.text import listed
 from lorasweep.data import dataset, kohya_folders
-from lorasweep.data.dataset import listed
 from lorasweep.models.devices import resolve_device
 from lorasweep.reproduce import differences, original_images, same_pack
 from lorasweep.reproduce.compare import Comparison, compare

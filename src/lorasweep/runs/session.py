@@ -15,12 +15,13 @@ from types import TracebackType
 from lorasweep.config.error_messages import one_line
 from lorasweep.config.run import Run
 from lorasweep.core.atomic_write import DiskFullError
+from lorasweep.core.clock import Clock
 from lorasweep.core.failures import FailureKind, RunError
 from lorasweep.core.interrupts import Interrupts
 from lorasweep.core.progress import Screen, Show
 from lorasweep.core.settings import SettingsError
 from lorasweep.data import kohya_folders
-from lorasweep.judging.judge import Clock, Judge, load_pack
+from lorasweep.judging.judge import Judge, load_pack
 from lorasweep.judging.metrics.metric import Scores, Terms
 from lorasweep.lora_files.checkpoint import Checkpoint, checkpoint_path
 from lorasweep.models.base_model import BaseModel
@@ -231,7 +232,15 @@ class Session:
             self._tracker.ready()  # a store that can't be written ends here, before any training
             images = encoded_images(self._base, self.first, self._folder)
             self._data = TrainingData(images.train, self.first.dataset)
-            self._judge = Judge(self._base, self.first, images, self.clock)
+            first = self.first
+            self._judge = Judge(
+                self._base,
+                images,
+                first.metrics.values(),
+                first.sampling,
+                first.dataset.size,
+                self.clock,
+            )
             self._fitting = self._measure()
 
     def _measure(self) -> int | None:
@@ -334,7 +343,7 @@ class Session:
             log.info("%s goes on after epoch %d", run.name, epochs)
         self._log_origin(member)
         if 0 not in member.log.logged_epochs:
-            member.log.log_base(*self._judge.base_model(run))
+            member.log.log_base(*self._judge.base_model(run.output_dir, run.name))
         return Started(run=run.name, device=self.device)
 
     def _check_disk(self, run: Run) -> None:
@@ -425,8 +434,7 @@ class Session:
         if not checkpoints:
             return []
         assert self._judge is not None
-        runs = {name: member.run for name, member in self._runs.items()}
-        judged = self._judge.checkpoints(checkpoints, runs)
+        judged = self._judge.checkpoints(checkpoints)
         reports: list[Report] = []
         for one, (scored, _) in zip(checkpoints, judged, strict=True):
             # kept before anything of the epoch is logged: it comes to the same in another company
@@ -443,7 +451,7 @@ class Session:
         assert self._judge is not None
         run, run_log = member.run, member.log
         self._runs.pop(run.name, None)
-        sheet = self._judge.contact_sheet(run)
+        sheet = self._judge.contact_sheet(run.output_dir, run.name)
         if sheet is not None:
             run_log.log_file(sheet)
             log.info("%s: contact sheet %s", run.name, sheet)

@@ -10,14 +10,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from lorasweep.adapters import peft_names
 from lorasweep.adapters.deltas import algorithm, has_magnitude, low_rank_delta, rank_of
 from lorasweep.adapters.kohya_names import by_site
 from lorasweep.adapters.unet_blocks import MAX_RANK as MAX_RANK
 from lorasweep.core.atomic_write import TargetError, check_free
 from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.core.text import shown
-from lorasweep.lora_files import checkpoint
+from lorasweep.lora_files import checkpoint, peft_names
+from lorasweep.models.sdxl import Base, SDXLModel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -136,11 +136,12 @@ def refuse_as_model(path: Path) -> None:
         )
 
 
-def read(path: Path) -> LoRAFile:
+def read(path: Path, base: Base | None = None) -> LoRAFile:
     """Read and check a LoRA file of kohya, LyCORIS, diffusers, PEFT or ours.
 
-    Raises CheckpointError for a file that is cut, lies about itself, or holds no LoRA of Stable
-    Diffusion.
+    With a `base` its tensors are under the keys of the base's sites: SDXL has other names for them
+    than kohya's files. Raises CheckpointError for a file that is cut, lies about itself, or holds
+    no LoRA of Stable Diffusion.
     """
     tensors, metadata = checkpoint.read(path)
     if not tensors:
@@ -152,6 +153,8 @@ def read(path: Path) -> LoRAFile:
             tensors = peft_names.from_peft(tensors, metadata)
         for key, site in by_site(tensors).items():
             _check_site(key, site)
+        if isinstance(base, SDXLModel):
+            tensors = base.named(tensors)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     return LoRAFile(path, _with_alphas(tensors), metadata, writer)

@@ -9,23 +9,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
-from lorasweep.adapters import peft_names
 from lorasweep.adapters.deltas import Tensors, algorithm, has_magnitude, low_rank_delta
 from lorasweep.adapters.kohya_names import every_site
 from lorasweep.adapters.pack import check_fit, make_stack
 from lorasweep.core.text import shown
-from lorasweep.export.picture_check import ExportError
-from lorasweep.export.sdxl import Base, SDXLModel
-from lorasweep.lora_files import svd
-from lorasweep.lora_files.lora_file import FACTORED, LoRAFile
+from lorasweep.export import svd
+from lorasweep.export.exported import ExportError
+from lorasweep.lora_files import peft_names
+from lorasweep.lora_files.read_lora_file import FACTORED, LoRAFile
+from lorasweep.models.sdxl import Base, SDXLModel
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lorasweep.adapters.adapter import Site
-
-SDXL_WIDTH = 2048
-"""Width of the text embeddings of SDXL (`LoRAFile.text_width`)."""
 
 How = Literal["as it is", "converted", "approximated"]
 
@@ -33,27 +30,29 @@ REMEDY = "export --to merged instead, which is exact"
 
 
 def convert(
-    file: LoRAFile, base: Base | None, rank: int | None
+    file: LoRAFile, base: Base, rank: int | None
 ) -> tuple[Mapping[str, Tensor], How, svd.Loss | None]:
     """Tensors that diffusers reads right, what was done, and what approximations lost.
 
-    Raises ExportError, naming the remedy, for what has no such form.
+    The base's weights count where there are magnitudes. Raises ExportError, naming the remedy, for
+    what has no such form.
     """
-    if base is None and file.text_width == SDXL_WIDTH:
-        raise ExportError("it is of SDXL, whose modules only the base model tells: give it")
     if not isinstance(base, SDXLModel) and diffusers_reads(file):
         return file.tensors, "as it is", None
-    known = None if base is None else every_site(base.parts)
+    known = every_site(base.parts)
     sites: dict[str, dict[str, Tensor]] = {}
     kept: dict[str, tuple[float, float]] = {}
     for key, tensors in file.sites.items():
+        if key not in known:
+            raise ExportError(f"{shown(key)}: the base model has no such module")
         exact = _exact(tensors)
         if exact is None:
-            exact, kept[key] = _approximated(key, file, _module(key, known), rank)
+            exact, kept[key] = _approximated(known[key], tensors, rank)
         sites[key] = exact
-    sites = _alike(sites, known)
     named = {
-        f"{key}.{name}": tensor for key, site in sites.items() for name, tensor in site.items()
+        f"{key}.{name}": tensor
+        for key, site in _uniform(sites, known).items()
+        for name, tensor in site.items()
     }
     loss = svd.Loss.of(kept) if kept else None
     return peft_names.to_peft(named), ("approximated" if loss else "converted"), loss
@@ -95,36 +94,24 @@ def _of_outputs(tensors: Tensors) -> bool:
 
 
 def _approximated(
-    key: str, file: LoRAFile, module: Site | None, rank: int | None
+    module: Site, tensors: Tensors, rank: int | None
 ) -> tuple[dict[str, Tensor], tuple[float, float]]:
     """The best LoRA of `rank`, and the (kept, whole) squared norm of the change."""
-    import torch
-
-    tensors = file.sites[key]
     kind = _described(tensors)
     if algorithm(tensors) not in (*FACTORED, "full") or "diff_b" in tensors:
-        raise ExportError(f"{shown(key)} is of {kind}, which no LoRA can be: {REMEDY}")
+        raise ExportError(f"{shown(module.key)} is of {kind}, which no LoRA can be: {REMEDY}")
     if rank is None:
         raise ExportError(
-            f"{shown(key)} is of {kind}, which diffusers can't load: give a rank to approximate it"
-            f" by a LoRA (--rank 64), or {REMEDY}"
+            f"{shown(module.key)} is of {kind}, which diffusers can't load: give a rank to"
+            f" approximate it by a LoRA (--rank 64), or {REMEDY}"
         )
     if has_magnitude(tensors):
-        if module is None:
-            raise ExportError(f"{shown(key)} has magnitudes, which need the base model: give it")
         check_fit(module, tensors)
         change = make_stack(module, [(None, tensors)]).delta_weight(0)
         found = svd.of_matrix(change.flatten(1))
     else:
         found = svd.spectrum(tensors)
-    shape = file.shape(key) if module is None else tuple(module.weight.shape)
-    down, up = found.factors(rank, shape, pad=True)
-    dtype = svd.dtype_of(tensors)
-    site = {
-        "lora_down.weight": down.to(dtype),
-        "lora_up.weight": up.to(dtype),
-        "alpha": torch.tensor(float(rank)),
-    }
+    site = found.as_lora(rank, module.weight.shape, svd.dtype_of(tensors))
     return site, (found.squared(rank), found.squared())
 
 
@@ -134,31 +121,27 @@ def _described(tensors: Tensors) -> str:
     return kind.get(name, name.upper()) + (" with magnitudes" if has_magnitude(tensors) else "")
 
 
-def _alike(
-    sites: Mapping[str, dict[str, Tensor]], known: Mapping[str, Site] | None
+def _uniform(
+    sites: Mapping[str, dict[str, Tensor]], known: Mapping[str, Site]
 ) -> dict[str, dict[str, Tensor]]:
     """Magnitudes for all of a part's sites or none, and one rank: PEFT has one config for a part.
 
     A padded rank is zero, so nothing changes; older diffusers scale mixed ranks wrongly.
     """
     result: dict[str, dict[str, Tensor]] = {}
-    for part in {_part(key) for key in sites}:
-        members = {key: site for key, site in sites.items() if _part(key) == part}
+    for part in {known[key].part for key in sites}:
+        members = {key: site for key, site in sites.items() if known[key].part == part}
         weighted = any(has_magnitude(site) for site in members.values())
         rank = max(int(site["lora_down.weight"].shape[0]) for site in members.values())
         for key, site in members.items():
             if weighted and not has_magnitude(site):
-                site = site | {"dora_scale": _own_magnitude(key, site, _module(key, known))}
+                site = site | {"dora_scale": _own_magnitude(known[key], site)}
             result[key] = _padded(site, rank)
     return {key: result[key] for key in sites}
 
 
-def _own_magnitude(key: str, site: Tensors, module: Site | None) -> Tensor:
+def _own_magnitude(module: Site, site: Tensors) -> Tensor:
     """The magnitude that leaves a plain LoRA as it is: the norm of its own sum with the weight."""
-    if module is None:
-        raise ExportError(
-            f"{shown(key)} has no magnitudes, others have; that needs the base model: give it"
-        )
     weight = module.weight.float()
     summed = weight + low_rank_delta(site, weight.shape)
     return summed.flatten(1).norm(dim=1)
@@ -179,15 +162,3 @@ def _padded(site: Tensors, rank: int) -> dict[str, Tensor]:
         ),
         "alpha": alpha * (rank / own),
     }
-
-
-def _part(key: str) -> str:
-    return peft_names.peft_path(key).partition(".")[0]
-
-
-def _module(key: str, known: Mapping[str, Site] | None) -> Site | None:
-    if known is None:
-        return None
-    if key not in known:
-        raise ExportError(f"{shown(key)}: the base model has no such module")
-    return known[key]

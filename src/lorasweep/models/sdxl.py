@@ -1,4 +1,4 @@
-"""SDXL as a base for exports: kohya's LoRA files find its modules. Training SDXL comes later.
+"""SDXL as a base that LoRAs are drawn with and merged into. Training SDXL comes later.
 
 kohya trains SDXL on the original UNet, so its files name the modules by that layout, such as
 input_blocks_4_1_proj_in, and the text encoders' lora_te1 and lora_te2. Other programs name the
@@ -8,32 +8,25 @@ UNet's as diffusers does.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.core.text import shown
-from lorasweep.export import part_files
-from lorasweep.lora_files import lora_file
-from lorasweep.lora_files.lora_file import LoRAFile
 from lorasweep.models.base_model import BaseModel
-from lorasweep.models.load_model import Model
-from lorasweep.models.model_files import ModelError
+from lorasweep.models.model_settings import ModelSettings
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-    from lorasweep.export.model_tensors import WholeModel
 
 
 @dataclass(frozen=True)
 class SDXLModel:
     """A loaded, frozen SDXL in fp32, with what drawing and merging ask of a base model."""
 
-    settings: Model
+    settings: ModelSettings
     pipeline: Any
     """diffusers' StableDiffusionXLPipeline."""
     original_unet_paths: Mapping[str, str]
@@ -79,18 +72,18 @@ class SDXLModel:
         return int(self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1))
 
     @cached_property
-    def _ours(self) -> Mapping[str, str]:
+    def keys_by_kohyas(self) -> Mapping[str, str]:
         """Keys of the UNet's sites by kohya's names of them."""
         return {_key(original): _key(path) for original, path in self.original_unet_paths.items()}
 
     def named(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A file's tensors under the keys of this model's sites. Raises CheckpointError."""
+        """A LoRA file's tensors under the keys of this model's sites. Raises CheckpointError."""
         found: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             key, _, below = name.partition(".")
             if key.startswith("lora_te_"):  # a file of the first text encoder alone
                 key = key.replace("lora_te_", "lora_te1_", 1)
-            new = f"{self._ours.get(key, key)}.{below}"
+            new = f"{self.keys_by_kohyas.get(key, key)}.{below}"
             if new in found:
                 raise CheckpointError(f"{shown(name)} is there twice, under two names")
             found[new] = tensor
@@ -98,42 +91,7 @@ class SDXLModel:
 
 
 Base = BaseModel | SDXLModel
-"""A base model that exports know."""
-
-
-def load(settings: Model, model: WholeModel) -> SDXLModel:
-    """SDXL as diffusers loads it from the folder that was read. Raises ModelError."""
-    import torch
-    from diffusers import StableDiffusionXLPipeline
-
-    if settings.clip_skip != 1:
-        raise ModelError(
-            f"model.clip_skip={settings.clip_skip} has no effect on SDXL, whose text embeddings are"
-            " always of the last layer but one: leave it at 1"
-        )
-    variant = part_files.VARIANT if part_files.has_variant_only(model.configs) else None
-    pipeline = StableDiffusionXLPipeline.from_pretrained(
-        model.configs,
-        use_safetensors=True,
-        local_files_only=True,
-        variant=variant,
-        dtype=torch.float32,
-        add_watermarker=False,
-    )
-    for part in model.weights:
-        getattr(pipeline, part).requires_grad_(False).eval()
-    return SDXLModel(settings, pipeline, model.layout.original_unet_paths)
-
-
-def read_lora(path: Path, base: Base) -> LoRAFile:
-    """A LoRA file under the keys of this base's sites. Raises CheckpointError."""
-    file = lora_file.read(path)
-    if isinstance(base, BaseModel):
-        return file
-    try:
-        return replace(file, tensors=base.named(file.tensors))
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+"""A base model that LoRAs are drawn with and merged into."""
 
 
 def _key(path: str) -> str:

@@ -11,10 +11,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorasweep.models.model_files import ModelError, read_object
+from lorasweep.models.model_files import ModelError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,7 +65,7 @@ _OLD_VAE_ATTENTION = {
 
 
 @dataclass(frozen=True)
-class Layout:
+class ModelLayout:
     """Every tensor of a model of a given structure: its two names and its shape in diffusers."""
 
     shapes: Mapping[str, Mapping[str, tuple[int, ...]]]
@@ -76,29 +75,9 @@ class Layout:
     num_vae_levels: int
 
     @classmethod
-    def of(cls, folder: Path, has_two_text_encoders: bool = False) -> Layout:
-        """The layout that the configs of a diffusers folder describe. Raises ModelError."""
-        import torch
-        from diffusers import AutoencoderKL, UNet2DConditionModel
-        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-        unet, vae, text = (_config(folder, part) for part in ("unet", "vae", "text_encoder"))
-        second = None
-        with torch.device("meta"):  # names and shapes cost no memory
-            if has_two_text_encoders:
-                config = CLIPTextConfig.from_dict(_config(folder, "text_encoder_2"))
-                second = CLIPTextModelWithProjection(config)
-            return cls.from_modules(
-                UNet2DConditionModel.from_config(unet),
-                AutoencoderKL.from_config(vae),
-                CLIPTextModel(CLIPTextConfig.from_dict(text)),
-                second,
-            )
-
-    @classmethod
     def from_modules(
         cls, unet: Any, vae: Any, text_encoder: Any, text_encoder_2: Any = None
-    ) -> Layout:
+    ) -> ModelLayout:
         """The layout of these modules; their weights don't matter. Raises ModelError.
 
         With a second text encoder it is SDXL's.
@@ -203,9 +182,11 @@ def prefixed(name: str) -> str:
     return name if name.startswith("text_model.") else f"text_model.{name}"
 
 
-def modern_vae_name(name: str) -> str:
-    """Today's name of a VAE's tensor, which older folders call otherwise."""
-    match = re.fullmatch(r"(.+\.attentions\.\d+\.)(\w+)(\.\w+)", name)
+def modern_name(part: str, name: str) -> str:
+    """Today's name of a part's tensor, which older folders call otherwise."""
+    if part == "text_encoder":
+        return prefixed(name)
+    match = re.fullmatch(r"(.+\.attentions\.\d+\.)(\w+)(\.\w+)", name) if part == "vae" else None
     if match is None or match[2] not in _OLD_VAE_ATTENTION:
         return name
     return f"{match[1]}{_OLD_VAE_ATTENTION[match[2]]}{match[3]}"
@@ -274,7 +255,3 @@ def _vae_name(name: str, levels: int) -> str:
     for ours, original in _VAE_ATTENTION.items():
         name = name.replace(f"attn_1.{ours}.", f"attn_1.{original}.")
     return name.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
-
-
-def _config(folder: Path, part: str) -> dict[str, Any]:
-    return read_object(folder / part / "config.json", str(folder))

@@ -10,7 +10,8 @@ from lorasweep.adapters.deltas import low_rank_delta
 from lorasweep.adapters.kohya_names import sites
 from lorasweep.core.atomic_write import TargetError
 from lorasweep.core.safetensors_header import CheckpointError
-from lorasweep.lora_files import checkpoint, extract, lora_file, resize, svd
+from lorasweep.export import extract, resize, svd
+from lorasweep.lora_files import checkpoint, read_lora_file
 from lorasweep.models.model_files import ModelError
 
 LINEAR = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
@@ -110,7 +111,7 @@ def test_a_larger_or_equal_rank_keeps_everything(tmp_path):
     source = written(tmp_path / "a.safetensors", (LINEAR, lora()), (CONV, KINDS["locon"]))
     done = resize.resize(source, tmp_path / "b.safetensors", rank=8)
     assert done.kept.total == pytest.approx(1.0)
-    before, after = lora_file.read(source), lora_file.read(done.path)
+    before, after = read_lora_file.read(source), read_lora_file.read(done.path)
     for key, site in after.sites.items():
         assert site["lora_down.weight"].shape[0] == 8
         expected = low_rank_delta(before.sites[key])
@@ -120,7 +121,7 @@ def test_a_larger_or_equal_rank_keeps_everything(tmp_path):
 def test_a_smaller_rank_is_the_best_there_is_and_says_what_it_kept(tmp_path):
     source = written(tmp_path / "a.safetensors", (LINEAR, lora()), (CONV, KINDS["locon"]))
     done = resize.resize(source, tmp_path / "b.safetensors", rank=2)
-    before, after = lora_file.read(source), lora_file.read(done.path)
+    before, after = read_lora_file.read(source), read_lora_file.read(done.path)
     shares = {}
     for key, site in after.sites.items():
         whole = low_rank_delta(before.sites[key]).flatten(1)
@@ -138,7 +139,7 @@ def test_energy_gives_each_module_its_own_rank(tmp_path):
     weak["lora_up.weight"] = weak["lora_up.weight"] * torch.tensor([1.0, *[1e-3] * 5])
     source = written(tmp_path / "a.safetensors", (LINEAR, weak), (CONV, KINDS["locon"]))
     done = resize.resize(source, tmp_path / "b.safetensors", energy=0.95)
-    after = lora_file.read(done.path)
+    after = read_lora_file.read(done.path)
     assert after.sites[LINEAR]["lora_down.weight"].shape[0] == 1
     assert after.sites[CONV]["lora_down.weight"].shape[0] > 1
     assert done.kept.worst >= 0.95
@@ -181,14 +182,16 @@ def test_loha_becomes_a_lora_of_its_modules_shape(key, site, shape, tmp_path):
     sd15 = {"lora_down.weight": normal(1, 768), "lora_up.weight": normal(4, 1)}
     source = written(tmp_path / "a.safetensors", (key, factors), (reader, sd15))
     done = resize.resize(source, tmp_path / "b.safetensors", rank=2)
-    assert lora_file.read(done.path).sites[key]["lora_down.weight"].shape == shape
+    assert read_lora_file.read(done.path).sites[key]["lora_down.weight"].shape == shape
 
 
 def test_dora_keeps_its_magnitudes(tmp_path):
     site = {**lora(), "dora_scale": normal(12, 1)}
     source = written(tmp_path / "a.safetensors", (LINEAR, site))
     done = resize.resize(source, tmp_path / "b.safetensors", rank=2)
-    assert torch.equal(lora_file.read(done.path).sites[LINEAR]["dora_scale"], site["dora_scale"])
+    assert torch.equal(
+        read_lora_file.read(done.path).sites[LINEAR]["dora_scale"], site["dora_scale"]
+    )
 
 
 def test_what_has_no_rank_or_a_taken_target_is_refused(tmp_path):
@@ -222,7 +225,7 @@ def tuned(base, rank, also=""):
 def test_what_was_merged_is_extracted_again(base, tmp_path):
     model, deltas = tuned(base, rank=4)
     done = extract.extract(model, base, tmp_path / "a.safetensors", rank=4)
-    found = lora_file.read(done.path)
+    found = read_lora_file.read(done.path)
     assert set(found.sites) == set(deltas)
     for key, delta in deltas.items():
         got = low_rank_delta(found.sites[key], delta.shape)
@@ -245,7 +248,7 @@ def test_convolutions_are_extracted_at_their_own_rank(base, tmp_path):
     done = extract.extract(
         model, base, tmp_path / "a.safetensors", rank=3, conv_rank=1, targets="full"
     )
-    down = lora_file.read(done.path).sites["lora_unet_conv_in"]["lora_down.weight"]
+    down = read_lora_file.read(done.path).sites["lora_unet_conv_in"]["lora_down.weight"]
     assert down.shape == (1, 4, 3, 3)
     assert done.kept.total == pytest.approx(1.0)
 

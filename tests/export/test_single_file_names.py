@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorasweep.export.original_layout import Layout, modern_vae_name
+from lorasweep.export.single_file_names import ModelLayout, modern_name
 from lorasweep.models.model_files import ModelError
 
 DATA = Path(__file__).parents[1] / "recorded"
@@ -36,7 +36,7 @@ def layout(unet=UNET, vae=VAE, num_text_layers=12):
             hidden_size=768, intermediate_size=3072, num_hidden_layers=num_text_layers
         )
         modules = UNet2DConditionModel(**unet), AutoencoderKL(**vae), CLIPTextModel(text)
-        return Layout.from_modules(*modules)
+        return ModelLayout.from_modules(*modules)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_files_without_text_model_and_with_linear_vae_attention_are_read_too(sma
     ],
 )
 def test_old_names_of_the_vaes_attention_become_todays(old, new):
-    assert modern_vae_name(old) == new
+    assert modern_name("vae", old) == new
 
 
 def test_a_missing_and_a_misshapen_tensor_are_named(small):

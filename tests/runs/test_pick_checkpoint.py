@@ -1,10 +1,9 @@
-"""Choosing a checkpoint: the rule, a person's choice, and what is recorded of it."""
+"""Picking a checkpoint, by the rule or a person's choice, and what is recorded of it."""
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,95 +11,16 @@ import pytest
 from mlflow import MlflowClient
 from rich.console import Console
 
+from candidates import BY
 from lorasweep import tracking
-from lorasweep.judging import pick as picking
 from lorasweep.lora_files.checkpoint import Checkpoint
-from lorasweep.tracking import Candidate, NewRun, Tracker, Tracking
+from lorasweep.runs import pick_checkpoint, pick_table
+from lorasweep.tracking import NewRun, Tracker, Tracking
 
-BY = "val/loss_rel"
 CONFIG = """\
 model: {path: some/base-model, clip_skip: 2}
 sampling: {prompts: ["a rocket --w 64 --s 9", a house]}
 """
-
-
-def candidate(
-    epoch: int, run: str = "a", terms: Sequence[float] = (), **scores: float
-) -> Candidate:
-    named = {f"val/{key}": value for key, value in scores.items()}
-    return Candidate(
-        name=f"{run}-e{epoch:03d}",
-        run=run,
-        sweep="s",
-        epoch=epoch,
-        path=Path(f"/{run}/{epoch}.safetensors"),
-        scores=named,
-        terms={BY: terms},
-        run_id="r",
-        model_id=f"m-{run}-{epoch}",
-        experiment_id="1",
-        created=epoch,
-    )
-
-
-def epochs(ranked: list[Candidate]) -> list[int]:
-    return [one.epoch for one in ranked]
-
-
-def test_without_ties_the_order_is_that_of_the_score() -> None:
-    found = [
-        candidate(1, loss_rel=0.9, loss_rel_hi=0.91, prior_drift=0.0),
-        candidate(2, loss_rel=0.7, loss_rel_hi=0.71, prior_drift=9.0),
-        candidate(3, loss_rel=0.8, loss_rel_hi=0.81, prior_drift=1.0),
-    ]
-    assert epochs(picking.rank(found, BY)) == [2, 3, 1]
-
-
-def test_within_the_interval_of_the_smallest_the_lowest_drift_wins() -> None:
-    found = [
-        candidate(1, loss_rel=0.9, prior_drift=0.1),
-        candidate(2, loss_rel=0.73, prior_drift=0.2),
-        candidate(3, loss_rel=0.7, loss_rel_hi=0.75, prior_drift=0.9),
-        candidate(4, loss_rel=0.74, prior_drift=0.5),
-    ]
-    assert epochs(picking.rank(found, BY)) == [2, 4, 3, 1]
-
-
-def test_checkpoints_are_compared_image_by_image() -> None:
-    """Images differ widely, but the first checkpoint is worse on every one of them."""
-    hard_and_easy = [0.2, 0.4, 0.6, 0.8, 1.0, 1.2]
-    best = candidate(3, terms=hard_and_easy, loss_rel=0.7, loss_rel_hi=1.0, prior_drift=0.9)
-    worse = candidate(
-        1, terms=[term + 0.1 for term in hard_and_easy], loss_rel=0.8, prior_drift=0.1
-    )
-    noise = [0.02, -0.02, 0.02, -0.02, 0.02, -0.01]
-    like = candidate(
-        2,
-        terms=[a + b for a, b in zip(hard_and_easy, noise, strict=True)],
-        loss_rel=0.7017,
-        prior_drift=0.5,
-    )
-    # second by its score, but worse on every image: no tie, although a larger score is one
-    near = candidate(
-        4, terms=[term + 0.001 for term in hard_and_easy], loss_rel=0.701, prior_drift=0.0
-    )
-    assert epochs(picking.rank([worse, like, near, best], BY)) == [2, 3, 4, 1]
-
-
-def test_of_equal_drift_the_earlier_epoch_wins() -> None:
-    found = [
-        candidate(7, loss_rel=0.7, loss_rel_hi=0.8, prior_drift=0.5),
-        candidate(4, loss_rel=0.75, prior_drift=0.5),
-    ]
-    assert epochs(picking.rank(found, BY)) == [4, 7]
-
-
-def test_a_candidate_without_drift_loses_a_tie() -> None:
-    found = [
-        candidate(1, loss_rel=0.7, loss_rel_hi=0.8),
-        candidate(2, loss_rel=0.75, prior_drift=0.5),
-    ]
-    assert epochs(picking.rank(found, BY)) == [2, 1]
 
 
 @dataclass(frozen=True)
@@ -111,9 +31,9 @@ class Store:
     settings: Tracking
     client: MlflowClient
 
-    def pick(self, **choice: str | int | None) -> picking.Pick:
+    def pick(self, **choice: str | int | None) -> pick_checkpoint.Pick:
         by = {"by": BY, "sweep": "grid", **choice}
-        return picking.pick(self.settings, self.root, **by)  # type: ignore[arg-type]
+        return pick_checkpoint.pick(self.settings, self.root, **by)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +154,7 @@ def test_without_a_name_the_newest_sweep_is_picked_from(store: Store) -> None:
 def test_what_is_not_there_is_refused_with_what_is(
     store: Store, choice: dict[str, str | int], message: str
 ) -> None:
-    with pytest.raises(picking.PickError, match=message) as error:
+    with pytest.raises(pick_checkpoint.PickError, match=message) as error:
         store.pick(**choice)
     assert "\n" not in str(error.value)
 
@@ -248,7 +168,7 @@ def test_a_file_that_is_gone_is_named_with_the_remedy(store: Store) -> None:
 
 def test_the_table_shows_the_winner_the_ties_and_what_was_left_out(store: Store) -> None:
     console = Console(width=140, file=io.StringIO(), record=True)
-    console.print(picking.table(store.pick(), limit=2))
+    console.print(pick_table.table(store.pick(), limit=2))
     text = console.export_text()
     rows = [line for line in text.splitlines() if line.startswith("│")]
     assert [("≈" in row, row.split("│")[2].strip()) for row in rows] == [

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorasweep import __version__
 from lorasweep.adapters.adapter import Site
 from lorasweep.adapters.kohya_names import PRESETS, every_site, sites
-from lorasweep.lora_files import checkpoint, svd
-from lorasweep.lora_files.lora_file import MAX_RANK
+from lorasweep.core.atomic_write import staged
+from lorasweep.export import picture_check, svd
+from lorasweep.export.diffusers_lora import approximation
+from lorasweep.lora_files import checkpoint, read_lora_file
+from lorasweep.lora_files.read_lora_file import MAX_RANK
 from lorasweep.models.base_model import BaseModel
 from lorasweep.models.model_files import ModelError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from lorasweep.models.load_model import Model
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,30 @@ class Extracted:
         ]
 
 
+def extract_and_draw(
+    models: tuple[Model, Model],
+    target: Path,
+    rank: int,
+    conv_rank: int | None,
+    targets: str,
+    *,
+    overwrite: bool,
+    say: Callable[[str], None],
+) -> None:
+    """Write a LoRA of the difference of two `models`, the tuned and its base, drawn on both.
+
+    Raises as `extract` does, and TargetError.
+    """
+    check_ranks(rank, conv_rank)
+    read_lora_file.check_target(target, overwrite)
+    with picture_check.quiet(), staged(target, overwrite) as place:
+        tuned, base = (model.load() for model in models)
+        result = extract(tuned, base, place, rank, conv_rank, targets)
+        told = approximation(picture_check.draw(tuned), base, place)
+    for line in (*replace(result, path=target).lines(), told):
+        say(line)
+
+
 def extract(
     tuned: BaseModel,
     base: BaseModel,
@@ -71,7 +100,8 @@ def extract(
             continue
         own = conv_rank or rank if site.has_kernel else rank
         found = svd.of_matrix(delta.flatten(1))
-        tensors |= _named(site, found, own)
+        lora = found.as_lora(own, site.weight.shape, delta.dtype)
+        tensors |= {f"{site.key}.{name}": tensor for name, tensor in lora.items()}
         kept[site.key] = (found.squared(own), found.squared())
     if not kept:
         raise ModelError("the two models have the same weights in all targets: nothing to extract")
@@ -91,17 +121,6 @@ def _chosen(base: BaseModel, targets: str) -> list[Site]:
     if targets not in PRESETS:
         raise ModelError(f"--targets {targets}: choose one of {', '.join(sorted(PRESETS))}")
     return sites(base.parts, targets)
-
-
-def _named(site: Site, found: svd.Spectrum, rank: int) -> dict[str, Tensor]:
-    import torch
-
-    down, up = found.factors(rank, tuple(site.weight.shape), pad=True)
-    return {
-        f"{site.key}.lora_down.weight": down,
-        f"{site.key}.lora_up.weight": up.contiguous(),
-        f"{site.key}.alpha": torch.tensor(float(rank)),
-    }
 
 
 def _weights(model: BaseModel) -> dict[str, Tensor]:

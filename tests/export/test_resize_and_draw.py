@@ -4,15 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_adapters import trained
-from test_pick import candidate
 
+from adapter_packs import trained
+from candidates import candidate
 from lorasweep.cli.main import main
 from lorasweep.config.compose import compose, compose_without_images
 from lorasweep.core.settings import build
-from lorasweep.export import diffusers_lora as export_lora
-from lorasweep.export import find_lora, merge
-from lorasweep.lora_files import checkpoint, lora_file
+from lorasweep.export import diffusers_lora, find_lora, merge
+from lorasweep.lora_files import checkpoint, read_lora_file
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +53,7 @@ def test_the_base_that_the_metadata_names_draws_the_pictures(write, capsys):
     assert code == 0
     assert "Base model, by its metadata" in out
     assert "The pictures before and after are close" in out
-    assert lora_file.read(path.with_name("lora-resized.safetensors")).sites
+    assert read_lora_file.read(path.with_name("lora-resized.safetensors")).sites
 
 
 def test_a_copy_of_a_runs_file_is_found_by_its_hash(base, write, tmp_path, monkeypatch):
@@ -73,7 +72,9 @@ def test_a_copy_of_a_runs_file_is_found_by_its_hash(base, write, tmp_path, monke
     model, told = find_lora.trained_on(mine, compose_without_images([]))
     assert model.path == base.settings.path
     assert "Base model, of a-e003 in the tracking store" in told
-    checkpoint.write(mine, lora_file.read(mine).tensors | {"lora_unet_x.alpha": torch.ones(())}, {})
+    checkpoint.write(
+        mine, read_lora_file.read(mine).tensors | {"lora_unet_x.alpha": torch.ones(())}, {}
+    )
     assert find_lora.trained_on(mine, compose_without_images([])) is None
 
 
@@ -124,7 +125,7 @@ def test_a_merged_lora_is_extracted_again_and_drawn_by_diffusers(write, base, tm
 
 
 def test_a_file_that_diffusers_reads_otherwise_never_appears(write, capsys, tmp_path, monkeypatch):
-    path, honest = write(EMBEDDED), export_lora._load
+    path, honest = write(EMBEDDED), diffusers_lora._load
 
     def other(pipeline, file):
         tensors, metadata = checkpoint.read(file)
@@ -132,7 +133,7 @@ def test_a_file_that_diffusers_reads_otherwise_never_appears(write, capsys, tmp_
         checkpoint.write(tmp_path / "x" / "wrong.safetensors", wrong, metadata)
         honest(pipeline, tmp_path / "x" / "wrong.safetensors")
 
-    monkeypatch.setattr(export_lora, "_load", other)
+    monkeypatch.setattr(diffusers_lora, "_load", other)
     code, _, err = resize(capsys, path, "--rank", 2)
     assert code == 2 and "DISAGREE: drawn by diffusers' load_lora_weights" in err
     assert not (tmp_path / "lora-resized.safetensors").exists()

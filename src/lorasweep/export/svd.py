@@ -40,8 +40,13 @@ class Spectrum:
         """Squared Frobenius norm of the first `rank` parts, or of all."""
         return float((self.values[:rank].double() ** 2).sum())
 
-    def factors(self, rank: int, shape: Sequence[int], pad: bool) -> tuple[Tensor, Tensor]:
-        """down and up for a weight of `shape`; with `pad` of this very rank, zeros at the end."""
+    def as_lora(
+        self, rank: int, shape: Sequence[int], dtype: torch.dtype, *, pad: bool = True
+    ) -> dict[str, Tensor]:
+        """A site's tensors of the LoRA of this rank, or of less where there is no more to keep.
+
+        `shape` is the weight's. With `pad` it is of this very rank, zeros at the end.
+        """
         import torch
 
         root = self.values[:rank].clamp(min=0).sqrt()
@@ -50,7 +55,11 @@ class Spectrum:
             down = torch.nn.functional.pad(down, (0, 0, 0, missing))
             up = torch.nn.functional.pad(up, (0, missing))
         kernel = (1, 1) if len(shape) == 4 else ()
-        return down.reshape(-1, *shape[1:]).contiguous(), up.reshape(*up.shape, *kernel)
+        return {
+            "lora_down.weight": down.reshape(-1, *shape[1:]).to(dtype),
+            "lora_up.weight": up.reshape(*up.shape, *kernel).to(dtype),
+            "alpha": torch.tensor(float(len(down))),
+        }
 
 
 @dataclass(frozen=True)
@@ -170,4 +179,4 @@ def _lokr(t: Tensors) -> Spectrum:
 
 def dtype_of(site: Tensors) -> torch.dtype:
     """The type that a site's weights are saved in."""
-    return max((tensor for tensor in site.values()), key=lambda tensor: tensor.numel()).dtype
+    return max(site.values(), key=lambda tensor: tensor.numel()).dtype

@@ -7,24 +7,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_adapters import predict, trained
-from test_pick import candidate
 
+from adapter_packs import predict, trained
+from candidates import candidate
 from conftest import options
 from lorasweep.cli.main import main
 from lorasweep.core.settings import SettingsError
-from lorasweep.export import find_lora, merge, model_tensors
-from lorasweep.export import picture_check as export_check
+from lorasweep.export import find_lora, merge, picture_check, whole_model
+from lorasweep.export.attach_loras import adapters_of, attached
+from lorasweep.export.exported import Exported, ExportError
 from lorasweep.export.find_lora import OriginError
-from lorasweep.export.merge import Export
-from lorasweep.export.picture_check import EXACT, ExportError
+from lorasweep.export.generic_diffusion_feature import offline_lora
+from lorasweep.export.picture_check import EXACT
 from lorasweep.lora_files import checkpoint
 
 
 @pytest.fixture(scope="module")
 def source(base):
     """The base model's tensors as its files hold them."""
-    return model_tensors.read(base.settings.path)
+    return whole_model.read(base.settings.path)
 
 
 @pytest.fixture
@@ -55,11 +56,11 @@ def prediction_of(base, model):
 
 @pytest.mark.parametrize("name", options("adapter"))
 def test_merged_equals_attached_for_every_type_of_adapter(name, base, source, lora):
-    [(pack, _)] = adapters = merge.attachable(base, [(lora(name=name), 1.0)])
-    merged = prediction_of(base, merge.merge(base, source, adapters, "fp32"))
-    attached = predict(base, pack)
-    assert not torch.allclose(attached, predict(base, None), atol=1e-2)
-    assert torch.allclose(merged, attached, atol=1e-5)
+    [(pack, _)] = adapters = adapters_of(base, [(lora(name=name), 1.0)])
+    merged = prediction_of(base, merge.merge(source, adapters, "fp32"))
+    expected = predict(base, pack)
+    assert not torch.allclose(expected, predict(base, None), atol=1e-2)
+    assert torch.allclose(merged, expected, atol=1e-5)
 
 
 def test_half_the_strength_is_half_of_every_delta(base, source, lora):
@@ -67,20 +68,20 @@ def test_half_the_strength_is_half_of_every_delta(base, source, lora):
     tensors, _ = checkpoint.read(path)
     by_hand = {n: t * 0.5 if n.endswith(".alpha") else t for n, t in tensors.items()}
     checkpoint.write(path.with_name("half.safetensors"), by_hand, {})
-    [(half, _)] = merge.attachable(base, [(path.with_name("half.safetensors"), 1.0)])
-    weak = merge.merge(base, source, merge.attachable(base, [(path, 0.5)]), "fp32")
+    [(half, _)] = adapters_of(base, [(path.with_name("half.safetensors"), 1.0)])
+    weak = merge.merge(source, adapters_of(base, [(path, 0.5)]), "fp32")
     assert torch.allclose(prediction_of(base, weak), predict(base, half), atol=1e-5)
 
 
 def test_several_loras_are_the_sum_of_their_weighted_deltas(base, source, lora):
     one, two = lora(0), lora(1)
-    adapters = merge.attachable(base, [(one, 0.7), (two, -0.4)])
-    merged = merge.merge(base, source, adapters, "fp32")
-    back = merge.merge(base, source, merge.attachable(base, [(two, -0.4), (one, 0.7)]), "fp32")
-    with export_check.attached(adapters):
-        attached = predict(base, None)
-    assert torch.allclose(prediction_of(base, merged), attached, atol=1e-5)
-    assert torch.allclose(prediction_of(base, back), attached, atol=1e-5)
+    adapters = adapters_of(base, [(one, 0.7), (two, -0.4)])
+    merged = merge.merge(source, adapters, "fp32")
+    back = merge.merge(source, adapters_of(base, [(two, -0.4), (one, 0.7)]), "fp32")
+    with attached(adapters):
+        expected = predict(base, None)
+    assert torch.allclose(prediction_of(base, merged), expected, atol=1e-5)
+    assert torch.allclose(prediction_of(base, back), expected, atol=1e-5)
     assert torch.equal(predict(base, None), prediction_of(base, source))  # the base stays bare
 
 
@@ -88,8 +89,8 @@ def test_a_merged_folder_keeps_the_bases_type_and_draws_what_the_lora_draws(base
     done = merge.merged(base.settings, [(lora(), 1.0)], tmp_path / "model")
     assert any("before and after agree" in line for line in done.lines)
     assert (tmp_path / "model-check.png").exists()
-    model = model_tensors.read(str(tmp_path / "model"))
-    assert model_tensors.precision_of(model) == "fp16"
+    model = whole_model.read(str(tmp_path / "model"))
+    assert model.precision == "fp16"
 
 
 def test_a_merged_file_holds_what_the_folder_holds(base, lora, tmp_path, make_run):
@@ -105,14 +106,14 @@ def test_a_merged_file_holds_what_the_folder_holds(base, lora, tmp_path, make_ru
 
 def test_a_wrong_merge_is_an_error_and_leaves_nothing(base, lora, tmp_path, monkeypatch):
     path = lora()
-    monkeypatch.setattr(merge, "merge", lambda base, model, *_: model)  # the LoRA is lost
+    monkeypatch.setattr(merge, "merge", lambda model, *_: model)  # the LoRA is lost
     with pytest.raises(ExportError, match="DISAGREE"):
         merge.merged(base.settings, [(path, 1.0)], tmp_path / "out" / "model")
     assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_offline_lora_writes_a_folder_and_the_lines_that_load_it(base, lora, tmp_path):
-    done = merge.offline_lora(base.settings, [(lora(), 1.0)], tmp_path / "model")
+    done = offline_lora(base.settings, [(lora(), 1.0)], tmp_path / "model")
     assert any("StableDiffusionImg2ImgPipeline" in line for line in done.lines)
     assert done.lines[-2:] == (
         "from diffusion_feature import FeatureExtractor",
@@ -122,7 +123,7 @@ def test_offline_lora_writes_a_folder_and_the_lines_that_load_it(base, lora, tmp
 
 
 def test_offline_lora_as_a_file_names_folder_and_file(base, lora, tmp_path):
-    done = merge.offline_lora(base.settings, [(lora(), 1.0)], tmp_path / "x" / "my.safetensors")
+    done = offline_lora(base.settings, [(lora(), 1.0)], tmp_path / "x" / "my.safetensors")
     assert done.path.is_file()
     ending = f"offline_lora={str(tmp_path / 'x')!r}, offline_lora_filename='my.safetensors')"
     assert done.lines[-1].endswith(ending)
@@ -130,24 +131,24 @@ def test_offline_lora_as_a_file_names_folder_and_file(base, lora, tmp_path):
 
 
 def test_equal_pictures_agree_and_a_lost_lora_does_not(base, lora):
-    [adapter] = merge.attachable(base, [(lora(), 1.0)])
-    bare, before = export_check.draw(base), export_check.draw(base, [adapter])
-    assert export_check.compare(before, before, bare).holds
-    for tolerance in export_check.TOLERANCES.values():
-        assert not export_check.compare(before, bare, bare, tolerance).holds
+    [adapter] = adapters_of(base, [(lora(), 1.0)])
+    bare, before = picture_check.draw(base), picture_check.draw(base, [adapter])
+    assert picture_check.compare(before, before, bare).holds
+    for tolerance in picture_check.TOLERANCES.values():
+        assert not picture_check.compare(before, bare, bare, tolerance).holds
 
 
 def test_a_weak_lora_that_is_lost_is_no_rounding():
     """In bf16 the mean alone would let pass what is the LoRA's whole effect."""
-    lost = export_check.Agreement(3.0, 9, effect=3.0, tolerance=export_check.TOLERANCES["bf16"])
+    lost = picture_check.Agreement(3.0, 9, effect=3.0, tolerance=picture_check.TOLERANCES["bf16"])
     kept = replace(lost, mean=0.5)
     assert (lost.holds, kept.holds) == (False, True)
-    unseen = export_check.Agreement(0.0, 0, effect=0.0, tolerance=EXACT)
+    unseen = picture_check.Agreement(0.0, 0, effect=0.0, tolerance=EXACT)
     assert "too little for a picture to tell" in unseen.line("x")
 
 
 def test_a_larger_rank_is_advised_only_where_it_is_needed():
-    far = export_check.Agreement(3.0, 9, effect=3.0, tolerance=EXACT)
+    far = picture_check.Agreement(3.0, 9, effect=3.0, tolerance=EXACT)
     assert "NOT CLOSE" in far.approximate_line("x") and "larger --rank" in far.approximate_line("x")
     assert "--rank" not in replace(far, mean=0.5).approximate_line("x")
 
@@ -230,7 +231,7 @@ def test_words_and_options_may_stand_in_any_order(lora, tmp_path, monkeypatch):
     assert asked["t"] == tmp_path / "exports" / "lora-0-merged"
 
 
-DONE = Export(Path("x"), ())
+DONE = Exported(Path("x"), ())
 
 
 def test_a_config_beside_a_file_can_name_no_class_and_trust_no_pickle(lora, tmp_path):
