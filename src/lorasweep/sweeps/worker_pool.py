@@ -99,23 +99,18 @@ class WorkerPool:
             if name in worker.runs:
                 worker.drop(name)
 
-    def events(self, timeout: float | None = None) -> list[Report]:
-        """What has happened, at least one event; [] after `timeout` seconds or with nothing to do.
+    def events(self) -> list[Report]:
+        """Wait for what happens next, at least one event; [] with nothing to do.
 
         All reports of one epoch of a pack come in one list.
         """
-        until = None if timeout is None else time.monotonic() + timeout
         found: list[Report] = []
         while not found:
             for worker in self.workers:
                 worker.go_on()
             if self._inbox.empty() and not any(worker.runs for worker in self.workers):
                 return []
-            left = None if until is None else max(0.0, until - time.monotonic())
-            try:
-                found += self._read(self._inbox.get(timeout=left))
-            except queue.Empty:
-                return []
+            found += self._read(self._inbox.get())
         while not self._inbox.empty():
             found += self._read(self._inbox.get())
         return found
