@@ -21,9 +21,9 @@ from lorasweep.config.conf_folder import conf_dir
 from lorasweep.config.error_messages import one_line
 from lorasweep.config.resolvers import register_resolvers
 from lorasweep.core.atomic_write import DiskFullError
-from lorasweep.core.failures import FailureKind
+from lorasweep.core.failures import FailureKind, RunError
 from lorasweep.core.settings import SettingsError, build_class
-from lorasweep.runs.session import Failure, Finished
+from lorasweep.runs.session import Failure, Finished, failure_kind
 from lorasweep.sweeps import multirun, slurm_ray_joblib
 from lorasweep.sweeps.compose_jobs import compose_job
 from lorasweep.sweeps.multirun import LauncherSettings, _train, _with_retries, group
@@ -214,6 +214,11 @@ def test_a_job_whose_disk_is_full_pauses_its_runs(make_run, monkeypatch):
     monkeypatch.setattr(slurm_ray_joblib, "run_pack", run_pack)
     (failure,) = slurm_ray_joblib.train_pack([make_run()])
     assert failure.kind == FailureKind.ENVIRONMENT
+
+
+def test_the_kind_of_a_jobs_failure_survives_the_way_from_another_process():
+    error = pickle.loads(pickle.dumps(RunError("no weights found", FailureKind.SETUP)))
+    assert (str(error), failure_kind(error)) == ("no weights found", FailureKind.SETUP)
 
 
 @pytest.mark.parametrize("engine", ["submitit_local", "ray"])

@@ -2,8 +2,8 @@
 
 Open sweep.py first, the driver of `lorasweep sweep`: sweep_file.py reads what is searched, study/
 asks Optuna, sweep_loop.py trains trials and prunes them, stop_rules.py ends it. multirun.py trains
-the jobs of `train -m`. Packs train in worker_pool.py's processes (worker_process.py), or as jobs of a
-cluster (slurm_ray_joblib.py), which report as trial_job.py says. compose_jobs.py composes each job.
+the jobs of `train -m`. Packs train in the processes of worker_pool.py, or as jobs of a
+cluster (slurm_ray_joblib.py) that report as trial_job.py says. compose_jobs.py composes each job.
 
 Nothing is imported here: Hydra's plug-ins and the settings of a study need one file each.
 """

@@ -86,7 +86,7 @@ class WorkerPool:
     def submit(self, run: Run) -> bool:
         """Train the run from the next epoch on, on the device with the fewest runs.
 
-        False if it can't start or join a pack anywhere yet: whoever drives keeps it and asks again.
+        False if it can't start or join a pack anywhere yet: the driver keeps it and asks again.
         """
         fitting = [worker for worker in self.workers if worker.has_room(run)]
         if fitting:
@@ -216,7 +216,7 @@ class Worker:
             self._dropping.add(name)
 
     def go_on(self) -> None:
-        """Tell a process that waits who joins and who leaves."""
+        """Tell a process that waits which runs join and which leave."""
         if not self._is_waiting or not self.runs:
             return
         instruction = Instruction(joining=tuple(self._joining), dropping=tuple(self._dropping))
@@ -234,7 +234,8 @@ class Worker:
         if end.last:
             self._at_most = end.max_runs or self._at_most
             self.process = None
-            self._restart()
+            if self.runs:
+                self._open()
         return end.reports
 
     def died(self) -> Sequence[Report]:
@@ -260,7 +261,8 @@ class Worker:
         ]
         self.runs, self._dropping = unheard, set()
         self.process, self._is_waiting = None, False
-        self._restart()
+        if self.runs:
+            self._open()
         return events
 
     def stop(self) -> None:
@@ -282,10 +284,6 @@ class Worker:
             self.process.kill()
             self.process.join()
         self._reader.join()
-
-    def _restart(self) -> None:
-        if self.runs:
-            self._open()
 
     def _open(self) -> None:
         """Have a process at work, with the log levels of now."""
