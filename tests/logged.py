@@ -10,7 +10,8 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from lorasweep.lora_files.checkpoint import Checkpoint
-from lorasweep.tracking import NewRun, RunLog, Tracking
+from lorasweep.tracking import NewRun, Tracking
+from lorasweep.tracking.tracker import RunLog
 
 SETTINGS = Tracking(
     uri=None,
@@ -42,7 +43,7 @@ def log_epochs(log: RunLog, folder: Path, first: int = 0, last: int = EPOCHS) ->
     """The bare base (0) and epochs, each with its steps, scores, a picture and a file."""
     for epoch in range(first, last + 1):
         scores = {"val/loss_rel": 1 / (epoch + 1), "val/odd": float("nan")}
-        pictures = {"0 a rocket": Image.new("RGB", (8, 8), (epoch, 0, 0))}
+        pictures = {"0 a rocket": picture(folder / "samples" / f"{epoch}.png", (epoch, 0, 0))}
         if epoch == 0:
             log.log_base(scores, pictures)
             continue
@@ -55,8 +56,14 @@ def log_epochs(log: RunLog, folder: Path, first: int = 0, last: int = EPOCHS) ->
         log.log_epoch(checkpoint, scores, pictures, {"val/loss_rel": [0.5, 0.25 * epoch]})
 
 
+def picture(path: Path, color: tuple[int, int, int]) -> Path:
+    path.parent.mkdir(exist_ok=True, parents=True)
+    Image.new("RGB", (8, 8), color).save(path)
+    return path
+
+
 def finish(log: RunLog) -> None:
-    log.log_image(Image.new("RGB", (9, 9)), "sheets/contact_sheet.png")
+    log.log_file(picture(log.output_dir / "contact_sheet.png", (0, 0, 0)), "sheets")
     log.tag("kept", "yes")
     log.finish("FINISHED")
 

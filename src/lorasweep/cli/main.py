@@ -598,7 +598,7 @@ def _model_path(word: str) -> str:
 
 
 def _ui(arguments: argparse.Namespace) -> int:
-    from lorasweep import tracking
+    from lorasweep.tracking import ui_server
 
     if arguments.optuna and "=" in arguments.optuna and not _is_there(arguments.optuna):
         arguments.words.append(arguments.optuna)  # a setting, which argparse took for the sweep
@@ -612,7 +612,7 @@ def _ui(arguments: argparse.Namespace) -> int:
         return study_storage.show(arguments.optuna or None, where, output_root, arguments.port)
     uri, artifacts = settings.resolve(output_root), settings.artifacts(output_root)
     _say_unsent(output_root)
-    return tracking.serve(uri, settings.experiment, artifacts, arguments.port)
+    return ui_server.serve(uri, settings.experiment, artifacts, arguments.port)
 
 
 def _sync(arguments: argparse.Namespace) -> int:
@@ -629,9 +629,9 @@ def _sync(arguments: argparse.Namespace) -> int:
 
 def _say_unsent(output_root: Path) -> None:
     """Tell of runs that MLflow doesn't have whole; what is shown lacks them."""
-    from lorasweep import tracking
+    from lorasweep.tracking.sync import unsent
 
-    if folders := tracking.unsent(output_root):
+    if folders := unsent(output_root):
         number = f"{len(folders)} run{'s' if len(folders) > 1 else ''}"
         _say([f"MLflow does not have everything of {number}: send it by `lorasweep sync`."])
 

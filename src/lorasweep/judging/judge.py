@@ -7,11 +7,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorasweep.adapters.pack import Pack
 from lorasweep.config.config import Run
+from lorasweep.core.atomic_write import write_atomically
 from lorasweep.judging import contact_sheet, sampling
 from lorasweep.judging.metrics.metric import Images, Scored, Scores
 from lorasweep.lora_files import lora_file
@@ -23,8 +25,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Samples = Mapping[str, "Image.Image"]
-"""Pictures by the key that MLflow shows them under."""
+Pictures = Mapping[str, Path]
+"""PNG files by the key that MLflow shows them under."""
 
 
 class Judge:
@@ -37,7 +39,7 @@ class Judge:
         self.scorers = [scorer for scorer in prepared if scorer is not None]
         self.prompts = self.sampling.resolve(first.dataset.size, base.vae_scale_factor)
 
-    def base_model(self, run: Run) -> tuple[Scores, Samples]:
+    def base_model(self, run: Run) -> tuple[Scores, Pictures]:
         """The bare base's own scores and pictures: epoch 0 of `run`."""
         scores = {name: value for s in self.scorers for name, value in s.baseline().items()}
         if self.sampling.every_n_epochs == 0:
@@ -46,12 +48,11 @@ class Judge:
             with self.clock("sample"):
                 (images,) = sampling.render(self.base, None, self.prompts, self.sampling)
             self._drawn_by_base = list(images)
-        self._save(run, 0, self._drawn_by_base)
-        return scores, self._named(self._drawn_by_base)
+        return scores, self._save(run, 0, self._drawn_by_base)
 
     def checkpoints(
         self, checkpoints: Sequence[Checkpoint], runs: Mapping[str, Run]
-    ) -> list[tuple[Scored, Samples]]:
+    ) -> list[tuple[Scored, Pictures]]:
         """Scores and pictures of each checkpoint; out of memory, of one half after the other."""
         try:
             return self._judge(checkpoints, runs)
@@ -65,7 +66,7 @@ class Judge:
 
     def _judge(
         self, checkpoints: Sequence[Checkpoint], runs: Mapping[str, Run]
-    ) -> list[tuple[Scored, Samples]]:
+    ) -> list[tuple[Scored, Pictures]]:
         with self.clock("score"):
             pack = load_pack(self.base, [one.path for one in checkpoints])
             by_scorer = [scorer.score(pack) for scorer in self.scorers]
@@ -74,17 +75,15 @@ class Judge:
 
     def _draw(
         self, pack: Pack, checkpoints: Sequence[Checkpoint], runs: Mapping[str, Run]
-    ) -> list[Samples]:
+    ) -> list[Pictures]:
         due = [self.sampling.due(one.epoch) for one in checkpoints]
         if not any(due):
             return [{} for _ in checkpoints]
         with self.clock("sample"):
             drawn = sampling.render(self.base, pack, self.prompts, self.sampling)
-        for one, images, is_due in zip(checkpoints, drawn, due, strict=True):
-            if is_due:
-                self._save(runs[one.run], one.epoch, images)
         return [
-            self._named(images) if is_due else {} for images, is_due in zip(drawn, due, strict=True)
+            self._save(runs[one.run], one.epoch, images) if is_due else {}
+            for one, images, is_due in zip(checkpoints, drawn, due, strict=True)
         ]
 
     def contact_sheet(self, run: Run) -> Path | None:
@@ -105,14 +104,15 @@ class Judge:
         contact_sheet.contact_sheet(rows, [prompt.text for prompt in self.prompts]).save(path)
         return path
 
-    def _named(self, images: Sequence[Image.Image]) -> Samples:
-        keys = [f"{number:02d} {prompt.text}" for number, prompt in enumerate(self.prompts)]
-        return dict(zip(keys, images, strict=True))
-
-    def _save(self, run: Run, epoch: int, images: Sequence[Image.Image]) -> None:
-        _sample_dir(run).mkdir(parents=True, exist_ok=True)
-        for number, image in enumerate(images):
-            image.save(_sample_path(run, epoch, number))
+    def _save(self, run: Run, epoch: int, images: Sequence[Image.Image]) -> Pictures:
+        """Write an epoch's pictures, each whole; a log that names them can rely on them."""
+        pictures = {}
+        for number, (prompt, image) in enumerate(zip(self.prompts, images, strict=True)):
+            content, path = BytesIO(), _sample_path(run, epoch, number)
+            image.save(content, "PNG")
+            write_atomically(path, content.getvalue())
+            pictures[f"{number:02d} {prompt.text}"] = path
+        return pictures
 
 
 def load_pack(base: BaseModel, files: Sequence[Path]) -> Pack:

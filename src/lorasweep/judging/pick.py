@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorasweep import tracking
-from lorasweep.core.text import harmless
-from lorasweep.tracking import Candidate, Tracking
+from lorasweep.core.text import harmless, markdown
+from lorasweep.tracking import Candidate, Tracking, read_candidates, web_page
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -213,7 +213,7 @@ def _cells(result: Pick, number: int, candidate: Candidate) -> list[str]:
     interval = f" [{_short(scores.get(f'{by}_lo'))}, {_short(scores.get(f'{by}_hi'))}]"
     return [
         f"≈ {number}" if ties(candidate, smallest, by) else str(number),
-        _link(candidate.run, tracking.page(result.uri, candidate)),
+        _link(candidate.run, web_page.page(result.uri, candidate)),
         _link(str(candidate.epoch), candidate.path.as_uri()),
         _short(scores[by]) + _escaped(interval if f"{by}_hi" in scores else ""),
         _short(scores.get("val/gap")),
@@ -222,7 +222,7 @@ def _cells(result: Pick, number: int, candidate: Candidate) -> list[str]:
 
 
 def _find(uri: str, experiment: str, sweep: str | None) -> list[Candidate]:
-    names = tracking.sweeps(uri, experiment)
+    names = read_candidates.sweeps(uri, experiment)
     if not names:
         raise PickError(f"experiment {experiment} holds no runs yet: train first")
     if sweep is not None and sweep not in names:
@@ -304,10 +304,10 @@ def _readme(winner: Candidate, config_yaml: str, by: str, chosen_by: str) -> str
         sweep=winner.sweep,
         chosen="a person" if chosen_by == "person" else f"rule ({by}; of equals, the lowest drift)",
         score=f"{by} = {winner.scores[by]:.4f}.\n" if by in winner.scores else "",
-        base=_text(base),
+        base=markdown(base),
         base_python=json.dumps(base, ensure_ascii=False),
         base_shell=shlex.quote(base),
-        prompts="\n".join(f"- {_text(prompt)}" for prompt in prompts),
+        prompts="\n".join(f"- {markdown(prompt)}" for prompt in prompts),
         prompt_python=json.dumps(prompts[0], ensure_ascii=False),
         prompt_shell=shlex.quote(prompts[0]),
         prompt_plain=prompts[0],
@@ -335,11 +335,6 @@ def _bare(prompt_line: str) -> str:
 def _one_line(text: object) -> str:
     """Without line ends and control characters, which would end a line of the README's code."""
     return " ".join(harmless(str(text)).split())
-
-
-def _text(text: str) -> str:
-    """For Markdown: no HTML, no links, no code."""
-    return re.sub(r"[\\`*_\[\]<>#|!&]", lambda found: f"\\{found[0]}", text)
 
 
 def _at(node: Any, *keys: str) -> Any:

@@ -26,7 +26,7 @@ from lorasweep.config.config import Run, build_run
 from lorasweep.core.settings import SettingsError
 from lorasweep.data import dataset
 from lorasweep.models.base_model import Precision, choose_devices, resolve_device
-from lorasweep.tracking import public_uri, sqlite_path
+from lorasweep.tracking.store import public_uri, sqlite_path
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

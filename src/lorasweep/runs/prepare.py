@@ -15,7 +15,8 @@ from lorasweep.data import dataset, kohya_folders, latents
 from lorasweep.data.captions import caption_images
 from lorasweep.judging.metrics.metric import Images
 from lorasweep.models.base_model import BaseModel
-from lorasweep.tracking import TRIAL_TAG, NewRun
+from lorasweep.tracking import NewRun
+from lorasweep.tracking.store import TRIAL_TAG
 from lorasweep.training.trainer import TrainingRun
 
 

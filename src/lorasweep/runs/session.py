@@ -25,7 +25,10 @@ from lorasweep.models.base_model import BaseModel, memory_for, resolve_device
 from lorasweep.runs import provenance
 from lorasweep.runs.prepare import captions_used, images_of, new_run, training_run, write_folders
 from lorasweep.runs.run_folder import RunFolder, TakenError, forget_drop
-from lorasweep.tracking import PRUNED_TAG, InUseError, RunLog, Tracker, TrackingError
+from lorasweep.tracking import Tracker, TrackingError
+from lorasweep.tracking.records import InUseError
+from lorasweep.tracking.store import PRUNED_TAG
+from lorasweep.tracking.tracker import RunLog
 from lorasweep.training import state_files
 from lorasweep.training.state_files import State
 from lorasweep.training.trainer import Epoch, Stopped, Training, TrainingData
@@ -253,7 +256,8 @@ class Session:
     def _prepare(self) -> None:
         with self.clock("prepare"):
             self._base = self._load(self.first, self.device)
-            self._tracker.ready()  # a store that can't be written ends here, before any training
+            # a store that can't be written ends here, before any training
+            self._tracker.ready(self.first.output_dir, self.first.sweep)
             images = images_of(self._base, self.first, self._folder)
             self._data = TrainingData(images.train, self.first.dataset)
             self._judge = Judge(self._base, self.first, images, self.clock)
@@ -453,14 +457,12 @@ class Session:
         runs = {name: member.run for name, member in self._runs.items()}
         judged = self._judge.checkpoints(checkpoints, runs)
         reports: list[Report] = []
-        for one, (scored, _) in zip(checkpoints, judged, strict=True):
-            # kept before anything of the epoch is logged: it comes to the same in another company
-            scores, terms = self._runs[one.run].folder.keep_scores(one.epoch, scored)
+        for one, (scored, pictures) in zip(checkpoints, judged, strict=True):
+            member = self._runs[one.run]
+            # scores that an older version kept before it logged the epoch stay as they are
+            scores, terms = member.folder.scores(one.epoch) or (scored.scores, scored.terms)
+            member.log.log_epoch(one, scores, pictures, terms)
             reports.append(EpochReport(run=one.run, checkpoint=one, scores=scores, terms=terms))
-        for report, (_, samples) in zip(reports, judged, strict=True):
-            assert isinstance(report, EpochReport)
-            run_log = self._runs[report.run].log
-            run_log.log_epoch(report.checkpoint, report.scores, samples, report.terms)
         _say(reports)
         return reports
 
