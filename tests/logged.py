@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from PIL import Image
 
 from lorasweep.lora_files.checkpoint import Checkpoint
 from lorasweep.tracking import NewRun, Tracking
+from lorasweep.tracking.store import quoted
 from lorasweep.tracking.tracker import RunLog
 
 SETTINGS = Tracking(
@@ -33,7 +35,7 @@ def new_run(output_root: Path, name: str = "a", sweep: str | None = "grid") -> N
         params={"adapter.rank": 4, "seed": 1},
         config_yaml="adapter:\n  rank: 4\n",
         overrides=["adapter.rank=4"],
-        manifest={"images": ["a.png"]},
+        manifest='{"images": ["a.png"]}',
         image_dir=output_root / "icons",
         dataset_digest="ab" * 32,
     )
@@ -60,6 +62,21 @@ def picture(path: Path, color: tuple[int, int, int]) -> Path:
     path.parent.mkdir(exist_ok=True, parents=True)
     Image.new("RGB", (8, 8), color).save(path)
     return path
+
+
+def run_id(output_root: Path, name: str = "a", uri: str | None = None) -> str:
+    """MLflow's id of a run, once it is begun there."""
+    client = MlflowClient(uri or SETTINGS.resolve(output_root))
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        experiment = client.get_experiment_by_name("e")
+        found = client.search_runs(
+            [experiment.experiment_id] if experiment else [], f"tags.`lorasweep.run` = {quoted(name)}"
+        )
+        if found and client.list_artifacts(found[0].info.run_id):
+            return str(found[0].info.run_id)
+        time.sleep(0.05)
+    raise AssertionError(f"MLflow never had {name}")
 
 
 def finish(log: RunLog) -> None:

@@ -24,11 +24,12 @@ from mlflow.protos.databricks_pb2 import (
     TEMPORARILY_UNAVAILABLE,
 )
 
-from logged import SETTINGS, finish, log_epochs, new_run, snapshot
+from logged import SETTINGS, finish, log_epochs, new_run, picture, run_id, snapshot
 from lorasweep import tracking
 from lorasweep.cli import main
 from lorasweep.tracking import Tracker, TrackingError, outage, publish_thread, records, store
-from lorasweep.tracking.sync import number_unsent, unsent
+from lorasweep.tracking.ledger import unsent_items
+from lorasweep.tracking.sync import unsent
 from lorasweep.tracking.tracker import mark_broken
 
 CALLS = """search_runs create_run log_batch log_inputs log_artifacts log_artifact set_tag delete_tag
@@ -152,14 +153,17 @@ def test_what_goes_on_is_the_same_run_and_knows_its_epochs(root: Path) -> None:
         log = tracker.open_run(new_run(root))
         log_epochs(log, root / "a", last=1)
         log.log_step(3, {"train/loss": 0.1})
-        first = log.run_id
         log.suspend("SIGTERM")
+    first = run_id(root)
     suspended = MlflowClient(uri).get_run(first)
     with Tracker(SETTINGS, root) as tracker:
         log = tracker.open_run(new_run(root), goes_on=True)
-        second, logged = log.run_id, log.logged_epochs
-        running = MlflowClient(uri).get_run(first)
+        logged = log.logged_epochs
+        log.tag("kept", "yes")
+        while "kept" not in (running := MlflowClient(uri).get_run(first)).data.tags:
+            time.sleep(0.05)
         finish(log)
+    second = run_id(root)
     assert second == first
     assert logged == {0, 1}
     assert suspended.info.status == "KILLED"
@@ -191,14 +195,12 @@ def test_offline_runs_are_sent_by_sync_as_if_they_had_been_online(
         log = tracker.open_run(new_run(root))
         log_epochs(log, root / "a")
         finish(log)
-        with pytest.raises(TrackingError, match="not sent yet"):
-            _ = log.run_id
     assert unsent(root) == [root / "a"]
     store = [f"output_root={root}", f"tracking.uri={SETTINGS.resolve(root)}"]
     codes = [main_code(["sync", *store]) for _ in range(2)]
     said = capsys.readouterr().out
     assert codes == [0, 0]
-    assert "a: 7 writes sent" in said
+    assert "a: 8 writes sent" in said
     assert "MLflow has everything" in said
     assert snapshot(SETTINGS.resolve(root)) == unbroken
 
@@ -374,7 +376,7 @@ def test_the_end_of_a_run_waits_for_a_hanging_server_only_so_long(
         log = tracker.open_run(new_run(root))
         log_epochs(log, root / "a")
         finish(log)  # comes back, though nothing is answered
-        assert number_unsent(records.RunRecords(root / "a")) == 7
+        assert len(unsent_items(records.RunRecords(root / "a"))[0]) == 8
         answered.set()
     assert snapshot(SETTINGS.resolve(root)) == unbroken
 
@@ -438,7 +440,7 @@ def test_a_run_that_mlflow_refuses_to_begin_waits_whole(
     assert caplog.text.count("is not taken") == 1
     assert snapshot(SETTINGS.resolve(root)) == []
     (result,) = tracking.sync(SETTINGS, root)
-    assert (result.sent, result.left) == (7, 0)
+    assert (result.sent, result.left) == (8, 0)
     assert snapshot(SETTINGS.resolve(root)) == unbroken
 
 
@@ -462,7 +464,7 @@ def test_steps_of_a_long_epoch_are_published_while_it_runs(root: Path) -> None:
             log.log_step(step, {"train/loss": 1 / step})
         client = MlflowClient(SETTINGS.resolve(root))
         until = time.monotonic() + 60
-        while not (known := client.get_run(log.run_id).data.metrics):
+        while not (known := client.get_run(run_id(root)).data.metrics):
             assert time.monotonic() < until
         log.log_base({}, {})
         log.finish("FINISHED")
@@ -478,25 +480,19 @@ def test_what_was_deleted_in_mlflow_is_sent_anew_when_the_run_goes_on(
     with Tracker(SETTINGS, root) as tracker:
         log = tracker.open_run(new_run(root))
         log_epochs(log, root / "a", last=1)
-        first = log.run_id
+        log.log_file(picture(root / "a" / "sheet.png", (0, 0, 0)))
         log.suspend("SIGTERM")
-    MlflowClient(SETTINGS.resolve(root)).delete_run(first)
-    log_tag_offline(root)
+    MlflowClient(SETTINGS.resolve(root)).delete_run(run_id(root))
+    picture(root / "a" / "sheet.png", (255, 255, 0))
+    assert unsent(root) == [root / "a"]
     (result,) = tracking.sync(SETTINGS, root)
-    assert list(result.refused) == ["run"]  # no one goes on with it
+    assert list(result.refused) == ["run"]
     assert "was it deleted?" in result.line()
     train(root, goes_on=True)
     assert "All is sent anew" in caplog.text
     (run,) = snapshot(SETTINGS.resolve(root))
     assert run["curves"] == unbroken[0]["curves"]
-    assert run["artifacts"] == unbroken[0]["artifacts"]
-
-
-def log_tag_offline(root: Path) -> None:
-    with Tracker(replace(SETTINGS, offline=True), root) as tracker:
-        log = tracker.open_run(new_run(root), goes_on=True)
-        log.tag("kept", "yes")
-        log.suspend("SIGTERM")
+    assert run["artifacts"] == sorted([*unbroken[0]["artifacts"], "sheet.png"])
 
 
 def test_another_store_gets_a_whole_run(root: Path, unbroken: list[dict[str, Any]]) -> None:
@@ -531,8 +527,7 @@ def test_secrets_in_uris_reach_neither_mlflow_nor_the_records(root: Path) -> Non
     assert written
     assert not any("hunter2" in text for text in written)
     tracking.sync(SETTINGS, root, uri_is_given=True)
-    run_id = MlflowClient(SETTINGS.resolve(root)).search_runs(["1"])[0].info.run_id
-    run = MlflowClient(SETTINGS.resolve(root)).get_run(run_id)
+    run = MlflowClient(SETTINGS.resolve(root)).get_run(run_id(root))
     assert run.data.params == {"tracking.uri": PUBLIC}
     assert run.data.tags["where"] == run.data.tags["also"] == PUBLIC
     assert run.data.tags["lorasweep.reason"] == f"{PUBLIC} is away"

@@ -15,6 +15,7 @@ from lorasweep.data import dataset, kohya_folders, latents
 from lorasweep.data.captions import caption_images
 from lorasweep.judging.metrics.metric import Images
 from lorasweep.models.base_model import BaseModel
+from lorasweep.runs import provenance
 from lorasweep.tracking import NewRun
 from lorasweep.tracking.store import TRIAL_TAG
 from lorasweep.training.trainer import TrainingRun
@@ -93,10 +94,11 @@ def new_run(run: Run, data: Path, texts: str) -> NewRun:
         params=run.params,
         config_yaml=run.config_yaml,
         overrides=run.overrides,
-        manifest=manifest,
+        manifest=manifest.read_text(),
         image_dir=run.dataset.image_dir,
         dataset_digest=hashlib.sha256(manifest.read_bytes() + texts.encode()).hexdigest(),
         tags={
+            **provenance.source_tags(),
             "lorasweep.output_dir": str(run.output_dir),
             "lorasweep.folders": str(data),
             **({} if run.number is None else {TRIAL_TAG: str(run.number)}),

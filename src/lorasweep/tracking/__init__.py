@@ -7,9 +7,10 @@ logged runs are read back from MLflow (`read_candidates.py`, `history.py`). Open
 
 from lorasweep.tracking.model_registry import record_choice
 from lorasweep.tracking.read_candidates import Candidate, candidates, config_of, fetch_file
+from lorasweep.tracking.records import NewRun
 from lorasweep.tracking.store import Tracking, TrackingError
 from lorasweep.tracking.sync import sync
-from lorasweep.tracking.tracker import NewRun, Tracker
+from lorasweep.tracking.tracker import Tracker
 
 __all__ = [
     "Candidate",

@@ -1,4 +1,9 @@
-"""The ledger of a run's folder: what MLflow has of its records, and what it refused."""
+"""The ledger of a run's folder: which items of its records MLflow has, and which it refused.
+
+Items are named by what they are: `run`, `epoch 3`, `steps` (of the unfinished epoch), `file
+captions.json`, `tag lorasweep.pruned`, `end`. Each has a state, which changes when there is more
+of it to send.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +15,14 @@ from lorasweep.tracking.records import (
     FOLDER,
     LEDGER,
     JsonRecord,
-    RunEnd,
     RunRecord,
     RunRecords,
     read_or_none,
     write,
 )
 
-RUN, END, STEPS = "run", "end", "steps"
-"""Items that a run has once; the others are `epoch 3`, `file captions.json`, `tag kept`."""
+RUN, STEPS, END = "run", "steps", "end"
+GONE = "gone"  # the state of a file that isn't there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,15 +33,10 @@ class Ledger(JsonRecord):
     uri: str | None
     """Of the store, without secrets; None is the file under output_root."""
     experiment: str
-    begun: bool = False
-    epochs: frozenset[int] = frozenset()
-    last_step: int = -1
-    files: Mapping[str, str] = field(default_factory=dict)
-    """The state in which a file was sent, see `file_state`."""
-    tags: Mapping[str, str] = field(default_factory=dict)
-    end: RunEnd | None = None
+    sent: Mapping[str, str] = field(default_factory=dict)
+    """Items that the store has, by the state in which they were sent."""
     refused: Mapping[str, str] = field(default_factory=dict)
-    """Items that MLflow did not take, and why. They are tried again by `lorasweep sync`."""
+    """Items that it did not take, and why; `lorasweep sync` tries them again."""
 
 
 def read_ledger(output_dir: Path, run: RunRecord) -> Ledger:
@@ -53,26 +52,36 @@ def write_ledger(output_dir: Path, ledger: Ledger) -> None:
     write(output_dir / FOLDER / LEDGER, ledger)
 
 
-def missing(records: RunRecords, run: RunRecord, ledger: Ledger) -> list[str]:
-    """The items that the store lacks, in the order in which they are sent; refused ones too."""
-    reopens = run.end is None and ledger.end is not None
-    items = [RUN] if reopens or not ledger.begun else []
-    items += [f"epoch {number}" for number in records.epochs() if number not in ledger.epochs]
-    steps = records.unfinished(run.uid)
-    items += [STEPS] if steps and steps[-1].step > ledger.last_step else []
-    for path in run.files:
-        state = file_state(records.output_dir / path)
-        if path not in ledger.files or state not in (None, ledger.files[path]):
-            items.append(f"file {path}")
-    if ledger.begun:  # before, they go along with the run
-        items += [f"tag {key}" for key, value in run.tags.items() if ledger.tags.get(key) != value]
-    items += [END] if run.end is not None and run.end != ledger.end else []
-    return items
+def missing(records: RunRecords, run: RunRecord, ledger: Ledger) -> dict[str, str]:
+    """The items that the store lacks, refused ones too, with their states, in their order."""
+    items = {RUN: str(run.opened)}
+    items |= {f"epoch {number}": "written" for number in records.epochs()}
+    if steps := records.unfinished(run.uid):
+        items[STEPS] = str(steps[-1].step)
+    items |= {f"file {path}": _state(records.output_dir / path) for path in run.files}
+    items |= {f"tag {key}": value for key, value in run.tags.items()}
+    if run.end is not None:
+        items[END] = str(run.end.time)
+    return {
+        item: state
+        for item, state in items.items()
+        if ledger.sent.get(item) != state and not (state == GONE and item in ledger.sent)
+    }
 
 
-def file_state(path: Path) -> str | None:
-    """Tells whether a file was changed since; None if it is gone."""
+def unsent_items(records: RunRecords) -> tuple[list[str], dict[str, str]]:
+    """The items that wait to be sent, and those that were refused, with the reasons."""
+    run = records.run()
+    if run is None:
+        return [], {}
+    ledger = read_ledger(records.output_dir, run)
+    left = missing(records, run, ledger)
+    refused = {i: why for i, why in ledger.refused.items() if i in left or i == RUN}
+    return [item for item in left if item not in refused], refused
+
+
+def _state(path: Path) -> str:
     if not path.is_file():
-        return None
+        return GONE
     state = path.stat()
     return f"{state.st_size} bytes, {state.st_mtime_ns} ns"

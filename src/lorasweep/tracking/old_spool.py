@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.core.atomic_write import write_atomically
-from lorasweep.tracking.ledger import Ledger, write_ledger
+from lorasweep.tracking.ledger import END, RUN, STEPS, Ledger, write_ledger
 from lorasweep.tracking.records import (
     CheckpointRecord,
-    DatasetRecord,
     EpochRecord,
+    NewRun,
     RunEnd,
     RunRecord,
     RunRecords,
@@ -68,38 +68,46 @@ def _convert(records: RunRecords, entries: Sequence[Mapping[str, Any]]) -> None:
     if curves:
         steps = _steps([point for one in curves for point in one["points"]])
         records.write_unfinished(state["uid"], steps)
-    is_begun = all(one["goes_on"] for one in opens)
-    about = opens[0] if opens else {}
+    about = opens[0] if opens else {"tags": {}, "params": {}, "files": {}, "dataset": {}}
+    source = json.loads(about["dataset"].get("source", '{"uri": ""}'))
+    new = NewRun(
+        name=state["name"],
+        sweep=None if state["sweep"] == state["name"] else state["sweep"],
+        output_dir=records.output_dir,
+        params=about["params"],
+        config_yaml=about["files"].get("config.yaml", ""),
+        overrides=json.loads(about["files"].get("overrides.yaml", "[]")),
+        manifest=about["files"].get("manifest.json", ""),
+        image_dir=Path(source["uri"]),
+        dataset_digest=json.loads(about["dataset"].get("profile", '{"digest": ""}'))["digest"],
+        tags=about["tags"],
+    )
     ended = None if state["is_open"] else RunEnd(time=0, status="KILLED")
     end = ended
     if ended and closes:
         keys = ("time", "status", "reason", "suspended")
         end = RunEnd(**{key: closes[-1].get(key) for key in keys})
+    place = {key: state[key] for key in ("uid", "uri", "experiment")}
     run = RunRecord(
-        **{key: state[key] for key in ("uid", "name", "sweep", "uri", "experiment")},
-        begun=about.get("time", 0),
+        **place,
         upload=any(one["model"]["upload"] for one in epochs if one["model"]),
-        replaces=about.get("replaces", False),
-        tags={**about.get("tags", {}), **{one["key"]: one["value"] for one in tags}},
-        params=about.get("params", {}),
-        texts=about.get("files", {}),
-        dataset=DatasetRecord(**about["dataset"]) if about else None,
+        new=new,
+        begun=about.get("time", 0),
+        opened=0,
+        tags={one["key"]: one["value"] for one in tags},
         files={one["path"]: one["artifact_dir"] for one in files},
         end=end,
     )
-    waiting_steps = [point["step"] for one in (*epochs, *curves) for point in one["points"]]
-    last_step = max(state["steps"].values(), default=-1)
-    if waiting_steps:
-        last_step = min(waiting_steps) - 1
-    ledger = Ledger(
-        **{key: state[key] for key in ("uid", "uri", "experiment")},
-        begun=is_begun,
-        epochs=frozenset(state["epochs"]) - {one["epoch"] for one in epochs},
-        last_step=last_step,
-        tags=about.get("tags", {}) if is_begun else {},
-        end=None if closes else ended,
-    )
-    write_ledger(records.output_dir, ledger)
+    sent = {f"epoch {number}": "written" for number in state["epochs"]}
+    for one in epochs:
+        sent.pop(f"epoch {one['epoch']}", None)
+    if not any(one["points"] for one in (*epochs, *curves)):
+        sent[STEPS] = str(max(state["steps"].values(), default=-1))
+    if all(one["goes_on"] for one in opens):
+        sent[RUN] = "0" if not opens else "to be opened"
+    if ended and not closes:
+        sent[END] = "0"
+    write_ledger(records.output_dir, Ledger(**place, sent=sent))
     records.write_run(run)
 
 

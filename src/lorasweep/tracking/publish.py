@@ -19,14 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorasweep.core.text import markdown
-from lorasweep.tracking.ledger import (
-    RUN,
-    STEPS,
-    Ledger,
-    file_state,
-    missing,
-    read_ledger,
-)
+from lorasweep.tracking.ledger import RUN, STEPS, Ledger, missing, read_ledger
 from lorasweep.tracking.outage import is_refused
 from lorasweep.tracking.records import (
     LEDGER,
@@ -42,6 +35,7 @@ from lorasweep.tracking.store import (
     CHECKPOINT_TAG,
     EPOCH_TAG,
     HASH_TAG,
+    MAX_PARAM,
     MAX_TAG,
     NOTE_TAG,
     PATH_TAG,
@@ -65,9 +59,19 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+SOURCE_TAGS = {
+    "mlflow.source.name": "lorasweep",
+    "mlflow.source.type": "LOCAL",
+    "mlflow.loggedImages": "true",  # what makes MLflow look for sample cards
+}
+DIGEST = 16  # characters of the data set's digest in MLflow's tables; the profile has it whole
 PREVIEW = 256  # pixels at most, as MLflow's own
 ENLARGED = 128  # pixels at most to which smaller pictures are enlarged
 MAX_PICTURE_KEY = 100  # characters; the key becomes a part of a file's name
+
+
+class RunDeletedError(ValueError):
+    """Someone has deleted a run in MLflow of which more is to be sent."""
 
 
 def publish(records: RunRecords, store: MlflowStore, commit: Callable[[Ledger], None]) -> None:
@@ -83,34 +87,37 @@ def publish(records: RunRecords, store: MlflowStore, commit: Callable[[Ledger], 
     if (ledger.uri, ledger.experiment) != (store.uri, store.experiment):
         ledger = Ledger(uid=run.uid, uri=store.uri, experiment=store.experiment)
     sending = _Sending(records, run, store)
-    if RUN not in ledger.refused and run.uid not in store.run_ids:
-        ledger = _sent_or_refused(sending, RUN, ledger)
-        commit(ledger)
-    for item in missing(records, run, ledger):
-        if RUN in ledger.refused:
+    while RUN not in ledger.refused:
+        left = missing(records, run, ledger)
+        item = next((item for item in left if item not in ledger.refused), None)
+        if item is None:
             return
-        if item not in ledger.refused:
-            ledger = _sent_or_refused(sending, item, ledger)
-            commit(ledger)
+        ledger = _sent_or_refused(sending, item, left[item], ledger)
+        commit(ledger)
 
 
-def _sent_or_refused(sending: _Sending, item: str, ledger: Ledger) -> Ledger:
+def _sent_or_refused(sending: _Sending, item: str, state: str, ledger: Ledger) -> Ledger:
     """The ledger after an item was sent, or refused for good. Raises OutageError."""
     while True:
         try:
-            return sending.send(item, ledger)
+            if item == RUN:
+                ledger = sending.begin(ledger)
+            else:
+                sending.send(item)
+            return replace(ledger, sent={**ledger.sent, item: state})
         except Exception as error:  # MLflow raises what its plug-ins and drivers raise
             if is_refused(error, sending.store, f"{sending.run.uid} {item}"):
                 reason = short_reason(error)
                 log.warning(
                     "%s: MLflow refused what was to be logged, %s (%s); that is kept in %s, and"
                     " `lorasweep sync` tries it again",
-                    sending.run.name,
+                    sending.run.new.name,
                     item,
                     reason,
                     sending.records.folder / LEDGER,
                 )
-                return replace(ledger, refused={**ledger.refused, item: reason})
+                refused = RUN if isinstance(error, RunDeletedError) else item
+                return replace(ledger, refused={**ledger.refused, refused: reason})
 
 
 @dataclass(frozen=True)
@@ -121,52 +128,50 @@ class _Sending:
     run: RunRecord
     store: MlflowStore
 
-    def send(self, item: str, ledger: Ledger) -> Ledger:
-        """Send an item of `missing`; the ledger with it."""
-        kind, _, name = item.partition(" ")
-        if kind == RUN:
-            return self._begin(ledger)
-        if kind == "epoch":
-            return self._send_epoch(int(name), ledger)
-        if kind == STEPS:
-            steps = self.records.unfinished(self.run.uid)
-            self._log_metrics(_step_metrics(steps))
-            return replace(ledger, last_step=max(step.step for step in steps))
-        if kind == "file":
-            return replace(ledger, files={**ledger.files, name: self._send_file(name)})
-        if kind == "tag":
-            self.store.client.set_tag(self._run_id, name, self.run.tags[name])
-            return replace(ledger, tags={**ledger.tags, name: self.run.tags[name]})
-        self._send_end()
-        return replace(ledger, end=self.run.end)
-
-    @property
-    def _run_id(self) -> str:
-        return self.store.run_ids[self.run.uid]
-
-    def _begin(self, ledger: Ledger) -> Ledger:
+    def begin(self, ledger: Ledger) -> Ledger:
         """Find or make the run in MLflow, and let it run again if it goes on."""
         found = self._find_run()
-        if found is None and ledger.begun:
-            if self.run.end is not None:
-                raise ValueError("MLflow has no such run any more; was it deleted?")
+        if found is None and ledger.sent:
             log.warning(
                 "%s: MLflow has lost what was logged before; was it deleted? All is sent anew",
-                self.run.name,
+                self.run.new.name,
             )
-            ledger = Ledger(uid=ledger.uid, uri=ledger.uri, experiment=ledger.experiment)
-        if not ledger.begun and self.run.replaces:
+            ledger = replace(ledger, sent={})
+        if not ledger.sent and self.run.new.sweep is not None:
             self._delete_earlier_attempt()
         run_id = self._create_run() if found is None else str(found.info.run_id)
-        if not ledger.begun:
+        if not ledger.sent:
             self._send_settings(run_id)
-            known = self.run.tags if found is None else found.data.tags
-            ledger = replace(ledger, begun=True, tags=known)
         if found is not None and self.run.end is None and found.info.status != "RUNNING":
             self._set_end_tags(found, None)
             self.store.client.update_run(run_id, status="RUNNING")
         self.store.run_ids[self.run.uid] = run_id
-        return replace(ledger, end=None) if self.run.end is None else ledger
+        return ledger
+
+    def send(self, item: str) -> None:
+        """Send an item of `missing` other than the run itself."""
+        kind, _, name = item.partition(" ")
+        if kind == "epoch":
+            self._send_epoch(int(name))
+        elif kind == "file":
+            self._send_file(name)
+        elif kind == "tag":
+            key, value = safe_key(name), self.run.tags[name][:MAX_TAG]
+            self.store.client.set_tag(self._run_id, key, value)
+        elif kind == STEPS:
+            self._log_metrics(_step_metrics(self.records.unfinished(self.run.uid)))
+        else:
+            self._send_end()
+
+    @property
+    def _run_id(self) -> str:
+        """MLflow's id of the run. Raises RunDeletedError."""
+        if self.run.uid not in self.store.run_ids:
+            found = self._find_run()
+            if found is None:
+                raise RunDeletedError("MLflow has no such run any more; was it deleted?")
+            self.store.run_ids[self.run.uid] = str(found.info.run_id)
+        return self.store.run_ids[self.run.uid]
 
     def _find_run(self) -> MlflowRun | None:
         """The run in MLflow, if there; a second one, made by a late request, is deleted.
@@ -180,34 +185,49 @@ class _Sending:
         return runs[0] if runs else None
 
     def _create_run(self) -> str:
+        new = self.run.new
+        tags = {safe_key(key): value[:MAX_TAG] for key, value in new.tags.items()}
         created = self.store.client.create_run(
             self.store.experiment_id,
             start_time=self.run.begun,
-            run_name=self.run.name,
-            tags={**self.run.tags, **self._run_tags, UID_TAG: self.run.uid},
+            run_name=new.name,
+            tags={**SOURCE_TAGS, **tags, **self._run_tags, UID_TAG: self.run.uid},
         )
         return str(created.info.run_id)
 
     @property
     def _run_tags(self) -> dict[str, str]:
-        return {SWEEP_TAG: self.run.sweep, RUN_TAG: self.run.name}
+        return {SWEEP_TAG: self.run.new.sweep_or_name, RUN_TAG: self.run.new.name}
 
     def _send_settings(self, run_id: str) -> None:
+        """Params, data set and texts."""
         from mlflow.entities import Dataset, DatasetInput, InputTag, Param
 
-        client = self.store.client
-        client.log_batch(run_id, params=[Param(*item) for item in self.run.params.items()])
-        if self.run.dataset is not None:
-            dataset = Dataset(**vars(self.run.dataset), source_type="local")
-            use = InputTag("mlflow.data.context", "training")
-            client.log_inputs(run_id, [DatasetInput(dataset, tags=[use])])
+        new, client = self.run.new, self.store.client
+        params = [Param(safe_key(key), _cut(str(value))) for key, value in new.params.items()]
+        client.log_batch(run_id, params=params)
+        dataset = Dataset(
+            name=new.image_dir.name or "images",
+            digest=new.dataset_digest[:DIGEST],
+            source_type="local",
+            source=json.dumps({"uri": str(new.image_dir)}),
+            profile=json.dumps({"digest": new.dataset_digest}),
+        )
+        use = InputTag("mlflow.data.context", "training")
+        client.log_inputs(run_id, [DatasetInput(dataset, tags=[use])])
+        overrides = json.dumps(list(new.overrides), ensure_ascii=False, indent=1)
+        texts = {
+            "config.yaml": new.config_yaml,
+            "overrides.yaml": f"{overrides}\n",  # JSON is YAML, and spares rules for quoting
+            "manifest.json": new.manifest,
+        }
         with tempfile.TemporaryDirectory() as name:
-            for file, text in self.run.texts.items():
+            for file, text in texts.items():
                 (Path(name) / file).write_text(text, encoding="utf-8")
             client.log_artifacts(run_id, name)
 
     def _delete_earlier_attempt(self) -> None:
-        where = same_run(self.run.sweep, self.run.name)
+        where = same_run(self.run.new.sweep_or_name, self.run.new.name)
         found = self.store.search(where)
         earlier = {r.info.run_id for r in found if r.data.tags.get(UID_TAG) != self.run.uid}
         if not earlier:
@@ -218,7 +238,7 @@ class _Sending:
         for run_id in earlier:  # last, for by them the models are found
             self.store.client.delete_run(run_id)
 
-    def _send_epoch(self, number: int, ledger: Ledger) -> Ledger:
+    def _send_epoch(self, number: int) -> None:
         record = self.records.epoch(number)
         if record.uid != self.run.uid:
             raise DamagedRecordError(f"the record of epoch {number} is another run's")
@@ -228,10 +248,6 @@ class _Sending:
             self._log_metrics([*steps, *_metrics(number, record.time, record.scores)])
         else:
             self._send_checkpoint(record, record.checkpoint, steps)
-        last_step = max([ledger.last_step, *(step.step for step in record.steps)])
-        refused = {item: reason for item, reason in ledger.refused.items() if item != STEPS}
-        epochs = ledger.epochs | {number}
-        return replace(ledger, epochs=epochs, last_step=last_step, refused=refused)
 
     def _send_checkpoint(
         self, record: EpochRecord, checkpoint: CheckpointRecord, steps: Sequence[Metric]
@@ -307,21 +323,20 @@ class _Sending:
             return
         with tempfile.TemporaryDirectory() as folder:
             for key, file in record.pictures.items():
-                path = self.records.output_dir / file
-                if not path.is_file():
-                    raise ValueError(f"{path} is gone, so it can't be logged")
-                (Path(folder) / f"{_picture_name(record, key)}.png").symlink_to(path.resolve())
-                preview = Path(folder) / f"{_picture_name(record, key)}+compressed.webp"
-                _write_preview(path, preview)
+                path, name = self._existing(file).resolve(), _picture_name(record, key)
+                (Path(folder) / f"{name}.png").symlink_to(path)
+                _write_preview(path, Path(folder) / f"{name}+compressed.webp")
             self.store.client.log_artifacts(self._run_id, folder, "images")
 
-    def _send_file(self, name: str) -> str:
-        path = self.records.output_dir / name
-        state = file_state(path)
-        if state is None:
-            raise ValueError(f"{path} is gone, so it can't be logged")
+    def _send_file(self, name: str) -> None:
+        path = self._existing(Path(name))
         self.store.client.log_artifact(self._run_id, str(path), self.run.files[name])
-        return state
+
+    def _existing(self, file: Path) -> Path:
+        path = self.records.output_dir / file
+        if not path.is_file():
+            raise ValueError(f"{path} is gone, so it can't be logged")
+        return path
 
     def _send_end(self) -> None:
         assert self.run.end is not None
@@ -353,6 +368,10 @@ class _Sending:
 
     def _log_metrics(self, metrics: Sequence[Metric]) -> None:
         self.store.client.log_batch(self._run_id, metrics=metrics)
+
+
+def _cut(value: str) -> str:
+    return value if len(value) <= MAX_PARAM else f"{value[: MAX_PARAM - 1]}…"
 
 
 def _outputs(run: MlflowRun) -> set[str]:

@@ -43,7 +43,7 @@ class PublishThread:
     """Publishes runs whose records have changed, one after the other; nothing if offline.
 
     While the store is away everything waits and is tried again, with growing pauses. No call waits
-    for the store, but for `ready`, `run_id`, `linger` and `close`, each for a bounded time.
+    for the store, but for `ready`, `linger` and `close`, each for a bounded time.
     """
 
     def __init__(self, settings: Tracking, output_root: Path) -> None:
@@ -99,16 +99,6 @@ class PublishThread:
             "tracking.offline=true to send everything later"
         ) from trouble
 
-    def run_id(self, uid: str) -> str:
-        """MLflow's id of a run; waits until it is begun there. TrackingError where it can't be."""
-        with self._change:
-            self._change.wait_for(
-                lambda: self._knows(uid) or self._trouble or self._ended or not self._has_work()
-            )
-            if self._store is None or uid not in self._store.run_ids:
-                raise TrackingError("MLflow's id of the run is not known: the run is not sent yet")
-            return self._store.run_ids[uid]
-
     def linger(self) -> None:
         """Wait until everything is sent, while the store does well; within a second in all if it
         can hang."""
@@ -155,9 +145,6 @@ class PublishThread:
         """Until the end gives up."""
         patience = self._patience if self._trouble else SILENCE * self._patience
         return since + patience - time.monotonic()
-
-    def _knows(self, uid: str) -> bool:
-        return self._store is not None and uid in self._store.run_ids
 
     def _has_work(self) -> bool:
         return bool(self._due or self._leftovers or self._is_busy)

@@ -13,6 +13,7 @@ changes nothing. Passwords and keys in URIs are masked before anything is writte
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from lorasweep.core.atomic_write import delete_temporaries, write_atomically
 from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.lora_files.checkpoint import read_metadata
-from lorasweep.tracking.store import TrackingError
+from lorasweep.tracking.store import TrackingError, public_uri
 
 RUN_FILE, EPOCHS, UNFINISHED = "mlflow.json", "epochs", "unfinished.json"
 FOLDER, LEDGER = ".tracking", "published.json"
@@ -99,13 +100,28 @@ class EpochRecord(JsonRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DatasetRecord(JsonRecord):
-    """The images of a run, as MLflow shows them."""
+class NewRun(JsonRecord):
+    """What is known of a run when it starts."""
 
     name: str
-    digest: str
-    source: str
-    profile: str
+    sweep: str | None
+    """Runs that search together share it; None stands alone under its own name."""
+    output_dir: Path
+    """The run's own folder, where its records are kept; it may be moved later."""
+    params: Mapping[str, Any]
+    """The resolved config, flat: `{"adapter.rank": 8}`."""
+    config_yaml: str
+    overrides: Sequence[str]
+    manifest: str
+    """manifest.json of the data set."""
+    image_dir: Path
+    dataset_digest: str
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def sweep_or_name(self) -> str:
+        """The name of the sweep that it is shown in."""
+        return self.sweep or self.name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,22 +141,18 @@ class RunRecord(JsonRecord):
 
     uid: str
     """By which it is found in MLflow."""
-    name: str
-    sweep: str
     uri: str | None
     """Of the store, without secrets; None is the file under output_root."""
     experiment: str
-    begun: int
-    """Milliseconds since 1970."""
     upload: bool
     """Copy the checkpoint files into MLflow."""
-    replaces: bool
-    """Delete an earlier attempt at this run of the sweep, and its checkpoints."""
+    new: NewRun
+    begun: int
+    """Milliseconds since 1970, like `opened`."""
+    opened: int
+    """When it was begun, or gone on with the last time."""
     tags: Mapping[str, str] = field(default_factory=dict)
-    params: Mapping[str, str] = field(default_factory=dict)
-    texts: Mapping[str, str] = field(default_factory=dict)
-    """config.yaml, overrides.yaml and manifest.json."""
-    dataset: DatasetRecord | None = None
+    """Those that were set since."""
     files: Mapping[str, str | None] = field(default_factory=dict)
     """Other files to log, below the run's folder if relative: the folder in MLflow they go to."""
     end: RunEnd | None = None
@@ -267,14 +279,22 @@ def read_or_none(path: Path, kind: type[T]) -> T | None:
 
 def write(path: Path, record: JsonRecord) -> None:
     """Write a record whole, or not at all. Raises TrackingError, and DiskFullError."""
-    content = _adapter(type(record)).dump_json(record)
+    content = _without_secrets(_adapter(type(record)).dump_python(record, mode="json"))
     try:
-        write_atomically(path, content)
+        write_atomically(path, json.dumps(content, ensure_ascii=False).encode())
     except OSError as error:
         raise TrackingError(
             f"{path.parent} can't be written ({error.strerror or error}), so this run can't be"
             " logged; make room and start again"
         ) from error
+
+
+def _without_secrets(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_secrets(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_without_secrets(one) for one in value]
+    return public_uri(value) if isinstance(value, str) else value
 
 
 _adapter: Callable[[Any], TypeAdapter[Any]] = cache(TypeAdapter)

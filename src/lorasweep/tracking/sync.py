@@ -8,7 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lorasweep.tracking import old_spool
-from lorasweep.tracking.ledger import RUN, Ledger, missing, read_ledger, write_ledger
+from lorasweep.tracking.ledger import (
+    Ledger,
+    missing,
+    read_ledger,
+    unsent_items,
+    write_ledger,
+)
 from lorasweep.tracking.publish_thread import PublishThread
 from lorasweep.tracking.records import FOLDER, InUseError, RunRecord, RunRecords
 from lorasweep.tracking.store import Tracking, TrackingError
@@ -46,16 +52,6 @@ def unsent(root: Path) -> list[Path]:
     return sorted(folder for folder in _folders(root) if _has_unsent(RunRecords(folder)))
 
 
-def number_unsent(records: RunRecords) -> int:
-    """How many items of a run wait to be sent; those that MLflow refused are not counted."""
-    run = records.run()
-    if run is None:
-        return 0
-    ledger = read_ledger(records.output_dir, run)
-    left = missing(records, run, ledger)
-    return len(left if RUN in ledger.refused else [i for i in left if i not in ledger.refused])
-
-
 def sync(
     settings: Tracking, output_root: Path, only: str | None = None, *, uri_is_given: bool = False
 ) -> list[Synced]:
@@ -75,28 +71,28 @@ def sync(
 
 def was_reached(output_dir: Path, sweep: str | None, settings: Tracking) -> bool:
     """Did the store take anything of the folder's run, or of others of its sweep, before?"""
+    place = (settings.public_uri, settings.experiment)
     for records in [RunRecords(output_dir), *_beside(output_dir)]:
         run = records.run()
-        if run is None or (records.output_dir != output_dir and run.sweep != sweep):
+        if run is None or (records.output_dir != output_dir and run.new.sweep != sweep):
             continue
         ledger = read_ledger(records.output_dir, run)
-        if ledger.begun and (ledger.uri, ledger.experiment) == (
-            settings.public_uri,
-            settings.experiment,
-        ):
+        if ledger.sent and (ledger.uri, ledger.experiment) == place:
             return True
     return False
 
 
 def left_by_ended(run: RunRecord, output_dir: Path) -> list[RunRecords]:
     """Runs of the same sweep and store that have ended, and that MLflow doesn't have whole."""
-    place = (run.sweep, run.uri, run.experiment)
-    found = []
-    for records in _beside(output_dir):
-        other = records.run()
-        if other is not None and other.end and (other.sweep, other.uri, other.experiment) == place:
-            found += [records] if number_unsent(records) else []
-    return found
+    return [
+        records
+        for records in _beside(output_dir)
+        if (other := records.run()) is not None
+        and other.end is not None
+        and (other.new.sweep, other.uri, other.experiment)
+        == (run.new.sweep, run.uri, run.experiment)
+        and unsent_items(records)[0]
+    ]
 
 
 def _beside(output_dir: Path) -> list[RunRecords]:
@@ -135,22 +131,21 @@ def _retry_refused(records: RunRecords, settings: Tracking) -> int:
         return 0
     ledger = read_ledger(records.output_dir, run)
     place = (settings.public_uri, settings.experiment)
-    if (ledger.uri, ledger.experiment) != place:
-        ledger = Ledger(uid=run.uid, uri=place[0], experiment=place[1])
-    write_ledger(records.output_dir, replace(ledger, refused={}))
+    sent = ledger.sent if (ledger.uri, ledger.experiment) == place else {}
+    ledger = Ledger(uid=run.uid, uri=place[0], experiment=place[1], sent=sent)
+    write_ledger(records.output_dir, ledger)
     return len(missing(records, run, ledger))
 
 
 def _result(records: RunRecords, before: int | None) -> Synced:
     run = records.run()
-    ledger = None if run is None else read_ledger(records.output_dir, run)
-    left = number_unsent(records)
-    refused = ledger.refused if ledger else {}
+    left, refused = unsent_items(records)
+    after = len(left) + len(refused)
     return Synced(
-        run=run.name if run else records.output_dir.name,
+        run=run.new.name if run else records.output_dir.name,
         output_dir=records.output_dir,
-        sent=0 if before is None else before - left - len(refused),
-        left=left,
+        sent=0 if before is None else max(0, before - after),
+        left=len(left),
         refused=refused,
         is_busy=before is None,
     )
@@ -169,7 +164,7 @@ def _chosen(output_root: Path, only: str | None) -> list[Path]:
 
 def _name(folder: Path) -> str | None:
     run = RunRecords(folder).run()
-    return run.name if run else old_spool.name_of_run(folder / FOLDER)
+    return run.new.name if run else old_spool.name_of_run(folder / FOLDER)
 
 
 def _convert_old(records: RunRecords) -> None:
@@ -210,7 +205,7 @@ def _has_unsent(records: RunRecords) -> bool:
     run = records.run()
     if run is None:
         return old_spool.has_unsent(records.folder)
-    return bool(missing(records, run, read_ledger(records.output_dir, run)))
+    return any(unsent_items(records))
 
 
 def _folders(root: Path) -> Iterator[Path]:

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import sys
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from importlib import metadata
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from lorasweep.core.git import git
 from lorasweep.lora_files.checkpoint import Checkpoint
 from lorasweep.tracking import old_spool
-from lorasweep.tracking.ledger import read_ledger, write_ledger
+from lorasweep.tracking.ledger import STEPS, read_ledger, unsent_items, write_ledger
 from lorasweep.tracking.publish_thread import PublishThread
 from lorasweep.tracking.records import (
     FOLDER,
     CheckpointRecord,
-    DatasetRecord,
     EpochRecord,
+    NewRun,
     RunEnd,
     RunRecord,
     RunRecords,
@@ -31,40 +26,12 @@ from lorasweep.tracking.records import (
     hash_of,
     now,
 )
-from lorasweep.tracking.store import (
-    MAX_PARAM,
-    MAX_TAG,
-    Tracking,
-    TrackingError,
-    public_uri,
-    safe_key,
-)
-from lorasweep.tracking.sync import left_by_ended, number_unsent, was_reached
+from lorasweep.tracking.store import Tracking, TrackingError, public_uri
+from lorasweep.tracking.sync import left_by_ended, was_reached
 
 log = logging.getLogger(__name__)
 
 FLUSH_VALUES = 600  # step metrics held back at most, so that a long epoch shows while it runs
-DIGEST = 16  # characters of the data set's digest in MLflow's tables; the profile has it whole
-LIBRARIES = ("lorasweep", "torch", "diffusers", "transformers", "safetensors", "mlflow")
-
-
-@dataclass(frozen=True, kw_only=True)
-class NewRun:
-    """What is known of a run when it starts."""
-
-    name: str
-    sweep: str | None
-    """Runs that search together share it; None stands alone under its own name."""
-    output_dir: Path
-    """The run's own folder, where its records are kept."""
-    params: Mapping[str, Any]
-    """The resolved config, flat: `{"adapter.rank": 8}`."""
-    config_yaml: str
-    overrides: Sequence[str]
-    manifest: Path | Mapping[str, Any]
-    image_dir: Path
-    dataset_digest: str
-    tags: Mapping[str, str] = field(default_factory=dict)
 
 
 class Tracker:
@@ -104,20 +71,22 @@ class Tracker:
         """
         records = self._held_records(new.output_dir)
         begun = records.run() if goes_on else None
-        if begun is not None and (begun.name, begun.sweep) == (new.name, new.sweep or new.name):
-            run = replace(
-                begun,
-                uri=self._settings.public_uri,
-                experiment=self._settings.experiment,
-                upload=self._settings.upload == "all",
-                end=None,
-            )
+        if begun is not None and (begun.new.name, begun.new.sweep) == (new.name, new.sweep):
+            run = begun
             ledger = read_ledger(records.output_dir, run)
             if ledger.refused:  # it is tried again
                 write_ledger(records.output_dir, replace(ledger, refused={}))
         else:
             forget_run(records.output_dir)
-            run = _run_record(new, self._settings)
+            run = self._begin(new)
+        run = replace(
+            run,
+            uri=self._settings.public_uri,
+            experiment=self._settings.experiment,
+            upload=self._settings.upload == "all",
+            opened=now(),
+            end=None,
+        )
         records.write_run(run)
         run_log = RunLog(self._thread, records, run)
         self._thread.publish(records)
@@ -125,6 +94,18 @@ class Tracker:
         if len(self._runs) == 1:  # of runs of the sweep whose process was killed, say
             self._thread.publish_leftovers(left_by_ended(run, records.output_dir))
         return run_log
+
+    def _begin(self, new: NewRun) -> RunRecord:
+        params = {key: str(value) for key, value in new.params.items()}
+        return RunRecord(
+            uid=uuid.uuid4().hex,
+            uri=self._settings.public_uri,
+            experiment=self._settings.experiment,
+            upload=self._settings.upload == "all",
+            new=replace(new, params=params, image_dir=new.image_dir.resolve()),
+            begun=now(),
+            opened=now(),
+        )
 
     def close(self) -> None:
         """Publish what still waits, as long as the store takes it, and end the thread."""
@@ -171,7 +152,7 @@ class Tracker:
 
     def _left(self) -> str | None:
         """What is said of what could not be sent, if there is any."""
-        counts = [number_unsent(records) for records in self._records.values()]
+        counts = [len(unsent_items(records)[0]) for records in self._records.values()]
         runs = sum(1 for count in counts if count)
         if not runs:
             return None
@@ -191,13 +172,13 @@ class RunLog:
     def __init__(self, thread: PublishThread, records: RunRecords, run: RunRecord) -> None:
         self._thread, self._records, self._run = thread, records, run
         known = records.known_epochs(run.uid)
-        ledger = read_ledger(records.output_dir, run)
-        self._known = set(known) | ledger.epochs
+        sent = read_ledger(records.output_dir, run).sent  # an older version kept no records
+        self._known = {*known, *(int(item[6:]) for item in sent if item.startswith("epoch "))}
         self._logged = frozenset(self._known)
         logged = [step.step for record in known.values() for step in record.steps]
         self._steps = [s for s in records.unfinished(run.uid) if s.step > max(logged, default=-1)]
         written = [*logged, *(step.step for step in self._steps)]
-        self._last_step = max([ledger.last_step, *written])
+        self._last_step = max([int(sent.get(STEPS, -1)), *written])
         self._num_held = 0  # values that are not on the disk
         self.is_finished = False
 
@@ -210,11 +191,6 @@ class RunLog:
     def logged_epochs(self) -> frozenset[int]:
         """Epochs (0 is the bare base) that earlier processes have logged."""
         return self._logged
-
-    @property
-    def run_id(self) -> str:
-        """MLflow's id of the run; waits until it is begun there. TrackingError if it can't be."""
-        return self._thread.run_id(self._run.uid)
 
     def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Note the metrics of an optimizer step; they are written with the epoch's scores."""
@@ -259,17 +235,15 @@ class RunLog:
 
     def tag(self, key: str, value: str) -> None:
         """Set a tag of the run."""
-        tags = {**self._run.tags, safe_key(key): public_uri(value)[:MAX_TAG]}
-        self._write_run(replace(self._run, tags=tags))
+        self._write_run(replace(self._run, tags={**self._run.tags, key: value}))
 
     def finish(self, status: RunStatus, reason: str | None = None) -> None:
         """End the run; a second call does nothing. Waits for MLflow only while it does well."""
-        told = None if reason is None else public_uri(reason)
-        self._end(RunEnd(time=now(), status=status, reason=told))
+        self._end(RunEnd(time=now(), status=status, reason=reason))
 
     def suspend(self, reason: str) -> None:
         """End the run for now: another process will go on with it (`goes_on`)."""
-        self._end(RunEnd(time=now(), status="KILLED", suspended=public_uri(reason)))
+        self._end(RunEnd(time=now(), status="KILLED", suspended=reason))
 
     def _end(self, end: RunEnd) -> None:
         if self.is_finished:
@@ -337,79 +311,8 @@ def mark_broken(
         if run is None:
             return
         if run.end is None:
-            end = RunEnd(time=now(), status="FAILED", reason=public_uri(reason))
+            end = RunEnd(time=now(), status="FAILED", reason=reason)
             records.write_run(replace(run, end=end))
         thread = PublishThread(settings, output_root)
         thread.publish(records)
         thread.close(at_most if thread.can_hang else None)
-
-
-def _run_record(new: NewRun, settings: Tracking) -> RunRecord:
-    """A new run, without secrets of URIs."""
-    tags = {**_source_tags(), **new.tags}
-    # JSON is YAML, and spares rules for quoting
-    overrides = json.dumps(list(new.overrides), ensure_ascii=False, indent=1)
-    return RunRecord(
-        uid=uuid.uuid4().hex,
-        name=new.name,
-        sweep=new.sweep or new.name,
-        uri=settings.public_uri,
-        experiment=settings.experiment,
-        begun=now(),
-        upload=settings.upload == "all",
-        replaces=new.sweep is not None,
-        tags={safe_key(key): public_uri(value)[:MAX_TAG] for key, value in tags.items()},
-        params={safe_key(key): _cut(public_uri(str(v))) for key, v in new.params.items()},
-        texts={
-            "config.yaml": public_uri(new.config_yaml),
-            "overrides.yaml": public_uri(f"{overrides}\n"),
-            "manifest.json": _manifest_text(new.manifest),
-        },
-        dataset=DatasetRecord(
-            name=new.image_dir.name or "images",
-            digest=new.dataset_digest[:DIGEST],
-            source=json.dumps({"uri": str(new.image_dir.resolve())}),
-            profile=json.dumps({"digest": new.dataset_digest}),
-        ),
-    )
-
-
-def _manifest_text(manifest: Path | Mapping[str, Any]) -> str:
-    if isinstance(manifest, Path):
-        return manifest.read_text()
-    return json.dumps(manifest, indent=1, ensure_ascii=False, default=str)
-
-
-def _cut(value: str) -> str:
-    return value if len(value) <= MAX_PARAM else f"{value[: MAX_PARAM - 1]}…"
-
-
-def _source_tags() -> dict[str, str]:
-    """Tags of versions and git commit, under MLflow's own names where it has one."""
-    versions = {f"version.{name}": _version(name) for name in LIBRARIES}
-    return {
-        "mlflow.source.name": "lorasweep",
-        "mlflow.source.type": "LOCAL",
-        "mlflow.loggedImages": "true",  # what makes MLflow look for sample cards
-        "version.python": ".".join(map(str, sys.version_info[:3])),
-        **{key: value for key, value in versions.items() if value},
-        **_git_tags(Path(__file__).resolve()),
-    }
-
-
-def _git_tags(file: Path) -> dict[str, str]:
-    """Commit of the checkout that holds this code; nothing when it is installed."""
-    if git(file.parent, "ls-files", "--error-unmatch", file.name) is None:
-        return {}
-    commit = git(file.parent, "rev-parse", "--verify", "HEAD")
-    if commit is None:
-        return {}
-    dirty = bool(git(file.parent, "status", "--porcelain", "--untracked-files=no"))
-    return {"mlflow.source.git.commit": commit, "mlflow.source.git.dirty": str(dirty).lower()}
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
