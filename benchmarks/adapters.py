@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks.common import Bench, interleaved, machine, median_ratio, prepare, show, stepper
-from lorasweep.config.config import compose
+from lorasweep.config.compose import compose
 from lorasweep.core.settings import build
 
 SETTINGS = {"sd15-random": (64, 1), "embedded": (16, 4)}

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Literal
 from rich.console import Console
 from rich.table import Table
 
-from lorasweep.config.config import Run, build_run, compose
+from lorasweep.config.build_run import build_run
+from lorasweep.config.compose import compose
+from lorasweep.config.run import Run
 from lorasweep.data import kohya_folders, latents
 from lorasweep.models.base_model import BaseModel
 from lorasweep.runs.session import write_folders
 from lorasweep.training.native_trainer import NativeTraining
-from lorasweep.training.trainer import TrainingData, TrainingRun
+from lorasweep.training.training_run import TrainingData
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -56,20 +58,7 @@ class Bench:
     def training(self, num_runs: int, batch_size: int) -> NativeTraining:
         """A training of a pack; the runs differ in their seeds."""
         trainer = replace(self.run.trainer, batch_size=batch_size)
-        runs = [
-            TrainingRun(
-                name=f"run-{number}",
-                seed=number,
-                output_dir=self.run.output_dir,
-                max_train_epochs=trainer.max_train_epochs,
-                noise_offset=trainer.noise_offset,
-                min_snr_gamma=trainer.min_snr_gamma,
-                adapter=self.run.adapter,
-                optimizer=self.run.optimizer,
-                lr_scheduler=self.run.lr_scheduler,
-            )
-            for number in range(num_runs)
-        ]
+        runs = [replace(self.run, name=f"run-{number}", seed=number) for number in range(num_runs)]
         return trainer.start(self.base, runs, self.data)
 
 
@@ -99,14 +88,14 @@ def prepare(
 
 def stepper(training: NativeTraining) -> Callable[[], object]:
     """Does one optimiser step of every run at each call, on its next batch of full size."""
-    states = training._members.states
+    states = training.pack.states
     size = training.settings.batch_size
-    batches = [[b for b in training._batches(state) if len(b) == size] for state in states]
+    batches = [[b for b in training.batches(state) if len(b) == size] for state in states]
     numbers = count()
 
     def step() -> object:
         number = next(numbers) % len(batches[0])
-        return training._step([[own[number] for own in batches]])
+        return training.step([[own[number] for own in batches]])
 
     return step
 

@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 from benchmarks.common import show
 from lorasweep.cli.main import main as lorasweep
-from lorasweep.config.config import Run
+from lorasweep.config.run import Run
 from lorasweep.runs.session import Failure, run_pack
 from lorasweep.sweeps import multirun
 

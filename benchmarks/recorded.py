@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lorasweep.config.config import Run, build_run, compose
+from lorasweep.config.build_run import build_run
+from lorasweep.config.compose import compose
+from lorasweep.config.run import Run
 from lorasweep.lora_files.checkpoint import Checkpoint
 from lorasweep.runs.session import EpochReport, Finished, Report, Started
 from lorasweep.sweeps.stop_rules import Limits

@@ -67,7 +67,7 @@ def bare_step(bench: Bench, batch_size: int) -> Callable[[], object]:
     latents = torch.stack([item.latents for item in items])
     noise = torch.randn_like(latents)
     timesteps = torch.linspace(100, 900, batch_size, device=latents.device).long()
-    noisy = base.noise_scheduler.add_noise(latents, noise, timesteps)
+    noisy = base.noise_schedule.add_noise(latents, noise, timesteps)
     captions = [item.caption for item in items]
 
     def step() -> object:

@@ -20,7 +20,9 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 
 from benchmarks.common import show
-from lorasweep.config.config import compose, conf_dir, register_resolvers
+from lorasweep.config.compose import compose
+from lorasweep.config.conf_folder import conf_dir
+from lorasweep.config.resolvers import register_resolvers
 from lorasweep.sweeps.compose_jobs import compose_job, read_once, save_hydra_files
 from lorasweep.sweeps.study.search_space import Choice, Number, Space
 from lorasweep.sweeps.study.study import Study

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
-from lorasweep.config.config import PACKAGE
+from lorasweep.config.conf_folder import PACKAGE
 
 Maker = Callable[[Path], None]
 BASE = PACKAGE / "embedded" / "base_model"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from lorasweep.config.config import Run
+from lorasweep.config.run import Run
 from lorasweep.lora_files.checkpoint import Checkpoint
 from lorasweep.runs.session import EpochReport, Failure, Finished, Report, Started
 
@@ -73,7 +73,7 @@ class FakeFleet:
         checkpoint = Checkpoint(path=path, run=run.name, epoch=epoch, step=epoch)
         terms = {"val/loss_rel": [scored["val/loss_rel"] + 0.01 * i for i in range(8)]}
         found.append(EpochReport(run=run.name, checkpoint=checkpoint, scores=scored, terms=terms))
-        if epoch == run.trainer.max_train_epochs:
+        if epoch == run.max_train_epochs:
             del self._live[run.name]
             found.append(Finished(run=run.name, dropped=False))
         return found

@@ -70,9 +70,8 @@ def run_id(output_root: Path, name: str = "a", uri: str | None = None) -> str:
     until = time.monotonic() + 60
     while time.monotonic() < until:
         experiment = client.get_experiment_by_name("e")
-        found = client.search_runs(
-            [experiment.experiment_id] if experiment else [], f"tags.`lorasweep.run` = {quoted(name)}"
-        )
+        where = f"tags.`lorasweep.run` = {quoted(name)}"
+        found = client.search_runs([experiment.experiment_id], where) if experiment else []
         if found and client.list_artifacts(found[0].info.run_id):
             return str(found[0].info.run_id)
         time.sleep(0.05)

@@ -11,11 +11,11 @@ import pytest
 
 import lorasweep
 from bad_files import BASE, base, both, without
-from lorasweep.config import config
+from lorasweep.config.compose import compose
 from lorasweep.core.settings import build
 from lorasweep.core.text import markdown
-from lorasweep.judging import pick
-from lorasweep.tracking import ui_server
+from lorasweep.runs.picked_readme import readme
+from lorasweep.tracking import Candidate, ui_server
 
 SOURCES = sorted(Path(lorasweep.__file__).parent.rglob("*.py"))
 PICKLE = b"\x80\x04cposix\nsystem\n(S'touch PWNED'\ntR."
@@ -44,7 +44,7 @@ def test_a_folder_of_pickles_is_not_loaded_unless_it_is_trusted(tmp_path, monkey
     both(base(), without(f"model/{unet}.safetensors", f"model/{text}.safetensors"))(tmp_path)
     for name in (f"{unet}.bin", "text_encoder/pytorch_model.bin"):
         (tmp_path / "model" / name).write_bytes(PICKLE)
-    cfg = config.compose(["experiment=demo", "model.path=model"])
+    cfg = compose(["experiment=demo", "model.path=model"])
     with pytest.raises(ValueError, match=r"as a pickle alone .* trust it by model\.allow_pickle"):
         build(cfg.model, "model").load()
     assert not (tmp_path / "PWNED").exists()
@@ -55,7 +55,7 @@ def test_beside_safetensors_a_pickle_is_not_looked_at(tmp_path, monkeypatch):
     base()(tmp_path)
     for name in ("unet/diffusion_pytorch_model.bin", "text_encoder/pytorch_model.bin"):
         (tmp_path / "model" / name).write_bytes(PICKLE)
-    cfg = config.compose(["experiment=demo", "model.path=model"])
+    cfg = compose(["experiment=demo", "model.path=model"])
     build(cfg.model, "model").load()
     assert not (tmp_path / "PWNED").exists()
 
@@ -68,9 +68,9 @@ def test_with_hf_hub_offline_nothing_on_the_network_is_asked(tmp_path):
         "def refuse(self, address): asked.append(address); raise OSError('no network')\n"
         "socket.socket.connect = refuse\n"
         "socket.getaddrinfo = lambda *a, **k: asked.append(a) or []\n"
-        "from lorasweep import config\n"
+        "from lorasweep.config.compose import compose\n"
         "from lorasweep.core.settings import build\n"
-        "node = config.compose(['experiment=demo', 'model.path=nobody/nothing']).model\n"
+        "node = compose(['experiment=demo', 'model.path=nobody/nothing']).model\n"
         "try: build(node, 'model').load()\n"
         "except ValueError as error: print(error)\n"
         "print(asked)"
@@ -119,11 +119,11 @@ def test_what_mlflow_shows_as_markdown_holds_no_html_and_no_links():
 
 def test_a_prompt_can_not_leave_the_readmes_code():
     prompt = 'a "quoted" cat"); import os; os.system("x") <script> $(y) `z`'
-    candidate = pick.Candidate(
+    candidate = Candidate(
         name="a-e001", run="a", sweep="s", epoch=1, path=BASE, scores={}, terms={},
         run_id="", model_id="", experiment_id="", created=0,
     )  # fmt: skip
-    text = pick._readme(candidate, f"sampling:\n  prompts: ['{prompt}']\n", "val/loss", "rule")
+    text = readme(candidate, f"sampling:\n  prompts: ['{prompt}']\n", "val/loss", "rule")
     code = text.partition("```python\n")[2].partition("```")[0]
     assert [name for name, _ in calls_of(code)].count("os.system") == 0
     assert f"--prompt '{prompt}'" in text  # quoted for the shell

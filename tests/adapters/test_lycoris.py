@@ -14,10 +14,11 @@ from torch import nn
 
 from conftest import options
 from lorasweep.adapters import lycoris_module as oracle
-from lorasweep.adapters.adapter import Dropout, Site
+from lorasweep.adapters.adapter import Site
+from lorasweep.adapters.dropout import Dropout
 from lorasweep.adapters.lokr import factorization
-from lorasweep.adapters.stack_types import stack_class
-from lorasweep.config import config
+from lorasweep.adapters.pack import check_fit, make_stack
+from lorasweep.config.compose import compose
 from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.core.settings import SettingsError, build
 
@@ -46,7 +47,7 @@ VARIANTS = {
 
 @cache
 def adapter(*overrides):
-    cfg = config.compose(["experiment=demo", "adapter.rank=3", "adapter.alpha=2", *overrides])
+    cfg = compose(["experiment=demo", "adapter.rank=3", "adapter.alpha=2", *overrides])
     return build(cfg.adapter, "adapter")
 
 
@@ -54,7 +55,7 @@ def trained(adapter, site, seed=0):
     """A stack of one run whose tensors have moved from their start."""
     draw = torch.Generator().manual_seed(seed)
     tensors = adapter.initial(site, draw)
-    stack = stack_class(adapter, site, tensors).of(site, [(adapter, tensors)])
+    stack = make_stack(site, [(adapter, tensors)])
     for view in stack.views(0):
         view += 0.1 * torch.randn(view.shape, generator=draw)
     return stack
@@ -121,7 +122,7 @@ def in_type(site, dtype):
 
 
 def stacked(chosen, site, tensors):
-    return stack_class(chosen, site, tensors).of(site, [(chosen, tensors)])
+    return make_stack(site, [(chosen, tensors)])
 
 
 def backward(stack, dropout=None):
@@ -204,11 +205,10 @@ def test_foreign_forms_compute_as_lycoris(algo, kind):
             for parameter in module.parameters():
                 parameter += 0.1 * torch.randn(parameter.shape)
         tensors = oracle.saved(module)
-        stack = stack_class(None, site, tensors)
-        stack.check(site, tensors)
+        check_fit(site, tensors)
         x, y = batch(site)
         with torch.no_grad():
-            ours = stack.of(site, [(None, tensors)]).forward(x, y, None)
+            ours = make_stack(site, [(None, tensors)]).forward(x, y, None)
             assert torch.allclose(ours, oracle.outcome(module, x, y), atol=1e-5)
 
 
@@ -223,9 +223,9 @@ def test_runs_of_different_ranks_are_stacked_and_compute_as_alone(name, kind):
         stack = trained(chosen, site, seed)
         members.append((chosen, stack.file_tensors(0)))
         alone.append(stack)
-    kinds = [stack_class(*members[i][:1], site, members[i][1]) for i in range(3)]
-    assert len({kind.layout(*own) for kind, own in zip(kinds, members, strict=True)}) == 1
-    together = kinds[0].of(site, members)
+    layouts = {type(one).layout(own) for one, (_, own) in zip(alone, members, strict=True)}
+    assert len(layouts) == 1
+    together = make_stack(site, members)
     x, y = batch(site, rows=6)
     with torch.no_grad():
         own = zip(alone, x.chunk(3), y.chunk(3), strict=True)
@@ -307,9 +307,8 @@ def test_every_algorithm_is_accepted_or_refused_by_trying_it(algo):
         x, y = batch(site)
         with torch.no_grad():
             before = stack.forward(x, y, None)
-            again = stack_class(None, site, stack.file_tensors(0))
-            again.check(site, stack.file_tensors(0))
-            loaded = again.of(site, [(None, stack.file_tensors(0))])
+            check_fit(site, stack.file_tensors(0))
+            loaded = make_stack(site, [(None, stack.file_tensors(0))])
             assert torch.allclose(loaded.forward(x, y, None), before, atol=1e-5)
             stack.limit_norm(0, 0.5)
             assert float(stack.delta_weight(0).norm()) == pytest.approx(0.5, rel=1e-3)
@@ -334,14 +333,14 @@ def test_a_bias_in_a_file_is_refused():
     site = SITES["Linear"]
     tensors = {"diff": torch.zeros(64, 36), "diff_b": torch.zeros(64)}
     with pytest.raises(CheckpointError, match="changes a bias"):
-        stack_class(None, site, tensors).check(site, tensors)
+        check_fit(site, tensors)
 
 
 def test_tucker_lokr_is_refused_as_lycoris_own_loader_does():
     site = SITES["3x3"]
     tensors = oracle.saved(oracle.new_module(site, "lokr", 2, 1.0, {"use_tucker": True}))
     with pytest.raises(CheckpointError, match="LyCORIS can't load it"):
-        stack_class(None, site, tensors).check(site, tensors)
+        check_fit(site, tensors)
     with pytest.raises(SettingsError, match="a 3x3 convolution: LyCORIS can't load it"):
         adapter("adapter=lycoris", "adapter.algo=lokr", "adapter.args={use_tucker: true}")
 
@@ -351,7 +350,7 @@ def test_a_file_that_does_not_fit_is_refused(name):
     tensors = trained(adapter(*VARIANTS[name]), SITES["Linear"]).file_tensors(0)
     other = Site("lora_unet_other", "unet", "other", nn.Linear(26, 36))
     with pytest.raises(CheckpointError, match="lora_unet_other"):
-        stack_class(None, other, tensors).check(other, tensors)
+        check_fit(other, tensors)
 
 
 def test_without_the_package_the_error_says_how_to_get_it(monkeypatch):

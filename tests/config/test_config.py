@@ -8,7 +8,9 @@ import pytest
 from hydra.errors import HydraException
 
 from conftest import options
-from lorasweep.config import config
+from lorasweep.config.build_run import build_run
+from lorasweep.config.compose import compose
+from lorasweep.config.error_messages import explain
 from lorasweep.core.settings import SettingsError, unknown_key
 from lorasweep.data import dataset
 
@@ -31,18 +33,18 @@ def test_every_captioner_can_be_an_arm(name, make_run):
 
 @pytest.mark.parametrize("name", options("metrics"))
 def test_every_metric_can_stand_alone(name, tmp_path):
-    cfg = config.compose([f"metrics=[{name}]", f"dataset.image_dir={tmp_path}"])
-    assert config.build_run(cfg, output_dir=tmp_path).metrics
+    cfg = compose([f"metrics=[{name}]", f"dataset.image_dir={tmp_path}"])
+    assert build_run(cfg, output_dir=tmp_path).metrics
 
 
 @pytest.mark.parametrize("name", options("debug"))
 def test_every_debug_option_composes(name, make_run):
-    assert make_run(f"debug={name}").trainer.max_train_epochs >= 1
+    assert make_run(f"debug={name}").max_train_epochs >= 1
 
 
 def test_guide_experiment_is_the_guides_recipe(tmp_path):
-    cfg = config.compose(["experiment=guide", f"dataset.image_dir={tmp_path}"])
-    run = config.build_run(cfg, output_dir=tmp_path)
+    cfg = compose(["experiment=guide", f"dataset.image_dir={tmp_path}"])
+    run = build_run(cfg, output_dir=tmp_path)
     assert run.dataset.num_images == 30
     assert {arm: c.repeats for arm, c in run.captions.items()} == {
         "empty": 10,
@@ -51,7 +53,7 @@ def test_guide_experiment_is_the_guides_recipe(tmp_path):
     }
     assert (run.adapter.rank, run.adapter.alpha) == (64, 32)
     assert (run.optimizer.unet_lr, run.optimizer.text_encoder_lr) == (1e-4, 5e-5)
-    assert run.trainer.max_train_epochs == 100
+    assert run.max_train_epochs == 100
     assert run.sampling.every_n_epochs == 1
 
 
@@ -112,7 +114,7 @@ def test_a_mistake_is_one_line_that_names_the_key(override, says, make_run):
         run = make_run(override)
         dataset.find(run.dataset)
         run.check()
-    line = config.explain(caught.value)
+    line = explain(caught.value)
     assert line is not None
     assert says in line
     assert "\n" not in line

@@ -21,13 +21,13 @@ import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from lorasweep.config import config
+from lorasweep.config.compose import compose
 from lorasweep.data.kohya_folders import Arm, CaptionedImage
 from lorasweep.data.latents import encode
 from lorasweep.core.settings import build
 
 images, cache, after = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-cfg = config.compose(["experiment=demo"])
+cfg = compose(["experiment=demo"])
 base, settings = build(cfg.model, "model").load(), build(cfg.dataset, "dataset")
 items = tuple(CaptionedImage(path, "") for path in sorted(images.glob("*.png")))
 if after:  # die in the middle of the write after this many

@@ -2,16 +2,17 @@
 
 import pytest
 import torch
-from test_adapters import predict
 
+from adapter_packs import predict
 from lorasweep.core.settings import SettingsError
-from lorasweep.export import model_tensors
-from lorasweep.models.base_model import ModelError, resolve_device
+from lorasweep.export import whole_model
+from lorasweep.models.devices import resolve_device
+from lorasweep.models.model_files import ModelError
 
 
 def test_a_single_file_gives_the_same_predictions_as_the_folder(base, make_run, tmp_path):
     file = tmp_path / "model.safetensors"
-    model_tensors.write_file(model_tensors.read(base.settings.path), file)
+    whole_model.read(base.settings.path).write(file)
     model = make_run(f"model.path={file}", f"model.config={base.settings.path}").model
     loaded = model.load()
     assert torch.equal(predict(loaded, None), predict(base, None))
@@ -23,7 +24,7 @@ def test_a_single_file_gives_the_same_predictions_as_the_folder(base, make_run, 
 
 def test_a_single_file_without_configs_says_what_it_needs(base, make_run, tmp_path):
     file = tmp_path / "model.safetensors"
-    model_tensors.write_file(model_tensors.read(base.settings.path), file)
+    whole_model.read(base.settings.path).write(file)
     with pytest.raises(ModelError, match=r"model\.config is null"):
         make_run(f"model.path={file}", "model.config=null").model.load()
 
@@ -70,19 +71,25 @@ def test_training_target_is_what_the_model_predicts(base, make_run):
     latents, noise = torch.randn(1, 4, 16, 16), torch.randn(1, 4, 16, 16)
     timesteps = torch.tensor([500])
     epsilon = make_run("model.prediction_type=epsilon").model.load()
-    assert torch.equal(epsilon.training_target(latents, noise, timesteps), noise)
-    alpha = base.noise_scheduler.alphas_cumprod[500]
+    assert torch.equal(epsilon.noise_schedule.training_target(latents, noise, timesteps), noise)
+    alpha = base.noise_schedule.scheduler.alphas_cumprod[500]
     velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents  # arXiv 2202.00512
-    assert torch.allclose(base.training_target(latents, noise, timesteps), velocity, atol=1e-5)
+    assert torch.allclose(
+        base.noise_schedule.training_target(latents, noise, timesteps), velocity, atol=1e-5
+    )
 
 
 def test_min_snr_weights_follow_the_paper(base, make_run):
     timesteps = torch.tensor([10, 500, 900])
-    alphas = base.noise_scheduler.alphas_cumprod[timesteps]
+    alphas = base.noise_schedule.scheduler.alphas_cumprod[timesteps]
     snr = alphas / (1 - alphas)
-    assert torch.allclose(base.min_snr_weight(timesteps, 5), snr.clamp(max=5) / (snr + 1))
+    assert torch.allclose(
+        base.noise_schedule.min_snr_weight(timesteps, 5), snr.clamp(max=5) / (snr + 1)
+    )
     epsilon = make_run("model.prediction_type=epsilon").model.load()
-    assert torch.allclose(epsilon.min_snr_weight(timesteps, 5), snr.clamp(max=5) / snr)
+    assert torch.allclose(
+        epsilon.noise_schedule.min_snr_weight(timesteps, 5), snr.clamp(max=5) / snr
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lorasweep.config import config
+from lorasweep.config.build_run import build_run
+from lorasweep.config.compose import compose
 from lorasweep.runs.session import EpochReport, run_pack
 
 
@@ -16,8 +17,8 @@ def dark(picture):
 @pytest.mark.slow
 def test_the_demo_learns_the_style_on_concepts_it_never_saw(tmp_path):
     options = ["experiment=demo", "optimizer.unet_lr=3e-3", f"output_root={tmp_path}"]
-    cfg = config.compose([*options, f"cache_dir={tmp_path / 'cache'}"])
-    run = config.build_run(cfg, output_dir=tmp_path / "run", sweep="demo")
+    cfg = compose([*options, f"cache_dir={tmp_path / 'cache'}"])
+    run = build_run(cfg, output_dir=tmp_path / "run", sweep="demo")
     reports = [report for report in run_pack([run]) if isinstance(report, EpochReport)]
     best = min(reports, key=lambda report: report.scores["val/loss_rel"])
     assert best.scores["val/loss_rel"] < 0.85

@@ -17,7 +17,8 @@ from mlflow import MlflowClient
 
 from conftest import SMALL
 from lorasweep.cli import main
-from lorasweep.config import config
+from lorasweep.config.build_run import build_run
+from lorasweep.config.compose import compose
 from lorasweep.core.atomic_write import DiskFullError
 from lorasweep.core.interrupts import Interrupts
 from lorasweep.core.settings import SettingsError
@@ -27,9 +28,9 @@ from lorasweep.runs.session import EpochReport, Failure, Finished, Session, run_
 from lorasweep.tracking import candidates, records
 from lorasweep.tracking.store import create_store
 from lorasweep.tracking.sync import unsent
-from lorasweep.training import state_files
+from lorasweep.training import saved_states
 from lorasweep.training.native_trainer import NativeTraining
-from lorasweep.training.trainer import Stopped
+from lorasweep.training.training_run import Stopped
 
 EPOCHS = 2
 KILLS = int(os.environ.get("LORASWEEP_KILLS", "8"))
@@ -59,8 +60,8 @@ def make_pack(cache_dir):
     def make(folder):
         places = [f"output_root={folder}", f"cache_dir={cache_dir}"]
         return [
-            config.build_run(
-                config.compose([*TINY, *places, f"adapter.rank={rank}", f"seed={number}"]),
+            build_run(
+                compose([*TINY, *places, f"adapter.rank={rank}", f"seed={number}"]),
                 output_dir=folder / str(number),
                 sweep="s",
                 number=number,
@@ -209,17 +210,17 @@ class Signalled:
     """Sends this process a signal within a step of the training, as a person would."""
 
     def __init__(self, monkeypatch, step, number=signal.SIGINT):
-        take_step = NativeTraining._step
+        take_step = NativeTraining.step
         self.finished = []
 
         def signalled(training, group):
-            if training._members.states[0].num_steps == step - 1:
+            if training.pack.states[0].num_steps == step - 1:
                 os.kill(os.getpid(), number)
             records = take_step(training, group)
-            self.finished.append(training._members.states[0].num_steps)
+            self.finished.append(training.pack.states[0].num_steps)
             return records
 
-        monkeypatch.setattr(NativeTraining, "_step", signalled)
+        monkeypatch.setattr(NativeTraining, "step", signalled)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +240,7 @@ def test_a_signal_ends_the_step_and_the_run_goes_on_from_it(
     assert told.finished[-1] == STEPS + 1
     error = capsys.readouterr().err
     assert f"lorasweep resume {runs[0].output_dir}" in error
-    assert {one.snapshot.num_steps for one in state_files.together(places(runs)).values()} == {
+    assert {one.snapshot.num_steps for one in saved_states.together(places(runs)).values()} == {
         STEPS + 1
     }
     found = list(run_pack(runs))
@@ -254,7 +255,7 @@ def places(runs):
 SECOND = """
 import os, signal
 from lorasweep.core.interrupts import Interrupts
-with Interrupts(signal.SIGINT) as interrupts, interrupts.softly(lambda: None):
+with Interrupts(signal.SIGINT) as interrupts, interrupts.calling(lambda: None):
     os.kill(os.getpid(), signal.SIGINT)
     print("still here", flush=True)
     os.kill(os.getpid(), signal.SIGINT)
@@ -285,7 +286,7 @@ def test_a_full_disk_stops_the_runs_with_whole_states(
         with pytest.raises(DiskFullError, match="No space left"):
             list(run_pack(runs))
     assert not list(tmp_path.rglob("*.tmp"))
-    assert len(state_files.together(places(runs))) == 2
+    assert len(saved_states.together(places(runs))) == 2
     list(run_pack(runs))
     assert outcome(tmp_path / "full", runs) == unbroken[0]
 

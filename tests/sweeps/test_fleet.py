@@ -11,8 +11,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from mlflow import MlflowClient
-from test_native import relative_difference
-from test_run import reports
 
 from lorasweep.core.settings import SettingsError
 from lorasweep.lora_files import checkpoint
@@ -20,6 +18,7 @@ from lorasweep.runs.session import EpochReport, Failure, Finished
 from lorasweep.sweeps import worker_process
 from lorasweep.sweeps import workers as worker_pool
 from lorasweep.sweeps.workers import Fleet, choose_devices
+from small_training import relative_difference, reports
 
 
 def told(events):

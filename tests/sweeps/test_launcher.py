@@ -14,7 +14,10 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError
 
-from lorasweep.config import config
+from lorasweep.config.compose import compose
+from lorasweep.config.conf_folder import conf_dir
+from lorasweep.config.error_messages import one_line
+from lorasweep.config.resolvers import register_resolvers
 from lorasweep.core.atomic_write import DiskFullError
 from lorasweep.core.settings import SettingsError, build_class
 from lorasweep.runs.session import Failure, Finished, PausingError, RunError
@@ -51,9 +54,9 @@ class FakeFleet:
 
 
 def test_settings_are_those_of_config_yaml():
-    cfg = config.compose(["experiment=demo"])
+    cfg = compose(["experiment=demo"])
     assert dict(cfg.launcher) == DEFAULTS
-    cfg = config.compose(["experiment=demo", "launcher.engine={n_jobs: 2}"])
+    cfg = compose(["experiment=demo", "launcher.engine={n_jobs: 2}"])
     assert cfg.launcher.engine.n_jobs == 2
 
 
@@ -72,8 +75,8 @@ def test_mistakes_name_the_key(changes, message):
 
 
 def test_jobs_share_nothing_that_was_composed(tmp_path):
-    config.register_resolvers()
-    with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
+    register_resolvers()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         hydra = GlobalHydra.instance().hydra
         given = ["experiment=demo", f"output_root={tmp_path}", "hydra.job.name=x"]
         sweep = hydra.compose_config("config", given, RunMode.MULTIRUN)
@@ -227,7 +230,7 @@ def test_a_launcher_of_hydras_that_is_missing_says_how_it_comes(name, package, r
     if find_spec(f"hydra_plugins.hydra_{package}_launcher"):
         pytest.skip("it is installed")
     with pytest.raises(HydraException) as refused:
-        config.compose(["experiment=demo", f"hydra/launcher={name}"])
-    said = config.one_line(refused.value)  # what the command line ends with
+        compose(["experiment=demo", f"hydra/launcher={name}"])
+    said = one_line(refused.value)  # what the command line ends with
     assert said.startswith(f"hydra/launcher={name} is not installed: {remedy}")
     assert "\n" not in said

@@ -19,7 +19,7 @@ from conftest import SMALL
 from fake_fleet import FakeFleet
 from lorasweep import tracking
 from lorasweep.cli import main
-from lorasweep.config import config
+from lorasweep.config.conf_folder import conf_dir
 from lorasweep.core.settings import SettingsError
 from lorasweep.runs import run_folder
 from lorasweep.runs.session import Failure, Finished
@@ -619,7 +619,7 @@ def test_an_edited_file_is_another_sweep_which_names_what_was_edited(sweep, caps
 def test_an_edited_option_that_only_some_trials_have_is_noticed_too(sweep, tmp_path, capsys):
     (tmp_path / "adapter").mkdir()
     tiny = tmp_path / "adapter" / "tiny.yaml"
-    tiny.write_text((config.conf_dir() / "adapter" / "lora.yaml").read_text())
+    tiny.write_text((conf_dir() / "adapter" / "lora.yaml").read_text())
     sweep("adapter=choice(lora,tiny)", "study.n_trials=1")
     edited = tiny.read_text().replace("rank_dropout: 0.0", "rank_dropout: 0.5")
     assert edited != tiny.read_text()

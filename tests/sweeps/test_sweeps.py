@@ -5,10 +5,10 @@ import pytest
 from conftest import SMALL, options
 from fake_fleet import FakeFleet
 from lorasweep.cli import main
-from lorasweep.config import config
+from lorasweep.config.conf_folder import sweeps_dir
 from lorasweep.sweeps import multirun, sweep_file
 
-SWEEPS = sorted(path.stem for path in config.sweeps_dir().glob("*.yaml"))
+SWEEPS = sorted(path.stem for path in sweeps_dir().glob("*.yaml"))
 STUDIES = [name for name in SWEEPS if name != "demo"]  # the demo is a plain grid of Hydra's own
 CAPTIONED = {"captions"}  # searches captions, which the demo brings its own of
 

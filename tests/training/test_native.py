@@ -7,44 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lorasweep.data import kohya_folders, latents
 from lorasweep.lora_files import checkpoint
-from lorasweep.models.base_model import is_out_of_memory
-from lorasweep.runs.session import training_run, write_folders
+from lorasweep.models.gpu_memory import is_out_of_memory
 from lorasweep.training.loss import PackLoss
-from lorasweep.training.trainer import TrainerError, TrainingData
 from lorasweep.training.training_batches import caption_of, epoch_batches
+from lorasweep.training.training_run import TrainerError
+from small_training import load, relative_difference, tensors, train
 
 
 @pytest.fixture
 def data(make_run, base):
     return load(make_run(), base)
-
-
-def load(run, base):
-    arms = kohya_folders.read(write_folders(run) / "train")
-    return TrainingData(latents.encode(base, arms, run.dataset, run.cache_dir), run.dataset)
-
-
-def train(base, data, *runs):
-    """Train to the end: losses by run, the last checkpoint by run, failures by run."""
-    losses, last, failures = {}, {}, {}
-    training = runs[0].trainer.start(base, [training_run(run) for run in runs], data)
-    for epoch in training:
-        for name, steps in epoch.steps.items():
-            losses.setdefault(name, []).extend(values["train/loss"] for _, values in steps)
-        last.update({one.run: one for one in epoch.checkpoints})
-        failures.update(epoch.failures)
-    return losses, last, failures
-
-
-def tensors(one):
-    return checkpoint.read(one.path)[0]
-
-
-def relative_difference(a, b):
-    squared = sum(float((a[name] - b[name]).square().sum()) for name in a)
-    return math.sqrt(squared / sum(float(tensor.square().sum()) for tensor in b.values()))
 
 
 MIXED = [
@@ -105,7 +78,7 @@ def test_a_neighbour_that_leaves_early_changes_nothing(make_run, base, data):
     short = make_run("trainer.max_train_epochs=1", "adapter.rank=16", number=0)
     dropped = make_run("trainer.max_train_epochs=3", "adapter.rank=2", number=1)
     long = make_run("trainer.max_train_epochs=3", "adapter.rank=4", number=2)
-    training = long.trainer.start(base, [training_run(r) for r in (short, dropped, long)], data)
+    training = long.trainer.start(base, [short, dropped, long], data)
     seen, losses = [], []
     for epoch in training:
         seen.append([one.run for one in epoch.checkpoints])
@@ -384,14 +357,14 @@ def test_buckets_keep_their_order_from_epoch_to_epoch(data):
 def test_a_run_that_joins_later_is_the_run_alone(kind, make_run, base, data):
     first, second = (make_run(f"seed={n}", "adapter.rank=4", number=n) for n in range(2))
     late = make_run("seed=7", *kind, number=2)
-    training = first.trainer.start(base, [training_run(first), training_run(second)], data)
+    training = first.trainer.start(base, [first, second], data)
     losses, last = {run.name: [] for run in (first, second, late)}, {}
     for number, epoch in enumerate(training):
         for name, steps in epoch.steps.items():
             losses[name] += [values["train/loss"] for _, values in steps]
         last.update({one.run: one for one in epoch.checkpoints})
         if number == 0:
-            training.join(training_run(late))
+            training.join(late)
     files = {name: tensors(one) for name, one in last.items()}
     assert {one.epoch for one in last.values()} == {2}
     for run in (first, late):
@@ -410,9 +383,9 @@ def test_a_run_that_does_not_fit_alone_leaves_the_others(make_run, base, data, m
         return backward(self, pack, states, batches)
 
     monkeypatch.setattr(PackLoss, "backward", limited)
-    training = runs[0].trainer.start(base, [training_run(run) for run in runs], data)
-    monkeypatch.setattr(training, "_members", training._members.select([1, 0]))  # it comes first
-    training._members.bind()
+    training = runs[0].trainer.start(base, runs, data)
+    monkeypatch.setattr(training, "pack", training.pack.select([1, 0]))  # it comes first
+    training.pack.bind()
     epochs = list(training)
     assert [list(epoch.failures) for epoch in epochs] == [["r1"], [], []]
     assert [one.run for epoch in epochs for one in epoch.checkpoints] == ["r0", "r0"]
@@ -431,9 +404,9 @@ def test_a_run_that_does_not_fit_alone_leaves_those_that_wait_for_the_end_of_its
         return backward(self, pack, states, batches)
 
     monkeypatch.setattr(PackLoss, "backward", limited)
-    training = first.trainer.start(base, [training_run(first)], data)
-    training._members.states[0].num_batches = 1  # it goes on within its epoch
-    training.join(training_run(late))
+    training = first.trainer.start(base, [first], data)
+    training.pack.states[0].num_batches = 1  # it goes on within its epoch
+    training.join(late)
     epochs = list(training)
     assert [list(epoch.failures) for epoch in epochs] == [["r0"], [], []]
     assert [one.run for epoch in epochs for one in epoch.checkpoints] == ["r1", "r1"]

@@ -10,11 +10,11 @@ import torch
 from conftest import options
 from lorasweep.data import kohya_folders, latents
 from lorasweep.lora_files import checkpoint
-from lorasweep.runs.session import training_run, write_folders
-from lorasweep.training import state_files
+from lorasweep.runs.session import write_folders
+from lorasweep.training import saved_states, training_state
 from lorasweep.training.native_trainer import NativeTraining
-from lorasweep.training.state_files import StateError
-from lorasweep.training.trainer import Stopped, TrainingData
+from lorasweep.training.saved_states import StateError
+from lorasweep.training.training_run import Stopped, TrainingData
 
 EPOCHS = 2
 ADAPTERS = [name for name in options("adapter") if name != "lycoris"]
@@ -32,20 +32,20 @@ def load(run, base):
 
 def train(base, data, runs, stop_at=None, resume=False):
     """Train, or go on; `stop_at` steps ask for an end. What was logged, by run and step."""
-    found = state_files.together({run.name: run.output_dir for run in runs}) if resume else {}
+    found = saved_states.together({run.name: run.output_dir for run in runs}) if resume else {}
     training = runs[0].trainer.start(base, [], data)
     for run in runs:
-        training.join(training_run(run), found.get(run.name))
+        training.join(run, found.get(run.name))
     logged = {name: losses(state.snapshot.records) for name, state in found.items()}
-    take_step = NativeTraining._step
+    take_step = NativeTraining.step
 
     def step(self, group):
         records = take_step(self, group)
-        if stop_at is not None and self._members.states[0].num_steps == stop_at:
+        if stop_at is not None and self.pack.states[0].num_steps == stop_at:
             self.stop()
         return records
 
-    training._step = step.__get__(training)
+    training.step = step.__get__(training)
     try:
         for epoch in training:
             for name, steps in epoch.steps.items():
@@ -148,21 +148,21 @@ def test_a_pack_goes_on_bit_by_bit_on_cuda_too(precision, make_run):
 def test_states_are_bounded_and_written_within_epochs_too(make_run, base, data):
     run = make_run("trainer.save_every_n_steps=1", "trainer.keep_states=3")
     train(base, data, [run], stop_at=7)
-    kept = sorted(path.stem for path in state_files.folder_of(run.output_dir).glob("*.state"))
+    kept = sorted(path.stem for path in saved_states.folder_of(run.output_dir).glob("*.state"))
     assert kept == ["00000005", "00000006", "00000007"]
 
 
 def test_without_states_nothing_is_written(make_run, base, data):
     run = make_run("trainer.keep_states=0")
     train(base, data, [run])
-    assert not state_files.folder_of(run.output_dir).exists()
+    assert not saved_states.folder_of(run.output_dir).exists()
 
 
 def test_a_damaged_state_is_passed_over_for_the_one_before(make_run, base, data, caplog):
     unbroken, broken = packs(make_run)
     train(base, data, unbroken)
     train(base, data, broken, stop_at=8)
-    path = state_files.path_of(broken[0].output_dir, 8)
+    path = saved_states.path_of(broken[0].output_dir, 8)
     whole = path.read_bytes()
     flipped = bytearray(whole)
     flipped[-5] ^= 1
@@ -170,7 +170,7 @@ def test_a_damaged_state_is_passed_over_for_the_one_before(make_run, base, data,
         caplog.clear()
         path.write_bytes(damaged)
         with caplog.at_level(logging.WARNING):
-            found = state_files.together({run.name: run.output_dir for run in broken})
+            found = saved_states.together({run.name: run.output_dir for run in broken})
         assert "is torn or was changed" in caplog.text
         # of all runs of the pack, for they round together
         assert {state.snapshot.num_steps for state in found.values()} == {4}
@@ -179,7 +179,7 @@ def test_a_damaged_state_is_passed_over_for_the_one_before(make_run, base, data,
 
 
 def state_of(run, step, pack, folder):
-    snapshot = state_files.Snapshot(
+    snapshot = training_state.Snapshot(
         parameters=[torch.ones(2)],
         optimizer={"state": {0: {"step": torch.tensor(3.0), "flag": None}}, "groups": [(0.9, 1)]},
         lr_scheduler={"last": 1.5},
@@ -190,7 +190,8 @@ def state_of(run, step, pack, folder):
         num_micro_steps=step,
         records=((step, {"train/loss": float("nan")}),),
     )
-    state_files.write(folder, state_files.State(run=run, pack=pack, started=1.0, snapshot=snapshot))
+    state = saved_states.SavedState(run=run, pack=pack, started=1.0, snapshot=snapshot)
+    saved_states.write(folder, state)
 
 
 def test_a_late_joiner_begins_anew_when_its_pack_falls_back_to_before_it_came(tmp_path):
@@ -200,13 +201,13 @@ def test_a_late_joiner_begins_anew_when_its_pack_falls_back_to_before_it_came(tm
         state_of(run, 4, late, tmp_path / run)
     state_of("c", 1, late, tmp_path / "c")
     places = {run: tmp_path / run for run in "abc"}
-    assert {r: s.snapshot.num_steps for r, s in state_files.together(places).items()} == {
+    assert {r: s.snapshot.num_steps for r, s in saved_states.together(places).items()} == {
         "a": 4,
         "b": 4,
         "c": 1,
     }
-    state_files.path_of(tmp_path / "a", 4).write_bytes(b"torn")
-    assert {r: s.snapshot.num_steps for r, s in state_files.together(places).items()} == {
+    saved_states.path_of(tmp_path / "a", 4).write_bytes(b"torn")
+    assert {r: s.snapshot.num_steps for r, s in saved_states.together(places).items()} == {
         "a": 3,
         "b": 3,
     }
@@ -215,14 +216,14 @@ def test_a_late_joiner_begins_anew_when_its_pack_falls_back_to_before_it_came(tm
 def test_packs_that_trained_apart_go_on_each_from_its_last_moment(tmp_path):
     state_of("a", 3, (("a", 3, 3),), tmp_path / "a")
     state_of("b", 5, (("b", 5, 5),), tmp_path / "b")
-    found = state_files.together({run: tmp_path / run for run in "ab"})
+    found = saved_states.together({run: tmp_path / run for run in "ab"})
     assert {run: state.snapshot.num_steps for run, state in found.items()} == {"a": 3, "b": 5}
 
 
 def test_a_state_comes_back_as_it_was(tmp_path):
     state_of("a", 3, (("a", 3, 3),), tmp_path)
-    path = state_files.path_of(tmp_path, 3)
-    found = state_files.read(path)
+    path = saved_states.path_of(tmp_path, 3)
+    found = saved_states.read(path)
     assert found.pack == (("a", 3, 3),)
     assert found.snapshot.optimizer["groups"] == [(0.9, 1)]
     assert found.snapshot.optimizer["state"][0]["flag"] is None
@@ -231,7 +232,7 @@ def test_a_state_comes_back_as_it_was(tmp_path):
     assert content[:32] == hashlib.sha256(content[32:]).digest()
     path.write_bytes(content[:-1])
     with pytest.raises(StateError, match="torn"):
-        state_files.read(path)
+        saved_states.read(path)
 
 
 def test_runs_within_an_epoch_end_it_before_the_others_go_on_with_them(make_run, base, data):

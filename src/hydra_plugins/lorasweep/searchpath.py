@@ -8,6 +8,6 @@ class SweepsSearchPath(SearchPathPlugin):
     """Adds the folder that holds sweeps/ to the search path."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        from lorasweep.config.config import sweeps_dir
+        from lorasweep.config.conf_folder import sweeps_dir
 
         search_path.append("lorasweep", f"file://{sweeps_dir().parent}")

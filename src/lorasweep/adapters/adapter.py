@@ -1,11 +1,10 @@
-"""Adapters: the trainable low-rank parts. One file a type; `pack` attaches K of them to a base."""
+"""What an adapter is of: a site of the base model, and the settings of a type of adapter."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from lorasweep.core.settings import Settings
 
@@ -73,68 +72,16 @@ class Site:
         return functional.linear(x, weight)
 
 
-@dataclass(frozen=True)
-class Dropout:
-    """Where the random zeros of a training step come from; None of it applies when scoring."""
-
-    seeds: Sequence[int]
-    """The seeds of the pack's runs, in row order."""
-    steps: Sequence[int]
-    """The micro step each of them is at."""
-    site: str
-    """The module's key, so that no two modules share a draw."""
-
-
-Tensors = Mapping[str, "Tensor"]
-"""A site's tensors by their names below its key, as files hold them."""
-
-
-class Stack(Protocol):
-    """The adapters of K neighbouring runs on one site, computed at once."""
-
-    @classmethod
-    def layout(cls, adapter: Adapter | None, tensors: Tensors) -> Hashable:
-        """What runs must have in common on a site to be stacked."""
-
-    @classmethod
-    def check(cls, site: Site, tensors: Tensors) -> None:
-        """Raise CheckpointError unless a file's tensors are whole and fit the site."""
-
-    @classmethod
-    def of(cls, site: Site, members: Sequence[tuple[Adapter | None, Tensors]]) -> Stack:
-        """Stack runs of equal layout, copying; an adapter of None is read from a file."""
-
-    @property
-    def drops(self) -> bool:
-        """Does any of the runs drop anything in training?"""
-
-    def leaves(self) -> list[Tensor]:
-        """The stacked tensors that receive gradients, each (K, ...)."""
-
-    def views(self, index: int) -> list[Tensor]:
-        """Run `index`'s own part of each leaf, sharing its memory, in the order of `leaves`."""
-
-    def gradients(self, index: int) -> list[Tensor]:
-        """Run `index`'s own part of each leaf's gradient, in the same order."""
-
-    def file_tensors(self, index: int) -> dict[str, Tensor]:
-        """Run `index`'s tensors as a file holds them; `of` makes the same stack from them."""
-
-    def forward(self, x: Tensor, y: Tensor, dropout: Dropout | None) -> Tensor:
-        """The base's output `y` plus the delta of each run on its own rows of `x`."""
-
-    def delta_weight(self, index: int) -> Tensor:
-        """Run `index`'s change of the base's weight, in the weight's shape."""
-
-    def limit_norm(self, index: int, maximum: float) -> None:
-        """Scale run `index`'s factors so that its delta's norm is at most `maximum`."""
-
-
 class Adapter(Settings, ABC):
     """Settings of one type of adapter, and how its tensors begin."""
 
     targets: str | tuple[str, ...]
     scale_weight_norms: float | None
+
+    @property
+    def drops(self) -> bool:
+        """Is anything dropped in training?"""
+        return False
 
     def carries(self, site: Site) -> bool:
         """Can this type adapt the site? One that `targets` names and it can't is reported."""

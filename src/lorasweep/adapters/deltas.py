@@ -6,7 +6,6 @@ LyCORIS's names and its Tucker forms of convolutions.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -120,14 +119,15 @@ def _tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.einsum("rskl,ro,si->oikl", core, a, b)
 
 
-def frobenius_norm(tensors: Tensors) -> float:
-    """Norm of `low_rank_delta`, in less memory where it factors."""
+def frobenius_norm(tensors: Tensors) -> Tensor:
+    """Norm of `low_rank_delta`, a scalar in fp32; of LoRA and LoKr without forming the delta."""
+    scale = abs(scale_of(tensors))
     if algorithm(tensors) == "lora" and "lora_mid.weight" not in tensors:
         down = tensors["lora_down.weight"].float().flatten(1)
         up = tensors["lora_up.weight"].float().flatten(1)
-        squared = ((up.mT @ up) * (down @ down.mT)).sum().clamp(min=0)
-        return math.sqrt(float(squared)) * abs(scale_of(tensors))
+        squared = ((down @ down.mT) * (up.mT @ up)).sum().clamp(min=0)
+        return squared.sqrt() * scale
     if algorithm(tensors) == "lokr":
         left, right = lokr_factors({name: tensor.float() for name, tensor in tensors.items()})
-        return float(left.norm() * right.norm()) * abs(scale_of(tensors))
-    return float(low_rank_delta(tensors).norm())
+        return left.norm() * right.norm() * scale
+    return low_rank_delta(tensors).norm()

@@ -7,14 +7,16 @@ As its section 4.3 proposes the norm counts as a constant in the backward pass. 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
-from lorasweep.adapters.adapter import Adapter, Dropout, Site, Stack, Tensors
-from lorasweep.adapters.deltas import algorithm
+from lorasweep.adapters.adapter import Site
+from lorasweep.adapters.deltas import Tensors, algorithm
+from lorasweep.adapters.dropout import Dropout
 from lorasweep.adapters.locon import LoCon
 from lorasweep.adapters.lora import LoRAStack, modules_kept
+from lorasweep.adapters.stack import FileStack, Members, Stack
 from lorasweep.core.safetensors_header import CheckpointError
 
 if TYPE_CHECKING:
@@ -45,30 +47,19 @@ class DoRA(LoCon):
         return {**super().network_args(), "dora_wd": "True", "wd_on_output": on_output}
 
 
-@dataclass(frozen=True)
-class DoRAStack:
+@dataclass(frozen=True, kw_only=True)
+class DoRAStack(Stack):
     """K magnitudes on one site, around the stack of any type that changes the directions."""
 
-    inner: Stack
+    inner: FileStack
     magnitude: Tensor  # (K, out), or (K, in / groups)
     base_squares: Tensor  # the base's squared norms, (out,) or (in / groups,)
-    adapters: tuple[Adapter | None, ...]
     on_output: bool
-    site: Site
 
     @classmethod
-    def layout(cls, adapter: Adapter | None, tensors: Tensors) -> Hashable:
-        magnitude, direction = _split(tensors)
-        if algorithm(direction) == "lora":  # ranks are padded
-            return _is_on_output(magnitude), "lora_mid.weight" in direction
-        return _is_on_output(magnitude), *sorted((n, t.shape) for n, t in direction.items())
-
-    @classmethod
-    def check(cls, site: Site, tensors: Tensors) -> None:
-        from lorasweep.adapters.stack_types import stack_class  # which names this class
-
-        magnitude, direction = _split(tensors)
-        stack_class(None, site, direction).check(site, direction)
+    def check_magnitude(cls, site: Site, tensors: Tensors) -> None:
+        """Raise CheckpointError unless a file's magnitudes are of the site's outputs or inputs."""
+        magnitude = tensors["dora_scale"]
         shapes = [_shape(site.weight, on_output) for on_output in (True, False)]
         if tuple(magnitude.shape) not in shapes:
             raise CheckpointError(
@@ -77,37 +68,35 @@ class DoRAStack:
             )
 
     @classmethod
-    def of(cls, site: Site, members: Sequence[tuple[Adapter | None, Tensors]]) -> DoRAStack:
+    def layout(cls, tensors: Tensors) -> Hashable:
+        """What runs must have in common, besides the type of their directions, to be stacked."""
+        on_output = _is_on_output(tensors["dora_scale"])
+        if algorithm(tensors) == "lora":  # ranks are padded
+            return on_output
+        return on_output, *sorted((name, t.shape) for name, t in direction(tensors).items())
+
+    @classmethod
+    def around(cls, inner: FileStack, members: Members) -> Self:
+        """The members' magnitudes, around the stack of their directions."""
         import torch
 
-        from lorasweep.adapters.stack_types import stack_class
-
-        parts = [_split(tensors) for _, tensors in members]
-        directions = [(members[i][0], direction) for i, (_, direction) in enumerate(parts)]
-        on_output = _is_on_output(parts[0][0])
+        site, on_output = inner.site, _is_on_output(members[0][1]["dora_scale"])
+        magnitudes = [tensors["dora_scale"].flatten() for _, tensors in members]
         device = site.weight.device
         return cls(
-            inner=stack_class(directions[0][0], site, directions[0][1]).of(site, directions),
-            magnitude=torch.stack([m.flatten().to(device, torch.float32) for m, _ in parts]),
-            base_squares=_squares(site.weight.detach().float().square(), on_output),
-            adapters=tuple(adapter for adapter, _ in members),
-            on_output=on_output,
             site=site,
+            adapters=inner.adapters,
+            inner=inner,
+            magnitude=torch.stack([m.to(device, torch.float32) for m in magnitudes]),
+            base_squares=_squares(site.weight.detach().float().square(), on_output),
+            on_output=on_output,
         )
-
-    @property
-    def drops(self) -> bool:
-        return self.inner.drops
 
     def leaves(self) -> list[Tensor]:
         return [*self.inner.leaves(), self.magnitude]
 
-    def views(self, index: int) -> list[Tensor]:
-        return [*self.inner.views(index), self.magnitude.detach()[index]]
-
-    def gradients(self, index: int) -> list[Tensor]:
-        own = [] if self.magnitude.grad is None else [self.magnitude.grad[index]]
-        return [*self.inner.gradients(index), *own]
+    def own_sizes(self, index: int) -> list[int | None]:
+        return [*self.inner.own_sizes(index), None]
 
     def file_tensors(self, index: int) -> dict[str, Tensor]:
         shape = _shape(self.site.weight, self.on_output)
@@ -200,10 +189,9 @@ class DoRAStack:
             magnitude.copy_(torch.where(factor < 1, kept * self._norms()[index], magnitude))
 
 
-def _split(tensors: Tensors) -> tuple[Tensor, Tensors]:
-    """The magnitudes, and the tensors of the direction."""
-    direction = {name: tensor for name, tensor in tensors.items() if name != "dora_scale"}
-    return tensors["dora_scale"], direction
+def direction(tensors: Tensors) -> dict[str, Tensor]:
+    """A file's tensors without the magnitudes."""
+    return {name: tensor for name, tensor in tensors.items() if name != "dora_scale"}
 
 
 def _is_on_output(magnitude: Tensor) -> bool:

@@ -6,14 +6,15 @@ padding and dilation to `rank` channels, and up is 1x1 (LyCORIS, arXiv 2309.1485
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
-from lorasweep.adapters.adapter import Adapter, Dropout, Site, Stack, Tensors
-from lorasweep.adapters.deltas import low_rank_delta
+from lorasweep.adapters.adapter import Site
+from lorasweep.adapters.deltas import Tensors
+from lorasweep.adapters.dropout import Dropout
 from lorasweep.adapters.kohya_names import WITH_KERNELS
 from lorasweep.adapters.lora import LoRA, LoRAStack
+from lorasweep.adapters.stack import FileStack, Members
 from lorasweep.adapters.unet_blocks import ConvRanked
 from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.core.settings import SettingsError
@@ -47,7 +48,7 @@ class LoCon(ConvRanked, LoRA):
         return {**super().network_args(), "conv_dim": str(rank), "conv_alpha": str(alpha)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LoConStack(LoRAStack):
     """K LoCons on one convolution. The runs' kernels are the groups of one convolution.
 
@@ -78,16 +79,11 @@ class LoConStack(LoRAStack):
         return hidden.unflatten(1, (num_runs, -1)).transpose(0, 1)
 
 
-@dataclass(frozen=True)
-class TuckerStack:
+@dataclass(frozen=True, kw_only=True)
+class TuckerStack(FileStack):
     """LoCons in LyCORIS's Tucker form (lora_mid.weight) on one convolution: for reading only."""
 
-    site: Site
     tensors: tuple[dict[str, Tensor], ...]
-
-    @classmethod
-    def layout(cls, adapter: Adapter | None, tensors: Tensors) -> Hashable:
-        return cls.__name__
 
     @classmethod
     def check(cls, site: Site, tensors: Tensors) -> None:
@@ -104,27 +100,15 @@ class TuckerStack:
             )
 
     @classmethod
-    def of(cls, site: Site, members: Sequence[tuple[Adapter | None, Tensors]]) -> TuckerStack:
+    def of(cls, site: Site, members: Members) -> Self:
         device = site.weight.device
-        return cls(
-            site,
-            tuple(
-                {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
-                for _, tensors in members
-            ),
+        copies = tuple(
+            {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
+            for _, tensors in members
         )
-
-    @property
-    def drops(self) -> bool:
-        return False
+        return cls(site=site, adapters=tuple(adapter for adapter, _ in members), tensors=copies)
 
     def leaves(self) -> list[Tensor]:
-        return []
-
-    def views(self, index: int) -> list[Tensor]:
-        return []
-
-    def gradients(self, index: int) -> list[Tensor]:
         return []
 
     def file_tensors(self, index: int) -> dict[str, Tensor]:
@@ -136,17 +120,3 @@ class TuckerStack:
         rows = x.chunk(len(self.tensors))
         deltas = [self.site.apply(own, self.delta_weight(i)) for i, own in enumerate(rows)]
         return y + torch.cat(deltas)
-
-    def delta_weight(self, index: int) -> Tensor:
-        return low_rank_delta(self.tensors[index], self.site.weight.shape)
-
-    def limit_norm(self, index: int, maximum: float) -> None:
-        norm = self.delta_weight(index).norm()
-        self.tensors[index]["lora_up.weight"].mul_(maximum / norm.clamp(min=maximum))
-
-
-def lora_stack(site: Site, tensors: Tensors) -> type[Stack]:
-    """The class that computes the tensors of a LoRA or LoCon on a site."""
-    if "lora_mid.weight" in tensors:
-        return TuckerStack
-    return LoRAStack if site.is_pointwise else LoConStack

@@ -6,12 +6,14 @@ the start are LyCORIS's (arXiv 2309.14859).
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
-from lorasweep.adapters.adapter import Adapter, Dropout, Site, Tensors
-from lorasweep.adapters.lycoris_options import ByWeight, kept_channels, shrink
+from lorasweep.adapters.adapter import Site
+from lorasweep.adapters.deltas import Tensors
+from lorasweep.adapters.dropout import Dropout
+from lorasweep.adapters.lycoris_options import ByWeight, kept_channels
+from lorasweep.adapters.stack import FileStack, Members, padded
 from lorasweep.core.safetensors_header import CheckpointError
 
 if TYPE_CHECKING:
@@ -45,19 +47,13 @@ class LoHa(ByWeight):
         return self.kohya_metadata("loha")
 
 
-@dataclass(frozen=True)
-class LoHaStack:
+@dataclass(frozen=True, kw_only=True)
+class LoHaStack(FileStack):
     """K LoHas on one site. A padded rank has zero rows in both factors, so its gradient is zero."""
 
     factors: tuple[Tensor, ...]  # as NAMES: a's transposed (K, rank_max, out), b's (K, rank_max, n)
     alphas: tuple[float, ...]
     ranks: tuple[int, ...]
-    adapters: tuple[Adapter | None, ...]  # None: read from a file, not to be trained
-    site: Site
-
-    @classmethod
-    def layout(cls, adapter: Adapter | None, tensors: Tensors) -> Hashable:
-        return cls.__name__
 
     @classmethod
     def check(cls, site: Site, tensors: Tensors) -> None:
@@ -79,33 +75,23 @@ class LoHaStack:
                 )
 
     @classmethod
-    def of(cls, site: Site, members: Sequence[tuple[Adapter | None, Tensors]]) -> LoHaStack:
+    def of(cls, site: Site, members: Members) -> Self:
         """Zero-pad the ranks."""
-        runs = [run for _, run in members]
-        ranks = tuple(run[NAMES[1]].shape[0] for run in runs)
-        own = [[_rank_first(name, run[name]) for run in runs] for name in NAMES]
+        files = [tensors for _, tensors in members]
+        own = [[_rank_first(name, file[name]) for file in files] for name in NAMES]
         return cls(
-            factors=tuple(padded(tensors, site.weight.device) for tensors in own),
-            alphas=tuple(float(run["alpha"]) for run in runs),
-            ranks=ranks,
-            adapters=tuple(adapter for adapter, _ in members),
             site=site,
+            adapters=tuple(adapter for adapter, _ in members),
+            factors=tuple(padded(tensors, site.weight.device) for tensors in own),
+            alphas=tuple(float(file["alpha"]) for file in files),
+            ranks=tuple(file[NAMES[1]].shape[0] for file in files),
         )
-
-    @property
-    def drops(self) -> bool:
-        return any(isinstance(adapter, ByWeight) and adapter.drops for adapter in self.adapters)
 
     def leaves(self) -> list[Tensor]:
         return list(self.factors)
 
-    def views(self, index: int) -> list[Tensor]:
-        rank = self.ranks[index]
-        return [leaf.detach()[index, :rank] for leaf in self.factors]
-
-    def gradients(self, index: int) -> list[Tensor]:
-        rank = self.ranks[index]
-        return [leaf.grad[index, :rank] for leaf in self.factors if leaf.grad is not None]
+    def own_sizes(self, index: int) -> list[int | None]:
+        return [self.ranks[index]] * len(NAMES)
 
     def file_tensors(self, index: int) -> dict[str, Tensor]:
         import torch
@@ -142,7 +128,7 @@ class LoHaStack:
         gains = leaf.new_tensor(scales)[:, None, None]
         if dropout is None:
             return gains
-        kept = kept_channels(self.adapters, leaf.shape[-1], dropout, str(leaf.device))
+        kept = kept_channels(self.adapters, leaf.shape[-1], dropout, leaf.device)
         return gains * kept[:, None]
 
     def _compute(self, x: Tensor, y: Tensor, gains: Tensor, *factors: Tensor) -> Tensor:
@@ -158,26 +144,6 @@ class LoHaStack:
         kernels = delta.reshape(num_runs, *self.site.weight.shape)
         runs = zip(x.chunk(num_runs), kernels, strict=True)
         return y + torch.cat([self.site.apply(rows, kernel) for rows, kernel in runs])
-
-    def delta_weight(self, index: int) -> Tensor:
-        w1_a, w1_b, w2_a, w2_b = self.views(index)
-        delta = (w1_a.mT @ w1_b) * (w2_a.mT @ w2_b) * (self.alphas[index] / self.ranks[index])
-        return delta.reshape(self.site.weight.shape)
-
-    def limit_norm(self, index: int, maximum: float) -> None:
-        """All four factors take the fourth root of the correction."""
-        shrink(self.views(index), self.delta_weight(index).norm(), maximum)
-
-
-def padded(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Copies of (rank, n) tensors stacked to (K, rank_max, n), zero where a rank is smaller."""
-    import torch
-
-    most = max(tensor.shape[0] for tensor in tensors)
-    stacked = torch.zeros(len(tensors), most, tensors[0].shape[1], device=device)
-    for index, tensor in enumerate(tensors):
-        stacked[index, : tensor.shape[0]] = tensor
-    return stacked
 
 
 def _rank_first(name: str, tensor: Tensor) -> Tensor:

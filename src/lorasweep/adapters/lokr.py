@@ -8,14 +8,15 @@ are LyCORIS's.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
-from lorasweep.adapters.adapter import Adapter, Dropout, Site, Tensors
-from lorasweep.adapters.deltas import low_rank_delta, rank_of, scale_of
-from lorasweep.adapters.loha import padded
-from lorasweep.adapters.lycoris_options import ByWeight, kept_channels, shrink
+from lorasweep.adapters.adapter import Site
+from lorasweep.adapters.deltas import Tensors, rank_of
+from lorasweep.adapters.dropout import Dropout
+from lorasweep.adapters.lycoris_options import ByWeight, kept_channels
+from lorasweep.adapters.stack import FileStack, Members, padded
 from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.core.settings import SettingsError
 
@@ -87,8 +88,8 @@ def factorization(size: int, factor: int) -> tuple[int, int]:
     return small, size // small
 
 
-@dataclass(frozen=True)
-class LoKrStack:
+@dataclass(frozen=True, kw_only=True)
+class LoKrStack(FileStack):
     """K LoKrs of equal factor shapes on one site. A padded rank is zero in both of its factors."""
 
     left: tuple[Tensor, ...]
@@ -97,13 +98,11 @@ class LoKrStack:
     """w2 (K, out2, in2 * kh * kw), or its factors likewise."""
     alphas: tuple[float, ...]
     ranks: tuple[int | None, ...]  # None: both matrices are full, and the scale is 1
-    adapters: tuple[Adapter | None, ...]  # None: read from a file, not to be trained
-    site: Site
 
     @classmethod
-    def layout(cls, adapter: Adapter | None, tensors: Tensors) -> Hashable:
+    def layout(cls, tensors: Tensors) -> Hashable:
         names = (_names(tensors, matrix) for matrix in ("lokr_w1", "lokr_w2"))
-        return cls.__name__, _shape(tensors, "lokr_w1"), *map(len, names)
+        return _shape(tensors, "lokr_w1"), *map(len, names)
 
     @classmethod
     def check(cls, site: Site, tensors: Tensors) -> None:
@@ -121,43 +120,31 @@ class LoKrStack:
             )
 
     @classmethod
-    def of(cls, site: Site, members: Sequence[tuple[Adapter | None, Tensors]]) -> LoKrStack:
+    def of(cls, site: Site, members: Members) -> Self:
         """Zero-pad the ranks; the runs have the same factor shapes (`layout`)."""
-        runs = [run for _, run in members]
+        files = [tensors for _, tensors in members]
         device = site.weight.device
         left, right = (
             tuple(
-                padded([_rank_first(name, run[name]) for run in runs], device)
-                for name in _names(runs[0], matrix)
+                padded([_rank_first(name, file[name]) for file in files], device)
+                for name in _names(files[0], matrix)
             )
             for matrix in ("lokr_w1", "lokr_w2")
         )
         return cls(
+            site=site,
+            adapters=tuple(adapter for adapter, _ in members),
             left=left,
             right=right,
-            alphas=tuple(float(run["alpha"]) for run in runs),
-            ranks=tuple(rank_of(run) for run in runs),
-            adapters=tuple(adapter for adapter, _ in members),
-            site=site,
+            alphas=tuple(float(file["alpha"]) for file in files),
+            ranks=tuple(rank_of(file) for file in files),
         )
-
-    @property
-    def drops(self) -> bool:
-        return any(isinstance(adapter, ByWeight) and adapter.drops for adapter in self.adapters)
 
     def leaves(self) -> list[Tensor]:
         return [*self.left, *self.right]
 
-    def views(self, index: int) -> list[Tensor]:
-        parts = zip(self.leaves(), self._sizes(index), strict=True)
-        return [leaf.detach()[index, :size] for leaf, size in parts]
-
-    def gradients(self, index: int) -> list[Tensor]:
-        parts = zip(self.leaves(), self._sizes(index), strict=True)
-        return [leaf.grad[index, :size] for leaf, size in parts if leaf.grad is not None]
-
-    def _sizes(self, index: int) -> list[int | None]:
-        """How much of the first dimension of each leaf is run `index`'s: all of a full matrix."""
+    def own_sizes(self, index: int) -> list[int | None]:
+        """Its rank; all of a full matrix."""
         rank = self.ranks[index]
         return [
             rank if len(factors) == 2 else None
@@ -201,7 +188,7 @@ class LoKrStack:
         delta = self._conv(x) if is_conv else self._linear(x, torch.zeros_like(y))
         if dropout is not None:
             channels = self.site.weight.shape[0]
-            kept = kept_channels(self.adapters, channels, dropout, str(delta.device))
+            kept = kept_channels(self.adapters, channels, dropout, delta.device)
             kept = kept.repeat_interleave(x.shape[0] // len(self.ranks), 0)  # (K * rows, out)
             between = [1] * (delta.dim() - 2)
             shape = (-1, channels, *between) if is_conv else (-1, *between, channels)
@@ -244,20 +231,6 @@ class LoKrStack:
         hidden = across.reshape(rows * out1, *inner.shape[1:])
         last = functional.conv2d(hidden, self.right[0][index].mT[..., None, None])
         return last.reshape(rows, -1, *inner.shape[2:])
-
-    def delta_weight(self, index: int) -> Tensor:
-        return low_rank_delta(self.file_tensors(index), self.site.weight.shape)
-
-    def limit_norm(self, index: int, maximum: float) -> None:
-        """The norm of a Kronecker product is the product of the norms; all factors shrink alike."""
-        tensors, views = self.file_tensors(index), self.views(index)
-        left, right = views[: len(self.left)], views[len(self.left) :]
-        norm = _product(left).norm() * _product(right).norm() * abs(scale_of(tensors))
-        shrink(views, norm, maximum)
-
-
-def _product(factors: Sequence[Tensor]) -> Tensor:
-    return factors[0] if len(factors) == 1 else factors[0].mT @ factors[1]
 
 
 def _kaiming(rows: int, columns: int, generator: torch.Generator) -> Tensor:

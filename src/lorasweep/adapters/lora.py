@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import PositiveFloat
 
-from lorasweep.adapters.adapter import Adapter, Dropout, Site, Tensors
+from lorasweep.adapters.adapter import Adapter, Site
+from lorasweep.adapters.deltas import Tensors
+from lorasweep.adapters.dropout import Dropout, module_survives, survivors
 from lorasweep.adapters.initial_weights import start
 from lorasweep.adapters.kohya_names import WITH_KERNELS, check_targets, lycoris_preset
+from lorasweep.adapters.stack import FileStack, Members, padded
 from lorasweep.adapters.unet_blocks import Ranked
-from lorasweep.core import rng
 from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.core.settings import Probability, SettingsError
 
@@ -127,8 +129,8 @@ class LoRA(Ranked, Adapter):
         return {name: str(rate) for name, rate in rates.items() if rate > 0}
 
 
-@dataclass(frozen=True)
-class LoRAStack:
+@dataclass(frozen=True, kw_only=True)
+class LoRAStack(FileStack):
     """K LoRAs on one site. A padded rank has zero rows, which stay zero: nobody updates them."""
 
     down: Tensor  # (K, rank_max, in), a kernel's (K, rank_max, in / groups * kh * kw)
@@ -136,12 +138,6 @@ class LoRAStack:
     alphas: tuple[float, ...]
     ranks: tuple[int, ...]
     trained: tuple[int, ...]  # how many of the ranks, the first; pissa's others stand still
-    adapters: tuple[Adapter | None, ...]  # None: read from a file, not to be trained
-    site: Site
-
-    @classmethod
-    def layout(cls, adapter: Adapter | None, tensors: Tensors) -> Hashable:
-        return cls.__name__
 
     @classmethod
     def check(cls, site: Site, tensors: Tensors) -> None:
@@ -159,61 +155,40 @@ class LoRAStack:
             )
 
     @classmethod
-    def of(cls, site: Site, members: Sequence[tuple[Adapter | None, Tensors]]) -> LoRAStack:
+    def of(cls, site: Site, members: Members) -> Self:
         """Zero-pad the ranks; shapes are (rank, in[, kh, kw]) and (out, rank[, 1, 1])."""
-        import torch
-
-        tensors = [run for _, run in members]
-        ranks = tuple(run["lora_down.weight"].shape[0] for run in tensors)
-        weight = site.weight
-        down = torch.zeros(len(members), max(ranks), weight[0].numel(), device=weight.device)
-        up = torch.zeros(len(members), max(ranks), weight.shape[0], device=weight.device)
-        for index, (run, rank) in enumerate(zip(tensors, ranks, strict=True)):
-            down[index, :rank] = run["lora_down.weight"].flatten(1)
-            up[index, :rank] = run["lora_up.weight"].flatten(1).mT
+        files = [tensors for _, tensors in members]
+        ranks = tuple(file["lora_down.weight"].shape[0] for file in files)
+        device = site.weight.device
         return cls(
-            down=down,
-            up=up,
-            alphas=tuple(float(run["alpha"]) for run in tensors),
+            site=site,
+            adapters=tuple(adapter for adapter, _ in members),
+            down=padded([file["lora_down.weight"].flatten(1) for file in files], device),
+            up=padded([file["lora_up.weight"].flatten(1).mT for file in files], device),
+            alphas=tuple(float(file["alpha"]) for file in files),
             ranks=ranks,
             trained=tuple(
                 int(rank * adapter.num_trained) if isinstance(adapter, LoRA) else rank
                 for rank, (adapter, _) in zip(ranks, members, strict=True)
             ),
-            adapters=tuple(adapter for adapter, _ in members),
-            site=site,
         )
-
-    @property
-    def drops(self) -> bool:
-        return any(isinstance(adapter, LoRA) and adapter.drops for adapter in self.adapters)
 
     def leaves(self) -> list[Tensor]:
         return [self.down, self.up]
 
-    def views(self, index: int) -> list[Tensor]:
-        rank = self.trained[index]
-        return [leaf.detach()[index, :rank] for leaf in self.leaves()]
-
-    def gradients(self, index: int) -> list[Tensor]:
-        rank = self.trained[index]
-        return [leaf.grad[index, :rank] for leaf in self.leaves() if leaf.grad is not None]
+    def own_sizes(self, index: int) -> list[int | None]:
+        return [self.trained[index]] * 2
 
     def file_tensors(self, index: int) -> dict[str, Tensor]:
         import torch
 
-        down, up = self.factors(index)
-        shape = self.site.weight.shape
+        rank, shape = self.ranks[index], self.site.weight.shape
+        down, up = self.down.detach()[index, :rank], self.up.detach()[index, :rank]
         return {
             "lora_down.weight": down.reshape(len(down), *shape[1:]),
             "lora_up.weight": up.mT.reshape(*up.mT.shape, *[1] * (len(shape) - 2)),
             "alpha": torch.tensor(self.alphas[index]),
         }
-
-    def factors(self, index: int) -> tuple[Tensor, Tensor]:
-        """Run `index`'s whole down (rank, in) and up (rank, out), sharing their memory."""
-        rank = self.ranks[index]
-        return self.down.detach()[index, :rank], self.up.detach()[index, :rank]
 
     @property
     def scales(self) -> tuple[float, ...]:
@@ -261,20 +236,6 @@ class LoRAStack:
         ]
         return hidden * torch.stack(masks)
 
-    def delta_weight(self, index: int) -> Tensor:
-        down, up = self.factors(index)
-        return (up.mT @ down * self.scales[index]).reshape(self.site.weight.shape)
-
-    def limit_norm(self, index: int, maximum: float) -> None:
-        """kohya's scale_weight_norms: both factors take the square root of the correction."""
-        down, up = self.views(index)
-        # ||up^T down||_F from the rank x rank Gram matrices: the full delta is never formed.
-        squared = ((down @ down.mT) * (up @ up.mT)).sum().clamp(min=0)
-        norm = squared.sqrt() * self.scales[index]
-        factor = (maximum / norm.clamp(min=maximum)).sqrt()
-        down.mul_(factor)
-        up.mul_(factor)
-
 
 def _mask(
     adapter: Adapter | None, hidden: Tensor, rank: int, dropout: Dropout, index: int
@@ -286,18 +247,15 @@ def _mask(
     mask = torch.ones_like(hidden)
     if not adapter.drops:
         return mask
-    device = hidden.device
-    draw = _draw(dropout, index, device)
+    draw = dropout.generator(index, hidden.device)
     rows, tokens, _ = hidden.shape
     own = mask[..., :rank]
     if adapter.module_dropout > 0:
-        own *= _module_kept(adapter, draw)
+        own *= module_survives(adapter.module_dropout, draw)
     if adapter.network_dropout > 0:
-        keep = torch.rand(rows, tokens, rank, generator=draw, device=device)
-        own *= (keep >= adapter.network_dropout) / (1 - adapter.network_dropout)
+        own *= survivors((rows, tokens, rank), adapter.network_dropout, draw)
     if adapter.rank_dropout > 0:
-        keep = torch.rand(rows, 1, rank, generator=draw, device=device)
-        own *= (keep >= adapter.rank_dropout) / (1 - adapter.rank_dropout)
+        own *= survivors((rows, 1, rank), adapter.rank_dropout, draw)
     return mask
 
 
@@ -306,20 +264,9 @@ def modules_kept(adapters: Sequence[Adapter | None], dropout: Dropout, like: Ten
     import torch
 
     kept = [
-        _module_kept(adapter, _draw(dropout, index, like.device))
+        module_survives(adapter.module_dropout, dropout.generator(index, like.device))
         if isinstance(adapter, LoRA)
         else torch.ones(1, device=like.device)
         for index, adapter in enumerate(adapters)
     ]
     return torch.cat(kept).to(like)
-
-
-def _module_kept(adapter: LoRA, draw: torch.Generator) -> Tensor:
-    import torch
-
-    return torch.rand(1, generator=draw, device=draw.device) >= adapter.module_dropout
-
-
-def _draw(dropout: Dropout, index: int, device: torch.device) -> torch.Generator:
-    seed, step = dropout.seeds[index], dropout.steps[index]
-    return rng.generator(seed, "dropout", step, dropout.site, device=str(device))

@@ -5,13 +5,15 @@ An optional extra. Such runs train in packs like all others, but each is compute
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from pydantic import PositiveFloat
 
-from lorasweep.adapters.adapter import Adapter, Dropout, Site, Tensors
+from lorasweep.adapters.adapter import Adapter, Site
+from lorasweep.adapters.deltas import Tensors
+from lorasweep.adapters.dropout import Dropout
 from lorasweep.adapters.lycoris_module import (
     check_algorithm,
     check_file,
@@ -22,6 +24,7 @@ from lorasweep.adapters.lycoris_module import (
     saved,
 )
 from lorasweep.adapters.lycoris_options import check_kernels, lycoris_metadata
+from lorasweep.adapters.stack import FileStack, Members
 from lorasweep.adapters.unet_blocks import ConvRanked
 
 if TYPE_CHECKING:
@@ -76,18 +79,16 @@ class LyCORIS(ConvRanked, Adapter):
         }
 
 
-@dataclass(frozen=True)
-class LycorisStack:
+@dataclass(frozen=True, kw_only=True)
+class LycorisStack(FileStack):
     """One run's module on one site: LyCORIS computes no more than that at once."""
 
-    site: Site
     module: Module
     parameters: Mapping[str, Tensor]
     """The trained tensors by LyCORIS's names, each (1, ...); the module's share their memory."""
-    adapter: Adapter | None  # None: read from a file, not to be trained
 
     @classmethod
-    def layout(cls, adapter: Adapter | None, tensors: Tensors) -> Hashable:
+    def layout(cls, tensors: Tensors) -> Hashable:
         return object()  # equal to no other: every run is a stack of its own
 
     @classmethod
@@ -95,7 +96,7 @@ class LycorisStack:
         check_file(site, tensors)
 
     @classmethod
-    def of(cls, site: Site, members: Sequence[tuple[Adapter | None, Tensors]]) -> LycorisStack:
+    def of(cls, site: Site, members: Members) -> Self:
         import torch
 
         ((adapter, tensors),) = members
@@ -105,20 +106,10 @@ class LycorisStack:
             parameters[name] = parameter.detach().to(torch.float32, copy=True)[None]
             parameter.requires_grad_(False)
             parameter.data = parameters[name][0]
-        return cls(site=site, module=module, parameters=parameters, adapter=adapter)
-
-    @property
-    def drops(self) -> bool:
-        return False
+        return cls(site=site, adapters=(adapter,), module=module, parameters=parameters)
 
     def leaves(self) -> list[Tensor]:
         return list(self.parameters.values())
-
-    def views(self, index: int) -> list[Tensor]:
-        return [leaf.detach()[index] for leaf in self.leaves()]
-
-    def gradients(self, index: int) -> list[Tensor]:
-        return [leaf.grad[index] for leaf in self.leaves() if leaf.grad is not None]
 
     def file_tensors(self, index: int) -> dict[str, Tensor]:
         return saved(self.module)
@@ -141,8 +132,9 @@ class LycorisStack:
         norm = float(self.delta_weight(index).norm())
         if norm <= maximum:
             return
-        assert isinstance(self.adapter, LyCORIS)
-        constants = self.adapter.starts(self.site)
+        (adapter,) = self.adapters
+        assert isinstance(adapter, LyCORIS)
+        constants = adapter.starts(self.site)
         moved = {name: self.parameters[name].detach() for name in constants}
         trained = {name: tensor.clone() for name, tensor in moved.items()}
 

@@ -13,8 +13,8 @@ from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from lorasweep.adapters.adapter import Site, Tensors
-from lorasweep.adapters.deltas import algorithm
+from lorasweep.adapters.adapter import Site
+from lorasweep.adapters.deltas import Tensors, algorithm
 from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.core.settings import SettingsError
 

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 
 from pydantic import PositiveFloat
 
-from lorasweep.adapters.adapter import Adapter, Dropout
+from lorasweep.adapters.adapter import Adapter
+from lorasweep.adapters.dropout import Dropout, module_survives, survivors
 from lorasweep.adapters.kohya_names import WITH_KERNELS, check_targets, lycoris_preset
 from lorasweep.adapters.unet_blocks import ConvRanked
-from lorasweep.core import rng
 from lorasweep.core.settings import Probability, SettingsError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -81,12 +82,9 @@ def lycoris_metadata(
 
 
 def kept_channels(
-    adapters: Sequence[Adapter | None], out_features: int, dropout: Dropout, device: str
+    adapters: Sequence[Adapter | None], out_features: int, dropout: Dropout, device: torch.device
 ) -> Tensor:
-    """What each run's output channels are multiplied by in a step, (K, out).
-
-    Survivors of `rank_dropout` are scaled up by 1 / (1 - p), so that the expectation stays.
-    """
+    """What each run's output channels are multiplied by in a step, (K, out)."""
     import torch
 
     kept = torch.ones(len(adapters), out_features, device=device)
@@ -94,19 +92,9 @@ def kept_channels(
         assert isinstance(adapter, ByWeight)
         if not adapter.drops:
             continue
-        draw = rng.generator(
-            dropout.seeds[index], "dropout", dropout.steps[index], dropout.site, device=device
-        )
+        draw = dropout.generator(index, device)
         if adapter.module_dropout > 0:
-            kept[index] *= torch.rand(1, generator=draw, device=device) >= adapter.module_dropout
+            kept[index] *= module_survives(adapter.module_dropout, draw)
         if adapter.rank_dropout > 0:
-            chances = torch.rand(out_features, generator=draw, device=device)
-            kept[index] *= (chances >= adapter.rank_dropout) / (1 - adapter.rank_dropout)
+            kept[index] *= survivors((out_features,), adapter.rank_dropout, draw)
     return kept
-
-
-def shrink(factors: Sequence[Tensor], norm: Tensor, maximum: float) -> None:
-    """Scale all factors of a product of the given norm alike, so that it is at most `maximum`."""
-    factor = (maximum / norm.clamp(min=maximum)) ** (1 / len(factors))
-    for tensor in factors:
-        tensor.mul_(factor)

@@ -13,9 +13,17 @@ from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from lorasweep.adapters.adapter import Adapter, Dropout, Site, Stack, Tensors
+from lorasweep.adapters.adapter import Adapter, Site
+from lorasweep.adapters.deltas import Tensors, algorithm, has_magnitude
+from lorasweep.adapters.dora import DoRAStack, direction
+from lorasweep.adapters.dropout import Dropout
 from lorasweep.adapters.kohya_names import Parts, by_site, every_site, sites
-from lorasweep.adapters.stack_types import stack_class
+from lorasweep.adapters.locon import LoConStack, TuckerStack
+from lorasweep.adapters.loha import LoHaStack
+from lorasweep.adapters.lokr import LoKrStack
+from lorasweep.adapters.lora import LoRAStack
+from lorasweep.adapters.lycoris import LyCORIS, LycorisStack
+from lorasweep.adapters.stack import FileStack, Members, Stack
 from lorasweep.adapters.unet_blocks import block_index
 from lorasweep.core import rng
 from lorasweep.core.safetensors_header import CheckpointError
@@ -23,6 +31,10 @@ from lorasweep.core.safetensors_header import CheckpointError
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+_BY_LYCORIS = ("full", "oft", "glora", "ia3", "tlora")
+_FORMS_BY_LYCORIS = {"hada_t1", "lokr_t2"}
+"""LoHa and LoKr in Tucker form, which other programs make."""
 
 
 def _part(site: Site) -> str:
@@ -103,7 +115,7 @@ class Pack:
             for key, tensors in member.tensors.items():
                 if key not in known:
                     raise CheckpointError(f"{key}: the base model has no such module")
-                stack_class(None, known[key], tensors).check(known[key], tensors)
+                check_fit(known[key], tensors)
         return cls(known, members)
 
     def __len__(self) -> int:
@@ -174,11 +186,6 @@ class Pack:
         """A pack of these runs alone, with copies of their tensors."""
         return Pack(self.known, [self.member(index) for index in indices])
 
-    def joined(self, other: Pack) -> Pack:
-        """A pack of this one's runs, then the other's, with copies of their tensors."""
-        packs = ((pack, index) for pack in (self, other) for index in range(len(pack)))
-        return Pack(self.known, [pack.member(index) for pack, index in packs])
-
     @contextmanager
     def attached(self, dropout_steps: Sequence[int] | None = None) -> Iterator[None]:
         """Within, the base's modules compute with the adapters; rows must be (K, rows).
@@ -206,21 +213,64 @@ class Pack:
                 yield entry.site, entry.stack, index - entry.start
 
 
+def make_stack(site: Site, members: Members) -> Stack:
+    """The stack that computes the members' tensors on a site; they are of one type and layout."""
+    kind, is_dora = _stack_type(site, *members[0])
+    if not is_dora:
+        return kind.of(site, members)
+    directions = [(adapter, direction(tensors)) for adapter, tensors in members]
+    return DoRAStack.around(kind.of(site, directions), members)
+
+
+def check_fit(site: Site, tensors: Tensors) -> None:
+    """Raise CheckpointError unless a file's tensors are of a known type, whole, and fit a site."""
+    kind, is_dora = _stack_type(site, None, tensors)
+    kind.check(site, direction(tensors) if is_dora else tensors)
+    if is_dora:
+        DoRAStack.check_magnitude(site, tensors)
+
+
+def _stack_type(
+    site: Site, adapter: Adapter | None, tensors: Tensors
+) -> tuple[type[FileStack], bool]:
+    """The type by the names of a site's tensors, and whether DoRA's is put around it."""
+    name = algorithm(tensors)
+    has_form = name in ("loha", "lokr") and not _FORMS_BY_LYCORIS.isdisjoint(tensors)
+    if isinstance(adapter, LyCORIS) or name in _BY_LYCORIS or has_form:
+        return LycorisStack, False  # it knows magnitudes itself
+    is_dora = has_magnitude(tensors)
+    if name == "lora" and "lora_mid.weight" in tensors:
+        return TuckerStack, is_dora
+    if name == "lora":
+        return LoRAStack if site.is_pointwise else LoConStack, is_dora
+    if name == "loha":
+        return LoHaStack, is_dora
+    if name == "lokr":
+        return LoKrStack, is_dora
+    names = ", ".join(sorted(tensors))
+    raise CheckpointError(f"{site.key}: {names} is of no type that can be computed here")
+
+
 def _stacked(site: Site, members: Sequence[Member]) -> Iterator[Entry]:
     """Stack the neighbours that adapt a site with the same layout."""
-    having = [index for index, member in enumerate(members) if site.key in member.tensors]
+    having = [
+        (index, member.adapter, member.tensors[site.key])
+        for index, member in enumerate(members)
+        if site.key in member.tensors
+    ]
 
-    def layout(place: int) -> tuple[int, type[Stack], Hashable]:
-        index = having[place]
-        member = members[index]
-        kind = stack_class(member.adapter, site, member.tensors[site.key])
+    def layout(place: int) -> Hashable:
+        index, adapter, tensors = having[place]
+        kind, is_dora = _stack_type(site, adapter, tensors)
+        own = DoRAStack.layout(tensors) if is_dora else kind.layout(tensors)
         # neighbours have consecutive indices: their distance to the place is the same
-        return index - place, kind, kind.layout(member.adapter, member.tensors[site.key])
+        return index - place, kind, is_dora, own
 
-    for (_, kind, _), places in groupby(range(len(having)), layout):
-        indices = [having[place] for place in places]
-        own = [(members[index].adapter, members[index].tensors[site.key]) for index in indices]
-        yield Entry(indices[0], indices[-1] + 1, site, kind.of(site, own))
+    for _, places in groupby(range(len(having)), layout):
+        neighbours = [having[place] for place in places]
+        start, stop = neighbours[0][0], neighbours[-1][0] + 1
+        stack = make_stack(site, [(adapter, tensors) for _, adapter, tensors in neighbours])
+        yield Entry(start, stop, site, stack)
 
 
 def _add_deltas(

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole, under their name, or not at all."""
+"""Files and folders that appear complete under their name, or not at all."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ TEMPORARY = ".tmp"  # ends the hidden names of files that are being written
 
 
 class DiskFullError(RuntimeError):
-    """There is no room for a file; what was written before it is whole."""
+    """There is no room for a file; what was written before is complete."""
 
 
 class TargetError(ValueError):
-    """The place to write to is taken; the message says how to go on."""
+    """Something is at the path to write to; the message says how to go on."""
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside `path`, flush to the disk, then rename: no reader ever sees a part of it.
+    """Write beside `path`, flush to the disk, then rename: no reader ever sees a partial file.
 
     Raises DiskFullError.
     """
@@ -51,7 +51,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def delete_temporaries(folder: Path) -> None:
-    """Delete what a killed process was writing into a folder that no other writes into now."""
+    """Delete what a killed process left half written; no other may be writing into `folder` now."""
     for path in folder.glob(f".*{TEMPORARY}"):
         path.unlink(missing_ok=True)
 
@@ -65,14 +65,14 @@ def staged(target: Path, overwrite: bool) -> Iterator[Path]:
     """
     check_free(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
-    room = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:
-        place = room / target.name
-        yield place
-        _flush(place)
-        _replace(target, place, room / "old")
+        new = folder / target.name
+        yield new
+        _flush(new)
+        _replace(target, new, folder / "old")
     finally:
-        shutil.rmtree(room)
+        shutil.rmtree(folder)
 
 
 def check_free(target: Path, overwrite: bool) -> None:
@@ -88,22 +88,22 @@ def _is_ours(folder: Path) -> bool:
     return (folder / "model_index.json").is_file() or not any(folder.iterdir())
 
 
-def _replace(target: Path, place: Path, old: Path) -> None:
-    """A folder can't be replaced in one step: what was there comes back if the second fails."""
+def _replace(target: Path, new: Path, old: Path) -> None:
+    """A folder can't be replaced in one step: the old one comes back if the second step fails."""
     if not target.is_dir():
-        place.replace(target)
+        new.replace(target)
         return
     target.rename(old)
     try:
-        place.rename(target)
+        new.rename(target)
     except OSError:
         old.rename(target)
         raise
 
 
-def _flush(place: Path) -> None:
-    """Readable by all and on the disk, before the rename makes it count."""
-    for path in place.rglob("*") if place.is_dir() else [place]:
+def _flush(new: Path) -> None:
+    """Make it readable by all and flush it to the disk, before it is renamed."""
+    for path in new.rglob("*") if new.is_dir() else [new]:
         if path.is_file():
             path.chmod(0o644)  # safetensors writes for its owner alone
             with path.open("rb") as file:

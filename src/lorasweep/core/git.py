@@ -1,4 +1,4 @@
-"""What git knows of a checkout."""
+"""Asking git about a checkout."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ GIT_SECONDS = 20
 
 
 def git(folder: Path, *arguments: str) -> str | None:
-    """What git says, stripped; None without git, outside of a checkout, or if it takes too long."""
+    """The output of a git command in `folder`, stripped; None if it fails or takes too long."""
     try:
         done = subprocess.run(
             ["git", "-C", str(folder), *arguments],

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first lets the step end and its state be written, the second doesn't."""
+"""Ctrl-C and SIGTERM: the first lets the step end and its state be saved, a second ends at once."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ from typing import Any
 
 
 class Interrupts:
-    """Within, the first of these signals raises KeyboardInterrupt, or does what `softly` says.
+    """In a `with` block, the first of these signals raises KeyboardInterrupt, or within
+    `calling(stop)` calls `stop`. `asked` is true from then on.
 
-    A second one ends the process at once, as kill -9 would, which loses nothing either.
+    A second signal ends the process at once, as kill -9 would; no saved state is lost by that.
+    With `second_ends=False` it does nothing.
     """
 
     def __init__(self, *signals: signal.Signals, second_ends: bool = True) -> None:
         in_main = threading.current_thread() is threading.main_thread()
-        self._signals = signals if in_main else ()  # no other thread may set handlers
+        self._signals = signals if in_main else ()  # other threads may not set handlers
         self._second_ends = second_ends
         self._before: dict[signal.Signals, Any] = {}
-        self._softly: Callable[[], None] | None = None
+        self._stop: Callable[[], None] | None = None
         self.asked = False
 
     def __enter__(self) -> Interrupts:
@@ -39,13 +41,13 @@ class Interrupts:
             signal.signal(one, handler)
 
     @contextmanager
-    def softly(self, stop: Callable[[], None]) -> Iterator[None]:
-        """Within, the signal calls `stop`, which asks for an end and returns."""
-        self._softly = stop
+    def calling(self, stop: Callable[[], None]) -> Iterator[None]:
+        """In this block, the signal calls `stop`, which asks the work to end and returns."""
+        self._stop = stop
         try:
             yield
         finally:
-            self._softly = None
+            self._stop = None
 
     def _handle(self, number: int, _frame: object) -> None:
         if self.asked:
@@ -53,9 +55,9 @@ class Interrupts:
                 os._exit(128 + number)
             return
         self.asked = True
-        if self._softly is None:
+        if self._stop is None:
             raise KeyboardInterrupt
         if self._second_ends:
-            # not by print or logging: the signal may have come in the midst of one
+            # not by print or logging: the signal may have interrupted one of them
             os.write(2, b"\nstopping at the end of this step; once more stops at once\n")
-        self._softly()
+        self._stop()

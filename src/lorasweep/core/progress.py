@@ -1,4 +1,4 @@
-"""What a person sees while it works: log lines, and above them the bars of the packs."""
+"""The terminal while something trains: log lines, and below them a progress bar for each pack."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from rich.progress import (
 
 
 class PrintHandler(logging.Handler):
-    """Prints log lines to the stdout of the moment, which a bar redirects to above itself."""
+    """Prints log lines to the current stdout, which a progress bar redirects to above itself."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
             say(self.format(record))
-        except Exception:  # as logging asks of a handler: no line is worth what trains
+        except Exception:  # as logging asks of a handler: a log line must not end a training
             self.handleError(record)
 
 
 def say(text: str) -> None:
-    """Print a line; nothing more is printed once stdout is closed, as `| head` does.
+    """Print a line. Once stdout is closed, as by `| head`, printing does nothing.
 
-    What trains goes on, and the log file keeps every line.
+    The training goes on, and the log file has every line.
     """
     try:
         print(text, flush=True)
@@ -46,7 +46,7 @@ def say(text: str) -> None:
 
 @dataclass(frozen=True)
 class Tick:
-    """How far a pack is; plain data, so that a worker process can send it."""
+    """How far a pack has come; plain data, so that a worker process can send it."""
 
     description: str
     completed: int
@@ -56,11 +56,11 @@ class Tick:
 
 
 Show = Callable[[Tick], None]
-"""Takes a tick to where a person sees it."""
+"""Shows a tick to the user."""
 
 
 class Screen:
-    """A bar for each pack that trains: epoch, step, loss, speed, time left. Only on a terminal."""
+    """A progress bar for each pack: epoch, step, loss, speed, time left. Only on a terminal."""
 
     def __init__(self) -> None:
         self._progress = Progress(
@@ -88,7 +88,7 @@ class Screen:
         self._progress.stop()
 
     def show(self, tick: Tick, label: str = "") -> None:
-        """Move the bar of the pack that trains on `label`."""
+        """Update the bar of the pack that trains on the device `label`."""
         if label not in self._tasks:
             self._tasks[label] = self._progress.add_task("", total=None, loss="", speed="")
         task = self._tasks[label]
@@ -104,7 +104,7 @@ class Screen:
 
 
 class Bar:
-    """Counts the steps of one pack for its bar, and says so twice a second at most."""
+    """Counts the steps of one pack and shows its tick, at most twice a second."""
 
     def __init__(self, show: Show | None) -> None:
         self._show = show
@@ -112,7 +112,7 @@ class Bar:
         self._shown = 0.0
 
     def epoch(self, number: int, num_epochs: int, steps_per_epoch: int, steps_done: int) -> None:
-        """Begin an epoch, or go on within it; the bar spans all, so its time left is the pack's."""
+        """Begin or resume an epoch; the bar spans all, so its time left is the pack's."""
         completed = (number - 1) * steps_per_epoch + steps_done
         total = num_epochs * steps_per_epoch
         self._tick = Tick(f"epoch {number}/{num_epochs}", completed, total, 0.0, 0)

@@ -32,8 +32,8 @@ class CheckpointError(ValueError):
     """A LoRA file that can't be used; the message says which and why."""
 
 
-class _Lie(ValueError):
-    """What is wrong with a header; `read` adds the file's name."""
+class _BadHeader(ValueError):
+    """A header that can't be right; `read` adds the file's name to the message."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Header:
 
 
 def read(path: Path) -> Header:
-    """The header of a safetensors file of weights. Raises CheckpointError for one that lies."""
+    """The header of a safetensors file of weights. Raises CheckpointError for a bad one."""
     if path.suffix != ".safetensors":
         raise CheckpointError(f"{path}: only .safetensors files are read; convert it first")
     if path.exists() and not path.is_file() and not path.is_dir():
@@ -57,8 +57,8 @@ def read(path: Path) -> Header:
         raise CheckpointError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise CheckpointError(f"{path} is a folder; name the .safetensors file in it") from None
-    except _Lie as lie:
-        raise CheckpointError(f"{path} is not a whole safetensors file: {lie}") from None
+    except _BadHeader as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from None
 
 
 def _text(path: Path) -> tuple[bytes, int]:
@@ -66,22 +66,22 @@ def _text(path: Path) -> tuple[bytes, int]:
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size < 8:
-            raise _Lie(f"it has {size} bytes")
+            raise _BadHeader(f"it has {size} bytes")
         (length,) = struct.unpack("<Q", file.read(8))
         if length > MAX_HEADER or length > size - 8:
-            raise _Lie(f"its header claims {length} bytes, the file has {size}")
+            raise _BadHeader(f"its header claims {length} bytes, the file has {size}")
         return file.read(length), size - 8 - length
 
 
 def _parsed(text: bytes) -> dict[str, Any]:
     try:
         parsed = json.loads(text.decode(), object_pairs_hook=_unique)
-    except _Lie:
+    except _BadHeader:
         raise
     except (ValueError, RecursionError):  # not JSON, not UTF-8, or a number of 5,000 digits
-        raise _Lie("its header is not JSON") from None
+        raise _BadHeader("its header is not JSON") from None
     if not isinstance(parsed, dict):
-        raise _Lie("its header is not a JSON object")
+        raise _BadHeader("its header is not a JSON object")
     return parsed
 
 
@@ -89,7 +89,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
-            raise _Lie(f"its header names {shown(name)} twice")
+            raise _BadHeader(f"its header names {shown(name)} twice")
         found[name] = value
     return found
 
@@ -98,34 +98,36 @@ def _checked(parsed: dict[str, Any], data_size: int) -> Header:
     metadata = parsed.pop("__metadata__", {})
     is_text = isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())
     if not is_text:
-        raise _Lie("its __metadata__ is not of texts")
+        raise _BadHeader("its __metadata__ is not of texts")
     if len(parsed) > MAX_TENSORS:
-        raise _Lie(f"it claims {len(parsed)} tensors; at most {MAX_TENSORS} are read")
+        raise _BadHeader(f"it claims {len(parsed)} tensors; at most {MAX_TENSORS} are read")
     ranges = sorted(_range(name, entry) for name, entry in parsed.items())
     end = 0
     for start, stop, name in ranges:
         if start != end:
-            raise _Lie(f"the data of {shown(name)} overlaps another's or leaves a gap")
+            raise _BadHeader(f"the data of {shown(name)} overlaps another's or leaves a gap")
         end = stop
     if end != data_size:
-        raise _Lie(f"its header claims {end} bytes of data, the file has {data_size}")
+        raise _BadHeader(f"its header claims {end} bytes of data, the file has {data_size}")
     return Header(metadata, {name: tuple(entry["shape"]) for name, entry in parsed.items()})
 
 
 def _range(name: str, entry: Any) -> tuple[int, int, str]:
     """Where a tensor's data starts and stops."""
     if len(name) > MAX_NAME:
-        raise _Lie(f"a tensor's name has {len(name)} characters: {shown(name, 40)}")
+        raise _BadHeader(f"a tensor's name has {len(name)} characters: {shown(name, 40)}")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise _Lie(f"the entry of {shown(name)} has no dtype, shape and data_offsets")
+        raise _BadHeader(f"the entry of {shown(name)} has no dtype, shape and data_offsets")
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not _are_sizes(shape) or len(shape) > MAX_DIMS or not _are_sizes(offsets):
-        raise _Lie(f"shape or offsets of {shown(name)} are not sizes")
+        raise _BadHeader(f"shape or offsets of {shown(name)} are not sizes")
     if len(offsets) != 2:
-        raise _Lie(f"{shown(name)} has {len(offsets)} data_offsets instead of 2")
+        raise _BadHeader(f"{shown(name)} has {len(offsets)} data_offsets instead of 2")
     count = math.prod(shape)
     if offsets[1] - offsets[0] != count * _bytes(name, entry["dtype"], count):
-        raise _Lie(f"{shown(name)} of shape {shown(str(shape))} doesn't fill its data_offsets")
+        raise _BadHeader(
+            f"{shown(name)} of shape {shown(str(shape))} doesn't fill its data_offsets"
+        )
     return offsets[0], offsets[1], name
 
 
@@ -136,8 +138,8 @@ def _are_sizes(values: Any) -> bool:
 def _bytes(name: str, dtype: Any, count: int) -> int:
     """Bytes of a value. Only scalars may be whole numbers; no weight is empty."""
     if count == 0:
-        raise _Lie(f"{shown(name)} holds no values")
+        raise _BadHeader(f"{shown(name)} holds no values")
     known = FLOATS | (INTEGERS if count == 1 else {})
     if not isinstance(dtype, str) or dtype not in known:
-        raise _Lie(f"{shown(name)} is of type {shown(str(dtype))}, which no weights are")
+        raise _BadHeader(f"{shown(name)} is of type {shown(str(dtype))}, which no weights are")
     return known[dtype]

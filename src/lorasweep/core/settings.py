@@ -7,6 +7,7 @@ A component is a frozen dataclass that derives from `Settings`: its fields' type
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
@@ -15,9 +16,11 @@ from typing import Annotated, Any, ClassVar, cast, get_args, get_type_hints
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from lorasweep.core.components import dotted_path
+from lorasweep.core.text import shown
 
 Probability = Annotated[float, Field(ge=0, lt=1)]
 """A share of the time, from 0 up to but not including 1."""
+MAX_NAME = 100  # bytes of a name; file systems allow 255, and numbers and endings are added
 
 
 class SettingsError(ValueError):
@@ -57,6 +60,18 @@ def build_class(cls: type, values: Mapping[str, Any], key: str) -> Any:
         return TypeAdapter(cls).validate_python(dict(values))
     except ValidationError as error:
         raise SettingsError(_explain(error, cls, key)) from None
+
+
+def name_for_files(name: object, key: str) -> str:
+    """The value of `key` as text, if files and folders can be named by it; else SettingsError."""
+    text = str(name)
+    if name is None or not re.fullmatch(r"[\w-]+", text):
+        raise SettingsError(
+            f"{key}={shown(text)}: use letters, digits, - and _ only (it names files)"
+        )
+    if len(text.encode()) > MAX_NAME:
+        raise SettingsError(f"{key}={text[:20]}…: use at most {MAX_NAME} bytes (it names files)")
+    return text
 
 
 def locate(path: str, key: str) -> Any:

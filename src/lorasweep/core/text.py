@@ -1,17 +1,20 @@
-"""Text of other people's files and names, made fit for a terminal, or for Markdown."""
+"""Text from files and names of any origin, made safe to print on a terminal or in Markdown."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+
+MAX_LISTED = 20  # names in one message: enough to act on, and it still fits a screen
 
 
 def harmless(text: str) -> str:
-    """A message of lines, fit for a terminal: no other control characters than their ends."""
+    """A message of several lines, without control characters other than line ends."""
     return "".join(one if one.isprintable() or one == "\n" else "?" for one in text)
 
 
 def shown(text: str, limit: int = 120) -> str:
-    """Text of a file's, fit for a terminal: no control characters, and not too long."""
+    """One line of text, without control characters and cut at `limit` characters."""
     clean = "".join(letter if letter.isprintable() else "?" for letter in text[: limit + 1])
     return clean if len(clean) <= limit else f"{clean[:limit]}…"
 
@@ -19,3 +22,10 @@ def shown(text: str, limit: int = 120) -> str:
 def markdown(text: str) -> str:
     """Text as Markdown that shows it as it is: names of files may be HTML or links."""
     return re.sub(r"[\\`*_\[\]<>#|!&]", lambda found: f"\\{found[0]}", text)
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names for a message: the first of them, and how many more there are."""
+    names = [shown(name, 300) for name in names]
+    rest = len(names) - MAX_LISTED
+    return ", ".join(names[:MAX_LISTED]) + (f" and {rest} more" if rest > 0 else "")

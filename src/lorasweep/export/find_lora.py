@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,16 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasweep import tracking
-from lorasweep.config import config
+from lorasweep.config.build_run import absolute_folder, saved_model
+from lorasweep.config.compose import compose_without_images
+from lorasweep.config.conf_folder import groups
 from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.core.settings import SettingsError, build
 from lorasweep.core.text import shown
-from lorasweep.judging import pick
+from lorasweep.judging.pick_rule import rank, with_finite_score
 from lorasweep.lora_files import checkpoint
 from lorasweep.tracking.store import sqlite_path
 
 if TYPE_CHECKING:
-    from lorasweep.models.base_model import Model
+    from lorasweep.models.load_model import Model
     from lorasweep.tracking import Candidate, Tracking
 
 
@@ -28,7 +29,7 @@ class OriginError(ValueError):
 
 
 @dataclass(frozen=True)
-class Origin:
+class FoundLoRA:
     """A LoRA file with its base model."""
 
     path: Path
@@ -40,14 +41,14 @@ class Origin:
     """Where exports go that are given no place."""
 
 
-def find(word: str, overrides: Sequence[str], config_dir: Path | None = None) -> Origin:
+def find(word: str, overrides: Sequence[str], config_dir: Path | None = None) -> FoundLoRA:
     """The LoRA that `word` means: a .safetensors file, a run's name, or a checkpoint's (RUN-e012).
 
     Of a run it is the checkpoint that `lorasweep pick` would rank first among the run's in its
     newest sweep. The base model is the one that the overrides name (model=…, model.path=…), else
     the one it was trained on. Raises OriginError.
     """
-    cfg = config.compose([*NEEDED, *overrides], config_dir)
+    cfg = compose_without_images(overrides, config_dir)
     lines: list[str] = []
     if word.endswith(".safetensors") or Path(word).is_file():
         path, model = Path(word), None
@@ -63,7 +64,7 @@ def find(word: str, overrides: Sequence[str], config_dir: Path | None = None) ->
             )
         model, where = found
         lines = [*lines, where]
-    return Origin(path, path.stem, model, tuple(lines), Path(cfg.output_root) / "exports")
+    return FoundLoRA(path, path.stem, model, tuple(lines), Path(cfg.output_root) / "exports")
 
 
 def _names_model(overrides: Sequence[str]) -> bool:
@@ -78,7 +79,7 @@ def _names_model(overrides: Sequence[str]) -> bool:
 
 def _of_run(name: str, cfg: Any) -> tuple[Path, Model, list[str]]:
     settings: Tracking = build(cfg.tracking, "tracking")
-    output_root = config.folder(cfg.output_root, "output_root")
+    output_root = absolute_folder(cfg.output_root, "output_root")
     uri = settings.resolve(output_root)
     found = tracking.candidates(uri, settings.experiment)
     wanted = [one for one in found if name in (one.run, one.name)]
@@ -101,12 +102,12 @@ def _of_run(name: str, cfg: Any) -> tuple[Path, Model, list[str]]:
 
 def _best(candidates: Sequence[Candidate], by: str) -> tuple[Candidate, str]:
     """The checkpoint that a person expects of a run, and why it is that."""
-    scored = [one for one in candidates if math.isfinite(one.scores.get(by, math.nan))]
+    scored = with_finite_score(candidates, by)
     if len(candidates) == 1:
         return candidates[0], "its only checkpoint"
     if not scored:
         return candidates[-1], f"its newest, for none has a {by}"
-    best = pick.rank(scored, by)[0]
+    best = rank(scored, by)[0]
     return best, f"the best of its {len(candidates)} by {by} ({best.scores[by]:.4f})"
 
 
@@ -119,11 +120,11 @@ def trained_on(path: Path, cfg: Any) -> tuple[Model, str] | None:
     metadata = checkpoint.read_metadata(path)
     for file in (path.parent / "config.yaml", path.parent / ".hydra" / "config.yaml"):
         if file.is_file():
-            model = config.saved_model(file, trusted=False)
+            model = saved_model(file, trusted=False)
             return model, f"Base model, of {file}: {model.path}"
     named = metadata.get("ss_sd_model_name", "")
-    for option in config.groups()["model"]:
-        model = build(config.compose([*NEEDED, f"model={option}"]).model, "model")
+    for option in groups()["model"]:
+        model = build(compose_without_images([f"model={option}"]).model, "model")
         if named and named in (model.path, Path(model.path).name):
             return model, f"Base model, by its metadata: {model.path} (model={option})"
     return _by_hash(metadata.get("sshs_model_hash"), cfg)
@@ -161,8 +162,4 @@ def _base_of_run(uri: str, candidate: Candidate) -> Model:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.yaml"
         file.write_text(tracking.config_of(uri, candidate))
-        return config.saved_model(file, trusted=True)
-
-
-NEEDED = ["dataset.image_dir=lorasweep"]
-"""What composing the config asks for, though nothing here reads images."""
+        return saved_model(file, trusted=True)

@@ -143,7 +143,7 @@ def _denoise(
     import torch
 
     num_runs, num_prompts = 1 if pack is None else len(pack), len(prompts)
-    scheduler = base.sampler(scheduler_name)
+    scheduler = base.noise_schedule.sampler(scheduler_name)
     scheduler.set_timesteps(prompts[0].num_inference_steps, device=base.device)
     # samplers that add noise draw it from each picture's own stream
     draws = [rng.generator(prompt.seed, "sampler") for _ in range(num_runs) for prompt in prompts]

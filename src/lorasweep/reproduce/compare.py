@@ -1,4 +1,4 @@
-"""A run beside the run it was to be: losses, weights, pictures, scores."""
+"""How far a run is the same as the run that it makes again: losses, weights, pictures, scores."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ Verdict = Literal["bit-equal", "within rounding", "different", "not known"]
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the table."""
+class ComparedRow:
+    """One kind of result of both runs."""
 
     what: str
     verdict: Verdict
@@ -36,7 +36,7 @@ class Row:
 class Comparison:
     """All that was compared."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[ComparedRow, ...]
 
     @property
     def verdict(self) -> Verdict:
@@ -73,19 +73,21 @@ def compare(
     )
 
 
-def _losses(old: Mapping[int, float], new: Mapping[int, float]) -> Row:
+def _losses(old: Mapping[int, float], new: Mapping[int, float]) -> ComparedRow:
     """Step by step, as far as both went; a digest of each series says whether all bits agree."""
     steps = sorted(set(old) & set(new))
     if not steps:
-        return Row("losses", "not known", "no step that both have logged")
-    gaps = [abs(old[step] - new[step]) / max(abs(old[step]), 1e-12) for step in steps]
-    first = next((step for step in steps if not _same(old[step], new[step])), None)
+        return ComparedRow("losses", "not known", "no step that both have logged")
+    gaps = {step: _relative_gap(old[step], new[step]) for step in steps}
+    first = next((step for step in steps if gaps[step] > 0), None)
     digests = [_digest(series[step] for step in steps) for series in (old, new)]
     numbers = {"steps": len(steps), "first": first, "digests": digests}
     if first is None:
-        return Row("losses", "bit-equal", f"{len(steps)} steps, digest {digests[0]}", numbers)
-    largest = max(gaps, key=lambda gap: math.inf if math.isnan(gap) else gap)
-    return Row(
+        return ComparedRow(
+            "losses", "bit-equal", f"{len(steps)} steps, digest {digests[0]}", numbers
+        )
+    largest = max(gaps.values())
+    return ComparedRow(
         "losses",
         _within(largest),
         f"{len(steps)} steps, digests {digests[0]} and {digests[1]}; first differs step {first},"
@@ -94,8 +96,12 @@ def _losses(old: Mapping[int, float], new: Mapping[int, float]) -> Row:
     )
 
 
-def _same(a: float, b: float) -> bool:
-    return a == b or (math.isnan(a) and math.isnan(b))
+def _relative_gap(old: float, new: float) -> float:
+    """0 for two NaN, inf for one."""
+    if old == new or (math.isnan(old) and math.isnan(new)):
+        return 0.0
+    gap = abs(old - new) / max(abs(old), 1e-12)
+    return math.inf if math.isnan(gap) else gap
 
 
 def _digest(values: Iterable[float]) -> str:
@@ -108,48 +114,35 @@ def _weights(
     new: Mapping[int, LoggedCheckpoint],
     file: Path | None,
     until: int | None,
-) -> Row:
+) -> ComparedRow:
     """By their hashes where all were logged; by their numbers where they differ."""
     epochs = [epoch for epoch in sorted(set(old) & set(new)) if until is None or epoch <= until]
     if not epochs:
-        return Row("weights", "not known", "no epoch that both have a checkpoint of")
-    hashes = [(old[epoch].hash, new[epoch].hash) for epoch in epochs]
-    equal = [
-        epoch for epoch, (a, b) in zip(epochs, hashes, strict=True) if a is not None and a == b
-    ]
+        return ComparedRow("weights", "not known", "no epoch that both have a checkpoint of")
+    equal = [e for e in epochs if old[e].hash is not None and old[e].hash == new[e].hash]
     if len(equal) == len(epochs):
-        return Row("weights", "bit-equal", f"{len(epochs)} checkpoints, by their hashes")
-    return _numbers(log, old[epochs[-1]], new[epochs[-1]], file, f"{len(equal)}/{len(epochs)}")
-
-
-def _numbers(
-    log: Log, old: LoggedCheckpoint, new: LoggedCheckpoint, file: Path | None, equal: str
-) -> Row:
-    with log.weights(old) as logged, log.weights(new) as ours:
+        return ComparedRow("weights", "bit-equal", f"{len(epochs)} checkpoints, by their hashes")
+    then, now, share = old[epochs[-1]], new[epochs[-1]], f"{len(equal)}/{len(epochs)} checkpoints"
+    with log.weights(then) as logged, log.weights(now) as ours:
         theirs = file or logged
         if theirs is None or ours is None:
-            return Row("weights", "not known", _without_file(old, new, theirs is None, equal))
+            gone = then if theirs is None else now
+            known = f"by their hashes {share} are bit-equal" if then.hash else "no hash was logged"
+            return ComparedRow(
+                "weights",
+                "not known",
+                f"{known}; {gone.candidate.name}'s file is gone, so how far it differs can't be"
+                " said (tracking.upload=all keeps them)",
+            )
         modules, total = by_module(checkpoint.read(theirs)[0], checkpoint.read(ours)[0])
-    worst = sorted(modules, key=lambda name: -modules[name])[:3]
-    shown = ", ".join(f"{name} {modules[name]:.2g}" for name in worst)
-    known_to_differ = old.hash is not None and old.hash != new.hash
-    verdict: Verdict = _within(total) if total > 0 or known_to_differ else "bit-equal"
-    return Row(
+    most = sorted(modules, key=lambda name: -modules[name])[:3]
+    named = ", ".join(f"{name} {modules[name]:.2g}" for name in most)
+    known_to_differ = then.hash is not None and then.hash != now.hash
+    return ComparedRow(
         "weights",
-        verdict,
-        f"epoch {old.epoch}: {total:.2g} relative, most in {shown}; {equal} checkpoints bit-equal",
+        _within(total) if total > 0 or known_to_differ else "bit-equal",
+        f"epoch {then.epoch}: {total:.2g} relative, most in {named}; {share} bit-equal",
         {"relative": total, "modules": modules},
-    )
-
-
-def _without_file(old: LoggedCheckpoint, new: LoggedCheckpoint, is_old: bool, equal: str) -> str:
-    gone = old if is_old else new
-    known = (
-        f"by their hashes {equal} checkpoints are bit-equal" if old.hash else "no hash was logged"
-    )
-    return (
-        f"{known}; {gone.candidate.name}'s file is gone, so how far it differs can't be said"
-        " (tracking.upload=all keeps them)"
     )
 
 
@@ -178,14 +171,14 @@ def _ratio(gap: float, size: float) -> float:
     return math.sqrt(gap / size) if size > 0 else math.inf
 
 
-def _pictures(log: Log, old: LoggedRun, new: LoggedRun) -> Row:
+def _pictures(log: Log, old: LoggedRun, new: LoggedRun) -> ComparedRow:
     """Pixel by pixel, of 255."""
     import numpy as np
 
     theirs, ours = log.samples(old), log.samples(new)
     both = sorted(set(theirs) & set(ours), key=lambda one: (one[1], one[0]))
     if not both:
-        return Row("pictures", "not known", "none that both have drawn")
+        return ComparedRow("pictures", "not known", "none that both have drawn")
     most, differing, mean = 0.0, 0, 0.0
     for key in both:
         pair = [
@@ -193,15 +186,17 @@ def _pictures(log: Log, old: LoggedRun, new: LoggedRun) -> Row:
             for run, names in ((old, theirs), (new, ours))
         ]
         if pair[0].shape != pair[1].shape:
-            return Row("pictures", "different", f"{key[0]}, epoch {key[1]}: of another size")
+            return ComparedRow(
+                "pictures", "different", f"{key[0]}, epoch {key[1]}: of another size"
+            )
         gap = np.abs(pair[0] - pair[1])
         most, mean = max(most, float(gap.max())), mean + float(gap.mean()) / len(both)
         differing += bool(gap.any())
     numbers = {"pictures": len(both), "differing": differing, "largest": most, "mean": mean}
     if not differing:
-        return Row("pictures", "bit-equal", f"{len(both)} pictures, every pixel", numbers)
+        return ComparedRow("pictures", "bit-equal", f"{len(both)} pictures, every pixel", numbers)
     verdict: Verdict = "within rounding" if most <= 2 else "different"
-    return Row(
+    return ComparedRow(
         "pictures",
         verdict,
         f"{differing} of {len(both)} differ, by at most {most:.0f} of 255, {mean:.2g} on average",
@@ -209,23 +204,22 @@ def _pictures(log: Log, old: LoggedRun, new: LoggedRun) -> Row:
     )
 
 
-def _scores(log: Log, old: LoggedRun, new: LoggedRun) -> Row:
+def _scores(log: Log, old: LoggedRun, new: LoggedRun) -> ComparedRow:
     """Every score of every epoch that both have."""
-    keys = [key for key in log.metrics(old) if not key.startswith("train/")]
     gaps: dict[str, float] = {}
-    for key in keys:
+    for key in [key for key in log.metrics(old) if not key.startswith("train/")]:
         theirs, ours = log.curve(old, key), log.curve(new, key)
-        for epoch in set(theirs) & set(ours):
-            gap = 0.0 if _same(theirs[epoch], ours[epoch]) else abs(theirs[epoch] - ours[epoch])
-            scale = max(abs(theirs[epoch]), 1e-12)
-            gaps[key] = max(gaps.get(key, 0.0), gap / scale)
+        if both := set(theirs) & set(ours):
+            gaps[key] = max(_relative_gap(theirs[epoch], ours[epoch]) for epoch in both)
     if not gaps:
-        return Row("scores", "not known", "none that both have")
+        return ComparedRow("scores", "not known", "none that both have")
     worst = max(gaps, key=lambda key: gaps[key])
-    if gaps[worst] == 0:
-        return Row("scores", "bit-equal", f"{len(gaps)} scores, every epoch", {"relative": gaps})
+    if not gaps[worst]:
+        return ComparedRow(
+            "scores", "bit-equal", f"{len(gaps)} scores, every epoch", {"relative": gaps}
+        )
     detail = f"{len(gaps)} scores; {worst} by {gaps[worst]:.2g} relative"
-    return Row("scores", _within(gaps[worst]), detail, {"relative": gaps})
+    return ComparedRow("scores", _within(gaps[worst]), detail, {"relative": gaps})
 
 
 def _within(relative: float) -> Verdict:

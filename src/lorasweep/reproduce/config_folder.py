@@ -1,37 +1,39 @@
-"""A logged run as a folder of options for `lorasweep train --config-dir`."""
+"""Settings as a folder of options for `lorasweep train --config-dir FOLDER experiment=NAME`."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from lorasweep.reproduce import original_images, recipe
-from lorasweep.reproduce.original_run import Original
-from lorasweep.reproduce.plan import Options, find_images, recipe_of
-from lorasweep.reproduce.recipe import ReproduceError
+from omegaconf import OmegaConf
+
+COMPONENTS = ("model", "dataset", "adapter", "optimizer", "lr_scheduler", "trainer", "sampling")
+"""The groups of which a run has one option each."""
 
 
-def write_config(original: Original, options: Options, folder: Path) -> tuple[Path, list[str]]:
-    """Write a folder for `lorasweep train --config-dir`; its experiment's file, and what to know.
+def write_config_folder(
+    values: Mapping[str, Any], folder: Path, name: str, comment: str = ""
+) -> Path:
+    """Write an option of every group and an experiment that chooses them; the experiment's file.
 
-    Images that can be found are copied into the folder; else the log's path of them stays.
+    Places of a machine and the tracking store, which may hold a password, are left out.
     """
-    recipe.check_places(options.places)
-    settings = recipe_of(original, original.run, options.places, options.overrides)
-    folder.mkdir(parents=True, exist_ok=True)
-    told = original_images.captions(original.manifest, original.text("captions.json"))
-    notes = [f"{key} is not in the log: {value}" for key, value in settings.filled.items()]
-    notes += [f"{key} follows: {value}" for key, value in settings.followed.items()]
-    image_dir, jsonl = folder / "images", folder / "captions.jsonl"
-    try:
-        found = find_images(original, settings, folder / "images")
-        original_images.lay_out(found, told.texts, folder)
-    except ReproduceError as error:
-        notes.append(str(error))
-        image_dir = Path(str(settings.values["dataset"]["image_dir"]))
-        original_images.write_captions(told.texts, jsonl)
-    values = recipe.with_captions(settings.values, image_dir.absolute(), jsonl.absolute())
-    run, is_variation = original.run, bool(options.overrides)
-    name = f"{run.name}-{'variation' if is_variation else 'reproduced'}"
-    what = "A variation" if is_variation else "The settings"
-    of = f"{what} of {run.name} of {run.sweep}, MLflow run {run.run_id}."
-    return recipe.write_config({**values, "name": name}, folder, name, of), notes
+    defaults: list[Any] = []
+    for group in COMPONENTS:
+        _write(folder / group / f"{name}.yaml", dict(values[group]))
+        defaults.append({f"override /{group}": name})
+    for group in ("captions", "metrics"):
+        path = folder / group / f"{name}.yaml"
+        _write(path, dict(values.get(group) or {}), f"# @package {group}\n")
+        defaults.append({f"override /{group}": [name]})
+    rest = {key: values[key] for key in ("name", "seed") if key in values}
+    file = folder / "experiment" / f"{name}.yaml"
+    head = f"# @package _global_\n# {comment}\n" if comment else "# @package _global_\n"
+    _write(file, {"defaults": defaults, **rest}, head)
+    return file
+
+
+def _write(path: Path, content: Mapping[str, Any], head: str = "") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(head + OmegaConf.to_yaml(OmegaConf.create(dict(content))), encoding="utf-8")

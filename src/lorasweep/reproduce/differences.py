@@ -1,21 +1,20 @@
-"""What is not as it was when a run was trained."""
+"""What is not as it was when a run was trained, told before it is trained again."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorasweep.config.config import Run
+from lorasweep.config.run import Run
 from lorasweep.core.settings import SettingsError
+from lorasweep.core.text import listed
 from lorasweep.data.captions import caption_images
 from lorasweep.data.captions.caption_images import Captioner
-from lorasweep.data.dataset import listed
-from lorasweep.models.base_model import resolve_device
-from lorasweep.reproduce.original_images import Captions, Found
+from lorasweep.models.devices import resolve_device
+from lorasweep.reproduce.original_images import CaptionTexts, FoundImages
 from lorasweep.runs import provenance
 
 _NOT_COMPUTING = {"mlflow", "pillow"}  # pictures are compared by their bytes anyway
@@ -30,46 +29,32 @@ class Difference:
     now: str
 
 
-def of_origin(origin: Mapping[str, Any] | None, run: Run) -> list[Difference]:
+def from_origin(origin: Mapping[str, Any] | None, run: Run) -> list[Difference]:
     """Base model, versions, code and device beside those of origin.json."""
     if origin is None:
         unknown = "not logged (an older lorasweep)"
         return [Difference("base model, versions, code, device", unknown, "not compared")]
     return [
-        *_of_model(origin.get("model") or {}, run),
-        *_of_versions(origin.get("versions") or {}),
-        *_of_code(origin.get("code") or []),
-        *_of_device(origin.get("device") or {}, run),
+        *_model(origin.get("model") or {}, run),
+        *_versions(origin.get("versions") or {}),
+        *_code(origin.get("code") or []),
+        *_device(origin.get("device") or {}, run),
     ]
 
 
-def of_settings(filled: Mapping[str, Any]) -> list[Difference]:
-    """Settings that the log lacks."""
-    return [Difference(key, "no such setting yet", str(value)) for key, value in filled.items()]
-
-
-def of_captions(told: Captions, made: Sequence[Difference]) -> list[Difference]:
-    """What `made_again` found, and images in the folders that nobody has logged."""
-    differences = list(made)
-    if told.added:
-        differences.append(
-            Difference(
-                "images", f"put into the folders by hand: {listed(told.added)}", "not logged"
-            )
-        )
-    return differences
-
-
-def made_again(
-    arms: Mapping[str, Captioner], found: Found, told: Captions, cache_dir: Path
-) -> tuple[dict[str, dict[str, str]], list[Difference]]:
-    """The captions that the captioners give today, and where they differ from the log's.
+def recaption(
+    captioners: Mapping[str, Captioner],
+    found: FoundImages,
+    logged: CaptionTexts,
+    cache_dir: Path,
+) -> tuple[CaptionTexts, list[Difference]]:
+    """The captions that the arms' captioners give today, and where they differ from the log's.
 
     An arm that can't be made again keeps the log's.
     """
-    texts = {name: dict(of) for name, of in told.texts.items()}
+    texts = {name: dict(of) for name, of in logged.items()}
     differences = []
-    for arm, captioner in arms.items():
+    for arm, captioner in captioners.items():
         try:
             new = caption_images.caption_images(captioner, found.images, cache_dir, arm=arm)
         except (SettingsError, OSError) as error:
@@ -82,18 +67,17 @@ def made_again(
                 others.append(image.name)
                 texts[image.name][arm] = text
         if others:
-            example = others[0]
             differences.append(
                 Difference(
                     f"captions.{arm}: {len(others)} of {len(new)}",
-                    f"{example}: {told.texts[example][arm]}",
-                    texts[example][arm],
+                    f"{others[0]}: {logged[others[0]][arm]}",
+                    texts[others[0]][arm],
                 )
             )
     return texts, differences
 
 
-def _of_model(then: Mapping[str, Any], run: Run) -> Iterator[Difference]:
+def _model(then: Mapping[str, Any], run: Run) -> Iterator[Difference]:
     now = provenance.identity(run.model, run.cache_dir)
     if now["sha256"] is None:
         yield Difference(
@@ -111,34 +95,32 @@ def _of_model(then: Mapping[str, Any], run: Run) -> Iterator[Difference]:
         )
 
 
-def _of_versions(then: Mapping[str, str]) -> Iterator[Difference]:
+def _versions(then: Mapping[str, str]) -> Iterator[Difference]:
     now = provenance.versions()
     for name in {**then, **now}:
         if then.get(name) != now.get(name) and name not in _NOT_COMPUTING:
             yield Difference(name, then.get(name, "none"), now.get(name, "none"))
 
 
-def _of_code(then: Sequence[Mapping[str, Any]]) -> Iterator[Difference]:
+def _code(then: Sequence[Mapping[str, Any]]) -> Iterator[Difference]:
     """Of this code; of the folder a run was started in only if that is in git both times."""
     before = {one["what"]: one for one in then}
     now = {one["what"]: one for one in provenance.sources()}
     for what in sorted({*before, *now}):
-        is_code, both = what == "lorasweep", what in before and what in now
-        pair = _version(before.get(what)), _version(now.get(what))
-        if (is_code or both) and pair[0] != pair[1]:
+        pair = _commit(before.get(what)), _commit(now.get(what))
+        is_code, in_both = what == "lorasweep", what in before and what in now
+        if (is_code or in_both) and pair[0] != pair[1]:
             yield Difference(f"code ({what})", *pair)
 
 
-def _version(one: Mapping[str, Any] | None) -> str:
-    if one is None:
+def _commit(checkout: Mapping[str, Any] | None) -> str:
+    if checkout is None:
         return "no checkout: installed"
-    commit = str(one["commit"])[:12]
-    return f"commit {commit}" + (
-        f" + uncommitted.diff {one['diff_sha256'][:12]}…" if one["dirty"] else ""
-    )
+    diff = f" + uncommitted.diff {checkout['diff_sha256'][:12]}…" if checkout["dirty"] else ""
+    return f"commit {str(checkout['commit'])[:12]}{diff}"
 
 
-def _of_device(then: Mapping[str, Any], run: Run) -> Iterator[Difference]:
+def _device(then: Mapping[str, Any], run: Run) -> Iterator[Difference]:
     now = provenance.device_of(resolve_device(run.trainer.device))
     for key in {**then, **now}:
         # as many threads as then are used wherever there are as many
@@ -146,11 +128,3 @@ def _of_device(then: Mapping[str, Any], run: Run) -> Iterator[Difference]:
             continue
         if then.get(key) != now.get(key):
             yield Difference(f"device: {key}", str(then.get(key)), str(now.get(key)))
-
-
-def read_origin(text: str | None) -> dict[str, Any] | None:
-    """origin.json of a run, None where none was logged."""
-    if text is None:
-        return None
-    loaded = json.loads(text)
-    return loaded if isinstance(loaded, dict) else None

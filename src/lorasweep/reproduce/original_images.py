@@ -4,94 +4,93 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 from zipfile import BadZipFile, ZipFile
 
 from lorasweep.core.atomic_write import write_atomically
+from lorasweep.core.text import listed
 from lorasweep.data import image_files
-from lorasweep.data.dataset import ImageFile, listed
-from lorasweep.reproduce.recipe import ReproduceError
+from lorasweep.data.dataset import ImageFile
+from lorasweep.reproduce.original_run import ReproduceError
 
 MAX_IMAGE = 1 << 30
 """Bytes of an image in an archive; more is refused unread."""
 
+CaptionTexts = Mapping[str, Mapping[str, str]]
+"""Image by its name in the manifest -> arm -> caption."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class FoundImages:
     """Where the images of a manifest are."""
 
-    by_name: int
-    by_content: int
-    """Under another name."""
-    in_log: int
     images: tuple[ImageFile, ...]
-    """In the manifest's order, each at the place where it was found or put."""
+    """In the manifest's order, each at the path where it was found or put."""
+    how: Mapping[str, int]
+    """How many were found `by name`, `under other names`, `in the log`."""
 
     def __str__(self) -> str:
-        parts = {
-            "by name": self.by_name,
-            "under other names": self.by_content,
-            "in the log": self.in_log,
-        }
-        return ", ".join(f"{number} {how}" for how, number in parts.items() if number)
+        return ", ".join(f"{number} {how}" for how, number in self.how.items())
 
 
 @dataclass(frozen=True, kw_only=True)
-class Captions:
+class LoggedCaptions:
     """The captions that a run was trained on."""
 
-    texts: Mapping[str, Mapping[str, str]]
-    """Image by its name in the manifest -> arm -> caption."""
-    edited: Sequence[str]
+    texts: CaptionTexts
+    edited: Sequence[str] = ()
     """Names of images with a caption that was edited by hand after it was made."""
-    removed: Sequence[str]
+    removed: Sequence[str] = ()
     """Files that were taken out of the folders by hand, as train/1_wd/fox.png."""
-    added: Sequence[str]
+    added: Sequence[str] = ()
     """Files that were put into them by hand; their bytes are not in the log."""
 
 
-def find(manifest: Mapping[str, Any], image_dir: Path, archive: Path | None, spare: Path) -> Found:
+def find_images(
+    manifest: Mapping[str, Any], image_dir: Path, archive: Path | None, spare: Path
+) -> FoundImages:
     """The manifest's images: below `image_dir` by name, else by content, else in the archive.
 
     What comes out of the archive is written below `spare`. Raises ReproduceError that names
     what is missing.
     """
-    wanted: list[dict[str, Any]] = list(manifest["images"])
-    places = {image["file"]: _by_name(image, image_dir) for image in wanted}
-    lacking = [image for image in wanted if places[image["file"]] is None]
-    num_by_name = len(wanted) - len(lacking)
-    by_content = _by_content(image_dir) if lacking else {}
-    for image in lacking:
-        places[image["file"]] = by_content.get(image["sha256"])
-    lacking = [image for image in lacking if places[image["file"]] is None]
-    num_in_log = 0
-    for image in lacking if archive is not None else []:
-        assert archive is not None
-        places[image["file"]] = _from_archive(archive, image, spare)
-        num_in_log += places[image["file"]] is not None
-    if missing := [image for image in wanted if places[image["file"]] is None]:
-        raise ReproduceError(_told(missing, len(wanted), image_dir))
-    return Found(
-        by_name=num_by_name,
-        by_content=len(wanted) - num_by_name - num_in_log,
-        in_log=num_in_log,
-        images=tuple(_image(image, places[image["file"]]) for image in wanted),
-    )
+    found: dict[str, ImageFile] = {}
+    how: Counter[str] = Counter()
+    searches = {
+        "by name": _by_name,
+        "under other names": _by_content,
+        "in the log": lambda wanted, _: _in_archive(wanted, archive, spare),
+    }
+    for search, paths in searches.items():
+        wanted = [image for image in manifest["images"] if image["file"] not in found]
+        for image, path in paths(wanted, image_dir) if wanted else ():
+            size = image["width"], image["height"]
+            found[image["file"]] = ImageFile(path, image["file"], image["sha256"], *size)
+            how[search] += 1
+    if missing := [image for image in manifest["images"] if image["file"] not in found]:
+        names = listed([f"{image['file']} (sha256 {image['sha256'][:12]}…)" for image in missing])
+        raise ReproduceError(
+            f"{len(missing)} of its {len(manifest['images'])} images are not in {image_dir}, under"
+            f" any name: {names}; give the folder that has them as dataset.image_dir=FOLDER. Runs"
+            " trained with dataset.log_images=true keep theirs in MLflow"
+        )
+    return FoundImages(images=tuple(found[one["file"]] for one in manifest["images"]), how=how)
 
 
-def captions(manifest: Mapping[str, Any], used: str | None) -> Captions:
+def logged_captions(manifest: Mapping[str, Any], used: str | None) -> LoggedCaptions:
     """The captions as the trainer read them (`used`, captions.json), edited ones too.
 
     Without `used` (the run was broken off early) they are those that were made.
     """
-    made = {image["file"]: dict(image["captions"]) for image in manifest["images"]}
+    texts = {image["file"]: dict(image["captions"]) for image in manifest["images"]}
     if used is None:
-        return Captions(texts=made, edited=(), removed=(), added=())
+        return LoggedCaptions(texts=texts)
     read: dict[str, dict[str, dict[str, str]]] = json.loads(used)
-    by_place = {
+    written = {
         f"{image['split']}/{arm['repeats']}_{name}/{PurePosixPath(image['copy']).name}": (
             image["file"],
             name,
@@ -102,81 +101,85 @@ def captions(manifest: Mapping[str, Any], used: str | None) -> Captions:
     present = {
         f"{split}/{folder}/{file}": text
         for split, arms in read.items()
-        for folder, texts in arms.items()
-        for file, text in texts.items()
+        for folder, captions in arms.items()
+        for file, text in captions.items()
     }
-    edited = []
-    for place in sorted(set(by_place) & set(present)):
-        file, arm = by_place[place]
-        if made[file][arm] != present[place]:
-            made[file][arm] = present[place]
-            edited.append(file)
-    return Captions(
-        texts=made,
-        edited=tuple(dict.fromkeys(edited)),
-        removed=sorted(set(by_place) - set(present)),
-        added=sorted(set(present) - set(by_place)),
+    edited = {}
+    for copy in sorted(set(written) & set(present)):
+        file, arm = written[copy]
+        if texts[file][arm] != present[copy]:
+            texts[file][arm] = present[copy]
+            edited[file] = True
+    return LoggedCaptions(
+        texts=texts,
+        edited=tuple(edited),
+        removed=sorted(set(written) - set(present)),
+        added=sorted(set(present) - set(written)),
     )
 
 
-def lay_out(
-    found: Found, texts: Mapping[str, Mapping[str, str]], folder: Path
-) -> tuple[Path, Path]:
-    """Copy the images below `folder`/images, by their names; that, and a JSONL of the captions.
+def lay_out(found: FoundImages, folder: Path) -> Path:
+    """Copy the images by their names into `folder`/images, which is returned.
 
     A folder of nothing but a run's images draws the same again.
     """
-    image_dir, jsonl = folder / "images", folder / "captions.jsonl"
+    image_dir = folder / "images"
     for image in found.images:
         path = image_dir / image.name
         path.parent.mkdir(parents=True, exist_ok=True)
         if image.path != path:
             write_atomically(path, image.path.read_bytes())
-    write_captions(texts, jsonl)
-    return image_dir, jsonl
+    return image_dir
 
 
-def write_captions(texts: Mapping[str, Mapping[str, str]], jsonl: Path) -> None:
-    """One line an image, with the caption of each arm under the arm's name."""
+def write_captions(texts: CaptionTexts, folder: Path) -> Path:
+    """Write `folder`/captions.jsonl: a line an image, with each arm's caption under its name."""
+    jsonl = folder / "captions.jsonl"
     lines = (json.dumps({"file": name, **of}, ensure_ascii=False) for name, of in texts.items())
     write_atomically(jsonl, "".join(f"{line}\n" for line in lines).encode())
+    return jsonl
 
 
-def _told(missing: Sequence[Mapping[str, Any]], total: int, image_dir: Path) -> str:
-    names = listed([f"{image['file']} (sha256 {image['sha256'][:12]}…)" for image in missing])
-    return (
-        f"{len(missing)} of its {total} images are not in {image_dir}, under any name: {names};"
-        " give the folder that has them as dataset.image_dir=FOLDER. Runs trained with"
-        " dataset.log_images=true keep theirs in MLflow"
-    )
+def take_out(data: Path, removed: Sequence[str]) -> None:
+    """Delete from kohya's folders what was deleted there by hand before the run was trained."""
+    for file in removed:
+        path = data / file
+        path.unlink(missing_ok=True)
+        for caption in path.parent.glob(f"{path.stem}.*"):
+            caption.unlink()
 
 
-def _by_name(image: Mapping[str, Any], image_dir: Path) -> Path | None:
-    path = image_dir / _safe(image["file"])
-    return path if _hash(path) == image["sha256"] else None
+_Found = Iterator[tuple[Mapping[str, Any], Path]]
 
 
-def _by_content(image_dir: Path) -> dict[str, Path]:
-    """All images below the folder, by the sha256 of their bytes."""
-    files = (
-        path for path in sorted(image_dir.rglob("*")) if path.suffix.lower() in image_files.SUFFIXES
-    )
-    hashes = ((_hash(path), path) for path in files)
-    return {digest: path for digest, path in hashes if digest is not None}
+def _by_name(wanted: Sequence[Mapping[str, Any]], image_dir: Path) -> _Found:
+    for image in wanted:
+        path = image_dir / _safe(image["file"])
+        if _hash(path) == image["sha256"]:
+            yield image, path
 
 
-def _from_archive(archive: Path, image: Mapping[str, Any], spare: Path) -> Path | None:
-    path = spare / _safe(image["file"])
-    try:
-        with ZipFile(archive) as packed:
-            info = packed.getinfo(image["sha256"])
-            data = packed.read(info) if info.file_size <= MAX_IMAGE else b""
-    except (KeyError, BadZipFile, OSError):
-        return None
-    if hashlib.sha256(data).hexdigest() != image["sha256"]:
-        return None
-    write_atomically(path, data)
-    return path
+def _by_content(wanted: Sequence[Mapping[str, Any]], image_dir: Path) -> _Found:
+    files = sorted(image_dir.rglob("*"))
+    hashes = {_hash(one): one for one in files if one.suffix.lower() in image_files.SUFFIXES}
+    for image in wanted:
+        if image["sha256"] in hashes:
+            yield image, hashes[image["sha256"]]
+
+
+def _in_archive(wanted: Sequence[Mapping[str, Any]], archive: Path | None, spare: Path) -> _Found:
+    for image in wanted if archive is not None else ():
+        assert archive is not None
+        path = spare / _safe(image["file"])
+        try:
+            with ZipFile(archive) as packed:
+                info = packed.getinfo(image["sha256"])
+                data = packed.read(info) if info.file_size <= MAX_IMAGE else b""
+        except (KeyError, BadZipFile, OSError):
+            continue
+        if hashlib.sha256(data).hexdigest() == image["sha256"]:
+            write_atomically(path, data)
+            yield image, path
 
 
 def _hash(path: Path) -> str | None:
@@ -192,8 +195,3 @@ def _safe(name: str) -> str:
     if not parts or ".." in parts or PurePosixPath(name).is_absolute():
         raise ReproduceError(f"its manifest names {name!r}, which leads out of the images' folder")
     return name
-
-
-def _image(image: Mapping[str, Any], place: Path | None) -> ImageFile:
-    assert place is not None
-    return ImageFile(place, image["file"], image["sha256"], image["width"], image["height"])

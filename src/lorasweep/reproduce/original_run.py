@@ -1,4 +1,4 @@
-"""Which logged run a word on the command line means: a name, an id of MLflow, or a LoRA file."""
+"""Which logged run a word on the command line means, and what was logged of it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lorasweep.data.dataset import listed
+from lorasweep.core.settings import SettingsError
+from lorasweep.core.text import listed
 from lorasweep.lora_files import checkpoint
-from lorasweep.reproduce.recipe import ReproduceError
+from lorasweep.runs import provenance
 from lorasweep.tracking.history import Log, LoggedRun
 
 
+class ReproduceError(SettingsError):
+    """What keeps a run from being made again; the message names it and the remedy."""
+
+
 @dataclass(frozen=True)
-class Original:
+class OriginalRun:
     """A logged run that is to be made again."""
 
     log: Log
@@ -27,12 +32,12 @@ class Original:
     """The epoch of that file; there is no need to train further."""
 
     def text(self, name: str) -> str | None:
-        """A text among the run's artifacts."""
+        """A text among the run's artifacts, None if it was not logged."""
         return self.log.text(self.run, name)
 
     @cached_property
     def manifest(self) -> Mapping[str, Any]:
-        """What was written and what from. Raises ReproduceError where it wasn't logged."""
+        """Images, arms and captions as they were drawn. Raises ReproduceError if not logged."""
         text = self.text("manifest.json")
         if text is None:
             raise ReproduceError(
@@ -42,6 +47,17 @@ class Original:
         return loaded
 
     @cached_property
+    def origin(self) -> Mapping[str, Any] | None:
+        """Base model, versions, code and device; None where an older lorasweep logged none."""
+        loaded = json.loads(self.text(provenance.ORIGIN) or "null")
+        return loaded if isinstance(loaded, dict) else None
+
+    @cached_property
+    def pack(self) -> Mapping[int, Mapping[str, Any]]:
+        """The runs it trained with, by its epoch, as `provenance.read_pack` gives them."""
+        return provenance.read_pack(self.text(provenance.PACK))
+
+    @cached_property
     def last_epoch(self) -> int:
         """How far it is trained again: as far as it went, or as the file is."""
         if self.until is not None:
@@ -49,31 +65,25 @@ class Original:
         epochs = [*self.log.checkpoints(self.run), 0]
         if not any(epochs) and self.run.status != "FAILED":
             raise ReproduceError(f"{self.run.name} has ended no epoch: there is nothing to compare")
-        return max(epochs) + (self.run.status == "FAILED")  # what broke it comes in the next one
+        return max(epochs) + (self.run.status == "FAILED")  # it failed in the next one
 
 
-def find(word: str, log: Log) -> Original | None:
-    """The run that `word` means; None for a LoRA file that no run of the log has made.
+def find_original(word: str, log: Log) -> OriginalRun | None:
+    """The run of that name, MLflow id or LoRA file; None for a file that no run here has made.
 
+    A file is known by the hash of its data, so that it may be renamed and lack its metadata.
     Raises ReproduceError for a word that means nothing here.
     """
-    if word.endswith(".safetensors") or Path(word).is_file():
-        return _of_file(Path(word), log)
+    path = Path(word)
+    if path.suffix == ".safetensors" or path.is_file():
+        checkpoint.read_metadata(path)  # says what is wrong with a file that is no checkpoint
+        made = log.by_hash(checkpoint.data_hash(path))
+        return None if made is None else OriginalRun(log, made[0], path, made[1].epoch)
     found = log.by_id(word) or next(iter(log.named(word)), None)
     if found is not None:
-        return Original(log, found)
+        return OriginalRun(log, found)
     names = listed(log.names()) or "none yet"
     raise ReproduceError(
         f"{word} is neither a run's name or MLflow's id nor a .safetensors file; runs are: {names}."
         " Runs below another folder are found by output_root=FOLDER"
     )
-
-
-def _of_file(path: Path, log: Log) -> Original | None:
-    """By the hash of the data itself: it tells a renamed file, and one without metadata."""
-    checkpoint.read_metadata(path)  # says what is wrong with a file that is none
-    found = log.by_hash(checkpoint.data_hash(path))
-    if found is None:
-        return None
-    run, one = found
-    return Original(log, run, path, one.epoch)

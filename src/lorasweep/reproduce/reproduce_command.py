@@ -1,20 +1,34 @@
-"""`lorasweep reproduce`, top to bottom."""
+"""`lorasweep reproduce`, top to bottom, and all that it prints."""
 
 from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 
-from lorasweep.reproduce import comparison_table, foreign_file, reproduce_run
-from lorasweep.reproduce.original_run import Original, find
-from lorasweep.reproduce.reproduce_run import Options, ReproduceError
+from lorasweep.core.text import shown
+from lorasweep.reproduce import foreign_lora, reproduce_run
+from lorasweep.reproduce.compare import ROUNDING, Comparison
+from lorasweep.reproduce.original_run import ReproduceError, find_original
+from lorasweep.reproduce.reproduce_run import Options
 from lorasweep.tracking import TrackingError
-from lorasweep.tracking.history import Log
+from lorasweep.tracking.history import Log, LoggedRun
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_COLOURS = {
+    "bit-equal": "green",
+    "within rounding": "green",
+    "different": "red",
+    "not known": "yellow",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,20 +48,26 @@ class Request:
 
 def execute(request: Request, console: Console) -> int:
     """Make the run again, or write its config; 0 unless the verdict is `different` (1)."""
-    original = _find(request)
+    try:
+        original = find_original(request.word, Log(request.uri, request.experiment))
+    except TrackingError:
+        if not Path(request.word).is_file():
+            raise
+        original = None  # nothing is logged here, so the file was made elsewhere
     if original is None:
-        return _of_stranger(request, console)
+        return _reproduce_foreign(request, console)
     name = original.run.name
-    console.print(f"{name} of {original.run.sweep}, MLflow run {original.run.run_id}", markup=False)
+    _say(console, [f"{name} of {original.run.sweep}, MLflow run {original.run.run_id}"])
     if request.as_config is not None:
         file, notes = reproduce_run.write_config(original, request.options, request.as_config)
-        _say_config(console, file, notes, request.as_config)
+        _say(console, notes)
+        _say_config(console, file, request.as_config)
         return 0
     plan = reproduce_run.prepare(original, request.options)
-    for note in plan.notes:
-        console.print(note, markup=False, soft_wrap=True)
+    _say(console, plan.notes)
     if plan.differences:
-        console.print(comparison_table.differences(plan.differences))
+        rows = ((one.what, one.then, one.now) for one in plan.differences)
+        console.print(_table("Not as it was", ("what", "then", "now"), rows))
     else:
         console.print("Everything is as it was.")
     if plan.differences and request.strict:
@@ -57,44 +77,71 @@ def execute(request: Request, console: Console) -> int:
         )
     reproduce_run.train(plan)
     new, result = reproduce_run.judge(plan)
-    console.print(f"MLflow run {new.run_id} ({new.name})", markup=False)
+    _say(console, [f"MLflow run {new.run_id} ({new.name})"])
     if plan.is_variation:
-        console.print(comparison_table.scores_beside(original.log, original.run, new))
+        console.print(_scores_beside(original.log, original.run, new))
         return 0
-    console.print(comparison_table.verdict(result, f"{name}, made again: {result.verdict}"))
+    console.print(_verdict(result, f"{name}, made again: {result.verdict}"))
     return 1 if result.verdict == "different" else 0
 
 
-def _find(request: Request) -> Original | None:
-    try:
-        log = Log(request.uri, request.experiment)
-    except TrackingError:
-        if Path(request.word).is_file():
-            return None  # a file of someone else's, and nothing of ours
-        raise
-    return find(request.word, log)
-
-
-def _of_stranger(request: Request, console: Console) -> int:
-    """The nearest config of a file that no run here has made."""
+def _reproduce_foreign(request: Request, console: Console) -> int:
+    """The nearest config of a LoRA file that no run here has made."""
     path = Path(request.word)
     folder = request.as_config or Path(f"{path.stem}-config")
-    guess = foreign_file.guess(path)
-    file = guess.write(folder, request.options.overrides)
-    console.print(f"No run in this log has made {path}; by what the file says:", markup=False)
-    console.print(foreign_file.table(guess))
-    _say_config(console, file, [], folder, request.options.places or ["dataset.image_dir=FOLDER"])
+    found = foreign_lora.read_settings(path)
+    file = foreign_lora.write_config(found, folder, request.options.overrides)
+    _say(console, [f"No run in this log has made {path}; by what the file says:"])
+    unknown = [(what, "not known", instead) for what, instead in found.unknown]
+    columns = ("setting", "value", "from the file, or instead")
+    console.print(_table(found.name, columns, [*found.rows(), *unknown]))
+    _say_config(console, file, folder, request.options.places or ["dataset.image_dir=FOLDER"])
     return 0
 
 
-def _say_config(
-    console: Console, file: Path, notes: list[str], folder: Path, further: Sequence[str] = ()
-) -> None:
-    for note in notes:
-        console.print(note, markup=False, soft_wrap=True)
+def _say(console: Console, lines: Iterable[str]) -> None:
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def _say_config(console: Console, file: Path, folder: Path, further: Sequence[str] = ()) -> None:
     words = ["--config-dir", str(folder), f"experiment={file.stem}", *further]
-    console.print(
-        f"Written: {file}\nTrain it: lorasweep train {shlex.join(words)}",
-        markup=False,
-        soft_wrap=True,
-    )
+    _say(console, [f"Written: {file}", f"Train it: lorasweep train {shlex.join(words)}"])
+
+
+def _verdict(result: Comparison, title: str) -> Table:
+    """What was compared, and the verdict of all."""
+    rows = ((row.what, row.verdict, row.detail) for row in result.rows)
+    table = _table(title, ("what", "verdict", "how far"), rows)
+    table.caption = f"within rounding: at most {ROUNDING:g} relative; pictures: 2 of 255"
+    return table
+
+
+def _scores_beside(log: Log, old: LoggedRun, new: LoggedRun) -> Table:
+    """The scores of a variation beside its parent's, after their last common epoch."""
+    rows = []
+    for key in log.metrics(old):
+        then, now = log.curve(old, key), log.curve(new, key)
+        both = set(then) & set(now)
+        if both and key.startswith("val/") and not key.endswith(("_lo", "_hi")):
+            last = max(both)
+            rows.append((key, str(last), f"{then[last]:.4f}", f"{now[last]:.4f}"))
+    columns = ("score", "epoch", old.name, new.name)
+    return _table(f"{new.name} beside {old.name}", columns, rows)
+
+
+def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table of texts that may come from a file; verdicts have their colour."""
+    from rich.table import Table
+
+    table = Table(title=escape(shown(title)), title_justify="left")
+    for column in columns:
+        table.add_column(escape(shown(column)), overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell(text) for text in row))
+    return table
+
+
+def _cell(text: str) -> str:
+    plain = escape(shown(text, 200))
+    return f"[{_COLOURS[text]}]{plain}[/{_COLOURS[text]}]" if text in _COLOURS else plain

@@ -1,39 +1,135 @@
 """Make a logged run again from its log alone, and say how far it is the same.
 
-`prepare` finds its settings, images and captions, and tells every difference; `train` makes it
-again; `judge` compares both. `command.py` is the whole way, as the command line takes it.
+`prepare` rebuilds settings, images and captions, and finds what differs; `train` makes the run
+again; `judge` compares both. `write_config` only leaves a folder from which it can be trained.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
-from lorasweep.reproduce import same_pack
+from omegaconf import OmegaConf
+
+from lorasweep.config.build_run import build_run
+from lorasweep.config.run import Run
+from lorasweep.core.settings import build
+from lorasweep.core.text import listed
+from lorasweep.data import dataset, kohya_folders
+from lorasweep.models.devices import resolve_device
+from lorasweep.reproduce import differences, original_images, same_pack
 from lorasweep.reproduce.compare import Comparison, compare
-from lorasweep.reproduce.config_folder import write_config
-from lorasweep.reproduce.original_run import find
-from lorasweep.reproduce.plan import Options, Plan, prepare
-from lorasweep.reproduce.recipe import ReproduceError
-from lorasweep.runs import session as runs
+from lorasweep.reproduce.config_folder import write_config_folder
+from lorasweep.reproduce.differences import Difference
+from lorasweep.reproduce.logged_settings import (
+    LoggedSettings,
+    check_places,
+    rebuild,
+    with_captions,
+)
+from lorasweep.reproduce.original_images import CaptionTexts, FoundImages, LoggedCaptions
+from lorasweep.reproduce.original_run import OriginalRun, ReproduceError
+from lorasweep.reproduce.same_pack import Schedule
+from lorasweep.runs.prepare import write_folders
 from lorasweep.runs.session import RunError
 from lorasweep.tracking.history import Log, LoggedRun
 
-__all__ = [
-    "Options",
-    "Plan",
-    "ReproduceError",
-    "compare",
-    "find",
-    "judge",
-    "prepare",
-    "train",
-    "write_config",
-]
-
+REPRODUCES_TAG = "lorasweep.reproduces"
+PARENT_TAG = "lorasweep.parent"
 VERDICT_TAG = "lorasweep.reproduction"
 REPORT = "reproduction.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a run is to be made again."""
+
+    places: Sequence[str] = ()
+    """Settings of this machine: output_root, dataset.image_dir, model.path …"""
+    overrides: Sequence[str] = ()
+    """What is to be changed: a variation."""
+    same_pack: bool = False
+    recaption: bool = False
+    """Make the captions again, instead of taking the log's."""
+
+    @property
+    def kind(self) -> str:
+        """What the new run's name ends in."""
+        return "variation" if self.overrides else "reproduced"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A run that can be made again, and what will differ."""
+
+    original: OriginalRun
+    schedule: Schedule
+    runs: Mapping[str, Run]
+    """By the name that each has in the log."""
+    captions: LoggedCaptions
+    differences: Sequence[Difference]
+    notes: Sequence[str]
+    is_variation: bool
+    home: Path
+    """Folder of its images, captions and runs."""
+
+    @property
+    def run(self) -> Run:
+        """The run that is made again, as it is here."""
+        return self.runs[self.original.run.name]
+
+
+def prepare(original: OriginalRun, options: Options) -> Plan:
+    """Rebuild settings, images and captions, and find out what differs; nothing is trained.
+
+    Raises ReproduceError, SettingsError or Hydra's errors for what is missing, by name.
+    """
+    check_places(options.places)
+    settings = _settings(original, original.run, options.places, options.overrides)
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
+    root = Path(str(settings.values["output_root"])).expanduser().absolute()
+    home = root / f"{original.run.name}-{options.kind}" / stamp
+    captions = _captions(original)
+    found = _find_images(original, settings, home)
+    notes = [*_notes(original, settings, found, captions)]
+    not_as_then = [
+        Difference(key, "no such setting yet", str(value)) for key, value in settings.filled.items()
+    ]
+    texts = captions.texts
+    if options.recaption:
+        texts, other_captions = _recaption(settings, found, texts)
+        not_as_then += other_captions
+        notes.append("captions: made again")
+    if captions.added:
+        added = f"put into the folders by hand: {listed(captions.added)}"
+        not_as_then.append(Difference("images", added, "not logged"))
+    data = original_images.lay_out(found, home), original_images.write_captions(texts, home)
+    schedule = _schedule(original, options, settings)
+    if options.same_pack:
+        notes += [f"pack: {', '.join(schedule.names)}", *schedule.caveats]
+    runs = {name: _run(original, name, settings, options, home, data) for name in schedule.names}
+    run = runs[original.run.name]
+    _check_pack(run, runs.values())
+    if not options.overrides:
+        _check_draw(run, original.manifest)
+    not_as_then += differences.from_origin(original.origin, run)
+    not_as_then += _differences_of_pack(original, options, schedule)
+    _use_threads(original.origin, run)
+    return Plan(
+        original=original,
+        schedule=schedule,
+        runs=runs,
+        captions=captions,
+        differences=not_as_then,
+        notes=notes,
+        is_variation=bool(options.overrides),
+        home=home,
+    )
 
 
 def train(plan: Plan) -> None:
@@ -41,37 +137,184 @@ def train(plan: Plan) -> None:
 
     Raises RunError where it fails now and had not failed then.
     """
-    data = runs.write_folders(plan.run)
-    _take_out(data, plan.captions.removed)
-    reason = same_pack.play(plan.schedule, plan.runs, plan.original.run.name)
+    original_images.take_out(write_folders(plan.run), plan.captions.removed)
+    reason = same_pack.train(plan.schedule, plan.runs, plan.original.run.name)
     if reason is not None and plan.original.run.status != "FAILED":
         raise RunError(reason)
 
 
 def judge(plan: Plan) -> tuple[LoggedRun, Comparison]:
-    """Compare both, and record the verdict with the new run."""
+    """Compare both, and record the verdict with the new run, which is returned."""
     run = plan.run
-    here = Log(run.tracking.resolve(run.output_root), run.tracking.experiment)
-    new = next(iter(here.named(run.name, run.sweep)), None)
+    log = Log(run.tracking.resolve(run.output_root), run.tracking.experiment)
+    new = next(iter(log.named(run.name, run.sweep)), None)
     if new is None:
         raise ReproduceError(f"{run.name} is trained, but not in MLflow yet: nothing is compared")
     original = plan.original
-    result = compare(here, original.run, new, original.file, original.until)
+    result = compare(log, original.run, new, original.file, original.until)
     report = {
         "original": {"run": original.run.name, "run_id": original.run.run_id},
         "differences": [vars(one) for one in plan.differences],
         **result.as_json(),
     }
-    here.add_text(new, REPORT, json.dumps(report, indent=1))
+    log.add_text(new, REPORT, json.dumps(report, indent=1))
     if not plan.is_variation:
-        here.tag(new, {VERDICT_TAG: result.verdict})
+        log.tag(new, {VERDICT_TAG: result.verdict})
     return new, result
 
 
-def _take_out(data: Path, removed: Sequence[str]) -> None:
-    """Delete from the folders what was deleted there by hand before the run was trained."""
-    for place in removed:
-        path = data / place
-        path.unlink(missing_ok=True)
-        for caption in path.parent.glob(f"{path.stem}.*"):
-            caption.unlink()
+def write_config(original: OriginalRun, options: Options, folder: Path) -> tuple[Path, list[str]]:
+    """Write a folder for `lorasweep train --config-dir`; its experiment's file, and what to know.
+
+    Images that can be found are copied into the folder; else the log's path of them stays.
+    """
+    check_places(options.places)
+    settings = _settings(original, original.run, options.places, options.overrides)
+    folder.mkdir(parents=True, exist_ok=True)
+    notes = [f"{key} is not in the log: {value}" for key, value in settings.filled.items()]
+    notes += _followed(settings)
+    jsonl = original_images.write_captions(_captions(original).texts, folder)
+    try:
+        image_dir = original_images.lay_out(_find_images(original, settings, folder), folder)
+    except ReproduceError as error:
+        notes.append(str(error))
+        image_dir = Path(str(settings.values["dataset"]["image_dir"]))
+    run, name = original.run, f"{original.run.name}-{options.kind}"
+    values = with_captions(settings.values, image_dir.absolute(), jsonl.absolute())
+    values |= {"name": name, "trainer": {**values["trainer"], "device": "auto"}}
+    what = "A variation" if options.overrides else "The settings"
+    comment = f"{what} of {run.name} of {run.sweep}, MLflow run {run.run_id}."
+    return write_config_folder(values, folder, name, comment), notes
+
+
+def _settings(
+    original: OriginalRun, run: LoggedRun, places: Sequence[str], overrides: Sequence[str] = ()
+) -> LoggedSettings:
+    """The settings of a run of the log, as they are trained here."""
+    text = original.log.text(run, "config.yaml")
+    if text is None:
+        raise ReproduceError(
+            f"{run.name}: its config.yaml is not in the log, so it can't be rebuilt"
+        )
+    given = json.loads(original.log.text(run, "overrides.yaml") or "[]")
+    return rebuild(text, places, overrides, given)
+
+
+def _captions(original: OriginalRun) -> LoggedCaptions:
+    return original_images.logged_captions(original.manifest, original.text("captions.json"))
+
+
+def _find_images(original: OriginalRun, settings: LoggedSettings, folder: Path) -> FoundImages:
+    """The run's images, on this machine or out of its log; those are put into `folder`/images."""
+    image_dir = Path(str(settings.values["dataset"]["image_dir"])).expanduser()
+    with original.log.file(original.run, kohya_folders.ORIGINALS) as archive:
+        return original_images.find_images(original.manifest, image_dir, archive, folder / "images")
+
+
+def _recaption(
+    settings: LoggedSettings, found: FoundImages, logged: CaptionTexts
+) -> tuple[CaptionTexts, list[Difference]]:
+    captioners = {
+        arm: build(node, f"captions.{arm}") for arm, node in settings.values["captions"].items()
+    }
+    cache_dir = Path(str(settings.values["cache_dir"])).expanduser()
+    return differences.recaption(captioners, found, logged, cache_dir)
+
+
+def _schedule(original: OriginalRun, options: Options, settings: LoggedSettings) -> Schedule:
+    run, epochs, pack = original.run, original.last_epoch, original.pack
+    if not options.same_pack:
+        planned = int(settings.values["trainer"]["max_train_epochs"])
+        return same_pack.alone(run.name, planned if options.overrides else epochs)
+    if run.status == "FAILED" and epochs not in pack and epochs > 1:
+        epochs -= 1  # the epoch in which it failed was not noted
+    if missing := [epoch for epoch in range(1, epochs + 1) if epoch not in pack]:
+        raise ReproduceError(
+            f"{run.name}: with whom it trained in epoch {missing[0]} is not in the log; leave out"
+            " --same-pack to train it alone"
+        )
+    others = same_pack.companions({epoch: pack[epoch] for epoch in range(1, epochs + 1)}, run.name)
+    gone = [name for name in sorted(others) if not original.log.named(name, run.sweep)]
+    return same_pack.together(pack, run.name, epochs, gone)
+
+
+def _run(
+    original: OriginalRun,
+    name: str,
+    settings: LoggedSettings,
+    options: Options,
+    home: Path,
+    data: tuple[Path, Path],
+) -> Run:
+    """A run of the schedule as it is trained here; companions get the same images and captions."""
+    logged = original.run
+    if name != logged.name:
+        (logged, *_) = original.log.named(name, logged.sweep)
+        settings = _settings(original, logged, options.places)
+    values = {**with_captions(settings.values, *data), "name": f"{name}-{options.kind}"}
+    run = build_run(
+        OmegaConf.create(values),
+        output_dir=home / name,
+        sweep=f"{home.parent.name}-{home.name}",
+    )
+    run.check()
+    tag = PARENT_TAG if options.overrides else REPRODUCES_TAG
+    return replace(run, tags={tag: logged.run_id})
+
+
+def _check_pack(run: Run, runs: Iterable[Run]) -> None:
+    for companion in runs:
+        if not companion.can_share_pack(run):
+            raise ReproduceError(f"{companion.name} can't share a pack with the changed {run.name}")
+
+
+def _check_draw(run: Run, manifest: Mapping[str, Any]) -> None:
+    """The draw from the run's own images must give the split that was logged."""
+    drawn = dataset.select(run.dataset)
+    now = {image.name: ("train", image.sha256) for image in drawn.train}
+    now |= {image.name: ("holdout", image.sha256) for image in drawn.holdout}
+    then = {image["file"]: (image["split"], image["sha256"]) for image in manifest["images"]}
+    if other := sorted(name for name in {*now, *then} if now.get(name) != then.get(name)):
+        raise ReproduceError(
+            f"this lorasweep draws its images otherwise: {listed(other)}; use the version that"
+            " trained it"
+        )
+
+
+def _differences_of_pack(
+    original: OriginalRun, options: Options, schedule: Schedule
+) -> Iterator[Difference]:
+    if options.same_pack:
+        yield from (Difference("pack", "as logged", caveat) for caveat in schedule.caveats)
+    elif others := same_pack.companions(original.pack, original.run.name):
+        yield Difference(
+            "pack",
+            f"trained together with {listed(sorted(others))}",
+            "alone, which may round otherwise (--same-pack)",
+        )
+
+
+def _notes(
+    original: OriginalRun, settings: LoggedSettings, found: FoundImages, captions: LoggedCaptions
+) -> Iterator[str]:
+    yield from _followed(settings)
+    yield f"images: all {len(found.images)} found, {found}"
+    if original.text("captions.json") is None:
+        yield "captions: as they were made; it was broken off before edits were logged"
+    elif captions.edited:
+        yield f"captions: as logged, edited by hand for {listed(captions.edited)}"
+    if captions.removed:
+        yield f"captions: left out as by hand then: {listed(captions.removed)}"
+
+
+def _followed(settings: LoggedSettings) -> list[str]:
+    return [f"{key} follows: {value}" for key, value in settings.followed.items()]
+
+
+def _use_threads(origin: Mapping[str, Any] | None, run: Run) -> None:
+    """Sums are split by threads, so use as many as then; on the CPU only."""
+    import torch
+
+    then = ((origin or {}).get("device") or {}).get("threads")
+    if then and resolve_device(run.trainer.device) == "cpu" and then <= (os.cpu_count() or 1):
+        torch.set_num_threads(int(then))

@@ -1,4 +1,4 @@
-"""Training runs again, in the company they had: who joins and who leaves, epoch by epoch."""
+"""The pack that a run trained in, again: which runs join and which leave, epoch by epoch."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorasweep.config.config import Run
+from lorasweep.config.run import Run
 from lorasweep.core.progress import Screen
-from lorasweep.reproduce.recipe import ReproduceError
+from lorasweep.reproduce.original_run import ReproduceError
 from lorasweep.runs.session import EpochReport, Failure, Session
 
 
 @dataclass(frozen=True)
-class Round:
-    """One epoch of a pack: who joins before it, who has left."""
+class PackEpoch:
+    """One epoch of a pack: the runs that join before it and those that leave."""
 
     joining: Sequence[str]
     leaving: Sequence[str] = ()
@@ -23,22 +23,22 @@ class Round:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The rounds of a run in its pack, up to the run's last epoch."""
+    """The epochs of a run in its pack, up to the run's last one."""
 
-    rounds: Sequence[Round]
+    epochs: Sequence[PackEpoch]
     names: Sequence[str]
-    """Everybody in them, the run first."""
-    caveats: Sequence[str]
-    """What of the company can't be made again, in sentences."""
+    """All runs in them, the run itself first."""
+    caveats: Sequence[str] = ()
+    """What of the pack can't be made again, in sentences."""
 
 
 def alone(name: str, epochs: int) -> Schedule:
     """The run by itself."""
-    return Schedule([Round([name]), *[Round([]) for _ in range(epochs - 1)]], [name], ())
+    return Schedule([PackEpoch([name]), *[PackEpoch([]) for _ in range(epochs - 1)]], [name])
 
 
-def company(pack: Mapping[int, Mapping[str, Any]], name: str) -> set[str]:
-    """Who trained together with the run, at least for an epoch."""
+def companions(pack: Mapping[int, Mapping[str, Any]], name: str) -> set[str]:
+    """The runs that trained together with this one, for at least an epoch."""
     return {
         str(other)
         for of in pack.values()
@@ -59,24 +59,23 @@ def together(
         for member, own in pack[epoch]["members"]:
             begins.setdefault(member, epoch - own + 1)
     earliest = min(begins.values())
-    rounds: list[Round] = []
+    schedule: list[PackEpoch] = []
     before: list[str] = []
     for epoch in range(earliest, epochs + 1):
-        present = _present(pack, begins, epoch, before)
-        present = [member for member in present if member not in gone]
+        present = [one for one in _present(pack, begins, epoch, before) if one not in gone]
         joining = [member for member in present if member not in before]
         leaving = [member for member in before if member not in present]
-        rounds.append(Round(joining, leaving))
+        schedule.append(PackEpoch(joining, leaving))
         before = present
-    names = [name, *sorted(company(pack, name) - set(gone))]
-    return Schedule(rounds, names, _caveats(pack, begins, epochs, gone))
+    names = [name, *sorted(companions(pack, name) - set(gone))]
+    return Schedule(schedule, names, _caveats(pack, begins, epochs, gone))
 
 
 def _present(
     pack: Mapping[int, Mapping[str, Any]], begins: Mapping[str, int], epoch: int, before: list[str]
 ) -> list[str]:
-    """Who begins this epoch, in the pack's order; those that broke off in it too."""
-    if epoch < 1:  # of those that were there first; who left before the run came isn't known
+    """The runs that begin this epoch, in the pack's order; those that failed in it too."""
+    if epoch < 1:  # before the run came: runs that left again before it are not known
         order = [member for member, _ in pack[1]["members"]]
         return [member for member in order if begins[member] <= epoch]
     members = [member for member, _ in pack[epoch]["members"]]
@@ -107,12 +106,12 @@ def _caveats(
     return told
 
 
-def play(schedule: Schedule, runs: Mapping[str, Run], name: str) -> str | None:
-    """Train the rounds, scored and logged as any run; why the run `name` failed, if it did.
+def train(schedule: Schedule, runs: Mapping[str, Run], name: str) -> str | None:
+    """Train the epochs, scored and logged as any run; why the run `name` failed, if it did.
 
-    Companions end with the last round. Raises ReproduceError if the pack doesn't fit here.
+    Companions end with the last epoch. Raises ReproduceError if the pack doesn't fit here.
     """
-    first, *rest = schedule.rounds
+    first, *rest = schedule.epochs
     ahead, reason = deque(rest), None
     joining = [runs[member] for member in first.joining]
     with Screen() as screen, Session(joining[0], show=screen.show) as session:
@@ -129,12 +128,12 @@ def play(schedule: Schedule, runs: Mapping[str, Run], name: str) -> str | None:
                     f"only some of its pack of {len(joining)} fit on {session.device}; without"
                     " --same-pack it is trained alone"
                 )
-            coming = _turn(session, ahead, runs)
+            coming = _change_pack(session, ahead, runs)
     return reason
 
 
-def _turn(session: Session, ahead: deque[Round], runs: Mapping[str, Run]) -> set[str]:
-    """Between two epochs: let go who leaves, take in who joins; those that were taken in."""
+def _change_pack(session: Session, ahead: deque[PackEpoch], runs: Mapping[str, Run]) -> set[str]:
+    """Between two epochs: drop the runs that leave and add those that join; the names of these."""
     if not ahead:
         for member in list(session.names):
             session.drop(member)

@@ -1,4 +1,4 @@
-"""Before a run trains: its images drawn, captioned, written into folders and encoded."""
+"""Before a run trains: its images are drawn, captioned, written into folders and encoded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from lorasweep.config.config import Run
+from lorasweep.config.run import Run
 from lorasweep.data import dataset, kohya_folders, latents
 from lorasweep.data.captions import caption_images
 from lorasweep.judging.metrics.metric import Images
@@ -18,16 +18,16 @@ from lorasweep.models.base_model import BaseModel
 from lorasweep.runs import provenance
 from lorasweep.tracking import NewRun
 from lorasweep.tracking.store import TRIAL_TAG
-from lorasweep.training.trainer import TrainingRun
 
 
 def check_inputs(runs: Iterable[Run]) -> None:
-    """Raise SettingsError for images that can't be used, and for captions that should be there.
+    """Raise SettingsError for images that can't be used and captions that are missing.
 
-    Before a sweep, whose runs would all fail of them. Captions that models make are not made yet.
+    Called before a sweep, all of whose runs would fail by them. Captions that a model writes are
+    not made here.
     """
     runs = list(runs)
-    with _hushed():  # the runs themselves warn
+    with _without_warnings():  # each run gives them
         found = {one: dataset.select(one) for one in dict.fromkeys(run.dataset for run in runs)}
     arms = dict.fromkeys((run.dataset, *arm) for run in runs for arm in run.captions.items())
     for images, arm, captioner in arms:
@@ -38,7 +38,7 @@ def check_inputs(runs: Iterable[Run]) -> None:
 
 
 @contextmanager
-def _hushed() -> Iterator[None]:
+def _without_warnings() -> Iterator[None]:
     logger, was = dataset.logger, dataset.logger.disabled
     logger.disabled = True
     try:
@@ -69,7 +69,7 @@ def write_folders(run: Run) -> Path:
 
 
 def captions_used(run: Run, data: Path) -> str:
-    """The folders' captions as they are now, edited ones too, as JSON: split, folder, file."""
+    """The captions in the folders now, edited ones too, as JSON: split, folder, file."""
     found = {
         split: {
             f"{arm.repeats}_{arm.name}": {item.path.name: item.caption for item in arm.items}
@@ -82,7 +82,7 @@ def captions_used(run: Run, data: Path) -> str:
 
 
 def new_run(run: Run, data: Path, texts: str) -> NewRun:
-    """What MLflow is told of a run when it begins; its captions lie in its folder from then on."""
+    """What MLflow gets of a run when it begins. Also writes captions.json into the run's folder."""
     manifest = data / "manifest.json"
     used = run.output_dir / "captions.json"
     used.parent.mkdir(parents=True, exist_ok=True)
@@ -107,23 +107,8 @@ def new_run(run: Run, data: Path, texts: str) -> NewRun:
     )
 
 
-def training_run(run: Run) -> TrainingRun:
-    """What a trainer is told of a run."""
-    return TrainingRun(
-        name=run.name,
-        seed=run.seed,
-        output_dir=run.output_dir,
-        max_train_epochs=run.trainer.max_train_epochs,
-        noise_offset=run.trainer.noise_offset,
-        min_snr_gamma=run.trainer.min_snr_gamma,
-        adapter=run.adapter,
-        optimizer=run.optimizer,
-        lr_scheduler=run.lr_scheduler,
-    )
-
-
-def images_of(base: BaseModel, run: Run, data: Path) -> Images:
-    """The images of the folders in `data`, encoded."""
+def encoded_images(base: BaseModel, run: Run, data: Path) -> Images:
+    """The latents and captions of the folders in `data`, of training and hold-out set."""
 
     def split(name: str) -> list[latents.Item]:
         folder = data / name

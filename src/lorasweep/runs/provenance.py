@@ -1,4 +1,4 @@
-"""What a run is made with, beside its settings: base model, libraries, code, device.
+"""What a run is trained with beside its settings: base model, libraries, code, device.
 
 It is kept with the run as `origin.json`, so that `lorasweep reproduce` can say what differs.
 """
@@ -19,7 +19,7 @@ from typing import Any
 
 from lorasweep.core.atomic_write import write_atomically
 from lorasweep.core.git import git
-from lorasweep.models.base_model import Model
+from lorasweep.models.load_model import Model
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ _OTHERS = {".json", ".txt", ".model"}  # configs, and a tokenizer's vocabulary
 
 
 def record(folder: Path, model: Model, cache_dir: Path, device: str) -> list[Path]:
-    """Write origin.json, and uncommitted changes of the code if there are any; what was written."""
+    """Write origin.json, and uncommitted.diff if the code has changes; the files written."""
     code = sources()
     content = {
         "versions": versions(),
@@ -92,7 +92,7 @@ def source_tags() -> dict[str, str]:
 
 
 def device_of(device: str) -> dict[str, Any]:
-    """What is known of a device (cpu, cuda:1) that decides how sums are rounded."""
+    """The properties of a device (cpu, cuda:1) that decide how sums are rounded."""
     import torch
 
     found: dict[str, Any] = {"type": torch.device(device).type, "system": sys.platform}
@@ -123,10 +123,10 @@ def _cpu_name() -> str:
 
 @cache
 def sources() -> list[dict[str, Any]]:
-    """The checkouts that a run depends on: of this code, and the folder it was started in.
+    """The git checkouts that a run depends on: of this code, and of the folder it was started in.
 
-    Each has commit, dirty and the diff of what is not committed, of which the sha256 is kept too.
-    An installed package and a folder outside of git are none.
+    Each has commit, dirty, and the diff of uncommitted changes with its sha256. An installed
+    package and a folder outside of git are no checkouts.
     """
     package = Path(__file__).resolve().parent  # any folder of the checkout will do
     code = _checkout(package, tracked=Path(__file__).name)
@@ -155,7 +155,7 @@ def _state(top: Path) -> dict[str, Any]:
 
 
 def identity(model: Model, cache_dir: Path) -> dict[str, Any]:
-    """The base model by content: sha256 of each of its files by name, and of all together.
+    """The base model by its content: sha256 of each file by name, and of all together.
 
     A file is hashed once and found again by path, size and time of change.
     """
@@ -193,7 +193,7 @@ def _files(model: Model) -> dict[str, Path]:
 
 
 def _of_hub(model: Model) -> Path | None:
-    """The copy of a hub's model that was loaded from; it is in the cache by then."""
+    """The hub's copy of the model in the local cache, where it is by now."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -204,7 +204,7 @@ def _of_hub(model: Model) -> Path | None:
 
 
 class _Hashes:
-    """sha256 of large files, kept by path, size and time of change."""
+    """sha256 of large files, cached by path, size and time of change."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -235,9 +235,9 @@ class _Hashes:
 def note_companions(
     folder: Path, name: str, members: Sequence[tuple[str, int]], failed: Iterable[str]
 ) -> Path:
-    """Write to a run's pack.json whom it trained an epoch with; the file.
+    """Add to a run's pack.json the runs that it trained an epoch with; the file.
 
-    `members` are (run, its own epoch) in the pack's order, `failed` those who broke off in it.
+    `members` are (run, its own epoch) in the pack's order, `failed` the runs that failed in it.
     """
     path, epoch = folder / PACK, dict(members)[name]
     epochs = read_pack(path.read_text() if path.is_file() else None)

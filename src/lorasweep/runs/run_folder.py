@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shlex
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from filelock import FileLock, Timeout
 
+from lorasweep.config.settings_digest import settings_digest
 from lorasweep.core.atomic_write import delete_temporaries, write_atomically
-from lorasweep.core.components import first_name
 from lorasweep.core.interrupts import Interrupts
 from lorasweep.core.settings import SettingsError
 from lorasweep.lora_files.checkpoint import checkpoint_path
 from lorasweep.tracking.records import forget_run, read_epoch
-from lorasweep.training import state_files
+from lorasweep.training import saved_states
 
 if TYPE_CHECKING:
-    from lorasweep.config.config import Run
+    from lorasweep.config.run import Run
     from lorasweep.judging.metrics.metric import Scores, Terms
 
 Status = Literal["unfinished", "finished", "failed", "dropped"]
@@ -33,9 +32,6 @@ RECORD, SWEEP_RECORD = "run.json", "sweep.json"
 LOCK, LOCK_SECONDS = ".lock", 5.0
 OLD_SCORES = "scores"  # where an older version kept what checkpoints scored
 MULTIRUN = "multirun.yaml"  # Hydra's, in a multirun's folder
-
-_PLACES = ("output_root", "cache_dir", "tracking.", "launcher.", "pick.")
-_STATES = ("trainer.keep_states", "trainer.save_every_n_steps")
 
 
 class TakenError(SettingsError):
@@ -73,15 +69,15 @@ class RunFolder:
             self._lock.release()
             raise
         if self.ended is not None:
-            state_files.delete(self.path)  # a kill may have come between the record and that
+            saved_states.delete(self.path)  # a kill may have come between the record and that
             return
         if not self.goes_on:
-            state_files.delete(self.path)
+            saved_states.delete(self.path)
             forget_run(self.path)
             for path in (self.path / OLD_SCORES).glob("*.json"):
                 path.unlink()
             self._write("unfinished")
-        for folder in (self.path, state_files.folder_of(self.path), self.path / "samples"):
+        for folder in (self.path, saved_states.folder_of(self.path), self.path / "samples"):
             delete_temporaries(folder)
 
     def _found(self) -> tuple[bool, Status | None]:
@@ -107,7 +103,7 @@ class RunFolder:
     def end(self, status: Status) -> None:
         """The run has come to its end here: no state of it is needed any more."""
         self._write(status)
-        state_files.delete(self.path)
+        saved_states.delete(self.path)
         self.release()
 
     def release(self) -> None:
@@ -242,7 +238,7 @@ class ScoredCheckpoint:
 
 def scored_checkpoints(run: Run) -> Iterator[ScoredCheckpoint]:
     """The checkpoints in the folder of a run that have scores, in their order."""
-    for epoch in range(1, run.trainer.max_train_epochs + 1):
+    for epoch in range(1, run.max_train_epochs + 1):
         known = read_scores(run.output_dir, epoch)
         if known is not None:
             path = checkpoint_path(run.output_dir, run.name, epoch)
@@ -259,7 +255,7 @@ def ended(run: Run) -> Status | None:
         return None
     if record.settings != settings_digest(run.params):
         return None
-    state_files.delete(run.output_dir)
+    saved_states.delete(run.output_dir)
     return record.status
 
 
@@ -320,23 +316,3 @@ def is_unfinished(folder: Path) -> bool:
     """Is there a run in the folder that was begun and hasn't ended?"""
     record = read_record(folder)
     return record is not None and record.status == "unfinished"
-
-
-def changes_nothing(key: str) -> bool:
-    """Does the setting change no result? A run or a sweep goes on with another value of it."""
-    return key.startswith((*_PLACES, *_STATES)) or key.endswith(".device")
-
-
-def settings_digest(params: Mapping[str, Any]) -> str:
-    """A digest of flat settings (`Run.params`), but for places and what doesn't change a result."""
-    counted = {
-        key: first_name(value) if key.endswith("._target_") else value
-        for key, value in params.items()
-        if not changes_nothing(key)
-    }
-    return digest(sorted(counted.items(), key=str))
-
-
-def digest(*values: object) -> str:
-    """sha256 of plain values."""
-    return hashlib.sha256(repr(values).encode()).hexdigest()

@@ -12,26 +12,31 @@ from dataclasses import dataclass
 from itertools import groupby
 from types import TracebackType
 
-from lorasweep.config.config import Run, one_line
+from lorasweep.config.error_messages import one_line
+from lorasweep.config.run import Run
 from lorasweep.core.atomic_write import DiskFullError
+from lorasweep.core.clock import Clock
 from lorasweep.core.interrupts import Interrupts
 from lorasweep.core.progress import Screen, Show
 from lorasweep.core.settings import SettingsError
 from lorasweep.data import kohya_folders
-from lorasweep.judging.judge import Clock, Judge, load_pack
+from lorasweep.judging.judge import Judge, load_pack
 from lorasweep.judging.metrics.metric import Scores, Terms
 from lorasweep.lora_files.checkpoint import Checkpoint, checkpoint_path
-from lorasweep.models.base_model import BaseModel, memory_for, resolve_device
+from lorasweep.models.base_model import BaseModel
+from lorasweep.models.devices import resolve_device
+from lorasweep.models.gpu_memory import memory_for
 from lorasweep.runs import provenance
-from lorasweep.runs.prepare import captions_used, images_of, new_run, training_run, write_folders
+from lorasweep.runs.prepare import captions_used, encoded_images, new_run, write_folders
 from lorasweep.runs.run_folder import RunFolder, TakenError, forget_drop
 from lorasweep.tracking import Tracker, TrackingError
 from lorasweep.tracking.records import InUseError
 from lorasweep.tracking.store import PRUNED_TAG
 from lorasweep.tracking.tracker import RunLog
-from lorasweep.training import state_files
-from lorasweep.training.state_files import State
-from lorasweep.training.trainer import Epoch, Stopped, Training, TrainingData
+from lorasweep.training import saved_states
+from lorasweep.training.native_trainer import NativeTraining
+from lorasweep.training.saved_states import SavedState
+from lorasweep.training.training_run import Stopped, TrainedEpoch, TrainingData
 
 __all__ = [
     "EpochReport",
@@ -44,7 +49,6 @@ __all__ = [
     "captions_used",
     "load_pack",
     "run_pack",
-    "training_run",
     "write_folders",
 ]
 
@@ -216,12 +220,12 @@ class Session:
         if self._judge is None:
             self._prepare()
         trainer = self.first.trainer
-        self._training: Training = trainer.start(self._base, [], self._data, self._show)
+        self._training: NativeTraining = trainer.start(self._base, [], self._data, self._show)
         epochs = iter(self._training)
         while True:
             while started := self._admit():
                 yield started
-            with self.clock("train"), self._interrupts.softly(self._training.stop):
+            with self.clock("train"), self._interrupts.calling(self._training.stop):
                 epoch = next(epochs, None)
             if self._interrupts.asked:
                 raise Stopped("stopped at the end of an epoch")
@@ -258,16 +262,24 @@ class Session:
             self._base = self._load(self.first, self.device)
             # a store that can't be written ends here, before any training
             self._tracker.ready(self.first.output_dir, self.first.sweep)
-            images = images_of(self._base, self.first, self._folder)
+            images = encoded_images(self._base, self.first, self._folder)
             self._data = TrainingData(images.train, self.first.dataset)
-            self._judge = Judge(self._base, self.first, images, self.clock)
+            first = self.first
+            self._judge = Judge(
+                self._base,
+                images,
+                first.metrics.values(),
+                first.sampling,
+                first.dataset.size,
+                self.clock,
+            )
             self._fitting = self._measure()
 
     def _measure(self) -> int | None:
         """Runs that fit into the device's memory; what a step takes grows with K x B."""
 
         def step() -> None:
-            for run in map(training_run, self._waiting):
+            for run in self._waiting:
                 with suppress(ValueError):  # a run that can't start will say so itself
                     self.first.trainer.start(self._base, [run], self._data).probe()
                     return
@@ -283,7 +295,7 @@ class Session:
         coming, self._waiting = self._waiting[:room], self._waiting[len(self._waiting[:room]) :]
         members, reports = self._open(coming)
         begun = {one.run.name: one.run.output_dir for one in members if one.folder.goes_on}
-        found = state_files.together(begun)
+        found = saved_states.together(begun)
         fresh = [one.run.name for one in members if one.run.name not in found]
         if fresh:
             log.info("training %s", ", ".join(fresh))
@@ -326,7 +338,7 @@ class Session:
         dropped = folder.ended == "dropped"
         how = "dropped" if dropped else "trained"
         log.info("%s was %s before, in %s", run.name, how, run.output_dir)
-        epochs = range(1, run.trainer.max_train_epochs + 1)
+        epochs = range(1, run.max_train_epochs + 1)
         found = [self._known(run, epoch, folder.scores(epoch)) for epoch in epochs]
         ended = Finished(run=run.name, dropped=dropped)
         return [
@@ -347,14 +359,14 @@ class Session:
         step = epoch * self._training.steps_per_epoch
         return Checkpoint(path=path, run=run.name, epoch=epoch, step=step)
 
-    def _start(self, member: _Member, state: State | None) -> Started | Failure:
+    def _start(self, member: _Member, state: SavedState | None) -> Started | Failure:
         """Let a run train, from its beginning or from a state."""
         assert self._judge is not None
         run, epochs = member.run, 0 if state is None else state.snapshot.num_epochs
         self._runs[run.name] = member
         try:
-            if epochs < run.trainer.max_train_epochs:
-                self._training.join(training_run(run), state)
+            if epochs < run.max_train_epochs:
+                self._training.join(run, state)
                 self._check_disk(run)
         except ValueError as error:  # this run's settings: the others go on
             self._training.drop(run.name)
@@ -363,7 +375,7 @@ class Session:
             log.info("%s goes on after epoch %d", run.name, epochs)
         self._log_origin(member)
         if 0 not in member.log.logged_epochs:
-            member.log.log_base(*self._judge.base_model(run))
+            member.log.log_base(*self._judge.base_model(run.output_dir, run.name))
         return Started(run=run.name, device=self.device)
 
     def _check_disk(self, run: Run) -> None:
@@ -390,7 +402,7 @@ class Session:
             members = [member for member, state in begun if epoch <= state.snapshot.num_epochs]
             reports += self._again(members, epoch)
         for member, state in begun:
-            if state.snapshot.num_epochs == member.run.trainer.max_train_epochs:
+            if state.snapshot.num_epochs == member.run.max_train_epochs:
                 reports.append(self._finish(member, dropped=False))
         return reports
 
@@ -432,7 +444,7 @@ class Session:
         folder, name = member.run.output_dir, member.run.name
         member.log.log_file(provenance.note_companions(folder, name, pack, failures))
 
-    def _reports(self, epoch: Epoch) -> list[Report]:
+    def _reports(self, epoch: TrainedEpoch) -> list[Report]:
         pack = [(one.run, one.epoch) for one in epoch.checkpoints]
         for name, _ in pack:
             self._note_companions(self._runs[name], pack, epoch.failures)
@@ -445,7 +457,7 @@ class Session:
         reports += self._scored(epoch.checkpoints)
         for one in epoch.checkpoints:
             member = self._runs[one.run]
-            if one.epoch == member.run.trainer.max_train_epochs:
+            if one.epoch == member.run.max_train_epochs:
                 reports.append(self._finish(member, dropped=False))
         return reports
 
@@ -454,8 +466,7 @@ class Session:
         if not checkpoints:
             return []
         assert self._judge is not None
-        runs = {name: member.run for name, member in self._runs.items()}
-        judged = self._judge.checkpoints(checkpoints, runs)
+        judged = self._judge.checkpoints(checkpoints)
         reports: list[Report] = []
         for one, (scored, pictures) in zip(checkpoints, judged, strict=True):
             member = self._runs[one.run]
@@ -470,7 +481,7 @@ class Session:
         assert self._judge is not None
         run, run_log = member.run, member.log
         self._runs.pop(run.name, None)
-        sheet = self._judge.contact_sheet(run)
+        sheet = self._judge.contact_sheet(run.output_dir, run.name)
         if sheet is not None:
             run_log.log_file(sheet)
             log.info("%s: contact sheet %s", run.name, sheet)
@@ -495,7 +506,7 @@ class _Member:
     begun: dict[str, float]
 
 
-_Begun = tuple[_Member, State]
+_Begun = tuple[_Member, SavedState]
 
 
 def load_base(run: Run, device: str) -> BaseModel:

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from lorasweep.config.config import Run
+from lorasweep.config.run import Run
 from lorasweep.core.settings import SettingsError
 from lorasweep.runs.session import Failure, run_pack
 from lorasweep.sweeps import trial_processes

@@ -11,7 +11,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from lorasweep.config.config import Run, build_run, explain, job_identity
+from lorasweep.config.build_run import build_run, job_identity
+from lorasweep.config.error_messages import explain
+from lorasweep.config.run import Run
 from lorasweep.core.settings import SettingsError
 
 

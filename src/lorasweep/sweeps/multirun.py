@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 from pydantic import NonNegativeInt, PositiveInt
 
-from lorasweep.config.config import Run, sweep_digest
+from lorasweep.config.run import Run
+from lorasweep.config.settings_digest import sweep_digest
 from lorasweep.core.settings import Settings, SettingsError
 from lorasweep.runs import run_folder
 from lorasweep.runs.prepare import check_inputs

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lorasweep.config.config import PACKAGE, Run
+from lorasweep.config.conf_folder import PACKAGE
+from lorasweep.config.run import Run
+from lorasweep.config.settings_digest import changes_nothing
 from lorasweep.core.progress import say
 from lorasweep.core.settings import SettingsError
-from lorasweep.runs.run_folder import changes_nothing, stoppable, sweep_name
+from lorasweep.runs.run_folder import stoppable, sweep_name
 from lorasweep.sweeps import sweep_file
 from lorasweep.sweeps.compose_jobs import read_once
 from lorasweep.sweeps.stop_rules import Limits, SweepError
@@ -92,7 +94,7 @@ def open_study(
         found.space,
         sweep_name(folder),
         folder,
-        max_epochs=run.trainer.max_train_epochs,
+        max_epochs=run.max_train_epochs,
         guesses=found.guesses,
         basis={
             "overrides": _basis(found.fixed),

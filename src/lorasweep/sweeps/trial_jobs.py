@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from lorasweep.config import config as configs
-from lorasweep.config.config import Run
+from lorasweep.config.compose import quoted
+from lorasweep.config.run import Run
 from lorasweep.judging.metrics import metric
 from lorasweep.runs.prepare import check_inputs
 from lorasweep.sweeps.compose_jobs import Job, compose_job, save_hydra_files
@@ -58,7 +58,7 @@ class Jobs:
     def overrides(self, trial: Trial) -> list[str]:
         """The overrides of a trial's job, with the study for it to report to."""
         # in hydra's own node, so that it isn't listed among the job's overrides
-        folder = f"++hydra.sweeper.folder={configs.quoted(str(self._folder))}"
+        folder = f"++hydra.sweeper.folder={quoted(str(self._folder))}"
         return [*self._search.fixed, *trial.overrides, folder]
 
     def _composed(self, params: Sequence[str], number: int) -> Job:

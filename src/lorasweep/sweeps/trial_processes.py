@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from lorasweep.config.config import Run
+from lorasweep.config.run import Run
 from lorasweep.core.settings import build
 from lorasweep.runs.session import EpochReport, Failure, Finished, Session
 from lorasweep.sweeps.study.study_settings import StudySettings

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from lorasweep.config import config as configs
-from lorasweep.config.config import Run
+from lorasweep.config.error_messages import one_line
+from lorasweep.config.run import Run
 from lorasweep.core.atomic_write import DiskFullError
 from lorasweep.runs import run_folder
 from lorasweep.runs.session import PassingError, PausingError, UnreadyError
@@ -53,9 +53,9 @@ class Batches:
             try:
                 run = self._runs[trial.number] = self._jobs.run_of(trial)
             except ValueError as error:
-                self._failures.fail(trial, configs.one_line(error) or str(error))
+                self._failures.fail(trial, one_line(error) or str(error))
                 continue
-            trial.plan(run.trainer.max_train_epochs)
+            trial.plan(run.max_train_epochs)
             if run_folder.was_dropped(run):  # a job would train it to its end
                 say_pruned(trial)
                 trial.mark_pruned()
@@ -69,7 +69,7 @@ class Batches:
         try:
             returns = self._launcher.launch(overrides, initial_job_idx=trials[0].number)
         except Exception as error:  # a launcher raises when a worker dies; which one, it can't say
-            if configs.one_line(error) is not None:  # the user's to mend: the trials stay open
+            if one_line(error) is not None:  # the user's to mend: the trials stay open
                 raise
             log.exception("the launcher failed")
             returns = [error] * len(trials)
@@ -133,5 +133,5 @@ def _may_pass(returned: JobReturn | Exception) -> bool:
 def _reason(returned: JobReturn | Exception) -> str | None:
     """Likewise in one line."""
     error = _error(returned)
-    known = configs.one_line(error) if isinstance(error, Exception) else None
+    known = one_line(error) if isinstance(error, Exception) else None
     return known or (f"{type(error).__name__}: {error}" if error is not None else None)

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from lorasweep.config import config as configs
-from lorasweep.config.config import Run
+from lorasweep.config.error_messages import one_line
+from lorasweep.config.run import Run
 from lorasweep.runs.session import EpochReport, Failure, Finished, Report
 from lorasweep.sweeps.stop_rules import Failures, Limits, SweepError
 from lorasweep.sweeps.trial_processes import note, say_pruned
@@ -87,9 +87,9 @@ class Flow:
         try:
             run = self._prepare(trial)
         except ValueError as error:
-            self._failures.fail(trial, configs.one_line(error) or str(error))
+            self._failures.fail(trial, one_line(error) or str(error))
             return True
-        trial.plan(run.trainer.max_train_epochs)
+        trial.plan(run.max_train_epochs)
         log.info("trial %d: %s", trial.number, " ".join(trial.overrides))
         self._held.append((trial, run))
         return True

@@ -14,10 +14,13 @@ from logging.handlers import QueueHandler
 from multiprocessing import parent_process
 from typing import TYPE_CHECKING, Any
 
-from lorasweep.config.config import Run, one_line
+from lorasweep.config.error_messages import one_line
+from lorasweep.config.run import Run
 from lorasweep.core.interrupts import Interrupts
 from lorasweep.core.progress import Tick
-from lorasweep.models.base_model import BaseModel, import_libraries, is_out_of_memory
+from lorasweep.models.base_model import BaseModel
+from lorasweep.models.gpu_memory import is_out_of_memory
+from lorasweep.models.load_model import import_libraries
 from lorasweep.runs.session import Failure, Finished, Report, Session, load_base
 
 if TYPE_CHECKING:

@@ -21,9 +21,9 @@ from pickle import UnpicklingError
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from lorasweep.config.config import Run
+from lorasweep.config.run import Run
 from lorasweep.core.progress import Screen, Tick
-from lorasweep.models.base_model import choose_devices
+from lorasweep.models.devices import choose_devices
 from lorasweep.runs.session import Failure, Finished, Report
 from lorasweep.sweeps.worker_process import Boundary, Orders, Turn, work
 from lorasweep.tracking.tracker import mark_broken

@@ -1,0 +1,28 @@
+"""Training: adapters on a frozen base, from captioned images to one checkpoint a run and epoch.
+
+Runs (`TrainingRun`) and their data come in; each epoch gives the checkpoints of all runs of the
+pack, whose states lie beside them on the disk. Open native_trainer.py first.
+"""
+
+from lorasweep.training.lr_schedulers import LRScheduler
+from lorasweep.training.native_trainer import NativeTrainer, NativeTraining
+from lorasweep.training.optimizers import Optimizer
+from lorasweep.training.training_run import (
+    Stopped,
+    TrainedEpoch,
+    TrainerError,
+    TrainingData,
+    TrainingRun,
+)
+
+__all__ = [
+    "LRScheduler",
+    "NativeTrainer",
+    "NativeTraining",
+    "Optimizer",
+    "Stopped",
+    "TrainedEpoch",
+    "TrainerError",
+    "TrainingData",
+    "TrainingRun",
+]

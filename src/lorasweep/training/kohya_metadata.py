@@ -1,4 +1,7 @@
-"""kohya's metadata of a checkpoint (`ss_*`, modelspec), as sd-scripts writes it."""
+"""kohya's metadata of a checkpoint (`ss_*`, modelspec), as sd-scripts writes it.
+
+Options that we don't have are left out, and the hashes, which the checkpoint's writer adds.
+"""
 
 from __future__ import annotations
 
@@ -8,36 +11,59 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lorasweep import __version__
 from lorasweep.data.latents import Item
+from lorasweep.models.base_model import BaseModel, Precision
 from lorasweep.training.training_batches import steps_per_epoch
-
-if TYPE_CHECKING:
-    from lorasweep.training.native_trainer import NativeTraining
-    from lorasweep.training.run_state import RunState
-    from lorasweep.training.trainer import TrainingRun
+from lorasweep.training.training_run import TrainingData, TrainingRun
+from lorasweep.training.training_state import TrainingState
 
 _PRECISION = {"fp32": "no", "fp16": "fp16", "bf16": "bf16"}
 
 
-def kohya_metadata(training: NativeTraining, state: RunState) -> dict[str, str]:
-    """All entries but the hashes, which the writer adds; options we don't have are left out."""
+def pack_metadata(
+    base: BaseModel,
+    data: TrainingData,
+    *,
+    batch_size: int,
+    gradient_accumulation_steps: int,
+    gradient_checkpointing: bool,
+    precision: Precision,
+) -> dict[str, str]:
+    """The entries that the runs of a pack share, and that stay the same in every epoch."""
+    width, height = data.settings.size
     values = {
-        **_run(training, state),
-        **_data(training),
-        **_network(state.run),
-        **training.base.file_hashes,
+        **_data(data),
+        **base.file_hashes,
+        "ss_num_batches_per_epoch": steps_per_epoch(data.items, batch_size),
+        "ss_batch_size_per_device": batch_size,
+        "ss_total_batch_size": batch_size,
+        "ss_gradient_accumulation_steps": gradient_accumulation_steps,
+        "ss_gradient_checkpointing": gradient_checkpointing,
+        "ss_mixed_precision": _PRECISION[precision],
+        "ss_loss_type": "l2",
+        "ss_clip_skip": base.settings.clip_skip,
+        "ss_v2": False,
+        "ss_base_model_version": base.base_model_version,
+        "ss_sd_model_name": Path(base.settings.path).name,
+        "ss_zero_terminal_snr": bool(base.scheduler_config.get("rescale_betas_zero_snr", False)),
+        "ss_training_comment": None,
+        "lorasweep_version": __version__,
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": base.architecture,
+        "modelspec.implementation": "diffusers",
+        "modelspec.resolution": f"{width}x{height}",
+        "modelspec.prediction_type": {"v_prediction": "v"}.get(base.prediction_type, "epsilon"),
+        "modelspec.encoder_layer": base.settings.clip_skip,
     }
-    return {**_modelspec(training, state), **{key: str(value) for key, value in values.items()}}
+    return {key: str(value) for key, value in values.items()}
 
 
-def _run(training: NativeTraining, state: RunState) -> dict[str, object]:
-    settings, run, base = training.settings, state.run, training.base
-    num_steps = run.max_train_epochs * training.steps_per_epoch
-    optimizer = type(state.optimizer)
-    return {
+def run_metadata(state: TrainingState) -> dict[str, str]:
+    """A run's own entries, as they are now."""
+    run, optimizer = state.run, type(state.optimizer)
+    values = {
         "ss_session_id": state.session_id,
         "ss_training_started_at": state.started,
         "ss_training_finished_at": time.time(),
@@ -47,27 +73,20 @@ def _run(training: NativeTraining, state: RunState) -> dict[str, object]:
         "ss_text_encoder_lr": run.optimizer.text_encoder_lr,
         "ss_optimizer": f"{optimizer.__module__}.{optimizer.__name__}",
         "ss_lr_scheduler": run.lr_scheduler.type,
-        "ss_lr_warmup_steps": run.lr_scheduler.warmup_steps(num_steps),
+        "ss_lr_warmup_steps": run.lr_scheduler.warmup_steps(state.max_train_steps),
         "ss_max_grad_norm": run.optimizer.max_grad_norm,
         "ss_epoch": state.num_epochs,
         "ss_num_epochs": run.max_train_epochs,
         "ss_steps": state.num_steps,
-        "ss_max_train_steps": num_steps,
-        "ss_gradient_accumulation_steps": settings.gradient_accumulation_steps,
-        "ss_gradient_checkpointing": settings.gradient_checkpointing,
-        "ss_mixed_precision": _PRECISION[settings.precision],
+        "ss_max_train_steps": state.max_train_steps,
         "ss_noise_offset": run.noise_offset or None,
         "ss_min_snr_gamma": run.min_snr_gamma,
-        "ss_loss_type": "l2",
         "ss_seed": run.seed,
-        "ss_clip_skip": base.settings.clip_skip,
-        "ss_v2": False,
-        "ss_base_model_version": base.base_model_version,
-        "ss_sd_model_name": Path(base.settings.path).name,
-        "ss_zero_terminal_snr": bool(base.scheduler_config.get("rescale_betas_zero_snr", False)),
-        "ss_training_comment": None,
-        "lorasweep_version": __version__,
+        **_network(run),
+        "modelspec.title": run.name,
+        "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S"),
     }
+    return {key: str(value) for key, value in values.items()}
 
 
 def _network(run: TrainingRun) -> dict[str, str]:
@@ -80,15 +99,12 @@ def _network(run: TrainingRun) -> dict[str, str]:
     return entries
 
 
-def _data(training: NativeTraining) -> dict[str, object]:
-    items, data = training.data.items, training.data.settings
+def _data(training_data: TrainingData) -> dict[str, object]:
+    items, data = training_data.items, training_data.settings
     width, height = data.size
     return {
         "ss_num_train_images": sum(item.repeats for item in items),
         "ss_num_reg_images": 0,
-        "ss_num_batches_per_epoch": steps_per_epoch(items, training.settings.batch_size),
-        "ss_batch_size_per_device": training.settings.batch_size,
-        "ss_total_batch_size": training.settings.batch_size,
         "ss_resolution": f"({width}, {height})",
         "ss_enable_bucket": data.enable_bucket,
         "ss_bucket_no_upscale": data.bucket_no_upscale,
@@ -105,21 +121,6 @@ def _data(training: NativeTraining) -> dict[str, object]:
         "ss_dataset_dirs": json.dumps(_dataset_dirs(items)),
         "ss_reg_dataset_dirs": "{}",
         "ss_tag_frequency": json.dumps(_tag_frequency(items)),
-    }
-
-
-def _modelspec(training: NativeTraining, state: RunState) -> dict[str, str]:
-    width, height = training.data.settings.size
-    prediction = {"v_prediction": "v"}.get(training.base.prediction_type, "epsilon")
-    return {
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": training.base.architecture,
-        "modelspec.implementation": "diffusers",
-        "modelspec.title": state.run.name,
-        "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S"),
-        "modelspec.resolution": f"{width}x{height}",
-        "modelspec.prediction_type": prediction,
-        "modelspec.encoder_layer": str(training.base.settings.clip_skip),
     }
 
 

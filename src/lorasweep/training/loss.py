@@ -1,7 +1,6 @@
-"""The diffusion loss of a pack's micro step, and its gradients.
+"""The loss of a pack's micro step, and its gradients.
 
-Noise prediction as in DDPM (arXiv 2006.11239) or v-prediction (arXiv 2202.00512), averaged over
-channels and pixels, weighted per sample, averaged over each run's own batch.
+The diffusion loss of each sample, weighted, averaged over each run's own batch.
 """
 
 from __future__ import annotations
@@ -12,9 +11,10 @@ from typing import TYPE_CHECKING
 from lorasweep.adapters.pack import Pack
 from lorasweep.core import rng
 from lorasweep.models.base_model import BaseModel
-from lorasweep.training.run_state import RunState
-from lorasweep.training.trainer import TrainingData
+from lorasweep.models.diffusion_loss import squared_errors
 from lorasweep.training.training_batches import Batch, caption_of, captions_vary
+from lorasweep.training.training_run import TrainingData
+from lorasweep.training.training_state import TrainingState
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +28,7 @@ class PackLoss:
         self._embeds: dict[str, Tensor] = {}
 
     def backward(
-        self, pack: Pack, states: Sequence[RunState], batches: Sequence[Batch]
+        self, pack: Pack, states: Sequence[TrainingState], batches: Sequence[Batch]
     ) -> list[float]:
         """Add each run's gradients of its batch, divided by the accumulation steps; its loss."""
         import torch
@@ -38,14 +38,10 @@ class PackLoss:
         noise = torch.cat([noise for noise, _ in draws]).to(latents.device)
         timesteps = torch.cat([timesteps for _, timesteps in draws]).to(latents.device)
         captions = self._captions(states, batches)
-        scheduler = self.base.noise_scheduler
-        noisy_latents = scheduler.add_noise(latents, noise, timesteps)
         with pack.attached(dropout_steps=[state.num_micro_steps for state in states]):
             with self.base.autocast():
                 embeds = self._encode(pack, captions)
-                noise_pred = self.base.predict(noisy_latents, timesteps, embeds)
-            target = self.base.training_target(latents, noise, timesteps)
-            per_sample = (noise_pred.float() - target).square().mean(dim=(1, 2, 3))
+                per_sample = squared_errors(self.base, latents, noise, timesteps, embeds)
             losses = self._weighted(per_sample, timesteps, states)
             shares = losses / self.accumulation
             total = torch.stack(
@@ -57,7 +53,7 @@ class PackLoss:
         values: list[float] = losses.tolist()
         return values
 
-    def _latents(self, state: RunState, batch: Batch) -> Tensor:
+    def _latents(self, state: TrainingState, batch: Batch) -> Tensor:
         import torch
 
         items = [self.data.items[index] for index in batch]
@@ -70,7 +66,7 @@ class PackLoss:
             ]
         )
 
-    def _draw(self, state: RunState, rows: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def _draw(self, state: TrainingState, rows: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Noise (rows, C, h, w) and timesteps (rows,) of this run's micro step, on the CPU."""
         import torch
 
@@ -80,9 +76,11 @@ class PackLoss:
         if state.run.noise_offset > 0:  # kohya: the offset noise is the target too
             noise += state.run.noise_offset * torch.randn(rows, shape[0], 1, 1, generator=draw)
         draw = rng.generator(seed, "timesteps", step)
-        return noise, torch.randint(self.base.num_train_timesteps, (rows,), generator=draw)
+        return noise, torch.randint(
+            self.base.noise_schedule.num_train_timesteps, (rows,), generator=draw
+        )
 
-    def _captions(self, states: Sequence[RunState], batches: Sequence[Batch]) -> list[str]:
+    def _captions(self, states: Sequence[TrainingState], batches: Sequence[Batch]) -> list[str]:
         return [
             caption_of(
                 self.data.items[index],
@@ -111,7 +109,7 @@ class PackLoss:
             return torch.stack([self._embeds[caption] for caption in captions])
 
     def _weighted(
-        self, per_sample: Tensor, timesteps: Tensor, states: Sequence[RunState]
+        self, per_sample: Tensor, timesteps: Tensor, states: Sequence[TrainingState]
     ) -> Tensor:
         """Losses (K,) of per-sample losses (K * rows,)."""
         import torch
@@ -122,7 +120,7 @@ class PackLoss:
             weights = [
                 torch.ones_like(losses[index])
                 if state.run.min_snr_gamma is None
-                else self.base.min_snr_weight(times[index], state.run.min_snr_gamma)
+                else self.base.noise_schedule.min_snr_weight(times[index], state.run.min_snr_gamma)
                 for index, state in enumerate(states)
             ]
             losses = losses * torch.stack(weights)

@@ -9,25 +9,34 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 
 from lorasweep.adapters.pack import Pack
 from lorasweep.core.progress import Bar, Show
 from lorasweep.core.settings import Settings, SettingsError
 from lorasweep.lora_files import checkpoint
 from lorasweep.lora_files.checkpoint import Checkpoint
-from lorasweep.models.base_model import BaseModel, Precision, is_out_of_memory
-from lorasweep.training import state_files as state_files
-from lorasweep.training.kohya_metadata import kohya_metadata
+from lorasweep.models.base_model import BaseModel, Precision, torch_dtype
+from lorasweep.models.gpu_memory import halved, is_out_of_memory
+from lorasweep.training import saved_states
+from lorasweep.training.kohya_metadata import pack_metadata, run_metadata
 from lorasweep.training.loss import PackLoss
-from lorasweep.training.run_state import RunState
-from lorasweep.training.state_files import State
-from lorasweep.training.trainer import Epoch, Stopped, TrainerError, TrainingData, TrainingRun
+from lorasweep.training.saved_states import SavedState
 from lorasweep.training.training_batches import Batch, epoch_batches, steps_per_epoch
+from lorasweep.training.training_pack import TrainingPack
+from lorasweep.training.training_run import (
+    Stopped,
+    TrainedEpoch,
+    TrainerError,
+    TrainingData,
+    TrainingRun,
+)
+from lorasweep.training.training_state import TrainingState
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,16 +51,16 @@ _LEFT = (
 
 @dataclass(frozen=True, kw_only=True)
 class NativeTrainer(Settings):
-    """Settings of the native trainer; conf/trainer/native.yaml says what each does."""
+    """Settings that the runs of a pack share; conf/trainer/native.yaml says what each does.
 
-    max_train_epochs: PositiveInt
+    Those under `trainer` that are a run's own are `training_run.RunTraining`.
+    """
+
     batch_size: PositiveInt
     gradient_accumulation_steps: PositiveInt
     precision: Precision
     save_dtype: Precision
     gradient_checkpointing: bool
-    noise_offset: NonNegativeFloat
-    min_snr_gamma: PositiveFloat | None
     device: str
     save_every_n_steps: PositiveInt | None
     keep_states: NonNegativeInt
@@ -76,36 +85,6 @@ class NativeTrainer(Settings):
         return NativeTraining(self, base, runs, data, show)
 
 
-@dataclass
-class _Members:
-    """Runs that train together."""
-
-    pack: Pack
-    states: list[RunState]
-
-    def bind(self) -> None:
-        """Point each run's parameters and gradients at its part of the stacks."""
-        self.pack.prepare_gradients()
-        for index, state in enumerate(self.states):
-            group = state.run.optimizer.group_of
-            state.bind(self.pack.views(index, group), self.pack.gradients(index, group))
-
-    def select(self, indices: Sequence[int]) -> _Members:
-        """These members alone."""
-        states = [self.states[index] for index in indices]
-        return _Members(self.pack.select(indices), states)
-
-    def joined(self, other: _Members) -> _Members:
-        """These and one more; runs of one kind are neighbours and share a stack."""
-        kind = _kind(other.states[0].run)
-        place = sum(_kind(state.run) <= kind for state in self.states)
-        if place == len(self.states):
-            return _Members(self.pack.joined(other.pack), self.states + other.states)
-        before, after = self.select(range(place)), self.select(range(place, len(self.states)))
-        pack = before.pack.joined(other.pack).joined(after.pack)
-        return _Members(pack, before.states + other.states + after.states)
-
-
 class NativeTraining:
     """A training under way: iterate for its epochs; between two of them runs `join` and `drop`."""
 
@@ -119,16 +98,16 @@ class NativeTraining:
     ) -> None:
         self.settings, self.base, self.data = settings, base, data
         self.max_runs: int | None = None
-        self._bar = Bar(show)
+        """Runs that fitted into memory when more did not."""
         self.steps_per_epoch = steps_per_epoch(
             data.items, settings.batch_size, settings.gradient_accumulation_steps
         )
+        """Optimizer steps of an epoch."""
+        self.pack = TrainingPack(Pack.new(base.parts, []), [])
+        """The runs that train now."""
+        self._waiting: list[TrainingPack] = []
+        self._bar = Bar(show)
         self._loss = PackLoss(base, data, settings.gradient_accumulation_steps)
-        self._members = self._new(sorted(runs, key=_kind))
-        self._members.bind()
-        self._waiting: list[_Members] = []
-        self._joining: list[_Members] = []
-        self._aside: list[_Members] = []  # for the others to end their epoch
         self._stopping = False
         if settings.gradient_checkpointing:
             base.checkpoint_gradients()
@@ -136,182 +115,259 @@ class NativeTraining:
             import torch
 
             torch.use_deterministic_algorithms(settings.deterministic)
+        for run in runs:
+            self.join(run)
+        self._gather()
 
-    def __iter__(self) -> Iterator[Epoch]:
+    def __iter__(self) -> Iterator[TrainedEpoch]:
+        """Train, yielding each epoch once its checkpoints and states are written."""
         while self._gather():
-            epoch = self._epoch_or_split()
+            epoch = self._epoch_or_halve()
             if self._stopping:
                 raise Stopped("stopped at the end of an epoch")
             if epoch is not None:
                 yield epoch
                 self._keep(lambda state: state.num_epochs < state.run.max_train_epochs)
 
-    def join(self, run: TrainingRun, state: State | None = None) -> None:
+    def join(self, run: TrainingRun, saved: SavedState | None = None) -> None:
         """Let `run` train with the others from the next epoch on, from its own first one.
 
-        With a state it goes on where that was written. Raises ValueError where its settings can't
-        be trained on this base; the others go on.
+        With a saved state it goes on where that was written. Raises ValueError where its settings
+        can't be trained on this base; the others go on.
         """
-        new = self._new([run])
-        if state is not None:
-            new.bind()
-            new.states[0].restore(state.snapshot)
-            new.states[0].started = state.started
-        self._joining.append(new)
-
-    def disk_needs(self, run: str) -> int:
-        """About the bytes that a run's checkpoints to come and its states will take."""
-        groups = [self._members, *self._waiting, *self._aside, *self._joining]
-        for members in groups:
-            for index, state in enumerate(members.states):
-                if state.run.name == run:
-                    views = members.pack.views(index).values()
-                    numbers = sum(view.numel() for tensors in views for view in tensors)
-                    return numbers * self._bytes_a_number(state)
-        return 0
-
-    def _bytes_a_number(self, state: RunState) -> int:
-        """On disk, of a trained number: in checkpoints and, with Adam's two moments, in states."""
-        epochs = state.run.max_train_epochs - state.num_epochs
-        num_states = self.settings.keep_states + 1  # the next is written before the oldest goes
-        checkpoints = epochs * self.base.dtype(self.settings.save_dtype).itemsize
-        return checkpoints + (num_states * 3 * 4 if self.settings.keep_states else 0)
-
-    def stop(self) -> None:
-        """Let the present step end; then states are written and Stopped is raised."""
-        self._stopping = True
-
-    def _new(self, runs: Sequence[TrainingRun]) -> _Members:
-        """Runs before their first step; runs of one kind must be neighbours."""
-        pack = Pack.new(
+        optimizer = run.optimizer
+        adapters = Pack.new(
             self.base.parts,
-            [(run.adapter, run.seed, run.optimizer.trained_parts) for run in runs],
-            [run.optimizer.bare_blocks for run in runs],
+            [(run.adapter, run.seed, optimizer.trained_parts)],
+            [optimizer.bare_blocks],
         )
-        states = [
-            RunState(
-                run, pack.views(index, run.optimizer.group_of), self.steps_per_epoch, self.base
-            )
-            for index, run in enumerate(runs)
-        ]
-        return _Members(pack, states)
-
-    def _gather(self) -> bool:
-        """Take in those who join, or the half that waits; is there anyone to train?"""
-        if not self._members.states and self._waiting:
-            self._members = self._waiting.pop()
-            self._members.bind()
-        joining = [*self._aside, *self._joining]
-        if joining:
-            for new in joining:
-                self._members = self._members.joined(new) if self._members.states else new
-            self._joining = []
-            self._set_aside()
-            self._members.bind()
-        return bool(self._members.states)
-
-    def _set_aside(self) -> None:
-        """Let those who go on within an epoch end it first: all must meet equal batches."""
-        done = [state.num_batches for state in self._members.states]
-        behind = [index for index, number in enumerate(done) if number < max(done)]
-        self._aside = [self._members.select([index]) for index in behind]
-        if behind:
-            ahead = [index for index in range(len(done)) if index not in behind]
-            self._members = self._members.select(ahead)
-
-    def probe(self) -> None:
-        """Compute the largest batch once, forward and backward: what a step needs of memory."""
-        members, items = self._members, self.data.items
-        batches = [self._batches(state) for state in members.states]
-        sizes = [sum(items[index].latents.numel() for index in batch) for batch in batches[0]]
-        largest = sizes.index(max(sizes))
-        self._loss.backward(members.pack, members.states, [cut[largest] for cut in batches])
+        views = adapters.views(0, optimizer.group_of)
+        state = TrainingState(run, views, self.steps_per_epoch, self.base)
+        if saved is not None:
+            state.restore(saved.snapshot)
+            state.started = saved.started
+        self._waiting.append(TrainingPack(adapters, [state]))
 
     def drop(self, run: str) -> None:
         """Stop training `run`; the others go on. Its checkpoints stand."""
         self._keep(lambda state: state.run.name != run)
-        for place, members in enumerate(self._waiting):
-            others = [i for i, state in enumerate(members.states) if state.run.name != run]
-            self._waiting[place] = members.select(others)
-        self._waiting = [members for members in self._waiting if members.states]
-        self._joining = [new for new in self._joining if new.states[0].run.name != run]
-        self._aside = [new for new in self._aside if new.states[0].run.name != run]
 
-    def _epoch_or_split(self) -> Epoch | None:
+    def stop(self) -> None:
+        """Let the present step end; then states are written and Stopped is raised.
+
+        May be called from a signal's handler.
+        """
+        self._stopping = True
+
+    def disk_needs(self, run: str) -> int:
+        """About the bytes that a run's checkpoints to come and its states will take."""
+        for pack in (self.pack, *self._waiting):
+            for index, state in enumerate(pack.states):
+                if state.run.name == run:
+                    views = pack.adapters.views(index).values()
+                    numbers = sum(view.numel() for tensors in views for view in tensors)
+                    return numbers * self._bytes_a_number(state)
+        return 0
+
+    def _bytes_a_number(self, state: TrainingState) -> int:
+        """On disk, of a trained number: in checkpoints and, with Adam's two moments, in states."""
+        epochs = state.run.max_train_epochs - state.num_epochs
+        num_states = self.settings.keep_states + 1  # the next is written before the oldest goes
+        checkpoints = epochs * torch_dtype(self.settings.save_dtype).itemsize
+        return checkpoints + (num_states * 3 * 4 if self.settings.keep_states else 0)
+
+    def probe(self) -> None:
+        """Compute the largest batch once, forward and backward: what a step needs of memory."""
+        items, states = self.data.items, self.pack.states
+        batches = [self.batches(state) for state in states]
+        sizes = [sum(items[index].latents.numel() for index in batch) for batch in batches[0]]
+        largest = sizes.index(max(sizes))
+        self._loss.backward(self.pack.adapters, states, [cut[largest] for cut in batches])
+
+    def _gather(self) -> bool:
+        """Let those who wait into the pack, as far as they fit; is there anyone to train?"""
+        if not self._waiting:
+            return bool(self.pack.states)
+        joining: list[TrainingPack] = []
+        staying: list[TrainingPack] = []
+        num_runs = len(self.pack.states)
+        for pack in self._waiting:
+            together = num_runs + len(pack.states)
+            fits = not num_runs or self.max_runs is None or together <= self.max_runs
+            num_runs = together if fits else num_runs
+            (joining if fits else staying).append(pack)
+        everyone = self.pack.joined(joining)
+        # those who go on within an epoch end it first: all must meet equal batches
+        furthest = max((state.num_batches for state in everyone.states), default=0)
+        self.pack = everyone.only(lambda state: state.num_batches == furthest)
+        behind = everyone.only(lambda state: state.num_batches < furthest)
+        self._waiting = [pack for pack in (behind, *staying) if pack.states]
+        self.pack.bind()
+        return bool(self.pack.states)
+
+    def _keep(self, wanted: Callable[[TrainingState], bool]) -> None:
+        """Go on with these runs alone."""
+        kept = self.pack.only(wanted)
+        if kept is not self.pack:
+            self.pack = kept
+            kept.bind()
+        waiting = [pack.only(wanted) for pack in self._waiting]
+        self._waiting = [pack for pack in waiting if pack.states]
+
+    def _epoch_or_halve(self) -> TrainedEpoch | None:
         """One epoch; when memory runs out None, with the pack halved and back at its start."""
-        before = self._members
-        can_split = len(before.states) > 1
-        snapshots = [state.snapshot() for state in before.states if can_split]
+        pack, states = self.pack, self.pack.states
+        can_halve = len(states) > 1
+        snapshots = [state.snapshot() for state in states if can_halve]
         try:
             return self._epoch()
         except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            if not can_split:
-                return self._no_memory(before.states[0].run)
-        log.warning("out of memory with %d runs: they go on as two packs", len(before.states))
-        before.bind()
-        for state, snapshot in zip(before.states, snapshots, strict=True):
+            if is_out_of_memory(error) and not can_halve:
+                return self._too_large_alone(states[0].run)
+            first, second = halved(range(len(states)), error)
+        log.warning("out of memory with %d runs: they go on as two packs", len(states))
+        pack.bind()
+        for state, snapshot in zip(states, snapshots, strict=True):
             state.restore(snapshot)
-        middle = len(before.states) // 2
-        self.max_runs = len(before.states) - middle
-        self._waiting.append(before.select(range(middle, len(before.states))))
-        self._members = before.select(range(middle))
-        self._members.bind()
+        self.max_runs = len(second)
+        self._waiting.insert(0, pack.select(second))
+        self.pack = pack.select(first)
+        self.pack.bind()
         return None
 
-    def _no_memory(self, run: TrainingRun) -> Epoch:
+    def _too_large_alone(self, run: TrainingRun) -> TrainedEpoch:
         """What becomes of a run that doesn't fit alone; if there are others, they go on."""
         reason = (
             f"{run.name}: out of memory even alone; try trainer.batch_size below"
             f" {self.settings.batch_size}, trainer.gradient_checkpointing=true,"
             " trainer.precision=bf16 or a smaller dataset.resolution"
         )
-        if not (self._waiting or self._aside or self._joining):
+        if not self._waiting:
             raise TrainerError(reason)
-        self._keep(lambda _: False)
-        return Epoch(checkpoints=[], steps={}, failures={run.name: reason})
+        self.drop(run.name)
+        return TrainedEpoch(checkpoints=[], steps={}, failures={run.name: reason})
 
-    def _epoch(self) -> Epoch:
-        begun = self._members.states
-        batches = {state.run.name: self._batches(state) for state in begun}
+    def _epoch(self) -> TrainedEpoch:
+        begun = self.pack.states
+        batches = {state.run.name: self.batches(state) for state in begun}
         failures: dict[str, str] = {}
         done, num_batches = begun[0].num_batches, len(batches[begun[0].run.name])
         size = self.settings.gradient_accumulation_steps
         self._begin_epoch(begun, done // size)
         for first in range(done, num_batches, size):
             micro_steps = range(first, min(first + size, num_batches))
-            states = self._members.states
+            states = self.pack.states
             group = [[batches[state.run.name][i] for state in states] for i in micro_steps]
-            records = self._step(group)
+            records = self.step(group)
             for state, record in zip(states, records, strict=True):
                 state.num_batches = micro_steps.stop
                 state.records.append((state.num_steps, record))
                 if not state.is_finite:
                     seen = [batches[state.run.name][i] for i in micro_steps]
-                    failures[state.run.name] = self._failure(state, record, seen)
+                    failures[state.run.name] = self._not_finite(state, record, seen)
             self._bar.step([record["train/loss"] for record in records])
             if failures:
                 self._keep(lambda state: state.is_finite)
-            if not self._members.states:
+            if not self.pack.states:
                 break
             if micro_steps.stop < num_batches:
                 self._save_within(micro_steps.stop // size)
-        for state in self._members.states:
+        for state in self.pack.states:
             state.num_epochs, state.num_batches = state.num_epochs + 1, 0
-        failures.update(self._drop_overflown())
-        checkpoints = [self._write(index) for index in range(len(self._members.states))]
+        checkpoints, overflown = self._write_checkpoints()
+        self._keep(lambda state: state.is_finite)
         self._save()
         steps = {state.run.name: tuple(state.records) for state in begun}
-        return Epoch(checkpoints=checkpoints, steps=steps, failures=failures)
+        failures.update(overflown)
+        return TrainedEpoch(checkpoints=checkpoints, steps=steps, failures=failures)
 
-    def _begin_epoch(self, states: Sequence[RunState], steps_done: int) -> None:
+    def _begin_epoch(self, states: Sequence[TrainingState], steps_done: int) -> None:
         for state in states:
             if state.num_batches == 0:
                 state.records = []
         longest = max(states, key=lambda state: state.run.max_train_epochs)
         self._bar.epoch(
             longest.num_epochs + 1, longest.run.max_train_epochs, self.steps_per_epoch, steps_done
+        )
+
+    def batches(self, state: TrainingState) -> list[Batch]:
+        """The batches of the epoch that a run is in."""
+        return epoch_batches(
+            self.data.items,
+            self.settings.batch_size,
+            run_seed=state.run.seed,
+            data_seed=self.data.settings.seed,
+            epoch=state.num_epochs + 1,
+        )
+
+    def step(self, micro_batches: Sequence[Sequence[Batch]]) -> list[dict[str, float]]:
+        """One optimizer step of every run from its batches; what is to be logged, by run."""
+        begun = time.perf_counter()
+        adapters, states = self.pack.adapters, self.pack.states
+        losses = [0.0] * len(states)
+        for batches in micro_batches:
+            values = self._loss.backward(adapters, states, batches)
+            shares = [value / len(micro_batches) for value in values]
+            losses = [total + share for total, share in zip(losses, shares, strict=True)]
+        records = []
+        for index, state in enumerate(states):
+            rates = state.rates()
+            norm = state.step(losses[index])
+            records.append({"train/loss": losses[index], "train/grad_norm": norm, **rates})
+            if state.is_finite and state.run.adapter.scale_weight_norms is not None:
+                adapters.limit_norm(index, state.run.adapter.scale_weight_norms)
+        adapters.zero_gradients()
+        speed = 1 / (time.perf_counter() - begun)
+        return [{**record, "train/it_per_s": speed} for record in records]
+
+    def _not_finite(
+        self, state: TrainingState, record: Mapping[str, float], seen: Sequence[Batch]
+    ) -> str:
+        images = sorted({self.data.items[index].path.name for batch in seen for index in batch})
+        return (
+            f"{state.run.name}: loss {record['train/loss']:g} with gradient norm"
+            f" {record['train/grad_norm']:g} in epoch {state.num_epochs + 1}, step"
+            f" {state.num_steps}, on {', '.join(images)}; {_LEFT}"
+        )
+
+    def _write_checkpoints(self) -> tuple[list[Checkpoint], dict[str, str]]:
+        """The file of each run; and, by run, why there is none where no file holds its weights."""
+        written: list[Checkpoint] = []
+        overflown: dict[str, str] = {}
+        for index, state in enumerate(self.pack.states):
+            run, epoch = state.run, state.num_epochs
+            tensors = self._file_tensors(index)
+            state.is_finite = all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+            if not state.is_finite:
+                overflown[run.name] = (
+                    f"{run.name}: weights beyond {self.settings.save_dtype} after epoch {epoch};"
+                    f" {_LEFT}"
+                )
+                continue
+            path = checkpoint.checkpoint_path(run.output_dir, run.name, epoch)
+            on_cpu = {name: tensor.cpu() for name, tensor in tensors.items()}
+            checkpoint.write(path, on_cpu, {**self._metadata, **run_metadata(state)})
+            written.append(Checkpoint(path=path, run=run.name, epoch=epoch, step=state.num_steps))
+        return written, overflown
+
+    def _file_tensors(self, index: int) -> dict[str, Tensor]:
+        """DoRA's magnitudes stay fp32: as large as the base's norms, they'd round the change."""
+        dtype = torch_dtype(self.settings.save_dtype)
+        tensors = self.pack.adapters.file_tensors(index)
+        return {
+            name: tensor if name.endswith(".dora_scale") else tensor.to(dtype)
+            for name, tensor in tensors.items()
+        }
+
+    @cached_property
+    def _metadata(self) -> Mapping[str, str]:
+        return pack_metadata(
+            self.base,
+            self.data,
+            batch_size=self.settings.batch_size,
+            gradient_accumulation_steps=self.settings.gradient_accumulation_steps,
+            gradient_checkpointing=self.settings.gradient_checkpointing,
+            precision=self.settings.precision,
         )
 
     def _save_within(self, steps_done: int) -> None:
@@ -324,92 +380,14 @@ class NativeTraining:
 
     def _save(self) -> None:
         """Write the states of this moment; only then are the oldest deleted."""
-        members, number = self._members.states, self.settings.keep_states
+        states, number = self.pack.states, self.settings.keep_states
         if number == 0:
             return
-        pack = tuple((one.run.name, one.num_epochs, one.num_steps) for one in members)
-        for one in members:
-            state = State(run=one.run.name, pack=pack, started=one.started, snapshot=one.snapshot())
-            state_files.write(one.run.output_dir, state)
-        for one in members:
-            state_files.keep_last(one.run.output_dir, number)
-
-    def _step(self, micro_batches: Sequence[Sequence[Batch]]) -> list[dict[str, float]]:
-        """One optimiser step of every run from its batches; what is to be logged, by run."""
-        begun = time.perf_counter()
-        members = self._members
-        losses = [0.0] * len(members.states)
-        for batches in micro_batches:
-            values = self._loss.backward(members.pack, members.states, batches)
-            shares = [value / len(micro_batches) for value in values]
-            losses = [total + share for total, share in zip(losses, shares, strict=True)]
-        records = []
-        for index, state in enumerate(members.states):
-            rates = state.rates()
-            norm = state.step(losses[index])
-            records.append({"train/loss": losses[index], "train/grad_norm": norm, **rates})
-            if state.is_finite and state.run.adapter.scale_weight_norms is not None:
-                members.pack.limit_norm(index, state.run.adapter.scale_weight_norms)
-        members.pack.zero_gradients()
-        speed = 1 / (time.perf_counter() - begun)
-        return [{**record, "train/it_per_s": speed} for record in records]
-
-    def _batches(self, state: RunState) -> list[Batch]:
-        return epoch_batches(
-            self.data.items,
-            self.settings.batch_size,
-            run_seed=state.run.seed,
-            data_seed=self.data.settings.seed,
-            epoch=state.num_epochs + 1,
-        )
-
-    def _failure(self, state: RunState, record: dict[str, float], seen: list[Batch]) -> str:
-        images = sorted({self.data.items[index].path.name for batch in seen for index in batch})
-        return (
-            f"{state.run.name}: loss {record['train/loss']:g} with gradient norm"
-            f" {record['train/grad_norm']:g} in epoch {state.num_epochs + 1}, step"
-            f" {state.num_steps}, on {', '.join(images)}; {_LEFT}"
-        )
-
-    def _drop_overflown(self) -> dict[str, str]:
-        """Stop the runs whose weights no file could hold: run -> why."""
-        failures = {}
-        for index, state in enumerate(self._members.states):
-            if not all(bool(t.isfinite().all()) for t in self._file_tensors(index).values()):
-                state.is_finite = False
-                failures[state.run.name] = (
-                    f"{state.run.name}: weights beyond {self.settings.save_dtype} after epoch"
-                    f" {state.num_epochs}; {_LEFT}"
-                )
-        self._keep(lambda state: state.is_finite)
-        return failures
-
-    def _write(self, index: int) -> Checkpoint:
-        state = self._members.states[index]
-        run, epoch = state.run, state.num_epochs
-        path = checkpoint.checkpoint_path(run.output_dir, run.name, epoch)
-        tensors = {name: t.cpu() for name, t in self._file_tensors(index).items()}
-        checkpoint.write(path, tensors, kohya_metadata(self, state))
-        return Checkpoint(path=path, run=run.name, epoch=epoch, step=state.num_steps)
-
-    def _file_tensors(self, index: int) -> dict[str, Tensor]:
-        """DoRA's magnitudes stay fp32: as large as the base's norms, they'd round the change."""
-        dtype = self.base.dtype(self.settings.save_dtype)
-        tensors = self._members.pack.file_tensors(index)
-        return {
-            name: tensor if name.endswith(".dora_scale") else tensor.to(dtype)
-            for name, tensor in tensors.items()
-        }
-
-    def _keep(self, wanted: Callable[[RunState], bool]) -> None:
-        members = self._members
-        kept = [index for index, state in enumerate(members.states) if wanted(state)]
-        if len(kept) < len(members.states):
-            self._members = members.select(kept)
-            self._members.bind()
-
-
-def _kind(run: TrainingRun) -> tuple[str, ...]:
-    """What runs must share to be stacked together."""
-    parts = sorted(run.optimizer.trained_parts)
-    return (type(run.adapter).__name__, str(run.adapter.targets), *parts)
+        pack = tuple((one.run.name, one.num_epochs, one.num_steps) for one in states)
+        for one in states:
+            saved = SavedState(
+                run=one.run.name, pack=pack, started=one.started, snapshot=one.snapshot()
+            )
+            saved_states.write(one.run.output_dir, saved)
+        for one in states:
+            saved_states.keep_last(one.run.output_dir, number)

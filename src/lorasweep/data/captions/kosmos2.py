@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import PositiveInt
 
@@ -15,6 +15,7 @@ from lorasweep.data.captions.caption_images import CaptionerError, Device, Repea
 from lorasweep.data.captions.captioner_weights import Weights, find_weights, not_found
 from lorasweep.data.dataset import ImageFile
 from lorasweep.data.image_files import open_image
+from lorasweep.models.base_model import Precision, torch_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +37,7 @@ class Kosmos2(Settings):
     prompt: str
     """What the answer goes on from; it is not part of the caption."""
     max_new_tokens: PositiveInt
-    dtype: Literal["fp32", "fp16", "bf16"]
+    dtype: Precision
     batch_size: PositiveInt
     device: Device
 
@@ -105,18 +106,16 @@ class Kosmos2(Settings):
             ) from None
 
     def _load_model(self, weights: Weights, device: torch.device) -> Any:
-        import torch
         from transformers import Kosmos2ForConditionalGeneration
         from transformers.utils import logging as transformers_logging
 
         if not sys.stderr.isatty():
             transformers_logging.disable_progress_bar()  # it would fill log files
-        dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
         model, loaded = Kosmos2ForConditionalGeneration.from_pretrained(
             weights.folder,
             use_safetensors=True,
             local_files_only=True,
-            dtype=dtypes[self.dtype],
+            dtype=torch_dtype(self.dtype),
             output_loading_info=True,
         )
         if missing := loaded["missing_keys"]:

@@ -20,6 +20,7 @@ from lorasweep.core.settings import Settings
 from lorasweep.data.latents import Item
 from lorasweep.judging.metrics.metric import Images, Scored, Scorer, Scores
 from lorasweep.models.base_model import BaseModel
+from lorasweep.models.diffusion_loss import squared_errors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -105,7 +106,7 @@ def _even_choice(
 class _Validator:
     def __init__(self, settings: Validation, base: BaseModel, images: Images) -> None:
         self.settings, self.base = settings, base
-        length = base.num_train_timesteps
+        length = base.noise_schedule.num_train_timesteps
         self.holdout = tuples(settings, images.holdout, length, "holdout")
         self.probe = tuples(settings, _probe(settings, images.train), length, "train")
         self.base_holdout = self._losses(None, self.holdout)[0]
@@ -204,10 +205,8 @@ class _Validator:
         timesteps = torch.tensor([t.timestep for t in batch], device=latents.device)
         timesteps = timesteps.repeat(num_runs)
         context = torch.stack([embeds[t.item.caption] for t in batch], dim=1).flatten(0, 1)
-        noisy = self.base.noise_scheduler.add_noise(latents, noise, timesteps)
-        prediction = self.base.predict(noisy, timesteps, context).float()
-        target = self.base.training_target(latents, noise, timesteps)
-        return (prediction - target).square().mean((1, 2, 3)).view(num_runs, -1).cpu()
+        losses = squared_errors(self.base, latents, noise, timesteps, context)
+        return losses.view(num_runs, -1).cpu()
 
     def _noise(self, t: Tuple) -> Tensor:
         import torch

@@ -55,7 +55,7 @@ class _Drift:
         import torch
 
         base, prompts = self.base, self.settings.prompts
-        scheduler = base.sampler("DDIMScheduler")
+        scheduler = base.noise_schedule.sampler("DDIMScheduler")
         scheduler.set_timesteps(self.settings.num_timesteps, device=base.device)
         draws = [rng.generator(self.settings.seed, "drift", n) for n in range(len(prompts))]
         latents = torch.stack([torch.randn(*shape, generator=draw) for draw in draws])

@@ -1,0 +1,119 @@
+"""Checks that see several components, or the command line.
+
+What one value may be is checked beside its field, by its type or `__post_init__`. Each check here
+raises SettingsError, or yields what a person should be warned of. `build_run` and `lorasweep
+doctor` run all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from lorasweep.config.run import COMPONENTS
+from lorasweep.core.settings import SettingsError
+
+if TYPE_CHECKING:
+    from lorasweep.config.run import Run
+
+Check = Callable[["Run"], Iterator[str]]
+
+
+def output_root_is_outside_the_images(run: Run) -> Iterator[str]:
+    """Else pictures of one run would be training images of the next."""
+    if run.output_root.resolve().is_relative_to(run.dataset.image_dir.resolve()):
+        raise SettingsError(
+            f"output_root={run.output_root} lies inside dataset.image_dir, so the next run would"
+            " take its pictures for yours; give another output_root"
+        )
+    yield from ()
+
+
+def adapted_parts_are_trained(run: Run) -> Iterator[str]:
+    """Some part of the model has both adapters and a learning rate."""
+    from lorasweep.adapters.kohya_names import adapted_parts
+
+    adapted, trained = adapted_parts(run.adapter.targets), run.optimizer.trained_parts
+    if not adapted & trained:
+        raise SettingsError(
+            f"adapter.targets={run.adapter.targets} adapts the {' and '.join(sorted(adapted))}"
+            f" only, whose learning rate is 0; set optimizer.{min(adapted)}_lr"
+        )
+    for part in sorted(trained - adapted):
+        yield (
+            f"optimizer.{part}_lr has no effect: adapter.targets={run.adapter.targets} has no"
+            " adapters there"
+        )
+
+
+def overrides_choose_one_option(run: Run) -> Iterator[str]:
+    """`adapter=[lora,locon]` is no sweep."""
+    for key, value in _overrides(run):
+        if key in COMPONENTS and value.startswith("["):
+            raise SettingsError(f"{key}={value}: choose one option; several make a sweep, by -m")
+    yield from ()
+
+
+def overrides_have_an_effect(run: Run) -> Iterator[str]:
+    """What the command line sets is read; values of a file may wait for their turn."""
+    unused: dict[str, str] = {}
+    if not run.dataset.enable_bucket:
+        unused |= dict.fromkeys(_BUCKETS, "dataset.enable_bucket=true")
+    if run.sampling.every_n_epochs == 0:
+        unused |= dict.fromkeys(_PICTURES, "sampling.every_n_epochs=1")
+    if run.adapter.targets in ("attn-mlp", "unet-only"):
+        unused |= dict.fromkeys(_CONVOLUTIONS, "adapter.targets=full (or conv)")
+    for key, _ in _overrides(run):
+        if key in unused:
+            raise SettingsError(
+                f"{key} has no effect without {unused[key]}; set that or leave it out"
+            )
+    yield from ()
+
+
+def alpha_is_at_most_the_rank(run: Run) -> Iterator[str]:
+    """alpha/rank scales the delta, but for rsLoRA."""
+    for prefix in ("", "conv_"):
+        rank = getattr(run.adapter, f"{prefix}rank", None)
+        alpha = getattr(run.adapter, f"{prefix}alpha", None)
+        rslora = getattr(run.adapter, "rslora", False)
+        if rank is not None and alpha is not None and alpha > rank and not rslora:
+            yield (
+                f"adapter.{prefix}alpha={alpha:g} is larger than adapter.{prefix}rank={rank},"
+                " which scales the delta up; the guide advises half of the rank:"
+                f" adapter.{prefix}alpha={rank / 2:g}"
+            )
+
+
+def saved_factors_are_exact(run: Run) -> Iterator[str]:
+    """PiSSA starts from the base's own weights, whose rounding shows."""
+    if getattr(run.adapter, "init", None) == "pissa" and run.trainer.save_dtype != "fp32":
+        yield (
+            f"trainer.save_dtype={run.trainer.save_dtype} rounds adapter.init=pissa's factors,"
+            " which are as large as the base's weights; keep the file exact by"
+            " trainer.save_dtype=fp32"
+        )
+
+
+CHECKS: tuple[Check, ...] = (
+    output_root_is_outside_the_images,
+    adapted_parts_are_trained,
+    overrides_choose_one_option,
+    overrides_have_an_effect,
+    alpha_is_at_most_the_rank,
+    saved_factors_are_exact,
+)
+
+_BUCKETS = ("dataset.min_bucket_reso", "dataset.max_bucket_reso", "dataset.bucket_reso_steps")
+_CONVOLUTIONS = ("adapter.conv_rank", "adapter.conv_alpha")
+_PICTURES = tuple(
+    f"sampling.{name}"
+    for name in ("prompts", "width", "height", "num_inference_steps", "guidance_scale", "seed")
+)
+
+
+def _overrides(run: Run) -> Iterator[tuple[str, str]]:
+    """Keys and values of the command line."""
+    for override in run.overrides:
+        key, _, value = override.partition("=")
+        yield key.lstrip("+"), value

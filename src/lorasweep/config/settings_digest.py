@@ -1,0 +1,49 @@
+"""Digests of settings: by them a command finds the folder in which it was broken off."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lorasweep.config.compose import flat, plain_values
+from lorasweep.core.components import first_name
+from lorasweep.core.settings import SettingsError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+_PLACES = ("output_root", "cache_dir", "tracking.", "launcher.", "pick.")
+_STATES = ("trainer.keep_states", "trainer.save_every_n_steps")
+
+
+def run_digest(cfg: DictConfig) -> str:
+    """The digest of the run that a composed config describes."""
+    try:
+        return settings_digest(flat(plain_values(cfg)))
+    except SettingsError:  # some are missing: told where the run is built
+        return settings_digest({})
+
+
+def sweep_digest(cfg: DictConfig) -> str:
+    """A digest of a multirun: the settings that its jobs share, and what they differ in."""
+    return _digest(run_digest(cfg), sorted(cfg.hydra.overrides.task))
+
+
+def settings_digest(params: Mapping[str, Any]) -> str:
+    """A digest of flat settings (`Run.params`), but for places and what doesn't change a result."""
+    counted = {
+        key: first_name(value) if key.endswith("._target_") else value
+        for key, value in params.items()
+        if not changes_nothing(key)
+    }
+    return _digest(sorted(counted.items(), key=str))
+
+
+def changes_nothing(key: str) -> bool:
+    """Does the setting change no result? A run or a sweep goes on with another value of it."""
+    return key.startswith((*_PLACES, *_STATES)) or key.endswith(".device")
+
+
+def _digest(*values: object) -> str:
+    return hashlib.sha256(repr(values).encode()).hexdigest()

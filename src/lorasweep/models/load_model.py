@@ -1,0 +1,208 @@
+"""Loading a base model, frozen, from a hub id, a diffusers folder or a single file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorasweep.core.settings import SettingsError
+from lorasweep.models.base_model import BaseModel, Precision, torch_dtype
+from lorasweep.models.gpu_memory import is_out_of_memory
+from lorasweep.models.model_files import (
+    ModelError,
+    check_file,
+    check_folder,
+    check_missing,
+    check_values,
+    load_error,
+    load_errors,
+    quiet_libraries,
+)
+from lorasweep.models.model_settings import PICKLED, ModelSettings
+from lorasweep.models.noise_schedule import NoiseSchedule
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model(ModelSettings):
+    """Which base model, how it is read, and the way to load it."""
+
+    def load(self, device: str = "cpu", precision: Precision = "fp32") -> BaseModel:
+        """Load the model, frozen, in evaluation mode. Raises ModelError with the remedy."""
+        hide_progress_bars()
+        dtype = _weight_dtype(device, precision)
+        name = f"model.path={self.path}"
+        try:
+            with quiet_libraries():
+                read = _from_file if self.is_single_file else _from_folder
+                components = read(self, dtype)
+            base = frozen(self, components, device, precision)
+            base.noise_schedule.scheduler  # noqa: B018  # its config is read here, and may be wrong
+        except (ModelError, SettingsError):
+            raise
+        except load_errors() as error:
+            if isinstance(error, RuntimeError) and is_out_of_memory(error):
+                raise
+            raise load_error(name, error) from None
+        parts = {key: components[key] for key in ("text_encoder", "unet", "vae")}
+        check_values(name, parts, len(components["tokenizer"]))
+        return base
+
+
+def import_libraries() -> None:
+    """Import what loads a model: seconds, which a process can spend before it has one to load."""
+    with quiet_libraries():
+        from diffusers import (  # noqa: F401
+            AutoencoderKL,
+            DDPMScheduler,
+            DiffusionPipeline,
+            UNet2DConditionModel,
+        )
+        from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
+
+
+def _from_folder(settings: ModelSettings, dtype: torch.dtype) -> dict[str, Any]:
+    import diffusers
+    import torch
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    path, name = settings.path, f"model.path={settings.path}"
+    if Path(path).is_dir():
+        check_folder(Path(path), name, allow_pickle=settings.allow_pickle)
+    where = {"pretrained_model_name_or_path": path, "revision": settings.revision}
+    weights: dict[str, Any] = {
+        **where,
+        "use_safetensors": None if settings.allow_pickle else True,
+        "dtype": dtype,
+        "output_loading_info": True,
+    }
+    unet, vae = diffusers.UNet2DConditionModel, diffusers.AutoencoderKL
+    try:
+        _check_architecture(settings)
+        tokenizer = CLIPTokenizer.from_pretrained(
+            path, subfolder="tokenizer", revision=settings.revision
+        )
+        loaded = {
+            "text_encoder": CLIPTextModel.from_pretrained(**weights, subfolder="text_encoder"),
+            "unet": unet.from_pretrained(**weights, subfolder="unet"),
+            "vae": vae.from_pretrained(**{**weights, "dtype": torch.float32}, subfolder="vae"),
+        }
+        missing = {part: told["missing_keys"] for part, (_, told) in loaded.items()}
+        check_missing(name, missing)
+        return {
+            "tokenizer": tokenizer,
+            **{part: module for part, (module, _) in loaded.items()},
+            "scheduler": diffusers.DDPMScheduler.load_config(**where, subfolder="scheduler"),
+        }
+    except OSError as error:
+        raise ModelError(_not_found("model.path", path, error)) from None
+
+
+def _check_architecture(settings: ModelSettings) -> None:
+    from diffusers import DiffusionPipeline
+
+    index = DiffusionPipeline.load_config(settings.path, revision=settings.revision)
+    if index.get("_class_name") != "StableDiffusionPipeline":
+        raise ModelError(
+            f"model.path={settings.path} is a {index.get('_class_name')}; lorasweep trains models"
+            " of Stable Diffusion 1.x's layout (StableDiffusionPipeline) so far"
+        )
+
+
+def _from_file(settings: ModelSettings, dtype: torch.dtype) -> dict[str, Any]:
+    import torch
+    from diffusers import StableDiffusionPipeline
+    from diffusers.loaders.single_file_utils import SingleFileComponentError
+    from safetensors import SafetensorError
+
+    path, config = settings.path, settings.config
+    if config is None:
+        raise ModelError(
+            "model.config is null, but a single file needs the configs and the tokenizer of a"
+            " diffusers model: give its hub id or folder"
+        )
+    if Path(path).suffix.lower() not in PICKLED:
+        check_file(Path(path), f"model.path={path}")
+    try:
+        pipeline = StableDiffusionPipeline.from_single_file(
+            path,
+            config=config,
+            local_files_only=Path(config).is_dir(),
+            safety_checker=None,
+            feature_extractor=None,
+            torch_dtype=torch.float32,  # the VAE's are not to be rounded
+        )
+    except OSError as error:
+        raise ModelError(_not_found("model.config", config, error)) from None
+    except (SafetensorError, SingleFileComponentError, ValueError, RuntimeError) as error:
+        first = str(error).splitlines()[0]
+        raise ModelError(
+            f"model.path={path} is not a whole Stable Diffusion 1.x checkpoint: {first}"
+        ) from None
+    pipeline.unet.to(dtype)
+    pipeline.text_encoder.to(dtype)
+    names = ("tokenizer", "text_encoder", "unet", "vae")
+    components = {name: getattr(pipeline, name) for name in names}
+    return {**components, "scheduler": dict(pipeline.scheduler.config)}
+
+
+def frozen(
+    settings: ModelSettings, components: Mapping[str, Any], device: str, precision: Precision
+) -> BaseModel:
+    """Freeze the components and move them to the device; the VAE computes in fp32."""
+    for name in ("text_encoder", "unet", "vae"):
+        components[name].requires_grad_(False).eval().to(device)
+    components["vae"].float()
+    layers = int(components["text_encoder"].config.num_hidden_layers)
+    if settings.clip_skip > layers:
+        raise SettingsError(
+            f"model.clip_skip={settings.clip_skip}: the text encoder has {layers} layers"
+        )
+    schedule = dict(components["scheduler"])
+    if settings.prediction_type is not None:
+        schedule["prediction_type"] = settings.prediction_type
+    return BaseModel(
+        settings=settings,
+        tokenizer=components["tokenizer"],
+        text_encoder=components["text_encoder"],
+        unet=components["unet"],
+        vae=components["vae"],
+        noise_schedule=NoiseSchedule(schedule),
+        device=device,
+        precision=precision,
+    )
+
+
+def hide_progress_bars() -> None:
+    """Loading takes a moment and needs no bar for every file."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
+def _weight_dtype(device: str, precision: Precision) -> torch.dtype:
+    """Weights follow the precision on CUDA; the CPU's layer norm wants fp32 weights in autocast."""
+    import torch
+
+    if torch.device(device).type == "cpu":
+        return torch.float32
+    return torch_dtype(precision)
+
+
+def _not_found(key: str, path: str, error: OSError) -> str:
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    first = (str(error).splitlines() or ["no answer"])[0]
+    is_local = Path(path).expanduser().exists()
+    offline = " (HF_HUB_OFFLINE is set: nothing is downloaded)" if HF_HUB_OFFLINE else ""
+    return (
+        f"{key}={path} can't be loaded: {first}{'' if is_local else offline} Give a diffusers"
+        " folder or a .safetensors file on this machine, a hub id that can be reached, or"
+        " model=embedded"
+    )

@@ -1,0 +1,63 @@
+"""The noise schedule that a base model was trained with: noise, targets and weights by timestep."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffusers import DDPMScheduler
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """Adds noise in training, and makes the samplers that take it away again."""
+
+    config: Mapping[str, Any]
+    """What scheduler_config.json holds, as the settings change it."""
+
+    @property
+    def prediction_type(self) -> str:
+        """What the model predicts: epsilon (the noise) or v_prediction."""
+        return str(self.config.get("prediction_type", "epsilon"))
+
+    @cached_property
+    def scheduler(self) -> DDPMScheduler:
+        """diffusers' training schedule: adds noise and knows alphas_cumprod."""
+        from diffusers import DDPMScheduler
+
+        return DDPMScheduler.from_config(dict(self.config))
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """Length of the schedule."""
+        return int(self.scheduler.config.num_train_timesteps)
+
+    def sampler(self, name: str) -> Any:
+        """The diffusers scheduler of the class `name`, on this schedule."""
+        import diffusers
+
+        return getattr(diffusers, name).from_config(dict(self.config))
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Noisy latents (N, C, h, w) at timesteps (N,)."""
+        noisy: Tensor = self.scheduler.add_noise(latents, noise, timesteps)
+        return noisy
+
+    def training_target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the model should predict: the noise, or v (arXiv 2202.00512)."""
+        if self.prediction_type == "v_prediction":
+            velocity: Tensor = self.scheduler.get_velocity(latents, noise, timesteps)
+            return velocity
+        return noise
+
+    def min_snr_weight(self, timesteps: Tensor, gamma: float) -> Tensor:
+        """Min-SNR weights (arXiv 2303.09556) of timesteps, for what the model predicts."""
+        alphas = self.scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
+        snr = alphas / (1 - alphas)
+        if self.prediction_type == "v_prediction":
+            return snr.clamp(max=gamma) / (snr + 1)
+        return snr.clamp(max=gamma) / snr

@@ -1,0 +1,184 @@
+"""The settings of a logged run, rebuilt so that they can be trained here.
+
+They become a config folder from which the config is composed, as `lorasweep train --config-dir`
+does: a place or an override of the command line means the same here as there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lorasweep.config.compose import compose, plain_values, quoted
+from lorasweep.config.conf_folder import PACKAGE, conf_dir
+from lorasweep.core.components import short_name
+from lorasweep.reproduce.config_folder import COMPONENTS, write_config_folder
+from lorasweep.reproduce.original_run import ReproduceError
+
+PLACES = (
+    "output_root",
+    "cache_dir",
+    "dataset.image_dir",
+    "model.path",
+    "model.revision",
+    "model.config",
+    "trainer.device",
+    "tracking",
+)
+"""Settings that say where things are, not what is trained; they may differ here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggedSettings:
+    """Settings as a run logged them, resolved, with the places of this machine."""
+
+    values: dict[str, Any]
+    filled: Mapping[str, Any]
+    """Settings that the run's lorasweep did not have yet, with today's defaults."""
+    followed: Mapping[str, Any]
+    """What changed along with an override, as alpha with the rank."""
+
+
+def check_places(places: Sequence[str]) -> None:
+    """Raise ReproduceError for a setting that is more than a place."""
+    for place in places:
+        key = _key(place)
+        if not any(key == name or key.startswith(f"{name}.") for name in PLACES):
+            raise ReproduceError(
+                f"{place}: it would train something else; for a variation give it as --override"
+                f" {place}. What may differ here is {', '.join(PLACES)}"
+            )
+
+
+def rebuild(
+    logged: str, places: Sequence[str], changed: Sequence[str] = (), given: Sequence[str] = ()
+) -> LoggedSettings:
+    """The settings of a run's config.yaml, with places of this machine and overrides `changed`.
+
+    `given` are the overrides that the run was started with. Raises ReproduceError, SettingsError
+    or Hydra's errors.
+    """
+    _check_overrides(changed)
+    values = _read(logged)
+    model_name = values["tracking"].get("registered_model", values["name"])
+    filled = _fill_in(values)
+    fixed = [_key(one) for one in [*changed, *given]]
+    source = _with_rules(values, fixed) if changed else values
+    with TemporaryDirectory() as folder:
+        file = write_config_folder(source, Path(folder), "logged-run")
+        cfg = compose(
+            [
+                f"experiment={file.stem}",
+                f"tracking.registered_model={quoted(str(model_name))}",
+                *places,
+                *changed,
+            ],
+            Path(folder),
+        )
+    new = plain_values(cfg)
+    path = str(new["model"]["path"])
+    if Path(path).is_absolute() and not Path(path).exists():
+        raise ReproduceError(
+            f"its base model {path} is not here; give the same one as model.path=FOLDER"
+        )
+    moved = [_key(place) for place in places]
+    return LoggedSettings(
+        values=new,
+        filled={f"{group}.{key}": new[group][key] for group, key in filled},
+        followed={
+            f"{group}.{key}": value
+            for group in COMPONENTS
+            for key, value in new[group].items()
+            if value != values[group].get(key, value)
+            and not any(f"{group}.{key}".startswith(one) for one in [*fixed, *moved])
+        },
+    )
+
+
+def with_captions(values: Mapping[str, Any], image_dir: Path, jsonl: Path) -> dict[str, Any]:
+    """The same settings on other folders: each arm reads its captions from one JSONL."""
+    arms = {
+        arm: {
+            "_target_": "Sidecar",
+            "repeats": node["repeats"],
+            "suffix": None,
+            "jsonl": str(jsonl),
+            "text_key": arm,
+        }
+        for arm, node in values["captions"].items()
+    }
+    dataset = {**values["dataset"], "image_dir": str(image_dir)}
+    return {**values, "dataset": dataset, "captions": arms}
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+")
+
+
+def _check_overrides(changed: Sequence[str]) -> None:
+    for override in changed:
+        if "=" not in override:
+            raise ReproduceError(f"--override {override}: give it as KEY=VALUE")
+        if (key := _key(override)) in ("captions", "metrics"):
+            raise ReproduceError(
+                f"--override {override}: {key} can't be swapped as a whole; write the settings by"
+                " --as-config DIR and choose it when you train them"
+            )
+
+
+def _read(logged: str) -> dict[str, Any]:
+    """The plain values of a config.yaml, with the embedded model and images where they lie here."""
+    try:
+        values: Any = OmegaConf.to_container(OmegaConf.create(logged))
+    except (OmegaConfBaseException, ValueError) as error:
+        raise ReproduceError(
+            f"its config.yaml can't be read: {str(error).splitlines()[0]}"
+        ) from None
+    for group in (*COMPONENTS, "tracking"):
+        if not isinstance(values.get(group), dict):
+            raise ReproduceError(f"its config.yaml has no {group}: it is not a run of lorasweep's")
+    for node, key in ((values["model"], "path"), (values["dataset"], "image_dir")):
+        inside = re.search(r"lorasweep/embedded/(.+)$", str(node[key]))
+        if inside is not None and not Path(str(node[key])).exists():
+            node[key] = str(PACKAGE / "embedded" / inside[1])
+    return values  # type: ignore[no-any-return]
+
+
+def _fill_in(values: dict[str, Any]) -> list[tuple[str, str]]:
+    """Add the settings that came with a later lorasweep; their groups and keys."""
+    filled = []
+    for group in (*COMPONENTS, "tracking"):
+        for key, value in _option(group, values[group]).items():
+            if key not in values[group]:
+                values[group][key] = value
+                filled.append((group, key))
+    return filled
+
+
+def _option(group: str, node: Mapping[str, Any]) -> dict[str, Any]:
+    """The option of conf/ that configures the same class, unresolved; {} if none does."""
+    for file in sorted((conf_dir() / group).glob("*.yaml")):
+        option: Any = OmegaConf.to_container(OmegaConf.load(file))
+        if option.get("_target_") == short_name(str(node.get("_target_"))):
+            return option  # type: ignore[no-any-return]
+    return {}
+
+
+def _with_rules(values: Mapping[str, Any], fixed: Sequence[str]) -> dict[str, Any]:
+    """Put conf/'s own rules (`${half:${.rank}}`) back in where they give what was logged."""
+    new = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
+    for group in COMPONENTS:
+        for key, rule in _option(group, values[group]).items():
+            if not (isinstance(rule, str) and "${." in rule) or f"{group}.{key}" in fixed:
+                continue
+            draft = OmegaConf.create({group: {**values[group], key: rule}})
+            if OmegaConf.select(draft, f"{group}.{key}") == values[group].get(key):
+                new[group][key] = rule
+    return new

@@ -1,0 +1,66 @@
+"""What a trainer is told of a run and its data, and what it says of an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+
+from lorasweep.adapters.adapter import Adapter
+from lorasweep.core.settings import Settings
+from lorasweep.data.dataset import Dataset
+from lorasweep.data.latents import Item
+from lorasweep.lora_files.checkpoint import Checkpoint
+from lorasweep.training.lr_schedulers import LRScheduler
+from lorasweep.training.optimizers import Optimizer
+
+
+class TrainerError(RuntimeError):
+    """Training can't go on; the message says why and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunTraining(Settings):
+    """Settings under `trainer` that are a run's own: runs that differ in them can share a pack."""
+
+    max_train_epochs: PositiveInt
+    noise_offset: NonNegativeFloat
+    min_snr_gamma: PositiveFloat | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRun(RunTraining):
+    """What a trainer knows of one run: all that is the run's own."""
+
+    name: str
+    seed: int
+    output_dir: Path
+    adapter: Adapter
+    optimizer: Optimizer
+    lr_scheduler: LRScheduler
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What the runs of a pack train on."""
+
+    items: Sequence[Item]
+    settings: Dataset
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedEpoch:
+    """What an epoch of a pack brought."""
+
+    checkpoints: Sequence[Checkpoint]
+    """The file of every run that finished the epoch, in the pack's order."""
+    steps: Mapping[str, Sequence[tuple[int, Mapping[str, float]]]]
+    """Run -> (optimizer step, train/loss, train/lr_unet, …) of the epoch."""
+    failures: Mapping[str, str] = field(default_factory=dict)
+    """Run -> why it stopped in this epoch; its earlier checkpoints stand."""
+
+
+class Stopped(KeyboardInterrupt):
+    """The training was asked to stop, and has written its states."""
