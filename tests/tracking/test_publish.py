@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import itertools
+import json
 import multiprocessing
 import os
 import shutil
@@ -505,6 +507,96 @@ def test_another_store_gets_a_whole_run(root: Path, unbroken: list[dict[str, Any
         log_epochs(log, root / "a")
         finish(log)
     assert snapshot(elsewhere.resolve(root)) == unbroken
+
+
+def older_version(root: Path, *, begun: bool) -> None:
+    """What an older version left of a run: all waits, or all but its second epoch is sent."""
+    run = {"uid": "f" * 32, "name": "a", "sweep": "grid", "uri": None, "experiment": "e"}
+    settings = {
+        "kind": "open",
+        "time": 1000,
+        "tags": {"lorasweep.trial": "4"},
+        "params": {"adapter.rank": "4"},
+        "files": {"config.yaml": "adapter: {}", "overrides.yaml": "[]", "manifest.json": "{}"},
+        "dataset": {
+            "name": "icons",
+            "digest": "ab" * 8,
+            "source": json.dumps({"uri": "/icons"}),
+            "profile": json.dumps({"digest": "ab" * 32}),
+        },
+        "replaces": True,
+        "goes_on": False,
+    }
+
+    def epoch(number: int) -> dict[str, Any]:
+        path = root / "a" / f"a-{number:06d}.safetensors"
+        path.write_bytes(b"weights")
+        checkpoint = {"path": path.name, "run": "a", "epoch": number, "step": number * 2}
+        png = picture(root / "drawn.png", (number, 0, 0)).read_bytes()
+        points = [[step, {"train/loss": 1 / step}] for step in (number * 2 - 1, number * 2)]
+        return {
+            "kind": "epoch",
+            "epoch": number,
+            "points": [
+                {"key": key, "value": value, "time": 1000 + step, "step": step}
+                for step, values in points
+                for key, value in values.items()
+            ],
+            "scores": [{"key": "val/gap", "value": "nan", "time": 1000, "step": number}],
+            "samples": [
+                {
+                    "stem": f"samples~00 a rocket+step+{number}+timestamp+1000+{number}",
+                    "png": base64.urlsafe_b64encode(png).decode(),
+                }
+            ],
+            "model": {"checkpoint": checkpoint, "terms": {"val/gap": [0.5]}, "upload": False},
+        }
+
+    folder = root / "a" / ".tracking"
+    folder.mkdir(parents=True)
+    operations = [(settings, [], {}), (epoch(1), [1], {"train/loss": 2})]
+    operations.append((epoch(2), [1, 2], {"train/loss": 4}))
+    for number, (operation, epochs, steps) in enumerate(operations):
+        state = {**run, "epochs": epochs, "steps": steps, "is_open": True}
+        text = json.dumps({"run": state, "operation": operation})
+        if not begun or number > 0:
+            suffix = "done" if begun and number == 1 else "json"
+            (folder / f"{number:06d}.{suffix}").write_text(text)
+
+
+def test_what_an_older_version_left_is_sent(root: Path) -> None:
+    older_version(root, begun=False)
+    assert unsent(root) == [root / "a"]
+    (result,) = tracking.sync(SETTINGS, root, "a")
+    (run,) = snapshot(SETTINGS.resolve(root))
+    assert (result.sent, unsent(root)) == (3, [])
+    assert run["params"] == {"adapter.rank": "4"}
+    assert run["inputs"] == ["ab" * 8]
+    assert run["curves"]["train/loss"] == [(1, "1.0"), (2, "0.5"), (3, repr(1 / 3)), (4, "0.25")]
+    assert run["curves"]["val/gap"] == [(1, "nan"), (2, "nan")]
+    assert [model["name"] for model in run["models"]] == ["a-e001", "a-e002"]
+    assert sum("rocket" in name and name.endswith(".png") for name in run["artifacts"]) == 2
+    assert {path.name for path in (root / "a" / ".tracking").iterdir()} == {
+        "lock",
+        "published.json",
+    }
+
+
+def test_a_run_that_an_older_version_began_goes_on_as_the_same_run(root: Path) -> None:
+    client = MlflowClient(SETTINGS.resolve(root))
+    experiment = client.create_experiment("e", (root / "mlartifacts").as_uri())
+    tags = {"lorasweep.uid": "f" * 32, "lorasweep.run": "a", "lorasweep.sweep": "grid"}
+    begun = client.create_run(experiment, tags=tags, run_name="a").info.run_id
+    older_version(root, begun=True)
+    with Tracker(SETTINGS, root) as tracker:
+        log = tracker.open_run(new_run(root), goes_on=True)
+        assert log.logged_epochs == {1, 2}
+        log_epochs(log, root / "a")
+        finish(log)
+    assert [run.info.run_id for run in client.search_runs([experiment])] == [begun]
+    (run,) = snapshot(SETTINGS.resolve(root))
+    assert [step for step, _ in run["curves"]["train/loss"]] == [3, 4, 5, 6]  # 1 and 2: before
+    assert [model["name"] for model in run["models"]] == ["a-e002", "a-e003"]
 
 
 SECRET = "http://me:hunter2@host:5000/x?api_key=hunter2&page=2"
