@@ -35,7 +35,6 @@ def new_run(output_root: Path, name: str = "a", sweep: str | None = "grid") -> N
         params={"adapter.rank": 4, "seed": 1},
         config_yaml="adapter:\n  rank: 4\n",
         overrides=["adapter.rank=4"],
-        manifest='{"images": ["a.png"]}',
         image_dir=output_root / "icons",
         dataset_digest="ab" * 32,
     )

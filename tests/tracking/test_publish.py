@@ -569,7 +569,7 @@ def test_what_an_older_version_left_is_sent(root: Path) -> None:
     assert unsent(root) == [root / "a"]
     (result,) = tracking.sync(SETTINGS, root, "a")
     (run,) = snapshot(SETTINGS.resolve(root))
-    assert (result.sent, unsent(root)) == (3, [])
+    assert (result.sent, unsent(root)) == (4, [])
     assert run["params"] == {"adapter.rank": "4"}
     assert run["inputs"] == ["ab" * 8]
     assert run["curves"]["train/loss"] == [(1, "1.0"), (2, "0.5"), (3, repr(1 / 3)), (4, "0.25")]

@@ -60,7 +60,6 @@ def new_run(root: Path, name: str, sweep: str | None = "grid") -> NewRun:
         params={"adapter.rank": 4},
         config_yaml="adapter:\n  rank: 4\n",
         overrides=["adapter.rank=4", "name='a b'"],
-        manifest='{"images": ["a.png"]}',
         image_dir=root / "icons",
         dataset_digest="ab" * 32,
     )
@@ -135,7 +134,6 @@ def test_a_run_carries_its_settings_tags_and_data_set(store: Store) -> None:
     assert json.loads(dataset.source) == {"uri": str(store.root / "icons")}
     assert store.text("config.yaml") == "adapter:\n  rank: 4\n"
     assert json.loads(store.text("overrides.yaml")) == ["adapter.rank=4", "name='a b'"]
-    assert json.loads(store.text("manifest.json")) == {"images": ["a.png"]}
     assert "contact_sheet.png" in store.artifacts()
 
 

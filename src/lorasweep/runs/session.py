@@ -329,6 +329,7 @@ class Session:
                 folder.release()
                 reports.append(Failure(run=run.name, reason=str(error), transient=True))
                 continue
+            run_log.log_file(run.output_dir / "manifest.json")
             members.append(_Member(run, folder, run_log, self._joined[run.name]))
         return members, reports
 

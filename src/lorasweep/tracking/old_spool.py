@@ -77,7 +77,6 @@ def _convert(records: RunRecords, entries: Sequence[Mapping[str, Any]]) -> None:
         params=about["params"],
         config_yaml=about["files"].get("config.yaml", ""),
         overrides=json.loads(about["files"].get("overrides.yaml", "[]")),
-        manifest=about["files"].get("manifest.json", ""),
         image_dir=Path(source["uri"]),
         dataset_digest=json.loads(about["dataset"].get("profile", '{"digest": ""}'))["digest"],
         tags=about["tags"],
@@ -87,6 +86,10 @@ def _convert(records: RunRecords, entries: Sequence[Mapping[str, Any]]) -> None:
     if ended and closes:
         keys = ("time", "status", "reason", "suspended")
         end = RunEnd(**{key: closes[-1].get(key) for key in keys})
+    artifacts = {one["path"]: one["artifact_dir"] for one in files}
+    if manifest := about["files"].get("manifest.json"):
+        write_atomically(records.output_dir / "manifest.json", manifest.encode())
+        artifacts["manifest.json"] = None
     place = {key: state[key] for key in ("uid", "uri", "experiment")}
     run = RunRecord(
         **place,
@@ -95,7 +98,7 @@ def _convert(records: RunRecords, entries: Sequence[Mapping[str, Any]]) -> None:
         begun=about.get("time", 0),
         opened=0,
         tags={one["key"]: one["value"] for one in tags},
-        files={one["path"]: one["artifact_dir"] for one in files},
+        files=artifacts,
         end=end,
     )
     sent = {f"epoch {number}": "written" for number in state["epochs"]}

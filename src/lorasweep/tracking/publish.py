@@ -219,7 +219,6 @@ class _Sending:
         texts = {
             "config.yaml": new.config_yaml,
             "overrides.yaml": f"{overrides}\n",  # JSON is YAML, and spares rules for quoting
-            "manifest.json": new.manifest,
         }
         with tempfile.TemporaryDirectory() as name:
             for file, text in texts.items():

@@ -112,8 +112,6 @@ class NewRun(JsonRecord):
     """The resolved config, flat: `{"adapter.rank": 8}`."""
     config_yaml: str
     overrides: Sequence[str]
-    manifest: str
-    """manifest.json of the data set."""
     image_dir: Path
     dataset_digest: str
     tags: Mapping[str, str] = field(default_factory=dict)

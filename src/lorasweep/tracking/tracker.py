@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lorasweep.lora_files.checkpoint import Checkpoint
 from lorasweep.tracking import old_spool
@@ -71,22 +72,23 @@ class Tracker:
         """
         records = self._held_records(new.output_dir)
         begun = records.run() if goes_on else None
+        place: dict[str, Any] = {
+            "uri": self._settings.public_uri,
+            "experiment": self._settings.experiment,
+            "upload": self._settings.upload == "all",
+            "opened": now(),
+        }
+        params = {key: str(value) for key, value in new.params.items()}
+        told = replace(new, params=params, image_dir=new.image_dir.resolve())
         if begun is not None and (begun.new.name, begun.new.sweep) == (new.name, new.sweep):
-            run = begun
+            # what was told when it began stays, but an older version didn't keep that
+            run = replace(begun, **place, new=begun.new if begun.new.params else told, end=None)
             ledger = read_ledger(records.output_dir, run)
             if ledger.refused:  # it is tried again
                 write_ledger(records.output_dir, replace(ledger, refused={}))
         else:
             forget_run(records.output_dir)
-            run = self._begin(new)
-        run = replace(
-            run,
-            uri=self._settings.public_uri,
-            experiment=self._settings.experiment,
-            upload=self._settings.upload == "all",
-            opened=now(),
-            end=None,
-        )
+            run = RunRecord(**place, uid=uuid.uuid4().hex, new=told, begun=now())
         records.write_run(run)
         run_log = RunLog(self._thread, records, run)
         self._thread.publish(records)
@@ -94,18 +96,6 @@ class Tracker:
         if len(self._runs) == 1:  # of runs of the sweep whose process was killed, say
             self._thread.publish_leftovers(left_by_ended(run, records.output_dir))
         return run_log
-
-    def _begin(self, new: NewRun) -> RunRecord:
-        params = {key: str(value) for key, value in new.params.items()}
-        return RunRecord(
-            uid=uuid.uuid4().hex,
-            uri=self._settings.public_uri,
-            experiment=self._settings.experiment,
-            upload=self._settings.upload == "all",
-            new=replace(new, params=params, image_dir=new.image_dir.resolve()),
-            begun=now(),
-            opened=now(),
-        )
 
     def close(self) -> None:
         """Publish what still waits, as long as the store takes it, and end the thread."""
