@@ -19,16 +19,18 @@ from lorasweep.core.atomic_write import delete_temporaries, write_atomically
 from lorasweep.core.interrupts import Interrupts
 from lorasweep.core.settings import SettingsError
 from lorasweep.lora_files.checkpoint import checkpoint_path
+from lorasweep.tracking.records import forget_run, read_epoch
 from lorasweep.training import saved_states
 
 if TYPE_CHECKING:
     from lorasweep.config.run import Run
-    from lorasweep.judging.metrics.metric import Scored, Scores, Terms
+    from lorasweep.judging.metrics.metric import Scores, Terms
 
 Status = Literal["unfinished", "finished", "failed", "dropped"]
 
 RECORD, SWEEP_RECORD = "run.json", "sweep.json"
 LOCK, LOCK_SECONDS = ".lock", 5.0
+OLD_SCORES = "scores"  # where an older version kept what checkpoints scored
 MULTIRUN = "multirun.yaml"  # Hydra's, in a multirun's folder
 
 
@@ -71,10 +73,11 @@ class RunFolder:
             return
         if not self.goes_on:
             saved_states.delete(self.path)
-            for path in (self.path / "scores").glob("*.json"):
+            forget_run(self.path)
+            for path in (self.path / OLD_SCORES).glob("*.json"):
                 path.unlink()
             self._write("unfinished")
-        for folder in (self.path, saved_states.folder_of(self.path), self.path / "scores"):
+        for folder in (self.path, saved_states.folder_of(self.path), self.path / "samples"):
             delete_temporaries(folder)
 
     def _found(self) -> tuple[bool, Status | None]:
@@ -106,15 +109,6 @@ class RunFolder:
     def release(self) -> None:
         """Let others have the folder."""
         self._lock.release()
-
-    def keep_scores(self, epoch: int, scored: Scored) -> tuple[Scores, Terms]:
-        """Keep what a checkpoint scored, unless that was done before; what is kept."""
-        if (known := self.scores(epoch)) is not None:
-            return known
-        terms = {name: list(values) for name, values in scored.terms.items()}
-        content = {"scores": dict(scored.scores), "terms": terms}
-        write_atomically(_scores_of(self.path, epoch), json.dumps(content).encode())
-        return scored.scores, scored.terms
 
     def scores(self, epoch: int) -> tuple[Scores, Terms] | None:
         """What the checkpoint of an epoch scored, if it has been."""
@@ -222,7 +216,10 @@ def read_record(folder: Path) -> Record | None:
 
 def read_scores(folder: Path, epoch: int) -> tuple[Scores, Terms] | None:
     """What the checkpoint of an epoch of the folder's run scored; None if it hasn't been."""
-    path = _scores_of(folder, epoch)
+    record = read_epoch(folder, epoch)
+    if record is not None and record.checkpoint is not None:
+        return record.scores, record.checkpoint.terms
+    path = folder / OLD_SCORES / f"{epoch:06d}.json"
     if not path.is_file():
         return None
     found = json.loads(path.read_text())
@@ -246,10 +243,6 @@ def scored_checkpoints(run: Run) -> Iterator[ScoredCheckpoint]:
         if known is not None:
             path = checkpoint_path(run.output_dir, run.name, epoch)
             yield ScoredCheckpoint(epoch, path, *known)
-
-
-def _scores_of(folder: Path, epoch: int) -> Path:
-    return folder / "scores" / f"{epoch:06d}.json"
 
 
 def ended(run: Run) -> Status | None:
