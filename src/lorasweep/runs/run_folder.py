@@ -174,32 +174,10 @@ def is_free(folder: Path) -> bool:
     return True
 
 
-def find_run(parent: Path, settings: str) -> Path | None:
-    """The newest folder in which a run of these settings was broken off."""
-    return _newest(parent, RECORD, settings)
-
-
-def find_sweep(parent: Path, settings: str) -> Path | None:
-    """The newest folder in which a multirun of these settings was broken off."""
-    return _newest(parent, SWEEP_RECORD, settings)
-
-
 def write_sweep(folder: Path, settings: str, status: Status) -> None:
     """Note that a multirun was begun in the folder, or has come to its end."""
     content = {"status": status, "settings": settings}
     write_atomically(folder / SWEEP_RECORD, json.dumps(content, indent=1).encode())
-
-
-def _newest(parent: Path, name: str, settings: str) -> Path | None:
-    for path in sorted(parent.glob(f"*/{name}"), reverse=True):
-        try:
-            found = json.loads(path.read_text())
-            wanted = found["status"] == "unfinished" and found["settings"] == settings
-        except (ValueError, KeyError, TypeError, OSError):
-            continue  # not ours, or torn: whoever trains there says so
-        if wanted and is_free(path.parent):
-            return path.parent
-    return None
 
 
 def read_record(folder: Path) -> Record | None:
@@ -274,42 +252,9 @@ def forget_drop(folder: Path) -> None:
         (folder / RECORD).unlink()
 
 
-def find(target: str, output_root: Path) -> Path:
-    """The folder to go on in, of a run or a sweep by its name or its folder.
-
-    A run of a multirun goes on with the others, for a pack rounds by its members. Raises
-    SettingsError.
-    """
-    folder = Path(target)
-    if not folder.is_dir():
-        folder = _named(target, output_root)
-    if (folder.parent / MULTIRUN).is_file():
-        folder = folder.parent
-    if (folder / MULTIRUN).is_file() or (folder / RECORD).is_file():
-        return folder.absolute()
-    raise SettingsError(f"{target} is no folder of a run or of a sweep: nothing was begun there")
-
-
 def sweep_name(folder: Path) -> str:
     """What the sweep of a folder is called, in MLflow and as a study."""
     return f"{folder.parent.name}-{folder.name}"
-
-
-def _named(name: str, output_root: Path) -> Path:
-    records = [*output_root.glob(f"*/*/{RECORD}"), *output_root.glob(f"*/*/*/{RECORD}")]
-    records.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-    found = {path.parent: read_record(path.parent) for path in records}
-    open_ones = {p: one.name for p, one in found.items() if one and one.status == "unfinished"}
-    for folder, known in open_ones.items():
-        if known == name:
-            return folder
-    sweeps = [path.parent for path in output_root.glob(f"*/*/{MULTIRUN}")]
-    if named := [folder for folder in sweeps if sweep_name(folder) == name]:
-        return max(named, key=lambda folder: (folder / MULTIRUN).stat().st_mtime)
-    if name in {one.name for one in found.values() if one}:
-        raise SettingsError(f"{name} has ended: there is nothing to go on with")
-    known_names = ", ".join(dict.fromkeys(open_ones.values())) or "none"
-    raise SettingsError(f"{name}: no such run or sweep in {output_root}; broken off: {known_names}")
 
 
 def is_unfinished(folder: Path) -> bool:
