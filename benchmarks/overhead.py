@@ -33,7 +33,7 @@ def main() -> None:
     overrides = parser.parse_args().overrides
     stopwatch = _Stopwatch()
     timed = patch.multiple(
-        multirun, open_fleet=lambda *_: None, _train_by_jobs=stopwatch.train
+        multirun, open_pool=lambda *_: None, _train_by_jobs=stopwatch.train
     )  # as packs that are jobs, but here
     with tempfile.TemporaryDirectory() as name, timed:
         places = [f"output_root={name}", f"cache_dir={name}/cache"]
@@ -51,7 +51,9 @@ class _Stopwatch:
         self.tracking_cpu = 0.0  # seconds of the thread that writes to MLflow
         self.clocks: list[Path] = []  # one a pack: its runs share theirs
 
-    def train(self, runs: Sequence[Run], settings: multirun.Packs, *_: object) -> list[Failure]:
+    def train(
+        self, runs: Sequence[Run], settings: multirun.LauncherSettings, *_: object
+    ) -> list[Failure]:
         """What the launcher does, here and not in a worker process; those that failed."""
         failures = []
         for pack in multirun.group(runs, settings.max_pack):

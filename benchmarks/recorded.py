@@ -1,4 +1,4 @@
-"""Sweeps over recorded epochs: the real study and flow, with workers that train nothing."""
+"""Sweeps over recorded epochs: the real study and loop, with workers that train nothing."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ from lorasweep.config.compose import compose
 from lorasweep.config.run import Run
 from lorasweep.lora_files.checkpoint import Checkpoint
 from lorasweep.runs.session import EpochReport, Finished, Report, Started
-from lorasweep.sweeps.stop_rules import Limits
+from lorasweep.sweeps.stop_rules import StopRules
 from lorasweep.sweeps.study.search_space import Choice, Space
 from lorasweep.sweeps.study.study import Study
 from lorasweep.sweeps.study.trial import Trial
-from lorasweep.sweeps.trial_processes import study_settings
-from lorasweep.sweeps.trials_in_packs import Flow
+from lorasweep.sweeps.sweep_file import read_study_settings
+from lorasweep.sweeps.sweep_loop import TrialsOneByOne
 
 SCORE = "val/loss_rel"
 Curve = Mapping[int, tuple[float, Sequence[float]]]
@@ -57,7 +58,7 @@ def replay(
     like = build_run(demo, output_dir=Path("recorded"))
     with tempfile.TemporaryDirectory() as name:
         study = Study(
-            study_settings(config, settings),
+            read_study_settings(config, settings),
             _space(points),
             "recorded",
             Path(name),
@@ -65,8 +66,9 @@ def replay(
             guesses=guesses,
         )
         workers = _Recorded({_key(point.params): point.curve for point in points}, max_pack)
-        limits = Limits(None, None, time.monotonic())
-        Flow(study, lambda trial: workers.prepare(trial, like), workers, limits).run()
+        rules = StopRules(None, None, time.monotonic())
+        prepare = partial(workers.prepare, like=like)
+        TrialsOneByOne(study, prepare, workers, rules).run()
         attrs = [trial.user_attrs for trial in study.trials]
     return min(a["best"]["scores"][SCORE] for a in attrs), sum(int(a["epochs"]) for a in attrs)
 
@@ -84,7 +86,7 @@ def _key(params: Mapping[str, Any]) -> str:
 
 
 class _Recorded:
-    """Workers for a Flow that give back what was recorded, an epoch of each run at a time."""
+    """Workers that give a sweep's loop what was recorded, an epoch of each run at a time."""
 
     def __init__(self, curves: Mapping[str, Curve], max_pack: int) -> None:
         self._curves, self.max_pack = curves, max_pack
@@ -101,11 +103,11 @@ class _Recorded:
     def has_room(self) -> bool:
         return len(self._epochs) - len(self._dropped) < self.max_pack
 
-    def room_for(self, run: Run) -> bool:
-        return self.has_room
-
-    def submit(self, run: Run) -> None:
+    def submit(self, run: Run) -> bool:
+        if not self.has_room:
+            return False
         self._epochs[run.name] = 0
+        return True
 
     def drop(self, name: str) -> None:
         self._dropped.append(name)

@@ -4,7 +4,7 @@
   epoch of it, and a TPE sweep of 12 trials over the same choices. Target: TPE's best is at least as
   good as the grid's, in fewer epochs. Every epoch of the grids goes to --record, and grids that
   are there are not trained again.
-- replay: those epochs through the real study and flow. Nothing is trained for it: a run's epochs
+- replay: those epochs through the real study and sweep loop. Nothing is trained: a run's epochs
   don't depend on who else is in the pack. TPE with --searches seeds of its own a grid, for whether
   it finds the best of a grid is also luck; then all points under each pruner, in an order drawn by
   seed. Target: an equal best.

@@ -1,9 +1,26 @@
-"""What the tests share: the real config, composed and shrunk, and the embedded base model."""
+"""What the tests share.
+
+Here: `SMALL` and `options`, and the fixtures
+  cache_dir    a cache of latents, captions and hashes, the same for all tests of a process
+  make_run     overrides -> a Run of the small demo below `tmp_path`
+  base         the embedded base model, loaded
+  empty_store  an MLflow store without runs, copied wherever a test would make one
+
+Helper modules beside this file, named by what they hold:
+  small_training  training in this process, and its losses, checkpoints, reports and weights
+  adapter_packs   packs as if they had been trained, and the model's predictions with them
+  candidates      made-up checkpoints of the tracking store
+  command_line    `lorasweep …` in a process of its own
+  logged          a run as a trainer logs it, and all that MLflow then has of it
+  fake_fleet      stands in for a sweep's worker processes
+  bad_files       images, LoRA files and models that are broken on purpose
+recorded/ holds what other programs have written.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a shared machine: no busy waiting
@@ -16,6 +33,8 @@ from lorasweep.config.build_run import build_run
 from lorasweep.config.compose import compose
 from lorasweep.config.conf_folder import conf_dir
 from lorasweep.config.run import Run
+from lorasweep.core.atomic_write import write_atomically
+from lorasweep.tracking import store
 
 yaml.SafeLoader = yaml.CSafeLoader  # Hydra's files are parsed thousands of times
 
@@ -58,6 +77,32 @@ def make_run(tmp_path: Path, cache_dir: Path) -> Callable[..., Run]:
         return build_run(cfg, output_dir=output_dir, overrides=overrides, sweep="s", number=number)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of an MLflow store without runs, to copy: making one takes a second."""
+    database = tmp_path_factory.mktemp("store") / "mlflow.db"
+    store.quieten_mlflow()
+    _create_database(database)
+    return database
+
+
+_create_database = store._create_database
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_stores(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Stores are copies of `empty_store`, but for tests of tracking, which make their own."""
+
+    def copied(database: Path) -> None:
+        empty = request.getfixturevalue("empty_store")
+        write_atomically(database, empty.read_bytes())
+
+    with pytest.MonkeyPatch.context() as patch:
+        if "tracking" not in request.path.parts:
+            patch.setattr(store, "_create_database", copied)
+        yield
 
 
 @pytest.fixture(scope="session")

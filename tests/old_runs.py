@@ -1,5 +1,5 @@
-"""Runs that the lorasweep of commit 0257ede left: tests/recorded/old_runs.tar.xz holds them as they lay
-on its disk, old_runs.json what became of them when it went on with them itself.
+"""Runs that the lorasweep of commit 0257ede left: tests/recorded/old_runs.tar.xz holds them as they
+lay on its disk, old_runs.json what became of them when it went on with them itself.
 
 `make_old_runs.py` has made both. Of lorasweep's own code nothing is used here, for it moves.
 """

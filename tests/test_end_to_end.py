@@ -1,33 +1,19 @@
 """The main job, as a person runs it: a sweep from the command line, MLflow's content, the pick."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 from omegaconf import OmegaConf
-from test_native import relative_difference
 
+from command_line import lorasweep
 from conftest import SMALL
 from lorasweep import tracking
 from lorasweep.lora_files import checkpoint
+from small_training import relative_difference
 
 RANKS = (2, 4)
-
-
-def lorasweep(*arguments, cwd, check=True):
-    result = subprocess.run(
-        [sys.executable, "-m", "lorasweep", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={**os.environ, "COLUMNS": "250"},
-    )
-    assert result.returncode == 0 or not check, result.stderr
-    return result
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,11 @@
 """Numbers that must stay as they are when the code's shape changes.
 
 Four small runs with adapters, optimisers and options of several kinds are trained by the command
-line: all in one pack, and each alone. `recorded/golden.json` holds what came out before the code was
-moved: the loss of every step, the checkpoints' weights, scores and pictures. On a machine of the
-same type (processor and libraries, see `fingerprint`) everything must be equal bit by bit; on any
-other it must agree within the tolerances below. Nothing of the package is imported for that: only
-the command line, a run's files and MLflow's store are used. Further below the random streams
+line: all in one pack, and each alone. `recorded/golden.json` holds what came out before the code
+was moved: the loss of every step, the checkpoints' weights, scores and pictures. On a machine of
+the same type (processor and libraries, see `fingerprint`) everything must be equal bit by bit; on
+any other it must agree within the tolerances below. Nothing of the package is imported for that:
+only the command line, a run's files and MLflow's store are used. Further below the random streams
 themselves are pinned by values.
 
 Where numbers are changed on purpose, they are recorded anew; and where bits are to be compared on

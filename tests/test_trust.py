@@ -13,8 +13,8 @@ import lorasweep
 from bad_files import BASE, base, both, without
 from lorasweep.config.compose import compose
 from lorasweep.core.settings import build
-from lorasweep.judging import pick
-from lorasweep.tracking import operations, server
+from lorasweep.runs.picked_readme import readme
+from lorasweep.tracking import Candidate, operations, server
 
 SOURCES = sorted(Path(lorasweep.__file__).parent.rglob("*.py"))
 PICKLE = b"\x80\x04cposix\nsystem\n(S'touch PWNED'\ntR."
@@ -67,7 +67,7 @@ def test_with_hf_hub_offline_nothing_on_the_network_is_asked(tmp_path):
         "def refuse(self, address): asked.append(address); raise OSError('no network')\n"
         "socket.socket.connect = refuse\n"
         "socket.getaddrinfo = lambda *a, **k: asked.append(a) or []\n"
-        "from lorasweep import config\n"
+        "from lorasweep.config.compose import compose\n"
         "from lorasweep.core.settings import build\n"
         "node = compose(['experiment=demo', 'model.path=nobody/nothing']).model\n"
         "try: build(node, 'model').load()\n"
@@ -118,11 +118,11 @@ def test_what_mlflow_shows_as_markdown_holds_no_html_and_no_links():
 
 def test_a_prompt_can_not_leave_the_readmes_code():
     prompt = 'a "quoted" cat"); import os; os.system("x") <script> $(y) `z`'
-    candidate = pick.Candidate(
+    candidate = Candidate(
         name="a-e001", run="a", sweep="s", epoch=1, path=BASE, scores={}, terms={},
         run_id="", model_id="", experiment_id="", created=0,
     )  # fmt: skip
-    text = pick._readme(candidate, f"sampling:\n  prompts: ['{prompt}']\n", "val/loss", "rule")
+    text = readme(candidate, f"sampling:\n  prompts: ['{prompt}']\n", "val/loss", "rule")
     code = text.partition("```python\n")[2].partition("```")[0]
     assert [name for name, _ in calls_of(code)].count("os.system") == 0
     assert f"--prompt '{prompt}'" in text  # quoted for the shell

@@ -4,21 +4,21 @@ import json
 from copy import deepcopy
 
 import pytest
-import test_native
 import torch
 
+from adapter_packs import BOTH, predict, trained
 from conftest import options
 from lorasweep.adapters.adapter import Site
 from lorasweep.adapters.dropout import Dropout
 from lorasweep.adapters.initial_weights import start
 from lorasweep.adapters.locon import LoConStack
-from lorasweep.adapters.pack import Pack, computing_with
+from lorasweep.adapters.pack import Pack
 from lorasweep.core.settings import SettingsError
 from lorasweep.lora_files import checkpoint
+from small_training import load, relative_difference, tensors, train
 
 # lycoris trains one run at a time, through its package's own forward: tests/test_lycoris.py
 TYPES = [name for name in options("adapter") if name != "lycoris"]
-BOTH = frozenset({"text_encoder", "unet"})
 
 
 @pytest.fixture(params=TYPES)
@@ -43,26 +43,6 @@ VARIANTS = {
 @pytest.fixture(params=VARIANTS)
 def variant(request, make_run):
     return make_run(*VARIANTS[request.param], "adapter.rank=4").adapter
-
-
-def trained(base, *runs):
-    """A pack whose deltas are not zero: as if it had been trained."""
-    pack = Pack.new(base.parts, [(adapter, seed, BOTH) for adapter, seed in runs])
-    draw = torch.Generator().manual_seed(0)
-    for index in range(len(pack)):
-        for tensors in pack.views(index).values():
-            for tensor in tensors:
-                tensor += 0.05 * torch.randn(tensor.shape, generator=draw)
-    return pack
-
-
-def predict(base, pack, rows=2, runs=1):
-    draw = torch.Generator().manual_seed(1)
-    latents = torch.randn(rows, 4, 16, 16, generator=draw).repeat(runs, 1, 1, 1)
-    timesteps = torch.tensor([100, 900][:rows]).repeat(runs)
-    with torch.no_grad(), computing_with(pack):
-        embeds = base.encode_prompt(["a cat", "a rocket"][:rows] * runs)
-        return base.predict(latents, timesteps, embeds)
 
 
 def test_a_new_adapter_changes_nothing(adapter, base):
@@ -393,14 +373,12 @@ FEW = ("dataset.num_images=2", "trainer.max_train_epochs=1", "adapter.rank=4", U
 
 def test_runs_of_all_types_train_together_as_alone(base, make_run):
     runs = [make_run(f"adapter={name}", *FEW, number=n) for n, name in enumerate(TYPES)]
-    data = test_native.load(runs[0], base)
-    losses, last, _ = test_native.train(base, data, *runs)
+    data = load(runs[0], base)
+    losses, last, _ = train(base, data, *runs)
     for run in runs:
-        alone_losses, alone, _ = test_native.train(base, data, run)
+        alone_losses, alone, _ = train(base, data, run)
         assert losses[run.name] == pytest.approx(alone_losses[run.name], rel=1e-5)
-        difference = test_native.relative_difference(
-            test_native.tensors(last[run.name]), test_native.tensors(alone[run.name])
-        )
+        difference = relative_difference(tensors(last[run.name]), tensors(alone[run.name]))
         assert difference < 1e-5
 
 
@@ -408,11 +386,11 @@ def test_half_precision_files_of_dora_round_its_delta_no_more_than_its_factors(b
     files = []
     for dtype in ("fp32", "bf16"):
         run = make_run("adapter=dora", *FEW, f"trainer.save_dtype={dtype}")
-        _, last, _ = test_native.train(base, test_native.load(run, base), run)
-        files.append(test_native.tensors(last[run.name]))
+        _, last, _ = train(base, load(run, base), run)
+        files.append(tensors(last[run.name]))
     assert {t.dtype for n, t in files[1].items() if ".lora_" in n} == {torch.bfloat16}
     exact, rounded = (
         {site.key: delta for site, delta in Pack.from_files(base.parts, [file]).delta_weights(0)}
         for file in files
     )
-    assert test_native.relative_difference(rounded, exact) < 0.01  # bf16 has 8 bits of mantissa
+    assert relative_difference(rounded, exact) < 0.01  # bf16 has 8 bits of mantissa

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lorasweep.data import latents
+from lorasweep.data import buckets, latents
 from lorasweep.data.kohya_folders import Arm, CaptionedImage
 
 
@@ -50,33 +50,33 @@ def bucketed(settings, **changes):
     ],
 )
 def test_an_image_goes_to_the_bucket_of_the_nearest_ratio(size, bucket, settings):
-    assert latents.bucket_of(size, bucketed(settings)) == bucket
+    assert buckets.bucket_of(size, bucketed(settings)) == bucket
 
 
 def test_buckets_fit_the_area_and_the_steps(settings):
-    for width, height in latents.buckets(bucketed(settings)):
+    for width, height in buckets.buckets(bucketed(settings)):
         assert width * height <= 512 * 512
         assert width % 64 == height % 64 == 0
 
 
 def test_without_upscaling_a_bucket_is_the_image_cut_to_the_steps(settings):
     small = bucketed(settings, bucket_no_upscale=True)
-    assert latents.bucket_of((300, 200), small) == (256, 192)
-    assert latents.bucket_of((1024, 512), small)[0] < 1024
+    assert buckets.bucket_of((300, 200), small) == (256, 192)
+    assert buckets.bucket_of((1024, 512), small)[0] < 1024
     # rounding errors must not cost a step
-    assert {latents.bucket_of((side, side), small) for side in range(513, 1000)} == {(512, 512)}
+    assert {buckets.bucket_of((side, side), small) for side in range(513, 1000)} == {(512, 512)}
     with pytest.raises(ValueError, match=r"too small for dataset\.bucket_reso_steps=64"):
-        latents.bucket_of((300, 50), small)
+        buckets.bucket_of((300, 50), small)
 
 
 def test_without_buckets_every_image_has_the_resolution(settings):
-    assert latents.bucket_of((300, 200), settings) == (64, 64)
+    assert buckets.bucket_of((300, 200), settings) == (64, 64)
 
 
 def test_fitting_covers_and_crops_the_centre():
     image = Image.new("RGB", (300, 100), "red")
     image.paste("blue", (100, 0, 200, 100))
-    fitted = latents.fit(image, (64, 64))
+    fitted = buckets.fit(image, (64, 64))
     assert fitted.size == (64, 64)
     assert {fitted.getpixel((x, y)) for x in (1, 32, 62) for y in (1, 62)} == {(0, 0, 255)}
 

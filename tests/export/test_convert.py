@@ -7,16 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_adapters import predict
 
+from adapter_packs import predict
 from lorasweep.cli.main import main
 from lorasweep.core.atomic_write import TargetError
-from lorasweep.export import convert_model as convert_module
-from lorasweep.export import model_tensors
-from lorasweep.export import picture_check as export_check
+from lorasweep.export import read_back, whole_model
 from lorasweep.export.convert_model import convert
-from lorasweep.export.original_layout import Layout
-from lorasweep.export.picture_check import ExportError
+from lorasweep.export.exported import ExportError
+from lorasweep.export.single_file_names import ModelLayout
 from lorasweep.models.model_files import ModelError
 
 
@@ -51,7 +49,7 @@ def same(one, other):
 
 
 def test_round_trips_are_bit_equal_both_ways(embedded, single, folder, tmp_path):
-    there, back = model_tensors.read(embedded), model_tensors.read(str(folder))
+    there, back = whole_model.read(embedded), whole_model.read(str(folder))
     assert all(same(there.weights[part], back.weights[part]) for part in there.weights)
     convert(str(folder), tmp_path / "again.safetensors", config=None)
     assert (tmp_path / "again.safetensors").read_bytes() == single.read_bytes()
@@ -77,7 +75,7 @@ def test_the_folder_is_whole(embedded, folder):
 
 
 def test_a_folder_loads_in_one_type_when_its_user_asks_for_none(folder):
-    pipeline = export_check.load_folder(folder)  # its files are fp16
+    pipeline = read_back.load(folder, folder)  # its files are fp16
     assert pipeline.text_encoder.dtype == pipeline.unet.dtype == torch.float32
 
 
@@ -109,7 +107,7 @@ def test_what_real_files_hold_besides_is_counted_and_the_unknown_named(
     tensors |= {name: torch.ones(1) for name in [*known, "a.riddle"]}
     save_file(tensors, tmp_path / "real.safetensors")
     with caplog.at_level(logging.WARNING):
-        model = model_tensors.read(str(tmp_path / "real.safetensors"), embedded)
+        model = whole_model.read(str(tmp_path / "real.safetensors"), embedded)
     assert sorted(model.notes) == [
         "Left out: 1 x noise schedule",
         "Left out: 1 x position ids",
@@ -124,7 +122,7 @@ def test_a_file_without_its_vae_is_refused(embedded, single, tmp_path):
     kept = {name: t for name, t in tensors.items() if not name.startswith("first_stage_model")}
     save_file(kept, tmp_path / "cut.safetensors")
     with pytest.raises(ModelError, match="156 of the vae's 156 tensors are missing"):
-        model_tensors.read(str(tmp_path / "cut.safetensors"), embedded)
+        whole_model.read(str(tmp_path / "cut.safetensors"), embedded)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +137,7 @@ def test_a_file_without_its_vae_is_refused(embedded, single, tmp_path):
 def test_other_files_are_refused_in_a_line(name, says, embedded, tmp_path):
     save_file({name: torch.ones(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ModelError, match=says):
-        model_tensors.read(str(tmp_path / "other.safetensors"), embedded)
+        whole_model.read(str(tmp_path / "other.safetensors"), embedded)
 
 
 def test_pickles_sdxl_folders_and_broken_files_are_refused_in_a_line(embedded, tmp_path):
@@ -153,13 +151,13 @@ def test_pickles_sdxl_folders_and_broken_files_are_refused_in_a_line(embedded, t
         "nowhere.safetensors": "no such file",
     }.items():
         with pytest.raises(ModelError, match=says) as caught:
-            model_tensors.read(str(tmp_path / source), embedded)
+            whole_model.read(str(tmp_path / source), embedded)
         assert "\n" not in str(caught.value)
 
 
 def test_a_hub_id_that_cannot_be_reached_is_one_line():
     with pytest.raises(ModelError, match="nobody/nothing: no such file or folder") as caught:
-        model_tensors.read("nobody/nothing")
+        whole_model.read("nobody/nothing")
     assert "\n" not in str(caught.value)
 
 
@@ -189,13 +187,13 @@ def test_two_files_or_two_folders_are_refused(embedded, single, tmp_path):
 def test_a_wrong_conversion_is_an_error_and_leaves_nothing(
     name, says, embedded, tmp_path, monkeypatch
 ):
-    right = Layout.to_original
+    right = ModelLayout.to_original
 
     def wrong(self, weights):
         tensors = right(self, weights)
         return tensors | {name: tensors[name].flip(0).contiguous()}
 
-    monkeypatch.setattr(Layout, "to_original", wrong)
+    monkeypatch.setattr(ModelLayout, "to_original", wrong)
     with pytest.raises(ExportError, match=says):
         convert(embedded, tmp_path / "model.safetensors", config=None)
     assert list(tmp_path.iterdir()) == []
@@ -207,7 +205,7 @@ def test_a_wrong_picture_is_an_error_and_leaves_nothing(embedded, tmp_path, monk
     def wrong(base, place):
         return {**base.scheduler_config, "prediction_type": "sample"}
 
-    monkeypatch.setattr(convert_module, "schedule", wrong)
+    monkeypatch.setattr(read_back, "schedule", wrong)
     with pytest.raises(ExportError, match="DISAGREE"):
         convert(embedded, tmp_path / "model.safetensors", config=None)
     assert list(tmp_path.iterdir()) == []

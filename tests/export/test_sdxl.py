@@ -11,20 +11,28 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_export_lora import dora, dora_here_and_there, loha, lora
+from test_diffusers_lora import dora, dora_here_and_there, loha, lora
 
 from lorasweep.adapters.deltas import low_rank_delta
 from lorasweep.adapters.kohya_names import every_site
-from lorasweep.adapters.pack import Pack
 from lorasweep.core.safetensors_header import CheckpointError
-from lorasweep.export import convert_model, merge, model_tensors, sdxl
-from lorasweep.export import picture_check as export_check
-from lorasweep.export.original_layout import Layout
-from lorasweep.export.part_files import FILES
-from lorasweep.export.picture_check import ExportError
+from lorasweep.export import (
+    attach_loras,
+    convert_model,
+    diffusers_folder,
+    merge,
+    picture_check,
+    whole_model,
+)
+from lorasweep.export.attach_loras import adapters_of
+from lorasweep.export.diffusers_folder import FILES
+from lorasweep.export.exported import ExportError
+from lorasweep.export.generic_diffusion_feature import offline_lora
+from lorasweep.export.single_file_names import ModelLayout
 from lorasweep.lora_files import checkpoint
 from lorasweep.models.load_model import Model
 from lorasweep.models.model_files import ModelError
+from lorasweep.models.sdxl import SDXLModel
 
 KEYS = json.loads(
     gzip.decompress((Path(__file__).parents[1] / "recorded/kohya_sdxl_keys.json.gz").read_bytes())
@@ -113,7 +121,7 @@ def folder(base, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(folder):
-    return model_tensors.read(str(folder), sdxl=True)
+    return whole_model.read(str(folder), sdxl=True)
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +142,7 @@ def settings_of(folder, clip_skip=1):
 
 @pytest.fixture(scope="module")
 def xl(settings, model):
-    return sdxl.load(settings, model)
+    return whole_model.as_base(settings, model)
 
 
 def is_kohyas(site):
@@ -153,7 +161,7 @@ def is_attention(site):
 @pytest.fixture
 def write(xl, tmp_path):
     """Write a LoRA of the tiny SDXL, by default under kohya's names, of the original layout."""
-    theirs = {ours: key for key, ours in xl._ours.items()}
+    theirs = {ours: key for key, ours in xl.keys_by_kohyas.items()}
 
     def write(make=lora, where=is_kohyas, names=theirs):
         draw = torch.Generator().manual_seed(0)
@@ -181,8 +189,7 @@ def predict(pipeline, prompt="a fox"):
 
 
 def attached(xl, path):
-    pack = Pack.from_files(xl.parts, [sdxl.read_lora(path, xl).tensors])
-    with export_check.attached([(pack, 1.0)]):
+    with attach_loras.attached(adapters_of(xl, [(path, 1.0)])):
         return predict(xl.pipeline)
 
 
@@ -192,9 +199,9 @@ def test_every_name_of_kohyas_finds_its_module_on_sdxls_full_topology():
 
         unet, first = unet_of(FULL), text_of("CLIPTextModel", 768, 12, 12, 49408)
         second = text_of("CLIPTextModelWithProjection", 1280, 32, 20, 49408)
-        layout = Layout.from_modules(unet, AutoencoderKL(), first, second)
+        layout = ModelLayout.from_modules(unet, AutoencoderKL(), first, second)
     parts = type("Pipeline", (), {"unet": unet, "text_encoder": first, "text_encoder_2": second})
-    xl = sdxl.SDXLModel(None, parts, layout.original_unet_paths)
+    xl = SDXLModel(None, parts, layout.original_unet_paths)
     known = every_site(xl.parts)
     tensors = {name: torch.zeros(shape, device="meta") for name, shape in KEYS.items()}
     named = xl.named(tensors)
@@ -243,8 +250,8 @@ def test_a_merged_folder_predicts_what_the_attached_lora_predicts(xl, settings, 
 
 def test_the_merge_is_the_formula_written_out(xl, model, write):
     path = write()
-    adapters = merge.attachable(xl, [(path, 0.5)])
-    whole = merge.merge(xl, model, adapters)
+    adapters = adapters_of(xl, [(path, 0.5)])
+    whole = merge.merge(model, adapters)
     theirs, _ = checkpoint.read(path)
     for key, part, name in (
         ("lora_unet_input_blocks_4_1_proj_in", "unet", "down_blocks.1.attentions.0.proj_in"),
@@ -267,7 +274,7 @@ def test_offline_lora_holds_the_variant_fp16_too(settings, write, tmp_path):
 
     target = tmp_path / "offline"
     path = write(dora, everywhere)  # of a picture that fp16 changes by 9 levels on average
-    done = merge.offline_lora(settings, [(path, 1.0)], target)
+    done = offline_lora(settings, [(path, 1.0)], target)
     agreeing = [line for line in done.lines if "before and after agree" in line]
     assert "StableDiffusionXLImg2ImgPipeline.from_pretrained," in agreeing[0]
     assert "with variant='fp16'" in agreeing[1]
@@ -294,14 +301,14 @@ def test_offline_lora_holds_the_variant_fp16_too(settings, write, tmp_path):
 
 def test_plain_weights_in_fp16_are_stored_once(settings, write, tmp_path):
     target = tmp_path / "offline"
-    merge.offline_lora(settings, [(write(), 1.0)], target, precision="fp16")
+    offline_lora(settings, [(write(), 1.0)], target, precision="fp16")
     plain = target / "unet" / "diffusion_pytorch_model.safetensors"
     assert plain.samefile(plain.with_name("diffusion_pytorch_model.fp16.safetensors"))
 
 
 def loaded(xl, path):
     """What diffusers makes of a LoRA file, the base left as it was."""
-    pipeline = export_check.pipeline_of(xl)
+    pipeline = picture_check.pipeline_of(xl)
     pipeline.load_lora_weights(str(path.parent), weight_name=path.name)
     try:
         return predict(pipeline)
@@ -316,7 +323,7 @@ def test_diffusers_loads_every_module_of_the_lora_file(make, names, xl, settings
     is_original = names == "original"
     path = write(make, everywhere) if is_original else write(make, is_attention, names={})
     target = tmp_path / "out.safetensors"
-    done = merge.offline_lora(settings, [(path, 1.0)], target)
+    done = offline_lora(settings, [(path, 1.0)], target)
     assert done.lines[0].startswith("Converted exactly")
     assert "stable-diffusion-xl-base-1.0 as the base" in done.lines[2]
     assert torch.allclose(loaded(xl, target), attached(xl, path), atol=2e-5)
@@ -332,7 +339,7 @@ def test_diffusers_own_reading_loses_the_added_embedding(xl, write):
 
 def test_a_module_that_diffusers_leaves_out_is_found(settings, write, tmp_path, monkeypatch):
     """Pictures might miss it: one of hundreds."""
-    from lorasweep.adapters import peft_names
+    from lorasweep.lora_files import peft_names
 
     honest, lost = peft_names.to_peft, "lora_unet_add_embedding_linear_1"
     monkeypatch.setattr(
@@ -340,7 +347,7 @@ def test_a_module_that_diffusers_leaves_out_is_found(settings, write, tmp_path, 
     )
     path = write(lora, lambda site: "add_embedding" in site.path or is_attention(site))
     with pytest.raises(ExportError, match=r"leaves 1 of the 154 .*add_embedding_linear_1.*merged"):
-        merge.offline_lora(settings, [(path, 1.0)], tmp_path / "out.safetensors")
+        offline_lora(settings, [(path, 1.0)], tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()
 
 
@@ -348,8 +355,8 @@ def test_loha_is_refused_or_approximated_with_its_error(settings, write, tmp_pat
     path = write(loha, lambda site: site.part != "unet")
     target = tmp_path / "out.safetensors"
     with pytest.raises(ExportError, match="--rank 64"):
-        merge.offline_lora(settings, [(path, 1.0)], target)
-    done = merge.offline_lora(settings, [(path, 1.0)], target, rank=4)
+        offline_lora(settings, [(path, 1.0)], target)
+    done = offline_lora(settings, [(path, 1.0)], target, rank=4)
     assert "relative error" in done.lines[0]
 
 
@@ -359,13 +366,13 @@ def test_a_folder_of_the_variant_alone_or_in_pieces_is_read(folder, model, write
     pipeline = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
     pipeline.save_pretrained(tmp_path / "pieces", max_shard_size="200KB")
     assert not (tmp_path / "pieces" / "unet" / FILES["unet"]).exists()
-    found = model_tensors.read(str(tmp_path / "pieces"), sdxl=True)
+    found = whole_model.read(str(tmp_path / "pieces"), sdxl=True)
     for part, tensors in model.weights.items():
         assert all(torch.equal(found.weights[part][n], t) for n, t in tensors.items())
     pipeline.to(torch.float16).save_pretrained(tmp_path / "half", variant="fp16")
     done = merge.merged(settings_of(tmp_path / "half"), [(write(), 1.0)], tmp_path / "merged")
     assert any("agree" in line for line in done.lines)
-    assert model_tensors.precision_of(model_tensors.read(str(done.path), sdxl=True)) == "fp16"
+    assert whole_model.read(str(done.path), sdxl=True).precision == "fp16"
 
 
 def test_an_index_that_leads_out_of_the_folder_is_refused(folder, tmp_path):
@@ -380,7 +387,7 @@ def test_an_index_that_leads_out_of_the_folder_is_refused(folder, tmp_path):
     }.items():
         index.write_text(text)
         with pytest.raises(ModelError, match=says):
-            model_tensors.read(str(tmp_path / "model"), sdxl=True)
+            whole_model.read(str(tmp_path / "model"), sdxl=True)
 
 
 def test_what_comes_later_is_said_in_a_line(folder, settings, write, tmp_path):
@@ -412,21 +419,21 @@ def test_a_lora_of_another_base_is_told_in_a_line(base, settings, write, tmp_pat
     for one, on in ((sd15, settings), (write(), base.settings)):
         for to in (tmp_path / "out.safetensors", tmp_path / "out"):
             with pytest.raises((ExportError, CheckpointError)) as caught:
-                merge.offline_lora(on, [(one, 1.0)], to)
+                offline_lora(on, [(one, 1.0)], to)
             assert "\n" not in str(caught.value)
 
 
 def test_a_wrong_variant_is_an_error_and_leaves_nothing(settings, write, tmp_path, monkeypatch):
-    path, honest = write(), model_tensors.write_variant
+    path, honest = write(), diffusers_folder.write_variant
 
-    def wrong(model, folder):
-        found = honest(model, folder)
+    def wrong(folder, weights):
+        found = honest(folder, weights)
         unet = folder / "unet" / "diffusion_pytorch_model.fp16.safetensors"
         tensors = load_file(unet)
         save_file(tensors | {"conv_out.weight": tensors["conv_out.weight"].flip(0)}, unet)
         return found
 
-    monkeypatch.setattr(model_tensors, "write_variant", wrong)
+    monkeypatch.setattr(diffusers_folder, "write_variant", wrong)
     with pytest.raises(ExportError, match=r"unet's conv_out\.weight otherwise"):
-        merge.offline_lora(settings, [(path, 1.0)], tmp_path / "offline")
+        offline_lora(settings, [(path, 1.0)], tmp_path / "offline")
     assert [found.name for found in tmp_path.iterdir()] == ["xl.safetensors"]

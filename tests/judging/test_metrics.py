@@ -4,8 +4,8 @@ import math
 from collections import Counter
 
 import pytest
-from test_adapters import trained
 
+from adapter_packs import trained
 from lorasweep.data import kohya_folders, latents
 from lorasweep.judging.metrics.held_out_loss import tuples
 from lorasweep.judging.metrics.metric import Images

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from test_adapters import trained
 
+from adapter_packs import trained
 from lorasweep.core.settings import SettingsError
 from lorasweep.judging import sampling
 from lorasweep.lora_files import checkpoint

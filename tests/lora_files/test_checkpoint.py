@@ -76,7 +76,7 @@ def test_pickles_are_never_read(tmp_path):
 
 def test_training_writes_the_entries_that_kohya_writes(make_run, base):
     """All of sd-scripts' entries that mean something here; the rest are options we don't have."""
-    from test_native import load, train
+    from small_training import load, train
 
     run = make_run("trainer.max_train_epochs=1")
     _, last, _ = train(base, load(run, base), run)

@@ -11,7 +11,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from lorasweep.cli import main
-from lorasweep.lora_files import checkpoint, info, lora_file, module_names
+from lorasweep.lora_files import checkpoint, info, module_names, read_lora_file
 
 DATA = Path(__file__).parents[1] / "recorded"
 KEYS = json.loads(gzip.decompress((DATA / "kohya_keys.json.gz").read_bytes()))
@@ -75,7 +75,7 @@ def test_files_of_kohya_and_lycoris_are_told_apart(name, tmp_path):
     type_, writer, modules = WRITTEN[name]
     tensors = {key: torch.zeros(shape).half() for key, shape in KEYS[name].items()}
     save_file(tensors, tmp_path / "a.safetensors")
-    file = lora_file.read(tmp_path / "a.safetensors")
+    file = read_lora_file.read(tmp_path / "a.safetensors")
     parts = Counter(module_names.part_of(key) for key in file.sites)
     assert (info.type_of(file), file.written_by) == (type_, writer)
     assert parts == {"unet": modules, "text encoder": 72}

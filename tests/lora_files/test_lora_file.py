@@ -8,13 +8,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lorasweep.adapters import peft_names
 from lorasweep.adapters.kohya_names import every_site, sites
 from lorasweep.adapters.pack import computing_with
 from lorasweep.cli import main
 from lorasweep.core import safetensors_header
 from lorasweep.core.safetensors_header import CheckpointError
-from lorasweep.lora_files import checkpoint, lora_file
+from lorasweep.lora_files import checkpoint, peft_names, read_lora_file
 from lorasweep.runs.session import load_pack
 
 KEY = "lora_unet_down_blocks_0_attentions_0_proj_in"
@@ -109,7 +108,7 @@ def test_a_hostile_file_is_refused_in_one_sentence(name, tmp_path):
     path = tmp_path / "a.safetensors"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=says) as caught:
-        lora_file.read(path)
+        read_lora_file.read(path)
     message = str(caught.value)
     assert message.isprintable() and message.count(str(path)) == 1 and len(message) < 400
 
@@ -126,13 +125,13 @@ def test_a_header_over_the_limit_is_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(safetensors_header, "MAX_HEADER", 10)
     (tmp_path / "a.safetensors").write_bytes(content(WHOLE, DATA))
     with pytest.raises(CheckpointError, match="header claims"):
-        lora_file.read(tmp_path / "a.safetensors")
+        read_lora_file.read(tmp_path / "a.safetensors")
 
 
 def test_the_file_that_the_hostile_ones_are_made_from_is_read(tmp_path):
     path = tmp_path / "a.safetensors"
     path.write_bytes(content(WHOLE, DATA))
-    assert lora_file.read(path).algorithms == {KEY: "lora"}
+    assert read_lora_file.read(path).algorithms == {KEY: "lora"}
 
 
 def test_a_lora_given_as_a_whole_model_is_told_by_its_names(tmp_path, capsys):
@@ -141,12 +140,12 @@ def test_a_lora_given_as_a_whole_model_is_told_by_its_names(tmp_path, capsys):
         save_file({tensor: torch.ones(1)}, tmp_path / f"{name}.safetensors")
     for name in ("lora", "peft"):
         with pytest.raises(CheckpointError, match="is a LoRA, not a whole model"):
-            lora_file.refuse_as_model(tmp_path / f"{name}.safetensors")
+            read_lora_file.refuse_as_model(tmp_path / f"{name}.safetensors")
     positions = {"text_model.embeddings.position_ids": torch.arange(77)[None]}
     save_file(positions, tmp_path / "model.safetensors")  # whole models hold integers too
     (tmp_path / "cut.safetensors").write_bytes(b"cut")  # the model's loader tells of it
     for name in ("model", "cut", "nowhere"):
-        lora_file.refuse_as_model(tmp_path / f"{name}.safetensors")
+        read_lora_file.refuse_as_model(tmp_path / f"{name}.safetensors")
     command = ["extract", str(tmp_path / "lora.safetensors"), "base", "--rank=4"]
     with pytest.raises(SystemExit):
         main.main([*command, "--out", str(tmp_path / "out.safetensors")])
@@ -156,9 +155,9 @@ def test_a_lora_given_as_a_whole_model_is_told_by_its_names(tmp_path, capsys):
 def test_alpha_may_be_missing_or_a_whole_number(tmp_path):
     tensors = {DOWN: torch.ones(2, 3), UP: torch.ones(4, 2)}
     save_file(tensors, tmp_path / "a.safetensors")
-    assert float(lora_file.read(tmp_path / "a.safetensors").tensors[ALPHA]) == 2  # the rank
+    assert float(read_lora_file.read(tmp_path / "a.safetensors").tensors[ALPHA]) == 2  # the rank
     save_file({**tensors, ALPHA: torch.tensor(3)}, tmp_path / "b.safetensors")
-    assert float(lora_file.read(tmp_path / "b.safetensors").tensors[ALPHA]) == 3
+    assert float(read_lora_file.read(tmp_path / "b.safetensors").tensors[ALPHA]) == 3
 
 
 NAMES = {
@@ -174,7 +173,7 @@ NAMES = {
 def test_the_writer_is_known_by_the_names_alone(name, writer, tmp_path):
     other = name.replace("down", "up").replace("lora_A", "lora_B")
     save_file({name: torch.ones(2, 3), other: torch.ones(3, 2)}, tmp_path / "renamed.safetensors")
-    assert lora_file.read(tmp_path / "renamed.safetensors").written_by == writer
+    assert read_lora_file.read(tmp_path / "renamed.safetensors").written_by == writer
 
 
 ATTN = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
@@ -239,7 +238,7 @@ def test_adapter_config_beside_the_file_gives_alpha(tmp_path):
     tensors = {f"{name}.lora_A.weight": torch.ones(4, 3), f"{name}.lora_B.weight": torch.ones(3, 4)}
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 6, "r": 4}')
-    found = lora_file.read(tmp_path / "adapter_model.safetensors")
+    found = read_lora_file.read(tmp_path / "adapter_model.safetensors")
     assert float(found.tensors[f"{UNET}_to_q.alpha"]) == 6
 
 
@@ -293,7 +292,7 @@ def test_what_diffusers_saves_is_read_with_its_alpha(base, tmp_path):
         unet_lora_layers=get_peft_model_state_dict(unet),
         **_collate_lora_metadata({"unet": unet}),
     )
-    found = lora_file.read(tmp_path / "pytorch_lora_weights.safetensors")
+    found = read_lora_file.read(tmp_path / "pytorch_lora_weights.safetensors")
     assert {float(site["alpha"]) for site in found.sites.values()} == {6.0}
     assert any(key.endswith("conv1") for key in found.sites)
     embeds = base.encode_prompt(["a cat"]).detach()
@@ -302,5 +301,5 @@ def test_what_diffusers_saves_is_read_with_its_alpha(base, tmp_path):
     merged = deepcopy(base.unet)
     for key, site in found.sites.items():
         module = merged.get_submodule(known[key].path)
-        module.weight.data += lora_file.low_rank_delta(site, module.weight.shape)
+        module.weight.data += read_lora_file.low_rank_delta(site, module.weight.shape)
     assert torch.allclose(theirs, predict(base, merged, embeds), atol=1e-4)

@@ -2,17 +2,17 @@
 
 import pytest
 import torch
-from test_adapters import predict
 
+from adapter_packs import predict
 from lorasweep.core.settings import SettingsError
-from lorasweep.export import model_tensors
+from lorasweep.export import whole_model
 from lorasweep.models.devices import resolve_device
 from lorasweep.models.model_files import ModelError
 
 
 def test_a_single_file_gives_the_same_predictions_as_the_folder(base, make_run, tmp_path):
     file = tmp_path / "model.safetensors"
-    model_tensors.write_file(model_tensors.read(base.settings.path), file)
+    whole_model.read(base.settings.path).write(file)
     model = make_run(f"model.path={file}", f"model.config={base.settings.path}").model
     loaded = model.load()
     assert torch.equal(predict(loaded, None), predict(base, None))
@@ -24,7 +24,7 @@ def test_a_single_file_gives_the_same_predictions_as_the_folder(base, make_run, 
 
 def test_a_single_file_without_configs_says_what_it_needs(base, make_run, tmp_path):
     file = tmp_path / "model.safetensors"
-    model_tensors.write_file(model_tensors.read(base.settings.path), file)
+    whole_model.read(base.settings.path).write(file)
     with pytest.raises(ModelError, match=r"model\.config is null"):
         make_run(f"model.path={file}", "model.config=null").model.load()
 

@@ -14,8 +14,8 @@ from PIL import Image
 
 from lorasweep.config.compose import compose
 from lorasweep.core.settings import SettingsError
-from lorasweep.runs import doctor
-from lorasweep.runs.doctor import Finding
+from lorasweep.runs import doctor, probes
+from lorasweep.runs.probes import Finding
 
 DEMO = "experiment=demo"
 NOWHERE = "http://127.0.0.1:9"  # nobody listens on the discard port
@@ -34,7 +34,7 @@ class Examined:
         self.places = [f"output_root={root / 'outputs'}", f"cache_dir={root / 'cache'}"]
 
     def __call__(self, *overrides: str) -> dict[str, Finding]:
-        found = doctor.findings(compose([*self.places, *overrides]))
+        found = doctor.findings(compose([*self.places, *overrides]), overrides)
         return {finding.check: finding for finding in found}
 
     def problems(self, *overrides: str) -> dict[str, Finding]:
@@ -122,7 +122,7 @@ def test_missing_weights_of_the_default_config_say_what_to_download(examined: Ex
 def test_what_the_hub_can_give_is_no_problem(
     examined: Examined, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "_answer", lambda url: 200)
+    monkeypatch.setattr(probes, "_answer", lambda url: 200)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     found = examined()
     assert found["model.path"].level == "warning"
@@ -176,6 +176,17 @@ def test_tagger_in_a_subfolder_of_a_cached_repository_is_found(
 def test_optimizer_of_a_package_that_is_missing_is_a_problem(examined: Examined) -> None:
     problem = examined.problems(DEMO, "optimizer.type=no_such_package.Lion")["optimizer"]
     assert "pip install no-such-package" in problem.remedy
+
+
+def test_the_checks_of_train_are_lines_of_the_table(examined: Examined, tmp_path: Path) -> None:
+    found = examined(DEMO, "adapter.rank=4", "adapter.alpha=8")
+    assert found["adapter"].level == "warning"
+    assert found["adapter"].remedy.endswith("adapter.alpha=2")
+    overrides = ("adapter.targets=unet-only", "optimizer.unet_lr=0")
+    assert "whose learning rate is 0" in examined.problems(DEMO, *overrides)["adapter"].text
+    assert "sampling" in examined.problems(DEMO, "sampling.scheduler=Euler")
+    unread = ("sampling.every_n_epochs=0", "sampling.seed=4")
+    assert examined.problems(DEMO, *unread)["sampling"].remedy == "set that or leave it out"
 
 
 def test_output_root_that_cannot_be_written_is_a_problem(

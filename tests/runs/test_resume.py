@@ -20,6 +20,7 @@ from lorasweep.cli import main
 from lorasweep.config.build_run import build_run
 from lorasweep.config.compose import compose
 from lorasweep.core.atomic_write import DiskFullError
+from lorasweep.core.failures import FailureKind
 from lorasweep.core.interrupts import Interrupts
 from lorasweep.core.settings import SettingsError
 from lorasweep.lora_files import checkpoint
@@ -254,7 +255,7 @@ def places(runs):
 SECOND = """
 import os, signal
 from lorasweep.core.interrupts import Interrupts
-with Interrupts(signal.SIGINT) as interrupts, interrupts.softly(lambda: None):
+with Interrupts(signal.SIGINT) as interrupts, interrupts.calling(lambda: None):
     os.kill(os.getpid(), signal.SIGINT)
     print("still here", flush=True)
     os.kill(os.getpid(), signal.SIGINT)
@@ -311,7 +312,7 @@ def test_two_processes_do_not_train_in_one_folder(make_run, monkeypatch):
     (failure,) = run_pack([run])
     assert isinstance(failure, Failure)
     assert "another process trains here" in failure.reason
-    assert failure.transient  # a worker that was killed may be on its way out
+    assert failure.kind == FailureKind.RETRY  # a worker that was killed may be on its way out
     held.release()
     assert any(isinstance(report, Finished) for report in run_pack([run]))
 
@@ -323,7 +324,7 @@ def test_a_run_whose_log_another_worker_still_sends_may_be_tried_again(make_run,
     held.acquire()
     (failure,) = run_pack([run])
     assert "in use by another process that logs or sends this run" in failure.reason
-    assert (failure.transient, failure.pauses) == (True, False)
+    assert failure.kind == FailureKind.RETRY
     held.release()
     assert any(isinstance(report, Finished) for report in run_pack([run]))
 

@@ -11,10 +11,7 @@ from lorasweep import tracking
 from lorasweep.runs import session as run_module
 from lorasweep.runs.session import EpochReport, Failure, Finished, Session, run_pack, write_folders
 from lorasweep.training.native_trainer import NativeTraining
-
-
-def reports(*runs):
-    return [report for report in run_pack(runs) if isinstance(report, EpochReport)]
+from small_training import reports
 
 
 def test_every_checkpoint_is_reported_once_with_scores(make_run):

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from command_line import lorasweep
 from conftest import SMALL
 from lorasweep import tracking
-from test_end_to_end import lorasweep
 
 pytestmark = pytest.mark.slow
 TOOLS = Path(__file__).parents[2] / "tools" / "cluster"

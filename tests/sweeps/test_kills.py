@@ -20,7 +20,7 @@ from mlflow import MlflowClient
 from conftest import SMALL
 from lorasweep.cli import main
 from lorasweep.runs.session import EpochReport
-from lorasweep.sweeps import workers
+from lorasweep.sweeps import worker_pool
 from lorasweep.sweeps.study import study_storage
 
 KILLS = int(os.environ.get("LORASWEEP_KILLS", "10"))
@@ -141,14 +141,14 @@ def test_a_sweep_whose_driver_and_then_a_worker_are_killed_has_everything_once(
         driver.kill()
     killed = []
 
-    def events(workers, timeout=None, real=workers.Fleet.events):
-        found = real(workers, timeout)
+    def events(pool, timeout=None, real=worker_pool.WorkerPool.events):
+        found = real(pool, timeout)
         if not killed and any(isinstance(event, EpochReport) for event in found):
-            killed.append(workers._seats[0].process)
+            killed.append(pool.workers[0].process)
             killed[0].kill()
         return found
 
-    monkeypatch.setattr(workers.Fleet, "events", events)
+    monkeypatch.setattr(worker_pool.WorkerPool, "events", events)
     main.main(sweep.arguments)  # the same command, in this process
     assert killed
     assert_everything_is_there_once(sweep)

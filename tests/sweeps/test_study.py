@@ -2,28 +2,27 @@
 
 import logging
 import math
-import random
 import statistics
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 import optuna
 import pytest
-from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 
+from lorasweep.core.failures import FailureKind
 from lorasweep.core.settings import SettingsError
-from lorasweep.sweeps.study import methods
 from lorasweep.sweeps.study import study as study_module
-from lorasweep.sweeps.study.methods import make_sampler, was_pruned
-from lorasweep.sweeps.study.points import point_key
+from lorasweep.sweeps.study.continue_trial import continue_trial
+from lorasweep.sweeps.study.samplers import point_key
 from lorasweep.sweeps.study.search_space import Choice, Condition, Number, Space
-from lorasweep.sweeps.study.study import Study, join_study, known_trials
+from lorasweep.sweeps.study.study import Study, join_study
 from lorasweep.sweeps.study.study_settings import PrunerName, SamplerName, StudySettings
-from lorasweep.sweeps.study.study_storage import find_journal, only_driver
+from lorasweep.sweeps.study.study_storage import find_journal, only_driver, open_storage
 from lorasweep.sweeps.study.study_summary import lines, summarise
+from lorasweep.sweeps.study.trial_attributes import was_pruned
+from lorasweep.sweeps.study.warm_start import has_learned, known_trials, learn, learns_from
 
 SCORE = "val/loss_rel"
 SETTINGS = StudySettings(
@@ -280,147 +279,6 @@ def test_samplers_know_a_pruned_trials_values_with_several_objectives_too(open_s
     study.next()
 
 
-def test_deciding_what_to_prune_costs_no_more_when_there_are_many_trials(open_study):
-    study = open_study(n_trials=80, pruner="median", objectives=[SCORE, "val/prior_drift"])
-    costs = []
-    while trial := study.next():
-        trial.plan(9)
-        trial.report(1, Path("e1"), {SCORE: trial.number, "val/prior_drift": 1.0}, {})
-        costs.append(calls(trial.should_prune))
-        study.complete(trial)
-    assert max(costs[70:]) < 2 * max(costs[5:15])
-
-
-@pytest.mark.parametrize("sampler", ["tpe", "gp", "cmaes", "nsgaii"])
-def test_what_is_searched_is_found_out_without_reading_all_trials_again(open_study, sampler):
-    study = open_study(n_trials=60)
-    run(study, epochs=1)
-    settings, trials = replace(SETTINGS, sampler=sampler), study.optuna_study
-    first, anew = (make_sampler(settings, SPACE, number) for number in (0, 60))
-    later = make_sampler(settings, SPACE, 60, first)
-    known = first.infer_relative_search_space(trials, None)
-    found = []
-    costs = [
-        calls(lambda one=one: found.append(one.infer_relative_search_space(trials, None)))
-        for one in (later, anew)
-    ]
-    assert found == [known, known]
-    assert costs[0] * 3 < costs[1]
-
-
-@pytest.mark.parametrize(
-    ("sampler", "pruner", "objectives"),
-    [
-        ("random", "asha", [SCORE]),
-        ("tpe", "median", [SCORE]),
-        ("nsgaii", "median", [SCORE, "val/prior_drift"]),
-    ],
-)
-def test_a_trial_costs_no_more_when_there_are_many(open_study, sampler, pruner, objectives):
-    """From the 130th on: by then TPE is fitted to as many as it ever is."""
-    study = open_study(n_trials=400, sampler=sampler, pruner=pruner, objectives=objectives)
-
-    def one():
-        trial = study.next()
-        trial.plan(2)
-        value = abs(math.log10(trial.params["optimizer.unet_lr"]) + 4)
-        trial.report(1, Path("e1"), {SCORE: value, "val/prior_drift": 1 / (value + 0.1)}, {})
-        trial.should_prune()
-        study.complete(trial)
-
-    costs = [calls(one) if 130 <= n < 160 or n >= 370 else one() for n in range(400)]
-    assert statistics.median(costs[370:]) < 1.2 * statistics.median(costs[130:160])
-
-
-@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
-@pytest.mark.parametrize("name", ["NSGAIISampler", "NSGAIIISampler"])
-def test_genetic_samplers_have_optunas_generations_and_go_on_after_a_break(name):
-    """Trials end in no order, some fail, and some are of another sampler or a warm start."""
-
-    def asked(kind, *, breaks=False):
-        study = optuna.create_study(directions=["minimize"] * 2)
-        chance, running, found, parents = random.Random(0), [], [], {}
-        for number in range(60):
-            study.sampler = kind(population_size=4, seed=number)
-            study.sampler.parents = {} if breaks else parents
-            trial = study.ask()
-            point = trial.suggest_float("x", 0.0, 1.0), trial.suggest_float("y", 0.0, 1.0)
-            found.append((point, dict(study.trials[-1].system_attrs)))
-            running.append(trial)
-            while len(running) > 3:
-                ended = running.pop(chance.randrange(len(running)))
-                x, y = ended.params.values()
-                values = None if chance.random() < 0.2 else [x + y * y, 1 - x + y]
-                state = TrialState.FAIL if values is None else TrialState.COMPLETE
-                study.tell(ended, values, state=state)
-            if number in (20, 40):
-                distributions = {"x": FloatDistribution(0, 1), "y": FloatDistribution(0, 1)}
-                other = optuna.create_trial(
-                    params={"x": 0.3, "y": 0.1}, distributions=distributions, values=[0.31, 0.8]
-                )
-                study.add_trials([other] * 5)
-        return found
-
-    kind = getattr(methods, name)
-    ours, theirs = asked(kind), asked(getattr(optuna.samplers, name))
-    assert asked(kind, breaks=True) == ours
-    # not the points: Optuna's own parents come in another order when chosen than when read
-    assert [attrs for _, attrs in ours] == [attrs for _, attrs in theirs]
-    (key,) = {key for _, attrs in ours for key in attrs if key.endswith(":generation")}
-    assert max(attrs[key] for _, attrs in ours) > 5
-
-
-def test_tpe_sees_no_trial_twice_though_running_ones_fail():
-    study = optuna.create_study()
-    best, seen = methods._Best(), []
-    for number in range(160):
-        trial = study.ask()
-        if number < 110 or number >= 150:
-            study.tell(trial, float(number))
-
-    def look():
-        view = methods._Fitted(study, best)
-        trials = view._get_trials(deepcopy=False, states=[TrialState.COMPLETE, TrialState.RUNNING])
-        seen.append([trial.number for trial in trials])
-
-    look()
-    for number in range(110, 150):
-        study.tell(number, state=TrialState.FAIL)
-    look()
-    assert all(len(set(numbers)) == len(numbers) for numbers in seen)
-
-
-def calls(function):
-    """How many functions of Python it calls: its cost, without a clock."""
-    count = 0
-
-    def note(frame, event, argument):
-        nonlocal count
-        count += event == "call"
-
-    before = sys.getprofile()
-    sys.setprofile(note)
-    try:
-        function()
-    finally:
-        sys.setprofile(before)
-    return count
-
-
-@pytest.mark.parametrize("num_broken", [0, 5])
-def test_tpe_is_fitted_to_the_best_trials_and_the_last_however_many_there_are(num_broken):
-    study = optuna.create_study()
-    for number in range(300):
-        trial = study.ask()
-        if num_broken:
-            trial.set_constraint("drift", 1.0 if number < num_broken else -1.0)
-        study.tell(trial, float(number))
-    seen = methods._Fitted(study, methods._Best())
-    known = [trial.number for trial in seen._get_trials(deepcopy=False)]
-    good = methods._MOST_GOOD
-    assert known == [*range(num_broken, num_broken + good), *range(300 - methods._MOST_LAST, 300)]
-
-
 def test_batch_mates_are_told_apart(open_study):
     """TPE that doesn't know of running trials asks for the same good place again and again."""
 
@@ -497,10 +355,10 @@ def test_a_passing_failure_is_tried_again_with_the_same_parameters_and_counts_on
     study = open_study(n_trials=2)
     first = study.next()
     report(first, 1, 0.5)
-    assert study.fail(first, "killed", transient=True)
+    assert study.fail(first, "killed", kind=FailureKind.RETRY)
     again = study.next()
     assert (again.number, again.params) == (first.number, first.params)
-    assert not study.fail(again, "killed once more", transient=True)  # retries: 1
+    assert not study.fail(again, "killed once more", kind=FailureKind.RETRY)  # retries: 1
     assert study.next().number == 1
     assert study.next() is None
     assert [t.user_attrs.get("reason") for t in study.trials] == ["killed once more", None]
@@ -515,7 +373,7 @@ def test_what_a_trial_reports_again_counts_once_and_is_not_pruned_before_it_came
     worse = study.next()
     report(worse, 1, 0.7)
     report(worse, 2, 0.6)
-    assert study.fail(worse, "killed", transient=True)
+    assert study.fail(worse, "killed", kind=FailureKind.RETRY)
     again = study.next()
     report(again, 1, 0.7)
     assert not again.should_prune()
@@ -528,8 +386,20 @@ def test_what_a_trial_reports_again_counts_once_and_is_not_pruned_before_it_came
 
 def test_a_raised_error_is_not_tried_again(open_study):
     study = open_study(n_trials=1)
-    assert not study.fail(study.next(), "wrong", transient=False)
+    assert not study.fail(study.next(), "wrong")
     assert study.next() is None
+
+
+def test_this_version_of_optuna_lets_a_trial_go_on_under_its_number(tmp_path):
+    """By its private parts, which another version may not have."""
+    assert optuna.__version__.partition(".")[0] == "5", "see continue_trial.py"
+    study = optuna.create_study(storage=open_storage(None, tmp_path))
+    begun = study.ask()
+    begun.suggest_float("x", 0, 1)
+    again = continue_trial(study, open_storage(None, tmp_path), 0)
+    again.report(0.5, 1)
+    assert (again.number, again.params) == (0, begun.params)
+    assert study.trials[0].intermediate_values == {1: 0.5}
 
 
 def test_what_a_killed_driver_left_running_goes_on_under_its_number(open_study):
@@ -611,11 +481,11 @@ def test_a_study_under_way_is_not_begun_anew_though_nothing_has_trained_yet(open
     study.next()  # by a driver that was killed: its job may report yet
     with pytest.raises(SettingsError, match=changed):
         open_study(basis={"settings": 2})
-    study.note_lack()
+    study.note_setup_failed()
     assert open_study(basis={"settings": 2}).trials == []
     shared = {"storage": str(tmp_path / "shared.journal"), "name": "shared"}
     study = open_study(basis={"settings": 1}, **shared)
-    study.note_lack()
+    study.note_setup_failed()
     with pytest.raises(SettingsError, match=changed):  # of another folder's driver, maybe
         open_study(basis={"settings": 2}, **shared)
 
@@ -769,13 +639,13 @@ def test_warm_start_takes_the_trials_that_fit_as_knowledge_but_not_as_its_own(op
     run(open_study(name="old", n_trials=4))
     known = known_trials("demo-old", SETTINGS, tmp_path / "outputs", tmp_path)
     study = open_study(name="new", n_trials=2)
-    assert study.learn(known, "demo-old") == 4
-    assert study.learn(known, "demo-old") == 0  # once
+    assert learn(study, known, "demo-old") == 4
+    assert learn(study, known, "demo-old") == 0  # once
     assert study.trials == []
     run(study)
     assert [trial.number for trial in study.trials] == [4, 5]
     narrow = Space({"adapter.rank": Choice("adapter.rank", (99,), ("99",))}, {})
-    assert open_study(narrow, name="other").learn(known, "demo-old") == 0
+    assert learn(open_study(narrow, name="other"), known, "demo-old") == 0
 
 
 @pytest.mark.parametrize(
@@ -807,13 +677,13 @@ def test_a_warm_start_that_a_kill_broke_off_is_finished_and_has_each_trial_once(
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(study.optuna_study, "add_trial", killed)
-        study.learn(known, "demo-old")
+        learn(study, known, "demo-old")
     resumed = open_study(name="new")
-    assert (resumed.has_learned, resumed.learns_from) == (False, "demo-old")
-    assert resumed.learn(known, "demo-old") == 4
+    assert (has_learned(resumed), learns_from(resumed)) == (False, "demo-old")
+    assert learn(resumed, known, "demo-old") == 4
     params = [trial.params for trial in resumed.optuna_study.trials]
     assert params == [trial.params for trial in known]
-    assert open_study(name="new").has_learned
+    assert has_learned(open_study(name="new"))
 
 
 def test_a_warm_start_finds_a_sweep_in_the_storage_and_in_a_journal_of_its_own(
@@ -840,7 +710,7 @@ def test_no_run_is_compared_with_those_of_a_warm_start(open_study, tmp_path, pru
         old.complete(trial)
     study = open_study(name="new", **asked)
     known = known_trials("demo-old", study.settings, tmp_path / "outputs", tmp_path)
-    assert study.learn(known, "demo-old") == 6
+    assert learn(study, known, "demo-old") == 6
     first, worse = study.next(), study.next()
     drift = {"val/prior_drift": 0.5}
     assert not report(first, 1, 0.8, [0.8 + one for one in terms], **drift)
@@ -862,7 +732,7 @@ def test_a_pruned_trial_of_a_warm_start_is_known_by_its_values(open_study, value
     for one in (trial, without):
         other.prune(one)
     study = open_study(name="new", objectives=list(values))
-    assert study.learn(other.trials, "old") == 1
+    assert learn(study, other.trials, "old") == 1
     (known,) = study.optuna_study.trials
     assert (known.state, known.values) == (TrialState.COMPLETE, list(values.values()))
 
@@ -876,7 +746,7 @@ def test_a_warm_starts_trials_keep_or_break_the_constraints_of_this_study(open_s
         old.complete(trial)
     asked = {"constraints": {"val/prior_drift": 0.2}, "sampler": sampler}
     study = open_study(name="new", n_trials=4, **asked)
-    assert study.learn(old.trials, "old") == 2  # of the third it isn't known
+    assert learn(study, old.trials, "old") == 2  # of the third it isn't known
     known = [trial.constraints["val/prior_drift"] for trial in study.optuna_study.trials]
     assert known == pytest.approx([-0.1, 0.1])
     while trial := study.next():
@@ -924,7 +794,7 @@ def test_what_cannot_be_is_refused_in_one_line(open_study, changes, said):
 def test_the_summary_says_what_pruning_saved_what_failed_and_what_mattered(open_study):
     study = open_study(pruner="median", n_trials=12, startup_trials=9)
     failed = study.next()
-    study.fail(failed, "out of memory", transient=True)
+    study.fail(failed, "out of memory", kind=FailureKind.RETRY)
     run(
         study, score=lambda trial, epoch: trial.params["adapter.rank"] + trial.number / 99, epochs=9
     )

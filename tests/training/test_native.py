@@ -7,44 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lorasweep.data import kohya_folders, latents
 from lorasweep.lora_files import checkpoint
 from lorasweep.models.gpu_memory import is_out_of_memory
-from lorasweep.runs.session import write_folders
 from lorasweep.training.loss import PackLoss
 from lorasweep.training.training_batches import caption_of, epoch_batches
-from lorasweep.training.training_run import TrainerError, TrainingData
+from lorasweep.training.training_run import TrainerError
+from small_training import load, relative_difference, tensors, train
 
 
 @pytest.fixture
 def data(make_run, base):
     return load(make_run(), base)
-
-
-def load(run, base):
-    arms = kohya_folders.read(write_folders(run) / "train")
-    return TrainingData(latents.encode(base, arms, run.dataset, run.cache_dir), run.dataset)
-
-
-def train(base, data, *runs):
-    """Train to the end: losses by run, the last checkpoint by run, failures by run."""
-    losses, last, failures = {}, {}, {}
-    training = runs[0].trainer.start(base, runs, data)
-    for epoch in training:
-        for name, steps in epoch.steps.items():
-            losses.setdefault(name, []).extend(values["train/loss"] for _, values in steps)
-        last.update({one.run: one for one in epoch.checkpoints})
-        failures.update(epoch.failures)
-    return losses, last, failures
-
-
-def tensors(one):
-    return checkpoint.read(one.path)[0]
-
-
-def relative_difference(a, b):
-    squared = sum(float((a[name] - b[name]).square().sum()) for name in a)
-    return math.sqrt(squared / sum(float(tensor.square().sum()) for tensor in b.values()))
 
 
 MIXED = [

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 
 class PacksLauncher(Launcher):
-    """Trains the jobs of a multirun in packs; its settings are lorasweep.sweeps.multirun.Packs."""
+    """Trains the jobs of a multirun in packs; lorasweep.sweeps.multirun has its settings."""
 
     def __init__(self, **settings: Any) -> None:
         self.settings = settings
@@ -33,12 +33,12 @@ class PacksLauncher(Launcher):
         loader = self.hydra_context.config_loader
         return launch(self.config, loader, job_overrides, initial_job_idx, settings)
 
-    def fleet(self) -> Any:
-        """The workers themselves, for a sweeper that gives them runs one by one; None where packs
-        are jobs of another engine."""
-        from lorasweep.sweeps.multirun import open_fleet
+    def worker_pool(self) -> Any:
+        """The workers, for a sweeper that gives them runs one by one; None where packs are jobs of
+        a cluster."""
+        from lorasweep.sweeps.multirun import open_pool
 
-        return open_fleet(self._settings(), self.config.trainer.device)
+        return open_pool(self._settings(), self.config.trainer.device)
 
     def begin(self) -> None:
         """From here on, one log file for the sweep."""
@@ -51,7 +51,7 @@ class PacksLauncher(Launcher):
 
     def _settings(self) -> Any:
         from lorasweep.core.settings import build_class
-        from lorasweep.sweeps.multirun import Packs
+        from lorasweep.sweeps.multirun import LauncherSettings
 
         values = OmegaConf.to_container(OmegaConf.create(self.settings))
-        return build_class(Packs, values, "launcher")  # type: ignore[arg-type]
+        return build_class(LauncherSettings, values, "launcher")  # type: ignore[arg-type]

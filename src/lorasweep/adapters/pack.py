@@ -186,11 +186,6 @@ class Pack:
         """A pack of these runs alone, with copies of their tensors."""
         return Pack(self.known, [self.member(index) for index in indices])
 
-    def joined(self, other: Pack) -> Pack:
-        """A pack of this one's runs, then the other's, with copies of their tensors."""
-        packs = ((pack, index) for pack in (self, other) for index in range(len(pack)))
-        return Pack(self.known, [pack.member(index) for pack, index in packs])
-
     @contextmanager
     def attached(self, dropout_steps: Sequence[int] | None = None) -> Iterator[None]:
         """Within, the base's modules compute with the adapters; rows must be (K, rows).
@@ -220,8 +215,8 @@ class Pack:
 
 def make_stack(site: Site, members: Members) -> Stack:
     """The stack that computes the members' tensors on a site; they are of one type and layout."""
-    kind = _stack_type(site, *members[0])
-    if not _is_dora(kind, members[0][1]):
+    kind, is_dora = _stack_type(site, *members[0])
+    if not is_dora:
         return kind.of(site, members)
     directions = [(adapter, direction(tensors)) for adapter, tensors in members]
     return DoRAStack.around(kind.of(site, directions), members)
@@ -229,35 +224,31 @@ def make_stack(site: Site, members: Members) -> Stack:
 
 def check_fit(site: Site, tensors: Tensors) -> None:
     """Raise CheckpointError unless a file's tensors are of a known type, whole, and fit a site."""
-    kind = _stack_type(site, None, tensors)
-    if _is_dora(kind, tensors):
-        kind.check(site, direction(tensors))
+    kind, is_dora = _stack_type(site, None, tensors)
+    kind.check(site, direction(tensors) if is_dora else tensors)
+    if is_dora:
         DoRAStack.check_magnitude(site, tensors)
-    else:
-        kind.check(site, tensors)
 
 
-def _stack_type(site: Site, adapter: Adapter | None, tensors: Tensors) -> type[FileStack]:
-    """By the names of a site's tensors; magnitudes are left to DoRA's stack around it."""
+def _stack_type(
+    site: Site, adapter: Adapter | None, tensors: Tensors
+) -> tuple[type[FileStack], bool]:
+    """The type by the names of a site's tensors, and whether DoRA's is put around it."""
     name = algorithm(tensors)
     has_form = name in ("loha", "lokr") and not _FORMS_BY_LYCORIS.isdisjoint(tensors)
     if isinstance(adapter, LyCORIS) or name in _BY_LYCORIS or has_form:
-        return LycorisStack
+        return LycorisStack, False  # it knows magnitudes itself
+    is_dora = has_magnitude(tensors)
     if name == "lora" and "lora_mid.weight" in tensors:
-        return TuckerStack
+        return TuckerStack, is_dora
     if name == "lora":
-        return LoRAStack if site.is_pointwise else LoConStack
+        return LoRAStack if site.is_pointwise else LoConStack, is_dora
     if name == "loha":
-        return LoHaStack
+        return LoHaStack, is_dora
     if name == "lokr":
-        return LoKrStack
+        return LoKrStack, is_dora
     names = ", ".join(sorted(tensors))
     raise CheckpointError(f"{site.key}: {names} is of no type that can be computed here")
-
-
-def _is_dora(kind: type[FileStack], tensors: Tensors) -> bool:
-    """LyCORIS's stacks know magnitudes themselves."""
-    return has_magnitude(tensors) and kind is not LycorisStack
 
 
 def _stacked(site: Site, members: Sequence[Member]) -> Iterator[Entry]:
@@ -268,12 +259,12 @@ def _stacked(site: Site, members: Sequence[Member]) -> Iterator[Entry]:
         if site.key in member.tensors
     ]
 
-    def layout(place: int) -> tuple[int, type[FileStack], Hashable]:
+    def layout(place: int) -> Hashable:
         index, adapter, tensors = having[place]
-        kind = _stack_type(site, adapter, tensors)
-        own = DoRAStack.layout(tensors) if _is_dora(kind, tensors) else kind.layout(tensors)
+        kind, is_dora = _stack_type(site, adapter, tensors)
+        own = DoRAStack.layout(tensors) if is_dora else kind.layout(tensors)
         # neighbours have consecutive indices: their distance to the place is the same
-        return index - place, kind, (_is_dora(kind, tensors), own)
+        return index - place, kind, is_dora, own
 
     for _, places in groupby(range(len(having)), layout):
         neighbours = [having[place] for place in places]

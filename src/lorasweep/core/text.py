@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+MAX_LISTED = 20  # names in one message: enough to act on, and it still fits a screen
+
 
 def harmless(text: str) -> str:
     """A message of several lines, without control characters other than line ends."""
@@ -12,3 +16,10 @@ def shown(text: str, limit: int = 120) -> str:
     """One line of text, without control characters and cut at `limit` characters."""
     clean = "".join(letter if letter.isprintable() else "?" for letter in text[: limit + 1])
     return clean if len(clean) <= limit else f"{clean[:limit]}…"
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names for a message: the first of them, and how many more there are."""
+    names = [shown(name, 300) for name in names]
+    rest = len(names) - MAX_LISTED
+    return ", ".join(names[:MAX_LISTED]) + (f" and {rest} more" if rest > 0 else "")

@@ -7,7 +7,7 @@ import logging
 import os
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -16,14 +16,13 @@ from typing import Annotated
 from pydantic import NonNegativeInt, PlainValidator, PositiveInt
 
 from lorasweep.core.settings import Probability, Settings, SettingsError
-from lorasweep.core.text import shown
+from lorasweep.core.text import listed, shown
 from lorasweep.data import image_files
 from lorasweep.data.image_files import open_image as open_image
 
 logger = logging.getLogger(__name__)
 
 _MAX_SIDE = 8192  # pixels: a typing error above it, which would take all memory before it failed
-_MAX_LISTED = 20  # names in one message: enough to act on, and it still fits a screen
 
 
 class BadImagesError(SettingsError):
@@ -227,13 +226,6 @@ def find(settings: Dataset) -> tuple[Path, ...]:
             "PNG, JPEG, WebP, BMP, GIF or TIFF files"
         )
     return tuple(sorted(files, key=lambda path: path.relative_to(root).as_posix()))
-
-
-def listed(names: Iterable[str]) -> str:
-    """Names for a message: the first of them, and how many more there are."""
-    names = [shown(name, 300) for name in names]
-    rest = len(names) - _MAX_LISTED
-    return ", ".join(names[:_MAX_LISTED]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _root(settings: Dataset) -> Path:

@@ -29,7 +29,8 @@ from zipfile import ZIP_STORED, ZipFile, ZipInfo
 
 from lorasweep.core.atomic_write import write_atomically
 from lorasweep.core.settings import SettingsError
-from lorasweep.data.dataset import ImageFile, ImageSet, listed
+from lorasweep.core.text import listed
+from lorasweep.data.dataset import ImageFile, ImageSet
 from lorasweep.data.image_files import open_image, plain_format
 
 logger = logging.getLogger(__name__)

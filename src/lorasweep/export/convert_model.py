@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from lorasweep.core.atomic_write import staged
-from lorasweep.export import model_tensors, sdxl
-from lorasweep.export import picture_check as export_check
-from lorasweep.export.picture_check import EXACT, TEXT_TO_IMAGE, TOLERANCES, ExportError, Tolerance
+from lorasweep.export import picture_check, read_back, whole_model
+from lorasweep.export.exported import Exported, ExportError, is_file
+from lorasweep.export.picture_check import EXACT, TOLERANCES, Canvas
 from lorasweep.models.base_model import Precision
 from lorasweep.models.load_model import Model
-
-if TYPE_CHECKING:
-    from lorasweep.export.model_tensors import WholeModel
-    from lorasweep.export.sdxl import Base
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """What was written, and what a person is told of it."""
-
-    path: Path
-    lines: tuple[str, ...]
 
 
 def convert(
@@ -33,7 +19,7 @@ def convert(
     config: str | None,
     precision: Precision | None = None,
     overwrite: bool = False,
-) -> Conversion:
+) -> Exported:
     """Write a single file as a diffusers folder, or a folder (or hub id) as a single file.
 
     A `target` ending in .safetensors is a file. `config` is the diffusers folder or hub id whose
@@ -46,67 +32,20 @@ def convert(
         raise ExportError(
             f"{source} and {target} are both {kind}: one is to end in .safetensors, the other not"
         )
-    with export_check.quiet(), staged(target, overwrite) as place:
-        model = model_tensors.read(source, config, names=("SOURCE", "--config"))
-        before = load(_settings(source), model)
-        picture = export_check.draw(before)
-        written, read_back = write(model.cast(precision), place)
-        canvas, noise = export_check.Canvas.of(before), schedule(before, place)
-        after = export_check.draw_with(written, canvas, scheduler_config=noise)
-        agreement = export_check.compare(picture, after, tolerance=_tolerance(precision))
-        line = export_check.require(agreement, reader(place))
-    return Conversion(target, (*model.notes, read_back, line))
-
-
-def is_file(target: Path) -> bool:
-    """Is a single file to be written there, not a folder?"""
-    return target.suffix == ".safetensors"
-
-
-def write(
-    model: WholeModel,
-    place: Path,
-    prediction_type: str | None = None,
-    kind: str = TEXT_TO_IMAGE,
-) -> tuple[Any, str]:
-    """Write the layout that `place`'s name tells, and read it back as diffusers does.
-
-    Returns diffusers' pipeline, and a line that says that it holds every tensor as it was.
-    """
-    if is_file(place):
-        model_tensors.write_file(model, place)
-        pipeline = export_check.load_file(place, model.configs)
-    else:
-        changes = {"prediction_type": prediction_type} if prediction_type else None
-        model_tensors.write_folder(model, place, changes)
-        pipeline = export_check.load_folder(place, kind)
-    return pipeline, export_check.require_weights(pipeline, model.weights)
-
-
-def schedule(base: Base, place: Path) -> dict[str, Any] | None:
-    """The noise schedule to draw with: a file has none, and its user gives it."""
-    return dict(base.scheduler_config) if is_file(place) else None
-
-
-def reader(place: Path, kind: str = TEXT_TO_IMAGE, variant: str | None = None) -> str:
-    """What loaded it, in words."""
-    call = "from_single_file" if is_file(place) else "from_pretrained"
-    return f"diffusers' {kind}.{call}" + (f" with variant={variant!r}" if variant else "")
-
-
-def load(settings: Model, model: WholeModel) -> Base:
-    """The model as lorasweep computes with it, from the files on this machine that were read."""
-    if model.layout.is_sdxl:
-        return sdxl.load(settings, model)
-    path = settings.path if settings.is_single_file else str(model.configs)
-    return replace(settings, path=path, config=str(model.configs), revision=None).load()
-
-
-def load_base(settings: Model) -> Base:
-    """The model that exports attach LoRAs to, whatever its architecture. Raises ModelError."""
-    if not model_tensors.is_sdxl(settings.path, settings.revision):
-        return settings.load()
-    return load(settings, model_tensors.read(settings.path, None, settings.revision, sdxl=True))
+    with picture_check.quiet(), staged(target, overwrite) as place:
+        model = whole_model.read(source, config, names=("SOURCE", "--config"))
+        base = whole_model.as_base(_settings(source), model)
+        before = picture_check.draw(base)
+        result = model.cast(precision)
+        result.write(place)
+        written = read_back.load(place, model.configs)
+        same_tensors = read_back.require_weights(written, result.weights)
+        schedule = read_back.schedule(base, place)
+        after = picture_check.draw_with(written, Canvas.of(base), scheduler_config=schedule)
+        tolerance = TOLERANCES[precision] if precision else EXACT
+        agreement = picture_check.compare(before, after, tolerance=tolerance)
+        same_picture = picture_check.require(agreement, read_back.call(place))
+    return Exported(target, (*model.notes, same_tensors, same_picture))
 
 
 def _settings(source: str) -> Model:
@@ -118,7 +57,3 @@ def _settings(source: str) -> Model:
         clip_skip=1,
         prediction_type=None,
     )
-
-
-def _tolerance(precision: Precision | None) -> Tolerance:
-    return EXACT if precision is None else TOLERANCES[precision]

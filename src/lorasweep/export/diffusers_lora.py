@@ -7,25 +7,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorasweep.adapters import peft_names
 from lorasweep.adapters.adapter import Site
 from lorasweep.adapters.kohya_names import every_site
 from lorasweep.adapters.pack import Pack
 from lorasweep.core.atomic_write import staged
 from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.core.text import shown
-from lorasweep.export import picture_check as export_check
-from lorasweep.export import sdxl
-from lorasweep.export.diffusers_names import REMEDY, How, convert, diffusers_reads
-from lorasweep.export.picture_check import TOLERANCES, Agreement, ExportError, Tolerance
-from lorasweep.lora_files import checkpoint, lora_file, svd
-from lorasweep.lora_files.lora_file import FACTORED, LoRAFile
+from lorasweep.export import picture_check, svd, whole_model
+from lorasweep.export.attach_loras import GIVE_ITS_BASE, Loras
+from lorasweep.export.diffusers_lora_tensors import REMEDY, How, convert, diffusers_reads
+from lorasweep.export.exported import Exported, ExportError
+from lorasweep.export.picture_check import TOLERANCES, Agreement, Canvas, Tolerance
+from lorasweep.lora_files import checkpoint, peft_names, read_lora_file
+from lorasweep.lora_files.read_lora_file import FACTORED, LoRAFile
 from lorasweep.models.base_model import BaseModel
+from lorasweep.models.load_model import Model
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from lorasweep.export.sdxl import Base
+    from lorasweep.models.sdxl import Base
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,11 @@ class DiffusersFile:
     how: How
     loss: svd.Loss | None
     """Of the approximated modules; None where every module is exact."""
-    agreement: Agreement | None
-    """Of pictures drawn before and after; None without a base model."""
+    agreement: Agreement
+    """Of pictures drawn before and after."""
 
     @property
-    def lines(self) -> list[str]:
+    def lines(self) -> tuple[str, str]:
         """What was done, its error, and whether the pictures agree."""
         told = {
             "as it is": "diffusers reads the file as it is: copied",
@@ -53,40 +54,57 @@ class DiffusersFile:
                 f" {self.loss.worst_error:.2%} ({self.loss.worst_site}); kept energy"
                 f" {self.loss.total:.2%}"
             )
-        check = "Not checked by a picture: no base model was given"
-        if self.agreement is not None:
-            is_exact = self.how != "approximated"
-            line = self.agreement.line if is_exact else self.agreement.approximate_line
-            check = line("diffusers' load_lora_weights")
-        return [told, check]
+        is_exact = self.how != "approximated"
+        line = self.agreement.line if is_exact else self.agreement.approximate_line
+        return told, line("diffusers' load_lora_weights")
+
+
+def only_one(loras: Loras) -> Path:
+    """The one file among them, as trained. Raises ExportError for what no LoRA file can hold."""
+    (source, strength), *others = loras
+    if others or strength != 1:
+        raise ExportError(
+            "a LoRA file holds one LoRA, as trained: --strength and --with need a whole model"
+            " (--to merged, or --to offline-lora with --out FOLDER)"
+        )
+    return source
+
+
+def write_for_diffusers(
+    base: Model, source: Path, target: Path, rank: int | None, *, overwrite: bool = False
+) -> Exported:
+    """As `diffusers_lora`, on the base model that these settings name."""
+    with picture_check.quiet():
+        loaded = whole_model.base_for_loras(base)
+        written = diffusers_lora(source, target, loaded, rank, overwrite=overwrite)
+    return Exported(target, written.lines)
 
 
 def diffusers_lora(
     source: Path,
     target: Path,
-    base_model: Base | None,
+    base: Base,
     rank: int | None,
     *,
     overwrite: bool = False,
 ) -> DiffusersFile:
     """Write `source` so that diffusers draws with it what our own adapters draw.
 
-    `rank` allows an approximation of what has no exact form. With a base model a picture is drawn
-    before and after. Raises TargetError for a taken target, and ExportError, naming the remedy, for
+    `rank` allows an approximation of what has no exact form. A picture is drawn before and after.
+    Raises TargetError for a taken target, and ExportError, naming the remedy, for
     what can't be exported or is read otherwise by diffusers; nothing is written then.
     """
-    file = lora_file.read(source) if base_model is None else sdxl.read_lora(source, base_model)
+    file = read_lora_file.read(source, base)
     with staged(target, overwrite) as place:
-        if base_model is not None:
-            _check_fit(file, base_model)
+        _check_fit(file, base)
         try:
-            tensors, how, loss = convert(file, base_model, rank)
+            tensors, how, loss = convert(file, base, rank)
         except ExportError as error:
             raise ExportError(f"{source}: {error}") from None
         if rank is not None and loss is None:
             raise ExportError(f"--rank has no effect on {source}, which diffusers can hold exactly")
         checkpoint.write(place, tensors, _metadata(file, how))
-        agreement = None if base_model is None else _check(file, place, base_model, how)
+        agreement = _check(file, place, base, how)
     return DiffusersFile(target, how, loss, agreement)
 
 
@@ -96,16 +114,16 @@ def approximation(before: Image.Image, base: Base, written: Path) -> str:
     It is read by diffusers, where that reads kohya's names right, and must be read as we read it;
     raises ExportError otherwise.
     """
-    file = sdxl.read_lora(written, base)
-    with export_check.quiet():
-        bare, own, reader = export_check.draw(base), _draw(file, base), "the base with the LoRA"
+    file = read_lora_file.read(written, base)
+    with picture_check.quiet():
+        bare, own, reader = picture_check.draw(base), _draw(file, base), "the base with the LoRA"
         after = own
         if isinstance(base, BaseModel) and diffusers_reads(file):
             after, reader = _draw_written(file, written, base), "diffusers' load_lora_weights"
-        must = export_check.compare(own, after, bare, _tolerance(file))
+        must = picture_check.compare(own, after, bare, _tolerance(file))
         if not must.holds:
             raise ExportError(f"{must.line(reader)} Nothing was written")
-    return export_check.compare(before, after, bare).approximate_line(reader)
+    return picture_check.compare(before, after, bare).approximate_line(reader)
 
 
 def _check_fit(file: LoRAFile, base: Base) -> None:
@@ -121,10 +139,8 @@ def _check_fit(file: LoRAFile, base: Base) -> None:
     try:
         Pack.from_files(base.parts, [held])
     except CheckpointError as error:
-        raise ExportError(
-            f"{file.path}: {error}. Is it of another base than {base.settings.path}? Give the one"
-            " it was trained on by model=OPTION or model.path=FOLDER"
-        ) from None
+        question = f"Is it of another base than {base.settings.path}?"
+        raise ExportError(f"{file.path}: {error}. {question} {GIVE_ITS_BASE}") from None
 
 
 def _metadata(file: LoRAFile, how: How) -> dict[str, str]:
@@ -142,14 +158,14 @@ def _check(file: LoRAFile, written: Path, base: Base, how: How) -> Agreement:
     Raises ExportError where they must agree and don't: an approximation must still be read as it
     was written.
     """
-    with export_check.quiet():
-        bare, after = export_check.draw(base), _draw_written(file, written, base)
+    with picture_check.quiet():
+        bare, after = picture_check.draw(base), _draw_written(file, written, base)
         before = _draw(file, base)
-        agreement = export_check.compare(before, after, bare, _tolerance(file))
+        agreement = picture_check.compare(before, after, bare, _tolerance(file))
         must = agreement
         if how == "approximated":
-            itself = _draw(sdxl.read_lora(written, base), base)
-            must = export_check.compare(itself, after, bare, _tolerance(file))
+            itself = _draw(read_lora_file.read(written, base), base)
+            must = picture_check.compare(itself, after, bare, _tolerance(file))
     if not must.holds:
         raise ExportError(f"{file.path}: {must.line('diffusers')} Nothing was written; {REMEDY}")
     return agreement
@@ -157,16 +173,16 @@ def _check(file: LoRAFile, written: Path, base: Base, how: How) -> Agreement:
 
 def _draw(file: LoRAFile, base: Base) -> Image.Image:
     pack = Pack.from_files(base.parts, [file.tensors])
-    return export_check.draw(base, [(pack, 1.0)])
+    return picture_check.draw(base, [(pack, 1.0)])
 
 
 def _draw_written(file: LoRAFile, path: Path, base: Base) -> Image.Image:
     """The picture that diffusers draws with a LoRA file; the base is as before afterwards."""
-    pipeline, known = export_check.pipeline_of(base), every_site(base.parts)
+    pipeline, known = picture_check.pipeline_of(base), every_site(base.parts)
     try:
         _load(pipeline, path)
         _require_adapted([known[key] for key in file.sites], base)
-        return export_check.draw_with(pipeline, export_check.Canvas.of(base))
+        return picture_check.draw_with(pipeline, Canvas.of(base))
     finally:
         pipeline.unload_lora_weights()
 
@@ -192,6 +208,5 @@ def _require_adapted(sites: Sequence[Site], base: Base) -> None:
 
 def _tolerance(file: LoRAFile) -> Tolerance:
     """By the type that the folded scales are rounded to."""
-    largest = max(file.tensors.values(), key=lambda tensor: tensor.numel())
     names = {"torch.float16": "fp16", "torch.bfloat16": "bf16"}
-    return TOLERANCES[names.get(str(largest.dtype), "fp32")]
+    return TOLERANCES[names.get(str(svd.dtype_of(file.tensors)), "fp32")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from lorasweep.config.conf_folder import groups
 from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.core.settings import SettingsError, build
 from lorasweep.core.text import shown
-from lorasweep.judging import pick
+from lorasweep.judging.pick_rule import rank, with_finite_score
 from lorasweep.lora_files import checkpoint
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ class OriginError(ValueError):
 
 
 @dataclass(frozen=True)
-class Origin:
+class FoundLoRA:
     """A LoRA file with its base model."""
 
     path: Path
@@ -41,7 +40,7 @@ class Origin:
     """Where exports go that are given no place."""
 
 
-def find(word: str, overrides: Sequence[str], config_dir: Path | None = None) -> Origin:
+def find(word: str, overrides: Sequence[str], config_dir: Path | None = None) -> FoundLoRA:
     """The LoRA that `word` means: a .safetensors file, a run's name, or a checkpoint's (RUN-e012).
 
     Of a run it is the checkpoint that `lorasweep pick` would rank first among the run's in its
@@ -64,7 +63,7 @@ def find(word: str, overrides: Sequence[str], config_dir: Path | None = None) ->
             )
         model, where = found
         lines = [*lines, where]
-    return Origin(path, path.stem, model, tuple(lines), Path(cfg.output_root) / "exports")
+    return FoundLoRA(path, path.stem, model, tuple(lines), Path(cfg.output_root) / "exports")
 
 
 def _names_model(overrides: Sequence[str]) -> bool:
@@ -102,12 +101,12 @@ def _of_run(name: str, cfg: Any) -> tuple[Path, Model, list[str]]:
 
 def _best(candidates: Sequence[Candidate], by: str) -> tuple[Candidate, str]:
     """The checkpoint that a person expects of a run, and why it is that."""
-    scored = [one for one in candidates if math.isfinite(one.scores.get(by, math.nan))]
+    scored = with_finite_score(candidates, by)
     if len(candidates) == 1:
         return candidates[0], "its only checkpoint"
     if not scored:
         return candidates[-1], f"its newest, for none has a {by}"
-    best = pick.rank(scored, by)[0]
+    best = rank(scored, by)[0]
     return best, f"the best of its {len(candidates)} by {by} ({best.scores[by]:.4f})"
 
 
@@ -163,7 +162,3 @@ def _base_of_run(uri: str, candidate: Candidate) -> Model:
         file = Path(folder) / "config.yaml"
         file.write_text(tracking.config_of(uri, candidate))
         return saved_model(file, trusted=True)
-
-
-NEEDED = ["dataset.image_dir=lorasweep"]
-"""What composing the config asks for, though nothing here reads images."""

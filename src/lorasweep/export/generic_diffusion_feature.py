@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lorasweep.export import diffusers_folder
+from lorasweep.export.attach_loras import Loras
+from lorasweep.export.diffusers_lora import only_one, write_for_diffusers
+from lorasweep.export.exported import Exported, is_file
+from lorasweep.export.merge import merged
+from lorasweep.models.base_model import Precision
+from lorasweep.models.load_model import Model
 
 
 @dataclass(frozen=True)
@@ -15,6 +24,15 @@ class Loader:
     pipeline: str
     base: str
     """What it attaches LoRA files to."""
+
+    def lines_to_paste(self, arguments: str) -> tuple[str, ...]:
+        """An empty line, and the two of Python."""
+        return (
+            "",
+            "from diffusion_feature import FeatureExtractor",
+            f'df = FeatureExtractor(layer="feature/configs/{self.config}",'
+            f' version="{self.version}", device="cuda", img_size={self.img_size}, {arguments})',
+        )
 
 
 SD15 = Loader(
@@ -31,13 +49,45 @@ SDXL = Loader(
     pipeline="StableDiffusionXLImg2ImgPipeline",
     base="stabilityai/stable-diffusion-xl-base-1.0",
 )
-PASTE = (
-    "from diffusion_feature import FeatureExtractor",
-    'df = FeatureExtractor(layer="feature/configs/{loader.config}", version="{loader.version}",'
-    ' device="cuda", img_size={loader.img_size}, {arguments})',
-)
 
 
-def paste(arguments: str, loader: Loader) -> list[str]:
-    """An empty line, and the two of Python."""
-    return ["", *(line.format(arguments=arguments, loader=loader) for line in PASTE)]
+def offline_lora(
+    base: Model,
+    loras: Loras,
+    target: Path,
+    *,
+    rank: int | None = None,
+    precision: Precision | None = None,
+    overwrite: bool = False,
+) -> Exported:
+    """Write what generic diffusion feature loads, with the lines to paste.
+
+    A `target` ending in .safetensors is a LoRA file that diffusers loads, for `offline_lora` and
+    `offline_lora_filename`; it is attached to SD1.5 or SDXL then. Any other is a whole model
+    folder, for `offline_lora` alone; of SDXL it holds the variant fp16 too, which is what is
+    loaded. Raises as `merged` and `write_for_diffusers` do.
+    """
+    is_sdxl = diffusers_folder.is_sdxl(base.path, base.revision)
+    loader = SDXL if is_sdxl else SD15
+    if is_file(target):
+        written = write_for_diffusers(base, only_one(loras), target, rank, overwrite=overwrite)
+        folder, name = str(target.absolute().parent), target.name
+        arguments = f"offline_lora={folder!r}, offline_lora_filename={name!r}"
+        note = (
+            f"With a file, generic diffusion feature takes {loader.base} as the base; this LoRA's"
+            f" is {base.path}. A whole model folder (--out without .safetensors) holds its own"
+            " base."
+        )
+        notes = () if base.path == loader.base else (note,)
+    else:
+        written = merged(
+            base,
+            loras,
+            target,
+            precision=precision,
+            overwrite=overwrite,
+            pipeline_class=loader.pipeline,
+            fp16_variant=is_sdxl,
+        )
+        arguments, notes = f"offline_lora={str(target.absolute())!r}", ()
+    return replace(written, lines=(*written.lines, *notes, *loader.lines_to_paste(arguments)))

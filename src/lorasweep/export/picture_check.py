@@ -6,40 +6,28 @@ will use it. Both are drawn by diffusers' own pipeline from the same seed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorasweep.adapters.adapter import Site
-from lorasweep.adapters.pack import Pack
-from lorasweep.adapters.stack import Stack
-from lorasweep.export.original_layout import Weights, prefixed
-from lorasweep.export.sdxl import Base, SDXLModel
+from lorasweep.export.attach_loras import Weighted, attached
+from lorasweep.export.exported import ExportError
 from lorasweep.judging import contact_sheet
 from lorasweep.models.base_model import Precision
+from lorasweep.models.load_model import hide_progress_bars
+from lorasweep.models.model_files import quiet_libraries
+from lorasweep.models.sdxl import Base, SDXLModel
 
 if TYPE_CHECKING:
-    import torch
     from PIL import Image
-    from torch import Tensor
 
 PROMPT = "a picture of a fox, high contrast"
 SEED = 7
 NUM_STEPS = 8  # enough that an error shows: it grows from step to step
 GUIDANCE = 4.0
 MAX_SIDE = 256  # pixels; SD1.5 draws it in seconds where 512 take a minute on a CPU
-
-TEXT_TO_IMAGE = "StableDiffusionPipeline"
-
-Weighted = Sequence[tuple[Pack, float]]
-"""Packs of one adapter each, and the weight of its delta."""
-
-
-class ExportError(ValueError):
-    """What was to be exported can't be, or came out wrong; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -214,25 +202,6 @@ def require(agreement: Agreement, reader: str) -> str:
     return line
 
 
-def require_weights(pipeline: Any, weights: Weights) -> str:
-    """The line for a person. Raises ExportError unless the pipeline holds just these tensors.
-
-    Pictures can't see everything: the VAE's encoder draws none of them.
-    """
-    import torch
-
-    for part, expected in weights.items():
-        found = getattr(pipeline, part).state_dict()
-        named = {prefixed(n): t for n, t in found.items()} if part == "text_encoder" else found
-        for name, tensor in expected.items():
-            if not torch.equal(named[name], tensor.to(named[name])):
-                raise ExportError(
-                    f"diffusers reads the {part}'s {name} otherwise than it was written. Nothing"
-                    " was kept; please report this"
-                )
-    return f"diffusers read back all {sum(map(len, weights.values()))} tensors, bit by bit."
-
-
 def side_by_side(
     path: Path, bare: Image.Image, before: Image.Image, after: Image.Image, prompt: str = PROMPT
 ) -> Path:
@@ -243,87 +212,11 @@ def side_by_side(
 
 
 @contextmanager
-def attached(adapters: Weighted) -> Iterator[None]:
-    """Within, the base computes with the sum of all deltas, each times its weight.
-
-    Each delta is taken of the bare weights, so a DoRA's doesn't depend on what else is attached.
-    """
-    handles = [
-        site.module.register_forward_hook(partial(_add_weighted, members))
-        for site, members in stacks_by_site(adapters)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def stacks_by_site(adapters: Weighted) -> list[tuple[Site, list[tuple[Stack, float]]]]:
-    """Every adapted site with all that adapts it, each with its weight."""
-    found: dict[str, tuple[Site, list[tuple[Stack, float]]]] = {}
-    for pack, weight in adapters:
-        assert len(pack) == 1, "one adapter a pack"
-        for entry in pack.entries:
-            found.setdefault(entry.site.key, (entry.site, []))[1].append((entry.stack, weight))
-    return list(found.values())
-
-
-def _add_weighted(
-    members: Sequence[tuple[Stack, float]],
-    module: torch.nn.Module,
-    args: tuple[Tensor, ...],
-    output: Tensor,
-) -> Tensor:
-    total = output
-    for stack, weight in members:
-        total = total + weight * (stack.forward(args[0], output, None) - output)
-    return total
-
-
-def load_folder(folder: Path, kind: str = TEXT_TO_IMAGE, variant: str | None = None) -> Any:
-    """A diffusers folder as its user loads it who asks for no type: fp32. `kind` is a class."""
-    import diffusers
-
-    asked = {"variant": variant} if variant else {}
-    with quiet():
-        return getattr(diffusers, kind).from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, **asked
-        )
-
-
-def load_file(path: Path, configs: Path) -> Any:
-    """A single file as its user loads it, with the configs of a diffusers folder, in fp32."""
-    import torch
-    from diffusers import StableDiffusionPipeline
-
-    with quiet():
-        return StableDiffusionPipeline.from_single_file(
-            str(path),
-            config=str(configs),
-            local_files_only=True,
-            safety_checker=None,
-            feature_extractor=None,
-            torch_dtype=torch.float32,
-        )
-
-
-@contextmanager
 def quiet() -> Iterator[None]:
     """Without bars, and without the libraries' notes on what we do on purpose."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    libraries = (diffusers_logging, transformers_logging)
-    levels = [library.get_verbosity() for library in libraries]
-    for library in libraries:
-        library.set_verbosity_error()
-        library.disable_progress_bar()
-    try:
+    hide_progress_bars()
+    with quiet_libraries():
         yield
-    finally:
-        for library, level in zip(libraries, levels, strict=True):
-            library.set_verbosity(level)
 
 
 def pipeline_of(base: Base) -> Any:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw, ImageFont
 
+FILE_NAME = "contact_sheet.png"  # beside a run's checkpoints
 MAX_ROWS = 12
 MIN_CELL = 128  # pixels; smaller pictures are enlarged by a whole factor
 MAX_CELL = 320  # larger ones are reduced to it

@@ -5,23 +5,19 @@ File format and metadata: kohya sd-scripts' (`ss_*`, `sshs_*` keys); hashes are 
 
 from __future__ import annotations
 
-import hashlib
-import struct
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorasweep.core import safetensors_header
+from lorasweep.core import kohya_hashes, safetensors_header
 from lorasweep.core.atomic_write import write_atomically
 from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.core.text import shown
 
 if TYPE_CHECKING:
     import torch
-
-LEGACY_HASH_OFFSET = 0x100000
-LEGACY_HASH_SIZE = 0x10000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,20 +46,12 @@ def write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str
 
     contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
     hashed = save(contiguous, {k: v for k, v in metadata.items() if k.startswith("ss_")})
-    hashes = {"sshs_model_hash": model_hash(hashed), "sshs_legacy_hash": legacy_hash(hashed)}
+    file = io.BytesIO(hashed)
+    hashes = {
+        "sshs_model_hash": kohya_hashes.data_hash(file),
+        "sshs_legacy_hash": kohya_hashes.legacy_hash(file),
+    }
     write_atomically(path, save(contiguous, {**metadata, **hashes}))
-
-
-def model_hash(content: bytes) -> str:
-    """sha256 of the data behind the header: kohya's `sshs_model_hash`."""
-    (header_size,) = struct.unpack("<Q", content[:8])
-    return hashlib.sha256(content[8 + header_size :]).hexdigest()
-
-
-def legacy_hash(content: bytes) -> str:
-    """First 8 digits of the sha256 of 64 KiB from 1 MiB on: kohya's `sshs_legacy_hash`."""
-    part = content[LEGACY_HASH_OFFSET : LEGACY_HASH_OFFSET + LEGACY_HASH_SIZE]
-    return hashlib.sha256(part).hexdigest()[:8]
 
 
 def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -88,11 +76,6 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def data_hash(path: Path) -> str:
-    """`model_hash` of a file on disk, read piece by piece."""
-    digest = hashlib.sha256()
+    """The `sshs_model_hash` that a file ought to have."""
     with path.open("rb") as file:
-        (header_size,) = struct.unpack("<Q", file.read(8))
-        file.seek(8 + header_size)
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
+        return kohya_hashes.data_hash(file)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from lorasweep.adapters.deltas import algorithm, frobenius_norm, rank_of
 from lorasweep.core.text import shown
-from lorasweep.lora_files import checkpoint, lora_file
-from lorasweep.lora_files.lora_file import FACTORED, LoRAFile
+from lorasweep.lora_files import checkpoint, read_lora_file
 from lorasweep.lora_files.module_names import block_of, order_of, part_of, targets_of
+from lorasweep.lora_files.read_lora_file import FACTORED, LoRAFile
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -105,7 +105,7 @@ class Info:
 
 def inspect(path: Path) -> Info:
     """Read and describe a LoRA file. Raises CheckpointError for one that isn't to be trusted."""
-    file = lora_file.read(path)
+    file = read_lora_file.read(path)
     stored = file.metadata.get("sshs_model_hash")
     found = checkpoint.data_hash(path)
     return Info(

@@ -11,8 +11,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from lorasweep.core import kohya_hashes
 from lorasweep.models.model_settings import ModelSettings
 from lorasweep.models.noise_schedule import NoiseSchedule
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
 Precision = Literal["fp32", "fp16", "bf16"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
 def torch_dtype(precision: Precision) -> torch.dtype:
@@ -167,12 +169,11 @@ class BaseModel:
         """kohya's hashes of the base's file; of a folder it has none and says IsADirectory."""
         if not self.settings.is_single_file:
             return {"ss_sd_model_hash": "IsADirectory", "ss_new_sd_model_hash": "IsADirectory"}
-        path = Path(self.settings.path)
-        with path.open("rb") as file:
-            whole = hashlib.file_digest(file, "sha256").hexdigest()
-            file.seek(0x100000)
-            part = hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
-        return {"ss_sd_model_hash": part, "ss_new_sd_model_hash": whole}
+        with Path(self.settings.path).open("rb") as file:
+            return {
+                "ss_sd_model_hash": kohya_hashes.legacy_hash(file),
+                "ss_new_sd_model_hash": kohya_hashes.whole_hash(file),
+            }
 
 
 def parts_of(

@@ -33,14 +33,14 @@ class Model(ModelSettings):
 
     def load(self, device: str = "cpu", precision: Precision = "fp32") -> BaseModel:
         """Load the model, frozen, in evaluation mode. Raises ModelError with the remedy."""
-        _hide_progress_bars()
+        hide_progress_bars()
         dtype = _weight_dtype(device, precision)
         name = f"model.path={self.path}"
         try:
             with quiet_libraries():
                 read = _from_file if self.is_single_file else _from_folder
                 components = read(self, dtype)
-            base = _frozen(self, components, device, precision)
+            base = frozen(self, components, device, precision)
             base.noise_schedule.scheduler  # noqa: B018  # its config is read here, and may be wrong
         except (ModelError, SettingsError):
             raise
@@ -150,7 +150,7 @@ def _from_file(settings: ModelSettings, dtype: torch.dtype) -> dict[str, Any]:
     return {**components, "scheduler": dict(pipeline.scheduler.config)}
 
 
-def _frozen(
+def frozen(
     settings: ModelSettings, components: Mapping[str, Any], device: str, precision: Precision
 ) -> BaseModel:
     """Freeze the components and move them to the device; the VAE computes in fp32."""
@@ -177,7 +177,7 @@ def _frozen(
     )
 
 
-def _hide_progress_bars() -> None:
+def hide_progress_bars() -> None:
     """Loading takes a moment and needs no bar for every file."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

@@ -10,9 +10,9 @@ from typing import Any
 
 from lorasweep.config.run import Run
 from lorasweep.core.settings import SettingsError
+from lorasweep.core.text import listed
 from lorasweep.data.captions import caption_images
 from lorasweep.data.captions.caption_images import Captioner
-from lorasweep.data.dataset import listed
 from lorasweep.models.devices import resolve_device
 from lorasweep.reproduce.original_images import CaptionTexts, FoundImages
 from lorasweep.runs import provenance

@@ -12,8 +12,9 @@ from typing import Any
 from zipfile import BadZipFile, ZipFile
 
 from lorasweep.core.atomic_write import write_atomically
+from lorasweep.core.text import listed
 from lorasweep.data import image_files
-from lorasweep.data.dataset import ImageFile, listed
+from lorasweep.data.dataset import ImageFile
 from lorasweep.reproduce.original_run import ReproduceError
 
 MAX_IMAGE = 1 << 30

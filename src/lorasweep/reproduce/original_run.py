@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.core.settings import SettingsError
-from lorasweep.data.dataset import listed
+from lorasweep.core.text import listed
 from lorasweep.lora_files import checkpoint
 from lorasweep.runs import provenance
 from lorasweep.tracking.history import Log, LoggedRun

@@ -18,9 +18,10 @@ from omegaconf import OmegaConf
 
 from lorasweep.config.build_run import build_run
 from lorasweep.config.run import Run
+from lorasweep.core.failures import RunError
 from lorasweep.core.settings import build
+from lorasweep.core.text import listed
 from lorasweep.data import dataset, kohya_folders
-from lorasweep.data.dataset import listed
 from lorasweep.models.devices import resolve_device
 from lorasweep.reproduce import differences, original_images, same_pack
 from lorasweep.reproduce.compare import Comparison, compare
@@ -36,7 +37,6 @@ from lorasweep.reproduce.original_images import CaptionTexts, FoundImages, Logge
 from lorasweep.reproduce.original_run import OriginalRun, ReproduceError
 from lorasweep.reproduce.same_pack import Schedule
 from lorasweep.runs.prepare import write_folders
-from lorasweep.runs.session import RunError
 from lorasweep.tracking.history import Log, LoggedRun
 
 REPRODUCES_TAG = "lorasweep.reproduces"

@@ -15,11 +15,13 @@ from types import TracebackType
 from lorasweep.config.error_messages import one_line
 from lorasweep.config.run import Run
 from lorasweep.core.atomic_write import DiskFullError
+from lorasweep.core.clock import Clock
+from lorasweep.core.failures import FailureKind, RunError
 from lorasweep.core.interrupts import Interrupts
 from lorasweep.core.progress import Screen, Show
 from lorasweep.core.settings import SettingsError
 from lorasweep.data import kohya_folders
-from lorasweep.judging.judge import Clock, Judge, load_pack
+from lorasweep.judging.judge import Judge, load_pack
 from lorasweep.judging.metrics.metric import Scores, Terms
 from lorasweep.lora_files.checkpoint import Checkpoint, checkpoint_path
 from lorasweep.models.base_model import BaseModel
@@ -39,10 +41,10 @@ __all__ = [
     "Failure",
     "Finished",
     "Report",
-    "RunError",
     "Session",
     "Started",
     "captions_used",
+    "failure_kind",
     "load_pack",
     "run_pack",
     "write_folders",
@@ -75,33 +77,29 @@ class Failure:
 
     run: str
     reason: str
-    transient: bool = False
-    """Might it go well another time? So are a killed worker, memory shared with
-    others, and a folder that a process has which is on its way out."""
-    pauses: bool = False
-    """Does it go on when the same command is given again? A full disk has to be mended first, or a
-    store of MLflow's that can't be written."""
-    unready: bool = False
-    """Is it nothing of its own, but what its pack shares: images, captions, base model? They could
-    not be made ready, which is for the user to mend."""
+    kind: FailureKind = FailureKind.OWN
 
     @staticmethod
-    def of_pack(names: Sequence[str], error: Exception, *, shared: bool = False) -> list[Failure]:
-        """All runs of a pack that an error broke. Of memory `shared` with others, it may pass."""
+    def of_pack(
+        names: Sequence[str], error: Exception, kind: FailureKind | None = None
+    ) -> list[Failure]:
+        """Failures of all runs of a pack that an error broke; its kind is the error's own."""
         reason = one_line(error)
         if reason is None:
             log.error("a pack failed", exc_info=error)
             reason = f"{type(error).__name__}: {error}"
         return [
-            Failure(
-                run=name,
-                reason=reason,
-                transient=shared,
-                pauses=isinstance(error, DiskFullError | TrackingError),
-                unready=isinstance(error, ValueError),
-            )
-            for name in names
+            Failure(run=name, reason=reason, kind=kind or failure_kind(error)) for name in names
         ]
+
+
+def failure_kind(error: BaseException) -> FailureKind:
+    """The kind of failure that an error is which broke a pack or a job."""
+    if isinstance(error, RunError):
+        return error.kind
+    if isinstance(error, DiskFullError | TrackingError):
+        return FailureKind.ENVIRONMENT
+    return FailureKind.SETUP if isinstance(error, ValueError) else FailureKind.OWN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,31 +111,6 @@ class Finished:
 
 
 Report = Started | EpochReport | Failure | Finished
-
-
-class RunError(RuntimeError):
-    """A run of a sweep failed; the message is its reason."""
-
-    @staticmethod
-    def of(failure: Failure) -> RunError:
-        """The error that says so."""
-        if failure.pauses:
-            return PausingError(failure.reason)
-        if failure.unready:
-            return UnreadyError(failure.reason)
-        return (PassingError if failure.transient else RunError)(failure.reason)
-
-
-class PassingError(RunError):
-    """It may go well another time."""
-
-
-class PausingError(RunError):
-    """It goes on when the same command is given again, once what is wrong was mended."""
-
-
-class UnreadyError(RunError):
-    """What it shares with others could not be made ready."""
 
 
 def run_pack(runs: Sequence[Run], interrupts: Interrupts | None = None) -> Iterator[Report]:
@@ -259,7 +232,15 @@ class Session:
             self._tracker.ready()  # a store that can't be written ends here, before any training
             images = encoded_images(self._base, self.first, self._folder)
             self._data = TrainingData(images.train, self.first.dataset)
-            self._judge = Judge(self._base, self.first, images, self.clock)
+            first = self.first
+            self._judge = Judge(
+                self._base,
+                images,
+                first.metrics.values(),
+                first.sampling,
+                first.dataset.size,
+                self.clock,
+            )
             self._fitting = self._measure()
 
     def _measure(self) -> int | None:
@@ -304,8 +285,8 @@ class Session:
             try:
                 folder = RunFolder(run, new.dataset_digest)
             except ValueError as error:  # another's, or begun otherwise
-                passing = isinstance(error, TakenError)
-                reports.append(Failure(run=run.name, reason=str(error), transient=passing))
+                kind = FailureKind.RETRY if isinstance(error, TakenError) else FailureKind.OWN
+                reports.append(Failure(run=run.name, reason=str(error), kind=kind))
                 continue
             if folder.ended is not None:
                 reports += self._ended_before(run, folder)
@@ -314,7 +295,7 @@ class Session:
                 run_log = self._tracker.open_run(new, goes_on=folder.goes_on)
             except InUseError as error:
                 folder.release()
-                reports.append(Failure(run=run.name, reason=str(error), transient=True))
+                reports.append(Failure(run=run.name, reason=str(error), kind=FailureKind.RETRY))
                 continue
             members.append(_Member(run, folder, run_log, self._joined[run.name]))
         return members, reports
@@ -362,7 +343,7 @@ class Session:
             log.info("%s goes on after epoch %d", run.name, epochs)
         self._log_origin(member)
         if 0 not in member.log.logged_epochs:
-            member.log.log_base(*self._judge.base_model(run))
+            member.log.log_base(*self._judge.base_model(run.output_dir, run.name))
         return Started(run=run.name, device=self.device)
 
     def _check_disk(self, run: Run) -> None:
@@ -453,8 +434,7 @@ class Session:
         if not checkpoints:
             return []
         assert self._judge is not None
-        runs = {name: member.run for name, member in self._runs.items()}
-        judged = self._judge.checkpoints(checkpoints, runs)
+        judged = self._judge.checkpoints(checkpoints)
         reports: list[Report] = []
         for one, (scored, _) in zip(checkpoints, judged, strict=True):
             # kept before anything of the epoch is logged: it comes to the same in another company
@@ -471,7 +451,7 @@ class Session:
         assert self._judge is not None
         run, run_log = member.run, member.log
         self._runs.pop(run.name, None)
-        sheet = self._judge.contact_sheet(run)
+        sheet = self._judge.contact_sheet(run.output_dir, run.name)
         if sheet is not None:
             run_log.log_file(sheet)
             log.info("%s: contact sheet %s", run.name, sheet)

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from lorasweep.config.build_run import build_run, job_identity
+from lorasweep.config.compose import quoted
 from lorasweep.config.error_messages import explain
 from lorasweep.config.run import Run
 from lorasweep.core.settings import SettingsError
+from lorasweep.judging.metrics import metric
+from lorasweep.runs.prepare import check_inputs
+from lorasweep.sweeps.sweep_file import Search
+
+if TYPE_CHECKING:
+    from lorasweep.sweeps.study.study_settings import StudySettings
+    from lorasweep.sweeps.study.trial import Trial
 
 
 @dataclass(frozen=True)
@@ -56,42 +63,6 @@ def _composed(config: DictConfig, loader: Any, overrides: Sequence[str], number:
     return Job(overrides, composed, run)
 
 
-def read_once(loader: Any) -> None:
-    """Let Hydra's loader read every YAML file once from now on, for all jobs of a multirun.
-
-    That is half of the time of composing a job, and a file that is edited while a sweep runs would
-    change the trials that come after. Hydra's own launchers send the loader along with each job.
-    """
-    if not isinstance(loader.repository, _ReadOnce):
-        loader.repository = _ReadOnce(loader.repository)
-
-
-class _ReadOnce:
-    """A config repository of Hydra's, with what it has read.
-
-    Hydra copies its repository for each job, as the job's searchpath may change where it looks:
-    copies share what was read as long as they look in the same places.
-    """
-
-    def __init__(self, repository: Any, read: dict[Any, Any] | None = None) -> None:
-        self._repository, self._read = repository, {} if read is None else read
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _ReadOnce:
-        return _ReadOnce(copy.deepcopy(self._repository, memo), self._read)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # of this class, when it is unpickled
-            raise AttributeError(name)
-        return getattr(self._repository, name)
-
-    def load_config(self, config_path: str) -> Any:
-        """The file's content, for the caller to change."""
-        key = (config_path, *((source.scheme(), source.path) for source in self.get_sources()))
-        if key not in self._read:
-            self._read[key] = self._repository.load_config(config_path)
-        return copy.deepcopy(self._read[key])
-
-
 def own_config(config: DictConfig) -> DictConfig:
     """The config without Hydra's own part."""
     return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
@@ -104,3 +75,53 @@ def save_hydra_files(job: Job) -> None:
     OmegaConf.save(own_config(job.config), folder / "config.yaml")
     OmegaConf.save(OmegaConf.masked_copy(job.config, ["hydra"]), folder / "hydra.yaml")
     OmegaConf.save(job.config.hydra.overrides.task, folder / "overrides.yaml")
+
+
+class TrialJobs:
+    """Composes the jobs of a sweep's trials."""
+
+    def __init__(self, config: DictConfig, config_loader: Any, found: Search) -> None:
+        self._config, self._loader, self._search = config, config_loader, found
+        self._folder = Path(config.hydra.sweep.dir).absolute()
+
+    def check(self, settings: StudySettings) -> dict[str, Run]:
+        """Runs that together have each value of the space, by their overrides, the first first.
+
+        Raises SettingsError for what is wrong with one.
+        """
+        points = map(self._search.space.overrides, self._search.space.probes())
+        probes = {" ".join(point): self._composed(point, 0).run for point in points}
+        check_inputs(probes.values())
+        for run in probes.values():
+            run.check()
+            scores = _scores(run)
+            if scores is not None:
+                settings.check_scores(scores, [name for name, terms in scores.items() if terms])
+        return probes
+
+    def prepare(self, trial: Trial) -> Run:
+        """The run of a trial; its folder has what Hydra leaves in a job's folder."""
+        job = self._composed(trial.overrides, trial.number)
+        job.run.check()
+        save_hydra_files(job)
+        return job.run
+
+    def run_of(self, trial: Trial) -> Run:
+        """The run that the trial's job will train, or has trained."""
+        run = self._composed(trial.overrides, trial.number).run
+        run.check()
+        return run
+
+    def overrides(self, trial: Trial) -> list[str]:
+        """The overrides of a trial's job, with the study for it to report to."""
+        # in hydra's own node, so that it isn't listed among the job's overrides
+        folder = f"++hydra.sweeper.folder={quoted(str(self._folder))}"
+        return [*self._search.fixed, *trial.overrides, folder]
+
+    def _composed(self, params: Sequence[str], number: int) -> Job:
+        return compose_job(self._config, self._loader, [*self._search.fixed, *params], number)
+
+
+def _scores(run: Run) -> Mapping[str, bool] | None:
+    """The scores that a run will have, and whether each has terms, if its metrics say so."""
+    return metric.names(run.metrics.values(), run.captions, run.dataset.num_holdout)

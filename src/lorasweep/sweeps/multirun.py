@@ -14,14 +14,17 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from lorasweep.config.run import Run
 from lorasweep.config.settings_digest import sweep_digest
+from lorasweep.core.failures import FailureKind, RunError
 from lorasweep.core.settings import Settings, SettingsError
+from lorasweep.models.devices import choose_devices
 from lorasweep.runs import run_folder
 from lorasweep.runs.prepare import check_inputs
-from lorasweep.runs.session import Failure, RunError
-from lorasweep.sweeps.cluster_jobs import Engine, train_by_jobs
-from lorasweep.sweeps.compose_jobs import Job, compose_job, own_config, read_once, save_hydra_files
-from lorasweep.sweeps.trial_processes import JobsStudy
-from lorasweep.sweeps.workers import Fleet, choose_devices
+from lorasweep.runs.session import Failure
+from lorasweep.sweeps.compose_jobs import Job, compose_job, own_config, save_hydra_files
+from lorasweep.sweeps.read_yaml_once import read_yaml_once
+from lorasweep.sweeps.slurm_ray_joblib import Engine, train_by_jobs
+from lorasweep.sweeps.trial_job import JobsStudy
+from lorasweep.sweeps.worker_pool import WorkerPool
 
 if TYPE_CHECKING:
     from hydra.core.utils import JobReturn
@@ -30,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Packs(Settings):
+class LauncherSettings(Settings):
     """Settings of the launcher; conf/config.yaml says what each does."""
 
     devices: str | tuple[str, ...]
@@ -56,16 +59,16 @@ def launch(
     config_loader: Any,
     job_overrides: Sequence[Sequence[str]],
     initial_job_idx: int,
-    settings: Packs,
+    settings: LauncherSettings,
 ) -> list[JobReturn]:
     """Train all jobs and return Hydra's result of each, in their order.
 
     Every job's config is checked before the first trains. A job that fails is returned as failed,
     with its reason; the others stand.
     """
-    read_once(config_loader)
-    fleet = open_fleet(settings, config.trainer.device)
-    with fleet.ready(len(job_overrides)) if fleet else nullcontext():
+    read_yaml_once(config_loader)
+    pool = open_pool(settings, config.trainer.device)
+    with pool.ready(len(job_overrides)) if pool else nullcontext():
         jobs = [
             compose_job(config, config_loader, overrides, number)
             for number, overrides in enumerate(job_overrides, start=initial_job_idx)
@@ -75,26 +78,26 @@ def launch(
             check_inputs(job.run for job in jobs)
         for job in jobs:
             job.run.check()
-        failures = _launch(config, jobs, settings, fleet, study)
+        failures = _launch(config, jobs, settings, pool, study)
     failed = {failure.run: failure for failure in failures}
     return [_returned(job, failed.get(job.run.name)) for job in jobs]
 
 
-def open_fleet(settings: Packs, device: str) -> Fleet | None:
+def open_pool(settings: LauncherSettings, device: str) -> WorkerPool | None:
     """The workers, of which none runs yet; None where packs are jobs of an engine.
 
     Raises SettingsError for a device that is not there.
     """
     if settings.pack_via is not None:
         return None
-    return Fleet(choose_devices(settings.devices, device), settings.max_pack)
+    return WorkerPool(choose_devices(settings.devices, device), settings.max_pack)
 
 
 def _launch(
     config: DictConfig,
     jobs: Sequence[Job],
-    settings: Packs,
-    fleet: Fleet | None,
+    settings: LauncherSettings,
+    pool: WorkerPool | None,
     study: JobsStudy | None,
 ) -> list[Failure]:
     """Train the jobs that haven't ended yet; those that failed."""
@@ -117,8 +120,8 @@ def _launch(
             retries = 0 if study else settings.retries
             runs = [job.run for job in todo]
             failed += (
-                _train_in_packs(fleet, runs, settings, retries)
-                if fleet
+                _train_here(pool, runs, settings, retries)
+                if pool
                 else _train_by_jobs(runs, settings, retries, study)
             )
         if not any(run_folder.is_unfinished(job.run.output_dir) for job in jobs):
@@ -128,8 +131,8 @@ def _launch(
     return failed
 
 
-def _train_in_packs(
-    fleet: Fleet, runs: Sequence[Run], settings: Packs, retries: int
+def _train_here(
+    pool: WorkerPool, runs: Sequence[Run], settings: LauncherSettings, retries: int
 ) -> list[Failure]:
     """Train runs to their ends; those that failed, and were tried again in vain."""
     chosen = {
@@ -142,14 +145,14 @@ def _train_in_packs(
             f"trainer.device={chosen[others[0]]}: a sweep's runs share their devices, and others"
             f" have {chosen[devices]}; use launcher.devices"
         )
-    if devices != fleet.devices:  # all jobs have another than the sweep itself
-        fleet = Fleet(devices, settings.max_pack)
-    with fleet:
-        return _train(fleet, {run.name: run for run in runs}, retries)
+    if devices != pool.devices:  # all jobs have another than the sweep itself
+        pool = WorkerPool(devices, settings.max_pack)
+    with pool:
+        return _train(pool, {run.name: run for run in runs}, retries)
 
 
 def _train_by_jobs(
-    runs: Sequence[Run], settings: Packs, retries: int, study: JobsStudy | None
+    runs: Sequence[Run], settings: LauncherSettings, retries: int, study: JobsStudy | None
 ) -> list[Failure]:
     """Train runs, in packs that are jobs of an engine; those of lost jobs in new packs again.
 
@@ -158,7 +161,7 @@ def _train_by_jobs(
     assert settings.pack_via is not None
     folder, packs = runs[0].output_dir.parent / ".jobs", group(runs, settings.max_pack)
     found = train_by_jobs(packs, settings.pack_via, settings.engine or {}, folder, study)
-    again = {failure.run for failure in found if failure.transient and retries > 0}
+    again = {one.run for one in found if one.kind == FailureKind.RETRY and retries > 0}
     if not again:
         return found
     _say_again([failure for failure in found if failure.run in again])
@@ -167,22 +170,24 @@ def _train_by_jobs(
     return [*stay, *_train_by_jobs(left, settings, retries - 1, study)]
 
 
-def _train(fleet: Fleet, runs: Mapping[str, Run], retries: int) -> list[Failure]:
+def _train(pool: WorkerPool, runs: Mapping[str, Run], retries: int) -> list[Failure]:
     failed: list[Failure] = []
     tried = dict.fromkeys(runs, 0)
-    for run in runs.values():
-        fleet.submit(run)
-    while events := fleet.events():
+    queue = list(runs.values())
+    while True:
+        queue = [run for run in queue if not pool.submit(run)]
+        events = pool.events()
+        if not events:
+            return failed
         for failure in events:
             if not isinstance(failure, Failure):
                 continue
             tried[failure.run] += 1
-            if failure.transient and tried[failure.run] <= retries:
+            if failure.kind == FailureKind.RETRY and tried[failure.run] <= retries:
                 _say_again([failure])
-                fleet.submit(runs[failure.run])
+                queue.append(runs[failure.run])
             else:
                 failed.append(failure)
-    return failed
 
 
 def _say_again(failures: Sequence[Failure]) -> None:
@@ -214,5 +219,5 @@ def _returned(job: Job, failure: Failure | None) -> JobReturn:
         task_name=str(job.config.hydra.job.name),
         status=JobStatus.COMPLETED if failure is None else JobStatus.FAILED,
     )
-    returned.return_value = None if failure is None else RunError.of(failure)
+    returned.return_value = failure and RunError(failure.reason, failure.kind)
     return returned

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -12,21 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lorasweep.config.conf_folder import PACKAGE
 from lorasweep.config.run import Run
-from lorasweep.config.settings_digest import changes_nothing
 from lorasweep.core.progress import say
-from lorasweep.core.settings import SettingsError
 from lorasweep.runs.run_folder import stoppable, sweep_name
 from lorasweep.sweeps import sweep_file
-from lorasweep.sweeps.compose_jobs import read_once
-from lorasweep.sweeps.stop_rules import Limits, SweepError
+from lorasweep.sweeps.compose_jobs import TrialJobs
+from lorasweep.sweeps.read_yaml_once import read_yaml_once
+from lorasweep.sweeps.stop_rules import StopRules, SweepError
 from lorasweep.sweeps.study.study_storage import only_driver
 from lorasweep.sweeps.sweep_file import Search
-from lorasweep.sweeps.trial_jobs import Jobs
-from lorasweep.sweeps.trial_processes import study_settings
-from lorasweep.sweeps.trials_in_batches import Batches
-from lorasweep.sweeps.trials_in_packs import Flow
+from lorasweep.sweeps.sweep_loop import TrialsInBatches, TrialsOneByOne
 
 if TYPE_CHECKING:
     from lorasweep.sweeps.study.study import Study
@@ -41,13 +35,13 @@ def sweep(config: DictConfig, config_loader: Any, launcher: Any, arguments: Sequ
     `arguments` are the command line's overrides. Raises SettingsError, in one line and before any
     work, for what is wrong in the sweep; SweepError when too many trials failed.
     """
-    read_once(config_loader)
-    found = sweep_file.read(config, config_loader, arguments)
-    settings = study_settings(config, config.hydra.overrides.task)
-    fleet = launcher.fleet() if hasattr(launcher, "fleet") else None
-    with fleet.ready(settings.n_trials) if fleet else nullcontext():
+    read_yaml_once(config_loader)
+    found = sweep_file.read_search(config, config_loader, arguments)
+    settings = sweep_file.read_study_settings(config, config.hydra.overrides.task)
+    pool = launcher.worker_pool() if hasattr(launcher, "worker_pool") else None
+    with pool.ready(settings.n_trials) if pool else nullcontext():
         folder = Path(config.hydra.sweep.dir).absolute()
-        jobs = Jobs(config, config_loader, found)
+        jobs = TrialJobs(config, config_loader, found)
         probes = jobs.check(settings)
         first, *others = probes.values()
         with only_driver(folder, sweep_name(folder), settings.storage), stoppable(folder):
@@ -59,26 +53,27 @@ def sweep(config: DictConfig, config_loader: Any, launcher: Any, arguments: Sequ
                 said = "trials that an ended driver left go on: %s"
                 log.warning(said, ", ".join(map(str, left)))
             try:
-                drive(study, jobs, fleet or launcher, alike=all(map(first.can_share_pack, others)))
+                same_setup = all(map(first.can_share_pack, others))
+                drive(study, jobs, pool or launcher, same_setup=same_setup)
             finally:
                 _show(study)
 
 
-def drive(study: Study, jobs: Jobs, trains: Any, *, alike: bool) -> None:
-    """Train the study's trials: as they come with a Fleet, else batch by batch by a launcher."""
+def drive(study: Study, jobs: TrialJobs, trains: Any, *, same_setup: bool) -> None:
+    """Train the study's trials: as they come by a WorkerPool, else batch by batch by a launcher."""
     settings = study.settings
-    limits = Limits(settings.max_hours, settings.max_failures, time.monotonic(), alike)
+    rules = StopRules(settings.max_hours, settings.max_failures, time.monotonic(), same_setup)
     if hasattr(trains, "launch"):
-        Batches(study, jobs, trains, limits).run()
+        TrialsInBatches(study, jobs, trains, rules).run()
     else:
         with trains:
-            Flow(study, jobs.prepare, trains, limits).run()
-    if limits.hopeless:
+            TrialsOneByOne(study, jobs.prepare, trains, rules).run()
+    if rules.too_many_failed:
         raise SweepError(
-            f"sweep {study.name}: {limits.failures} trials failed one after another, so it stops"
-            f" (study.max_failures); the last: {limits.last_reason}"
+            f"sweep {study.name}: {rules.failures} trials failed one after another, so it stops"
+            f" (study.max_failures); the last: {rules.last_reason}"
         )
-    if limits.reached:
+    if rules.reached:
         log.info("study.max_hours is over; the same command goes on with the sweep")
 
 
@@ -87,6 +82,8 @@ def open_study(
 ) -> Study:
     """The study of a sweep, begun or gone on with, and warmed up if that is wanted."""
     from lorasweep.sweeps.study.study import Study
+    from lorasweep.sweeps.study.study_basis import runs_basis
+    from lorasweep.sweeps.study.warm_start import warm_start
 
     run = next(iter(probes.values()))
     study = Study(
@@ -96,11 +93,7 @@ def open_study(
         folder,
         max_epochs=run.max_train_epochs,
         guesses=found.guesses,
-        basis={
-            "overrides": _basis(found.fixed),
-            "settings": _settings(run),
-            "points": _varying({point: _settings(run) for point, run in probes.items()}),
-        },
+        basis=runs_basis(found.fixed, probes),
     )
     if settings.n_trials is not None and study.n_trials < settings.n_trials:
         log.info(
@@ -108,70 +101,12 @@ def open_study(
             settings.n_trials,
             study.n_trials,
         )
-    _warm_start(study, run.output_root, folder)
+    warm_start(study, run.output_root, folder)
     if settings.pareto and settings.pruner != "none":
         log.info(
             "several objectives: runs are pruned by the first of them, %s", settings.objectives[0]
         )
     return study
-
-
-def _basis(fixed: Sequence[str]) -> list[str]:
-    """The overrides that make another sweep of it; how and where it runs may change."""
-    names = {one: one.lstrip("+~").partition("=")[0] for one in fixed}
-    return sorted(one for one, name in names.items() if not _is_free(name))
-
-
-def _varying(points: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What is not the same at all points, by point and key."""
-    first, *others = points.values()
-    same = {key for key in first if all(key in o and o[key] == first[key] for o in others)}
-    return {
-        f"{point}: {key}": value
-        for point, settings in points.items()
-        for key, value in settings.items()
-        if key not in same
-    }
-
-
-def _settings(run: Run) -> dict[str, Any]:
-    """Likewise the settings of a run of the sweep, for files are edited too."""
-    plain = {key: value for key, value in run.params.items() if not _is_free(key)}
-    text = json.dumps(plain, default=str)
-    found: dict[str, Any] = json.loads(text.replace(str(PACKAGE), ""))  # may be installed elsewhere
-    return found
-
-
-def _is_free(key: str) -> bool:
-    searches = key.startswith("study.") and not key.startswith("study.vars")
-    return searches or changes_nothing(key)
-
-
-def _warm_start(study: Study, output_root: Path, folder: Path) -> None:
-    """Once, and whole: what a kill broke off is finished before the study goes on."""
-    from lorasweep.sweeps.study.study import known_trials
-
-    other, known = study.settings.warm_start, study.learns_from
-    if study.has_learned:
-        if other not in (None, known):
-            said = "sweep %s took the trials of %s when it began; those of %s are not taken"
-            log.warning(said, study.name, known, other)
-        return
-    if known is not None and other != known:
-        raise SettingsError(
-            f"sweep {study.name} was broken off while it took the trials of {known}: give"
-            f" study.warm_start={known}, or another study.name"
-        )
-    if other is None:
-        return
-    found = known_trials(other, study.settings, output_root, folder)
-    taken = study.learn(found, other)
-    level = logging.INFO if taken else logging.WARNING
-    said = (
-        "warm start: %d of %d trials of %s fit this search space (same parameters, values within,"
-        " a score for each constraint)"
-    )
-    log.log(level, said, taken, len(found), other)
 
 
 def _show(study: Study) -> None:

@@ -1,4 +1,4 @@
-"""From a sweep's YAML and command line to its search space, in Hydra's own grammar."""
+"""From a sweep's YAML and command line to its settings and search space, in Hydra's grammar."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lorasweep.core.settings import SettingsError
+from lorasweep.core.settings import SettingsError, build
 from lorasweep.sweeps.study.search_space import Choice, Condition, Number, Parameter, Space, Value
+from lorasweep.sweeps.study.study_settings import StudySettings
+
+# null in conf/, for Hydra lets a command line replace null by a mapping, and nothing else
+_MAPS = ("conditions", "vars", "sampler_options", "pruner_options", "constraints")
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class Search:
     """First what would train without a sweep, as far as the space has it; then study.enqueue."""
 
 
-def read(config: DictConfig, config_loader: Any, arguments: Sequence[str]) -> Search:
+def read_search(config: DictConfig, config_loader: Any, arguments: Sequence[str]) -> Search:
     """Read `study.params` and the command line, which wins: a plain value there is not searched.
 
     Raises SettingsError for what can't be searched, or if nothing is.
@@ -46,6 +50,26 @@ def read(config: DictConfig, config_loader: Any, arguments: Sequence[str]) -> Se
     chosen = _chosen(config, config_loader, fixed)
     guesses = [_composed(config, space, chosen), *_enqueued(config, space, {**asked, **in_file})]
     return Search(space, fixed, guesses)
+
+
+def read_study_settings(config: DictConfig, overrides: Sequence[str] = ()) -> StudySettings:
+    """The typed settings of `study`. Raises SettingsError.
+
+    A sampler or pruner that the command's overrides name has the options that they give: those of
+    the sweep's file are another's.
+    """
+    values = OmegaConf.to_container(config.study, resolve=True)
+    assert isinstance(values, dict)
+    given = {str(key): value for key, value in values.items()}
+    keys = [one.lstrip("+").partition("=")[0] for one in overrides]
+    for what in ("sampler", "pruner"):
+        options = given.get(f"{what}_options") or {}
+        if f"study.{what}" in keys and f"study.{what}_options" not in keys:
+            own = {k: v for k, v in options.items() if f"study.{what}_options.{k}" in keys}
+            given[f"{what}_options"] = own
+    empty: dict[str, object] = {key: {} for key in _MAPS if given.get(key) is None}
+    settings: StudySettings = build({**given, **empty}, "study")
+    return settings
 
 
 def _space(

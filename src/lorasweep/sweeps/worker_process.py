@@ -1,4 +1,4 @@
-"""A worker process: trains packs on one device, as its driver says between two epochs."""
+"""A worker process: trains packs on one device, and does what its driver says after each epoch."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorasweep.config.error_messages import one_line
 from lorasweep.config.run import Run
+from lorasweep.core.failures import FailureKind
 from lorasweep.core.interrupts import Interrupts
 from lorasweep.core.progress import Tick
 from lorasweep.models.base_model import BaseModel
@@ -30,31 +31,8 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Turn:
-    """What the driver answers a Boundary with."""
-
-    joining: Sequence[Run] = ()
-    dropping: Sequence[str] = ()
-    stop: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Boundary:
-    """The end of an epoch, or of a pack; the worker waits for its Turn."""
-
-    reports: Sequence[Report] = ()
-    max_runs: int | None = None
-    """Runs that can train at once here, as far as that is known."""
-    last: bool = False
-    """The worker ends: what broke may have broken its device's state too."""
-
-
-Message = Boundary | Tick | logging.LogRecord
-
-
-@dataclass(frozen=True, kw_only=True)
-class Orders:
-    """How a worker is to be."""
+class WorkerOptions:
+    """What a worker is told first."""
 
     device: str
     max_pack: int
@@ -64,22 +42,45 @@ class Orders:
     """The driver's, by logger."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class EpochEnd:
+    """A worker has ended an epoch, or a pack; it waits for its next Instruction."""
+
+    reports: Sequence[Report] = ()
+    max_runs: int | None = None
+    """Runs that can train at once here, as far as that is known."""
+    last: bool = False
+    """The worker ends: what broke may have broken its device's state too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Instruction:
+    """What the driver answers an EpochEnd with."""
+
+    joining: Sequence[Run] = ()
+    dropping: Sequence[str] = ()
+    stop: bool = False
+
+
+Message = EpochEnd | Tick | logging.LogRecord
+
+
 def work(connection: Connection) -> None:
     """The worker's life, until its driver says stop, stops it by a signal, or dies.
 
-    Its orders come first; the driver may have none yet when it starts one.
+    Its options come first; the driver starts it before there is a run for it.
     """
     # Ctrl-C reaches the whole terminal: the driver answers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_driver, daemon=True).start()
-    with suppress(Exception):  # who needs them says what is wrong
+    with suppress(Exception):  # the code that needs them says what is wrong
         import_libraries()
-    orders: Orders = connection.recv()
-    _set_threads(orders)
+    options: WorkerOptions = connection.recv()
+    _set_threads(options)
     outbox = _Outbox(connection)
-    _log_to(outbox, orders.log_levels)
+    _log_to(outbox, options.log_levels)
     with Interrupts(signal.SIGTERM, second_ends=False) as interrupts:
-        worker = _Worker(connection, outbox, orders, interrupts)
+        worker = WorkerProcess(connection, outbox, options, interrupts)
         try:
             worker.serve()
         except KeyboardInterrupt as stop:
@@ -106,27 +107,30 @@ class _Outbox:
                 return
 
 
-class _Worker:
+class WorkerProcess:
     """Sessions, one for each kind of run, over the base model that was loaded last."""
 
     def __init__(
-        self, connection: Connection, outbox: _Outbox, orders: Orders, interrupts: Interrupts
+        self,
+        connection: Connection,
+        outbox: _Outbox,
+        options: WorkerOptions,
+        interrupts: Interrupts,
     ) -> None:
-        self._connection, self._outbox, self._orders = connection, outbox, orders
+        self._connection, self._outbox, self._options = connection, outbox, options
         self._interrupts = interrupts
         self._sessions: list[Session] = []
         self._names: list[str] = []  # runs of the pack that have not ended yet
-        self._backlog: list[Run] = []  # for the next pack
         self._base: tuple[object, BaseModel] | None = None
 
     def serve(self) -> None:
-        """Train pack after pack."""
-        boundary = Boundary()
-        while not boundary.last:
-            runs = self._backlog or self._ask(boundary).joining
-            self._backlog = []
-            boundary = self._train(runs) if runs else Boundary()
-        self._outbox.put_nowait(boundary)
+        """Train pack after pack, until one breaks the device's state."""
+        end = EpochEnd()
+        runs: Sequence[Run] = ()
+        while not end.last:
+            runs = runs or self._next(end).joining
+            end, runs = self._train(runs) if runs else (EpochEnd(), ())
+        self._outbox.put_nowait(end)
 
     def close(self, error: BaseException | None) -> None:
         """Write what waits for MLflow; runs that still train are marked there."""
@@ -134,53 +138,54 @@ class _Worker:
             session.__exit__(type(error) if error else None, error, None)
         self._sessions = []
 
-    def _ask(self, boundary: Boundary) -> Turn:
-        self._outbox.put_nowait(boundary)
-        ended = {r.run for r in boundary.reports if isinstance(r, Finished | Failure)}
+    def _next(self, end: EpochEnd) -> Instruction:
+        """Report the end of an epoch and wait for the next instruction."""
+        self._outbox.put_nowait(end)
+        ended = {r.run for r in end.reports if isinstance(r, Finished | Failure)}
         self._names = [name for name in self._names if name not in ended]
-        turn: Turn = self._connection.recv()
-        if turn.stop:
+        instruction: Instruction = self._connection.recv()
+        if instruction.stop:
             raise KeyboardInterrupt
-        return turn
+        return instruction
 
-    def _train(self, runs: Sequence[Run]) -> Boundary:
-        """Train a pack and all who join it; the boundary at its end."""
+    def _train(self, runs: Sequence[Run]) -> tuple[EpochEnd, Sequence[Run]]:
+        """Train a pack and all who join it: its end, and runs of another kind for the next pack."""
         self._names = [run.name for run in runs]
         session = None
         try:
             session = self._session(runs[0])
             for reports in session.train([self._here(run) for run in runs]):
-                self._take_turns(session, reports)
-            return Boundary()
+                others = self._join_and_drop(session, reports)
+                if others:  # this pack has just ended, which the driver knows
+                    return EpochEnd(), others
+            return EpochEnd(), ()
         except Exception as error:  # whatever broke this pack, the sweep goes on
-            return self._broken(session, error)
+            return self._broken(session, error), ()
 
-    def _take_turns(self, session: Session, reports: Sequence[Report]) -> None:
-        turn = self._ask(Boundary(reports=reports, max_runs=session.max_runs))
-        for run in turn.joining:
-            self._join(session, run)
-        dropped = [session.drop(name) for name in turn.dropping if name in session.names]
-        if dropped:  # the driver may have others for their places
-            self._take_turns(session, dropped)
-
-    def _join(self, session: Session, run: Run) -> None:
-        here = self._here(run)
-        if session.first.can_share_pack(here):
+    def _join_and_drop(self, session: Session, reports: Sequence[Report]) -> Sequence[Run]:
+        """Do as the driver says at the end of an epoch; runs that can't share this pack."""
+        instruction = self._next(EpochEnd(reports=reports, max_runs=session.max_runs))
+        joining = instruction.joining
+        if joining and not session.first.can_share_pack(self._here(joining[0])):
+            return joining
+        for run in joining:
             self._names.append(run.name)
-            session.join(here)
-        else:  # the driver knows that this pack has just ended
-            self._backlog.append(run)
+            session.join(self._here(run))
+        dropped = [session.drop(name) for name in instruction.dropping if name in session.names]
+        if dropped:  # the driver may have others for their places
+            return self._join_and_drop(session, dropped)
+        return ()
 
-    def _broken(self, session: Session | None, error: Exception) -> Boundary:
+    def _broken(self, session: Session | None, error: Exception) -> EpochEnd:
         if session is not None:
             self._sessions.remove(session)
             session.__exit__(type(error), error, None)
         shared = (
             isinstance(error, RuntimeError) and is_out_of_memory(error) and len(self._names) > 1
         )
-        failures = Failure.of_pack(self._names, error, shared=shared)
+        failures = Failure.of_pack(self._names, error, FailureKind.RETRY if shared else None)
         fewer = len(self._names) // 2 if shared else None
-        return Boundary(reports=failures, max_runs=fewer, last=one_line(error) is None)
+        return EpochEnd(reports=failures, max_runs=fewer, last=one_line(error) is None)
 
     def _session(self, run: Run) -> Session:
         """The session of runs like this one, kept or new; its base model is kept likewise."""
@@ -190,7 +195,7 @@ class _Worker:
                 return session
         session = Session(
             run,
-            max_pack=self._orders.max_pack,
+            max_pack=self._options.max_pack,
             load=self._load,
             show=self._outbox.put_nowait,
             interrupts=self._interrupts,
@@ -209,7 +214,7 @@ class _Worker:
         return self._base[1]
 
     def _here(self, run: Run) -> Run:
-        return replace(run, trainer=replace(run.trainer, device=self._orders.device))
+        return replace(run, trainer=replace(run.trainer, device=self._options.device))
 
 
 class _LogHandler(QueueHandler):
@@ -234,10 +239,10 @@ def _die_with_driver() -> None:
     os._exit(1)
 
 
-def _set_threads(orders: Orders) -> None:
+def _set_threads(options: WorkerOptions) -> None:
     import torch
 
-    if orders.num_threads is not None:
-        torch.set_num_threads(orders.num_threads)
-    if orders.device.startswith("cuda"):
-        torch.cuda.set_device(orders.device)
+    if options.num_threads is not None:
+        torch.set_num_threads(options.num_threads)
+    if options.device.startswith("cuda"):
+        torch.cuda.set_device(options.device)

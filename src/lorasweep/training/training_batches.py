@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from random import Random
 
 from lorasweep.core import rng
+from lorasweep.data.buckets import Size
 from lorasweep.data.dataset import Dataset
-from lorasweep.data.latents import Item, Size
+from lorasweep.data.latents import Item
 
 Batch = list[int]
 """Indices of items."""

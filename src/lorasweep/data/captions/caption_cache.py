@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from lorasweep.core.atomic_write import write_atomically
 from lorasweep.data.dataset import ImageFile
 
 logger = logging.getLogger(__name__)
@@ -36,18 +37,14 @@ class CaptionCache:
         return {sha256: text for sha256, text in found.items() if text is not None}
 
     def put(self, image: ImageFile, caption: str) -> None:
-        """Keep a caption; only under `lock`."""
+        """Keep a caption. Raises DiskFullError."""
         entry = {
             "caption": caption,
             "captioner": self.identity,
             "image": image.sha256,
             "check": self._check(image.sha256, caption),
         }
-        path = self._path(image.sha256)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torn = path.with_suffix(".tmp")  # one name is enough, the lock admits one writer
-        torn.write_text(json.dumps(entry), encoding="utf-8")
-        torn.replace(path)
+        write_atomically(self._path(image.sha256), json.dumps(entry).encode())
 
     @contextmanager
     def lock(self, key: str) -> Iterator[None]:

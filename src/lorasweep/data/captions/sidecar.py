@@ -12,9 +12,9 @@ from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
 from lorasweep.core.settings import Settings
-from lorasweep.core.text import shown
+from lorasweep.core.text import listed, shown
 from lorasweep.data.captions.caption_images import CaptionerError, Repeats
-from lorasweep.data.dataset import ImageFile, listed
+from lorasweep.data.dataset import ImageFile
 
 MAX_CAPTION = 1_000_000  # bytes of a file; 10,000 long tags have a fifth of it
 

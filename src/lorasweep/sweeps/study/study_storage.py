@@ -142,9 +142,8 @@ def show(sweep: str | None, storage: str | None, output_root: Path, port: int) -
 
 
 def _journal(path: Path) -> BaseStorage:
+    from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
-
-    from lorasweep.sweeps.study.journal import Journal
 
     path = path.absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -155,7 +154,7 @@ def _journal(path: Path) -> BaseStorage:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the lock is not of Optuna's own class
         try:
-            return Journal(JournalFileBackend(str(path), lock_obj=lock))  # type: ignore[arg-type]
+            return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))  # type: ignore[arg-type]
         except (ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
             raise SettingsError(
                 f"{path} is damaged, or no journal of a study ({type(error).__name__}): move it"

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from optuna.importance import get_param_importances
 from optuna.trial import FrozenTrial, TrialState
 from rich.markup import escape
 from rich.table import Table
 
-from lorasweep.sweeps.study.methods import importance, was_pruned
-from lorasweep.sweeps.study.study import ATTEMPT, REASON, Study
-from lorasweep.sweeps.study.trial import BEST, EPOCHS, PLANNED
+from lorasweep.sweeps.study.study import Study
+from lorasweep.sweeps.study.trial_attributes import (
+    ATTEMPT,
+    BEST,
+    EPOCHS,
+    PLANNED,
+    REASON,
+    was_pruned,
+)
 
 MIN_COMPLETE = 8  # trials; with fewer, what matters can't be told
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class TrialRow:
     """One trial as the table shows it."""
 
     number: int
@@ -38,12 +46,12 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Summary:
+class StudySummary:
     """A study's rows, and what follows from them."""
 
     name: str
-    rows: Sequence[Row]
-    best: Sequence[Row]
+    rows: Sequence[TrialRow]
+    best: Sequence[TrialRow]
     """The best trial, or with several objectives those that no other beats in all.
 
     Those that train or failed count too: `pick` chooses among all candidates.
@@ -55,11 +63,11 @@ class Summary:
     objectives: Sequence[str]
 
 
-def summarise(study: Study) -> Summary:
+def summarise(study: Study) -> StudySummary:
     """Sum up what the study knows now."""
     rows = [_row(trial) for trial in study.trials]
     ended = [row for row in rows if row.state in ("complete", "pruned")]
-    return Summary(
+    return StudySummary(
         name=study.name,
         rows=rows,
         best=_best(rows, study),
@@ -70,7 +78,7 @@ def summarise(study: Study) -> Summary:
     )
 
 
-def table(summary: Summary) -> Table:
+def table(summary: StudySummary) -> Table:
     """The trials in their order; the best in green."""
     names = list(dict.fromkeys(name for row in summary.rows for name in row.params))
     shown = Table(title=f"{summary.name}: {len(summary.rows)} trials", caption_justify="left")
@@ -86,7 +94,7 @@ def table(summary: Summary) -> Table:
     return shown
 
 
-def lines(summary: Summary) -> list[str]:
+def lines(summary: StudySummary) -> list[str]:
     """The best, what pruning saved, what failed and what matters, in lines for a person."""
     said = []
     what = "Best" if len(summary.objectives) == 1 else "On the front"
@@ -118,11 +126,11 @@ def lines(summary: Summary) -> list[str]:
     return said
 
 
-def _row(trial: FrozenTrial) -> Row:
+def _row(trial: FrozenTrial) -> TrialRow:
     attrs = trial.user_attrs
     names = {TrialState.FAIL: "failed"}
     state = "pruned" if was_pruned(trial) else names.get(trial.state, trial.state.name.lower())
-    return Row(
+    return TrialRow(
         number=trial.number,
         state=state,
         best=attrs.get(BEST),
@@ -135,7 +143,7 @@ def _row(trial: FrozenTrial) -> Row:
     )
 
 
-def _best(rows: Sequence[Row], study: Study) -> list[Row]:
+def _best(rows: Sequence[TrialRow], study: Study) -> list[TrialRow]:
     """The best trials; those that keep the constraints go before those that don't."""
     known = [row for row in rows if row.best is not None]
     usable = [row for row in known if row.feasible] or known
@@ -148,7 +156,7 @@ def _best(rows: Sequence[Row], study: Study) -> list[Row]:
     ]
 
 
-def _losses(row: Row, study: Study) -> list[float]:
+def _losses(row: TrialRow, study: Study) -> list[float]:
     """Its objectives; of all, smaller is better."""
     assert row.best is not None
     pairs = zip(study.settings.signs, study.settings.objectives, strict=True)
@@ -160,6 +168,7 @@ def _beats(ours: Sequence[float], theirs: Sequence[float]) -> bool:
 
 
 def _importance(study: Study) -> dict[str, float]:
+    """How much each parameter matters for the score (PED-ANOVA, Watanabe et al., 2023)."""
     complete = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]
     everywhere = [
         name
@@ -170,10 +179,13 @@ def _importance(study: Study) -> dict[str, float]:
     different = len({repr(trial.values) for trial in complete}) > 1
     if study.settings.pareto or len(complete) < MIN_COMPLETE or not everywhere or not different:
         return {}
-    return importance(study.optuna_study, everywhere)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is experimental
+        found = get_param_importances(study.optuna_study, params=everywhere)
+    return {name: value for name, value in found.items() if value == value}
 
 
-def _cells(row: Row, names: Sequence[str], objectives: Sequence[str]) -> list[str]:
+def _cells(row: TrialRow, names: Sequence[str], objectives: Sequence[str]) -> list[str]:
     best = row.best or {"scores": {}, "epoch": ""}
     scores = [_number(best["scores"].get(name), 4) for name in objectives]
     planned = f"{row.epochs}/{row.planned}" if row.planned else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -12,14 +11,17 @@ from typing import Any
 
 import optuna
 
-from lorasweep.sweeps.study.methods import CURVE, PRUNED, TERMS
-from lorasweep.sweeps.study.pareto import FirstObjective
+from lorasweep.sweeps.study.pruners import FirstObjective
 from lorasweep.sweeps.study.search_space import Space
 from lorasweep.sweeps.study.study_settings import StudySettings
-
-log = logging.getLogger(__name__)
-
-BEST, EPOCHS, PLANNED = "best", "epochs", "planned_epochs"  # user attributes
+from lorasweep.sweeps.study.trial_attributes import (
+    BEST,
+    CURVE,
+    EPOCHS,
+    PLANNED,
+    PRUNED,
+    TERMS,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +46,7 @@ class Trial:
         by_first: FirstObjective | None = None,
     ) -> None:
         """`by_first` decides what is pruned where there are several objectives."""
-        self._trial, self._settings, self._space = trial, settings, space
+        self.optuna_trial, self._settings, self._space = trial, settings, space
         self._by_first = by_first
         self.number = trial.number
         best = trial.user_attrs.get(BEST)
@@ -55,16 +57,16 @@ class Trial:
     @property
     def params(self) -> dict[str, Any]:
         """Parameter to value."""
-        return self._trial.params
+        return self.optuna_trial.params
 
     @property
     def overrides(self) -> list[str]:
         """The parameters as Hydra's overrides."""
-        return self._space.overrides(self._trial.params)
+        return self._space.overrides(self.optuna_trial.params)
 
     def plan(self, epochs: int) -> None:
         """Note how many epochs the run would train if nothing stops it."""
-        self._trial.set_user_attr(PLANNED, epochs)
+        self.optuna_trial.set_user_attr(PLANNED, epochs)
 
     def report(
         self,
@@ -83,9 +85,9 @@ class Trial:
         new = self._candidate(epoch, path, scores, terms)
         if new is not None and self._replaces_best(new):
             self.best = new
-            self._trial.set_user_attr(BEST, vars(new))
+            self.optuna_trial.set_user_attr(BEST, vars(new))
         if epoch > self._furthest:
-            self._trial.set_user_attr(EPOCHS, epoch)
+            self.optuna_trial.set_user_attr(EPOCHS, epoch)
         if self.best is not None:
             self._note(epoch, self.best)
 
@@ -101,22 +103,22 @@ class Trial:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if self._by_first is not None:
-                return self._by_first.should_prune(self.number)
-            return self._trial.should_prune()
+                return self._by_first.should_prune(self.optuna_trial)
+            return self.optuna_trial.should_prune()
 
     @property
     def is_whole(self) -> bool:
         """Has it reported the last epoch of those planned?"""
-        return bool(self.epochs >= self._trial.user_attrs.get(PLANNED, math.inf))
+        return bool(self.epochs >= self.optuna_trial.user_attrs.get(PLANNED, math.inf))
 
     def mark_pruned(self) -> None:
         """Note that the run has stopped for it was to be pruned: of a job, from its own process."""
-        self._trial.set_user_attr(PRUNED, True)
+        self.optuna_trial.set_user_attr(PRUNED, True)
 
     @property
     def is_marked_pruned(self) -> bool:
         """Has its job noted that?"""
-        return bool(self._trial.user_attrs.get(PRUNED))
+        return bool(self.optuna_trial.user_attrs.get(PRUNED))
 
     @property
     def values(self) -> list[float]:
@@ -128,7 +130,7 @@ class Trial:
         """Tell Optuna by how much the best candidate breaks each constraint; at most 0 is good."""
         if self.best is not None:
             for name, by in excess(self.best.scores, self._settings.constraints).items():
-                self._trial.set_constraint(name, by)
+                self.optuna_trial.set_constraint(name, by)
 
     def _candidate(
         self,
@@ -159,15 +161,15 @@ class Trial:
         """The best so far, as pruners and the dashboard see the run."""
         value = best.scores[self._settings.objectives[0]]
         if self._settings.pareto:
-            curve = self._trial.user_attrs.get(CURVE, {})
-            self._trial.set_user_attr(CURVE, {**curve, str(epoch): value})
+            curve = self.optuna_trial.user_attrs.get(CURVE, {})
+            self.optuna_trial.set_user_attr(CURVE, {**curve, str(epoch): value})
         else:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of a trial taken over, the first report stands
-                self._trial.report(value, epoch)
+                self.optuna_trial.report(value, epoch)
         if self._settings.pruner == "wilcoxon":
-            terms = self._trial.user_attrs.get(TERMS, {})
-            self._trial.set_user_attr(TERMS, {**terms, str(epoch): list(best.terms)})
+            terms = self.optuna_trial.user_attrs.get(TERMS, {})
+            self.optuna_trial.set_user_attr(TERMS, {**terms, str(epoch): list(best.terms)})
 
 
 def excess(scores: Mapping[str, float], bounds: Mapping[str, float]) -> dict[str, float]:

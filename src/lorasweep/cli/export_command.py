@@ -1,0 +1,57 @@
+"""`lorasweep export CHECKPOINT|RUN`: take a LoRA to other programs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from lorasweep.cli.command_line import Commands, add_command, say_lines
+from lorasweep.models.base_model import PRECISIONS
+
+FORMATS = ("merged", "diffusers-lora", "offline-lora")
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the command's words and flags."""
+    words_help = "a LoRA's .safetensors file, a run's name, or a checkpoint's (RUN-e012)"
+    text = "take a LoRA to other programs"
+    export = add_command(commands, "export", _export, text, "CHECKPOINT|RUN", words_help)
+    export.add_argument(
+        "--to",
+        required=True,
+        choices=FORMATS,
+        help="merged: the whole model with the LoRA in it; diffusers-lora: for load_lora_weights;"
+        " offline-lora: for generic diffusion feature",
+    )
+    export.add_argument("--out", type=Path, help="where to; ending in .safetensors: a single file")
+    export.add_argument("--strength", type=float, default=1.0, help="1 (default) is as trained")
+    export.add_argument(
+        "--with",
+        dest="others",
+        action="append",
+        default=[],
+        metavar="FILE=WEIGHT",
+        help="merge a further LoRA too; may be given several times",
+    )
+    export.add_argument("--rank", type=int, help="of the approximation, where one is needed")
+    export.add_argument("--dtype", choices=PRECISIONS, help="precision (default: the base's)")
+    export.add_argument("--overwrite", action="store_true", help="replace what is there")
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from lorasweep.export import export_lora, find_lora
+
+    found = find_lora.find(arguments.word, arguments.overrides, arguments.config_dir)
+    say_lines(found.lines)
+    done = export_lora.export(
+        found,
+        arguments.to,
+        out=arguments.out,
+        strength=arguments.strength,
+        others=arguments.others,
+        rank=arguments.rank,
+        precision=arguments.dtype,
+        overwrite=arguments.overwrite,
+    )
+    say_lines([f"Written: {done.path}", *done.lines])
+    return 0

@@ -1,0 +1,44 @@
+"""`lorasweep pick [SWEEP]`: choose the best checkpoint of a sweep."""
+
+from __future__ import annotations
+
+import argparse
+
+from lorasweep.cli.command_line import Commands, add_command, say_unsent, tracking_settings
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the command's words and flags."""
+    text = "choose the best checkpoint of the newest sweep"
+    pick = add_command(commands, "pick", _pick, text, "[SWEEP]", "SWEEP: name of another sweep")
+    pick.add_argument("--run", help="only this run's; together with --epoch it is your own choice")
+    pick.add_argument("--epoch", type=int, help="only this epoch's checkpoints")
+    pick.add_argument("--limit", type=_count, default=15, help="rows of the table (default 15)")
+
+
+def _count(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("give a number of at least 1")
+    return int(text)
+
+
+def _pick(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from lorasweep.runs import pick_checkpoint, pick_table
+
+    cfg, settings, output_root = tracking_settings(arguments)
+    say_unsent(output_root)
+    result = pick_checkpoint.pick(
+        settings,
+        output_root,
+        sweep=arguments.word,
+        by=cfg.pick.by,
+        run=arguments.run,
+        epoch=arguments.epoch,
+    )
+    console = Console()
+    console.print(pick_table.table(result, arguments.limit))
+    for line in pick_table.summary(result):
+        console.print(line, soft_wrap=True, highlight=False)
+    return 0

@@ -1,0 +1,78 @@
+"""LoRA files attached to a base model, each with a weight of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorasweep.adapters.adapter import Site
+from lorasweep.adapters.pack import Pack
+from lorasweep.adapters.stack import Stack
+from lorasweep.core.safetensors_header import CheckpointError
+from lorasweep.lora_files import read_lora_file
+from lorasweep.models.sdxl import Base
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Loras = Sequence[tuple[Path, float]]
+"""LoRA files and the weight of each one's delta; 1 is as trained."""
+Weighted = Sequence[tuple[Pack, float]]
+"""Packs of one adapter each, and the weight of its delta."""
+GIVE_ITS_BASE = "Give the one it was trained on by model=OPTION or model.path=FOLDER"
+
+
+def adapters_of(base: Base, loras: Loras, remedy: str = GIVE_ITS_BASE) -> list[tuple[Pack, float]]:
+    """The LoRA files as packs of one on this base. Raises CheckpointError for a misfit."""
+    found = []
+    for path, weight in loras:
+        tensors = read_lora_file.read(path, base).tensors
+        try:
+            found.append((Pack.from_files(base.parts, [tensors]), weight))
+        except CheckpointError as error:
+            question = f"Is it of another base than {base.settings.path}? {remedy}"
+            raise CheckpointError(f"{path}: {error}. {question}".rstrip()) from None
+    return found
+
+
+@contextmanager
+def attached(adapters: Weighted) -> Iterator[None]:
+    """Within, the base computes with the sum of all deltas, each times its weight.
+
+    Each delta is taken of the bare weights, so a DoRA's doesn't depend on what else is attached.
+    """
+    handles = [
+        site.module.register_forward_hook(partial(_add_weighted, members))
+        for site, members in stacks_by_site(adapters)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def stacks_by_site(adapters: Weighted) -> list[tuple[Site, list[tuple[Stack, float]]]]:
+    """Every adapted site with all that adapts it, each with its weight."""
+    found: dict[str, tuple[Site, list[tuple[Stack, float]]]] = {}
+    for pack, weight in adapters:
+        assert len(pack) == 1, "one adapter a pack"
+        for entry in pack.entries:
+            found.setdefault(entry.site.key, (entry.site, []))[1].append((entry.stack, weight))
+    return list(found.values())
+
+
+def _add_weighted(
+    members: Sequence[tuple[Stack, float]],
+    module: torch.nn.Module,
+    args: tuple[Tensor, ...],
+    output: Tensor,
+) -> Tensor:
+    total = output
+    for stack, weight in members:
+        total = total + weight * (stack.forward(args[0], output, None) - output)
+    return total

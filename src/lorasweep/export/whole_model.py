@@ -1,0 +1,273 @@
+"""A whole model's tensors as its files hold them: read once, computed with, written.
+
+A diffusers folder, or a single file of Stable Diffusion 1.x. Tensors keep their type and their
+bits. SDXL is read and written as a diffusers folder.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorasweep.core.settings import SettingsError
+from lorasweep.core.text import shown
+from lorasweep.export import diffusers_folder
+from lorasweep.export.diffusers_folder import SDXL
+from lorasweep.export.exported import is_file
+from lorasweep.export.single_file_names import (
+    PREFIXES,
+    ModelLayout,
+    Weights,
+    modern_name,
+)
+from lorasweep.models.base_model import Precision, torch_dtype
+from lorasweep.models.load_model import Model, frozen
+from lorasweep.models.model_files import (
+    ModelError,
+    check_folder,
+    check_values,
+    load_error,
+    load_errors,
+    read_object,
+    refuse_others,
+)
+from lorasweep.models.sdxl import Base, SDXLModel
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
+
+log = logging.getLogger(__name__)
+
+_IGNORED = {
+    r"model_ema\.|first_stage_model\.model_ema\.": "EMA copies of weights",
+    r"alphas_|betas$|sqrt_|log_one_minus|posterior_|logvar$|lvlb_weights$|scale_fac": "noise"
+    " schedule",
+    r".*\.position_ids$": "position ids",
+    r"cond_stage_model\.(logit_scale|text_projection|transformer\.text_projection)": "CLIP's"
+    " projection, which no picture needs",
+    r"first_stage_model\.loss\.": "loss of the VAE's training",
+}
+"""What real files hold beside the model, by pattern, and what it is."""
+
+
+@dataclass(frozen=True)
+class WholeModel:
+    """A model's tensors, and the diffusers folder that holds its configs and its tokenizer."""
+
+    weights: Weights
+    configs: Path
+    layout: ModelLayout
+    notes: tuple[str, ...] = ()
+    """What was knowingly left out in reading, in words for a person."""
+
+    def cast(self, precision: Precision | None) -> WholeModel:
+        """The same in another precision; None keeps each tensor as it is."""
+        if precision is None:
+            return self
+        dtype = torch_dtype(precision)
+        weights = {
+            part: {name: tensor.to(dtype) for name, tensor in tensors.items()}
+            for part, tensors in self.weights.items()
+        }
+        return replace(self, weights=weights)
+
+    @property
+    def precision(self) -> Precision:
+        """The coarsest type among the tensors."""
+        found = {tensor.dtype for tensors in self.weights.values() for tensor in tensors.values()}
+        order: tuple[Precision, ...] = ("bf16", "fp16", "fp32")
+        return next((name for name in order if torch_dtype(name) in found), "fp32")
+
+    def write(self, place: Path, prediction_type: str | None = None) -> None:
+        """Write the layout that `place`'s name tells: a single file, or a diffusers folder.
+
+        A `prediction_type` goes into a folder's noise schedule; a file has none.
+        """
+        if is_file(place):
+            diffusers_folder.write_tensors(place, self.layout.to_original(self.weights))
+        else:
+            schedule = {"prediction_type": prediction_type} if prediction_type else {}
+            diffusers_folder.write_folder(place, self.weights, self.configs, schedule)
+
+
+def read(
+    source: str,
+    config: str | None = None,
+    revision: str | None = None,
+    names: tuple[str, str] = ("model.path", "model.config"),
+    *,
+    sdxl: bool = False,
+) -> WholeModel:
+    """Read a diffusers folder, a hub id, or a single file with `config`'s configs (folder or id).
+
+    Messages call `source` and `config` by these names. With `sdxl` a folder may be of SDXL too.
+
+    Raises ModelError in one line for another architecture, a missing or misshapen tensor, a pickle.
+    Tensors that no part of the model needs are left out, with a warning unless they are known.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return _read_file(path, config, names[1])
+    folder = diffusers_folder.find_folder(source, revision, names[0], weights=True)
+    layout = _layout(folder, sdxl)
+    weights: dict[str, dict[str, Tensor]] = {}
+    leftover: list[str] = []
+    for part, shapes in layout.shapes.items():
+        tensors = diffusers_folder.read_part(folder, part)
+        found = {modern_name(part, name): tensor for name, tensor in tensors.items()}
+        weights[part] = {name: found[name] for name in shapes if name in found}
+        leftover += [f"{part}/{name}" for name in found if name not in shapes]
+    layout.check(weights)
+    return WholeModel(weights, folder, layout, _leftover_notes(folder, leftover))
+
+
+def as_base(settings: Model, model: WholeModel) -> Base:
+    """The model as it is computed with, in fp32, of the tensors that were read.
+
+    Only configs and tokenizers are read for it. Raises ModelError, SettingsError.
+    """
+    damaged: tuple[type[Exception], ...] = (OSError, *load_errors())
+    try:
+        return (_sdxl_base if model.layout.is_sdxl else _sd_base)(settings, model)
+    except (ModelError, SettingsError):
+        raise
+    except damaged as error:
+        raise load_error(f"model.path={settings.path}", error) from None
+
+
+def base_for_loras(settings: Model) -> Base:
+    """The model that LoRA files are drawn with, whatever its architecture. Raises ModelError."""
+    if not diffusers_folder.is_sdxl(settings.path, settings.revision):
+        return settings.load()
+    return as_base(settings, read(settings.path, None, settings.revision, sdxl=True))
+
+
+def _read_file(path: Path, config: str | None, key: str) -> WholeModel:
+    if config is None:
+        raise ModelError(
+            f"{path} is a single file, which holds no configs and no tokenizer: give the folder or"
+            f" the hub id of a diffusers model that has them, by {key}"
+        )
+    tensors = diffusers_folder.read_tensors(path)
+    refuse_others(str(path), tensors)
+    if not any(name.startswith(PREFIXES["unet"]) for name in tensors):
+        raise ModelError(f"{path} holds no {PREFIXES['unet']}* tensors: it is not a whole model")
+    configs = diffusers_folder.find_folder(config, None, key, weights=False)
+    layout = _layout(configs, sdxl=False)
+    weights, leftover = layout.to_diffusers(tensors)
+    layout.check(weights)
+    return WholeModel(weights, configs, layout, _leftover_notes(path, leftover))
+
+
+def _layout(folder: Path, sdxl: bool) -> ModelLayout:
+    name = diffusers_folder.read_index(folder).get("_class_name")
+    is_sdxl = name == SDXL
+    if name != "StableDiffusionPipeline" and not (is_sdxl and sdxl):
+        name = shown(str(name))
+        later = (
+            "SDXL comes later (export --to merged, diffusers-lora and offline-lora know its"
+            " diffusers folders)"
+            if is_sdxl
+            else "only StableDiffusionPipeline is read"
+        )
+        raise ModelError(f"{folder} is a {name}: {later}")
+    for part in diffusers_folder.copied_parts(is_sdxl):
+        if not (folder / part).is_dir():
+            raise ModelError(f"{folder} has no {part}: give a whole diffusers folder")
+    try:
+        return ModelLayout.from_modules(**_empty_modules(folder, is_sdxl))
+    except ModelError:
+        raise
+    except load_errors() as error:
+        raise load_error(str(folder), error) from None
+
+
+def _empty_modules(configs: Path, is_sdxl: bool) -> dict[str, Any]:
+    """The parts that a folder's configs describe, without memory for their weights."""
+    import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    def config(part: str) -> dict[str, Any]:
+        return read_object(configs / part / "config.json", str(configs))
+
+    with torch.device("meta"):
+        modules = {
+            "unet": UNet2DConditionModel.from_config(config("unet")),
+            "vae": AutoencoderKL.from_config(config("vae")),
+            "text_encoder": CLIPTextModel(CLIPTextConfig.from_dict(config("text_encoder"))),
+        }
+        if is_sdxl:
+            second = CLIPTextConfig.from_dict(config("text_encoder_2"))
+            modules["text_encoder_2"] = CLIPTextModelWithProjection(second)
+    return modules
+
+
+def _modules(model: WholeModel) -> dict[str, Any]:
+    """The parts, frozen, with the model's tensors in fp32."""
+    modules = {
+        part: _filled(part, module, model.weights[part])
+        for part, module in _empty_modules(model.configs, model.layout.is_sdxl).items()
+    }
+    for module in modules.values():
+        module.requires_grad_(False).eval()
+    return modules
+
+
+def _filled(part: str, module: Any, weights: Mapping[str, Tensor]) -> Module:
+    tensors = {name: tensor.float() for name, tensor in weights.items()}
+    if part.startswith("text_encoder"):  # its position ids are in no file: the library makes them
+        filled: Module = type(module).from_pretrained(
+            None, config=module.config, state_dict=tensors, dtype=torch_dtype("fp32")
+        )
+        return filled
+    module.load_state_dict(tensors, assign=True)
+    return module
+
+
+def _sd_base(settings: Model, model: WholeModel) -> Base:
+    from diffusers import DDPMScheduler
+    from transformers import CLIPTokenizer
+
+    name = f"model.path={settings.path}"
+    check_folder(model.configs, name, allow_pickle=settings.allow_pickle)
+    modules = _modules(model)
+    tokenizer = CLIPTokenizer.from_pretrained(model.configs, subfolder="tokenizer")
+    check_values(name, modules, len(tokenizer))
+    schedule = DDPMScheduler.load_config(model.configs, subfolder="scheduler")
+    parts = {**modules, "tokenizer": tokenizer, "scheduler": schedule}
+    return frozen(settings, parts, "cpu", "fp32")
+
+
+def _sdxl_base(settings: Model, model: WholeModel) -> Base:
+    from diffusers import StableDiffusionXLPipeline
+
+    if settings.clip_skip != 1:
+        raise ModelError(
+            f"model.clip_skip={settings.clip_skip} has no effect on SDXL, whose text embeddings are"
+            " always of the last layer but one: leave it at 1"
+        )
+    pipeline = StableDiffusionXLPipeline.from_pretrained(
+        model.configs, **_modules(model), local_files_only=True, add_watermarker=False
+    )
+    return SDXLModel(settings, pipeline, model.layout.original_unet_paths)
+
+
+def _leftover_notes(source: Path, names: Sequence[str]) -> tuple[str, ...]:
+    """Nothing is silent: a tensor that isn't carried over is counted, or named in a warning."""
+    reasons = {
+        name: next((why for mark, why in _IGNORED.items() if re.match(mark, name)), None)
+        for name in names
+    }
+    unknown = sorted(name for name, why in reasons.items() if why is None)
+    if unknown:
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        log.warning("%s: not known and left out: %s%s", source, ", ".join(unknown[:5]), more)
+    counts = Counter(why for why in reasons.values() if why is not None)
+    return tuple(f"Left out: {count} x {why}" for why, count in counts.items())

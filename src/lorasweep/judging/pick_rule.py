@@ -1,0 +1,73 @@
+"""The rule by which a checkpoint is picked: smallest score, ties by an interval, least drift."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol, TypeVar
+
+DRIFT = "val/prior_drift"
+BOOTSTRAP = 1000
+
+
+class HasScores(Protocol):
+    """What the rule looks at of a checkpoint."""
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that it was written after."""
+
+    @property
+    def scores(self) -> Mapping[str, float]:
+        """Its scores by name."""
+
+    @property
+    def terms(self) -> Mapping[str, Sequence[float]]:
+        """What scores are means of, in the same order for all checkpoints that are compared."""
+
+
+T = TypeVar("T", bound=HasScores)
+
+
+def with_finite_score(candidates: Iterable[T], by: str) -> list[T]:
+    """Those that can be ranked by a score."""
+    return [one for one in candidates if math.isfinite(one.scores.get(by, math.nan))]
+
+
+def rank(candidates: Iterable[T], by: str) -> list[T]:
+    """Candidates with the best first, by a score of which smaller is better.
+
+    The scores are measured on few images, so the smallest is partly luck. As in the
+    one-standard-error rule (Breiman et al., 1984), all that can't be told from the smallest one
+    (`ties`) count as equal to it, and among them the most modest comes first: the lowest
+    `val/prior_drift`, then the earlier epoch. The rest follow by their score.
+    """
+    by_score = sorted(candidates, key=lambda one: (one.scores[by], one.epoch))
+    tied = [ties(one, by_score[0], by) for one in by_score]
+    modest = sorted(
+        (one for one, is_tied in zip(by_score, tied, strict=True) if is_tied),
+        key=lambda one: (one.scores.get(DRIFT, math.inf), one.epoch),
+    )
+    return modest + [one for one, is_tied in zip(by_score, tied, strict=True) if not is_tied]
+
+
+def ties(candidate: HasScores, smallest: HasScores, by: str) -> bool:
+    """Does the 95 % interval of the candidate's distance to the smallest score hold zero?
+
+    Both were scored on the same images and noise, so they are compared image by image: how much
+    images differ among themselves, which makes each score's own interval wide, drops out. Where a
+    score's terms are not known, the candidate must lie within the smallest one's own interval.
+    """
+    ours, best = candidate.terms.get(by), smallest.terms.get(by)
+    if ours and best and len(ours) == len(best):
+        return _lower_bound([a - b for a, b in zip(ours, best, strict=True)]) <= 0
+    limit = smallest.scores.get(f"{by}_hi", smallest.scores[by])
+    return candidate.scores[by] <= max(limit, smallest.scores[by])
+
+
+def _lower_bound(terms: Sequence[float]) -> float:
+    """2.5 % quantile of the terms' mean, by bootstrap."""
+    draw = random.Random(0)
+    means = sorted(sum(draw.choices(terms, k=len(terms))) / len(terms) for _ in range(BOOTSTRAP))
+    return means[BOOTSTRAP // 40]

@@ -1,0 +1,88 @@
+"""What `lorasweep pick` shows: the candidates as a table, and what was picked in a few lines."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lorasweep import tracking
+from lorasweep.judging.contact_sheet import FILE_NAME as CONTACT_SHEET
+from lorasweep.judging.pick_rule import DRIFT, ties
+from lorasweep.runs.pick_checkpoint import Pick
+from lorasweep.tracking import Candidate
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+TABLE_LIMIT = 15
+
+
+def table(result: Pick, limit: int = TABLE_LIMIT) -> Table:
+    """The candidates, best first; `≈` marks those that tie with the smallest score."""
+    from rich.table import Table
+
+    score = result.by.rpartition("/")[2]
+    shown = Table(title=_title(result), caption=_caption(result, limit), caption_justify="left")
+    for header in ("rank", "run", "epoch", f"{score} [lo, hi]", "gap", "drift"):
+        shown.add_column(header, justify="left" if header == "run" else "right", overflow="fold")
+    for number, candidate in _rows(result, limit):
+        is_winner = candidate.model_id == result.winner.model_id
+        shown.add_row(*_cells(result, number, candidate), style="bold green" if is_winner else None)
+    return shown
+
+
+def summary(result: Pick) -> list[str]:
+    """What was picked and where it is now, in lines for a person."""
+    who = "your own choice" if result.chosen_by == "person" else f"picked by {result.by}"
+    sheet = result.folder / CONTACT_SHEET
+    return [
+        f"{result.winner.name}, {who}: {result.folder / result.winner.name}.safetensors",
+        f"How to use it: {result.folder / 'README.md'}",
+        *([f"Its run's contact sheet: {sheet}"] if sheet.exists() else []),
+        "Look at everything: lorasweep ui",
+    ]
+
+
+def _title(result: Pick) -> str:
+    chosen = "own choice" if result.chosen_by == "person" else "picked"
+    return f"{result.winner.sweep}: {chosen} {result.winner.name}"
+
+
+def _caption(result: Pick, limit: int) -> str:
+    lines = ["≈ can't be told from the smallest score; of these, the least drift wins."]
+    if len(result.ranked) > limit:
+        lines.append(f"{len(result.ranked) - limit} more are in MLflow (`lorasweep ui`).")
+    return "\n".join([*lines, *result.left_out])
+
+
+def _rows(result: Pick, limit: int) -> list[tuple[int, Candidate]]:
+    """The first `limit` with their ranks, and the chosen one wherever it stands."""
+    rows = list(enumerate(result.ranked, start=1))
+    return [row for row in rows if row[0] <= limit or row[1].model_id == result.winner.model_id]
+
+
+def _cells(result: Pick, number: int, candidate: Candidate) -> list[str]:
+    by, scores = result.by, candidate.scores
+    smallest = min(result.ranked, key=lambda one: one.scores[by])
+    interval = f" [{_short(scores.get(f'{by}_lo'))}, {_short(scores.get(f'{by}_hi'))}]"
+    return [
+        f"≈ {number}" if ties(candidate, smallest, by) else str(number),
+        _link(candidate.run, tracking.page(result.uri, candidate)),
+        _link(str(candidate.epoch), candidate.path.as_uri()),
+        _short(scores[by]) + _escaped(interval if f"{by}_hi" in scores else ""),
+        _short(scores.get("val/gap")),
+        _short(scores.get(DRIFT), "#.3g"),
+    ]
+
+
+def _short(value: float | None, form: str = ".4f") -> str:
+    return "" if value is None else format(value, form)
+
+
+def _link(text: str, address: str) -> str:
+    return f"[link={address}]{_escaped(text)}[/link]"
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

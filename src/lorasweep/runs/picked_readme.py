@@ -1,0 +1,115 @@
+"""The README beside a picked checkpoint: how to use the LoRA in each program."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from typing import Any, Literal
+
+from lorasweep.core.text import harmless
+from lorasweep.tracking import Candidate
+
+ChosenBy = Literal["rule", "person"]
+
+README = """\
+# {name}
+
+Run `{run}`, epoch {epoch}, of sweep `{sweep}`; chosen by {chosen}.
+{score}
+A LoRA for the base model {base}. `config.yaml` is how it was trained.
+
+Prompts that its samples were drawn with:
+
+{prompts}
+
+## diffusers
+
+```python
+from diffusers import StableDiffusionPipeline
+
+pipe = StableDiffusionPipeline.from_pretrained({base_python})
+pipe.load_lora_weights(".", weight_name="{name}.safetensors")
+image = pipe({prompt_python}, cross_attention_kwargs={{"scale": 1.0}}{skip_diffusers}).images[0]
+image.save("image.png")
+```
+
+## AUTOMATIC1111, Forge
+
+Copy `{name}.safetensors` into `models/Lora/` and prompt:
+
+    {prompt_plain} <lora:{name}:1>
+{skip_webui}
+## kohya sd-scripts, kohya_ss
+
+    python gen_img.py --ckpt {base_shell} --network_module networks.lora \\
+        --network_weights {name}.safetensors --network_mul 1.0 \\
+        --prompt {prompt_shell} --outdir images{skip_kohya}
+
+## ComfyUI
+
+Copy `{name}.safetensors` into `models/loras/`, and put the node *Load LoRA* (`LoraLoader`) between
+*Load Checkpoint* and *CLIP Text Encode*: `lora_name` is `{name}.safetensors`, both strengths 1.0.
+{skip_comfy}"""
+
+
+def readme(winner: Candidate, config_yaml: str, by: str, chosen_by: ChosenBy) -> str:
+    """The text for a checkpoint of a run that was trained with this config."""
+    import yaml  # type: ignore[import-untyped]
+
+    config = yaml.safe_load(config_yaml)
+    prompts = [_bare(line) for line in value_at(config, "sampling", "prompts") or []] or [
+        "your prompt"
+    ]
+    clip_skip = int(value_at(config, "model", "clip_skip") or 1)
+    base = _one_line(value_at(config, "model", "path") or "the base model of config.yaml")
+    return README.format(
+        name=winner.name,
+        run=winner.run,
+        epoch=winner.epoch,
+        sweep=winner.sweep,
+        chosen="a person" if chosen_by == "person" else f"rule ({by}; of equals, the lowest drift)",
+        score=f"{by} = {winner.scores[by]:.4f}.\n" if by in winner.scores else "",
+        base=_text(base),
+        base_python=json.dumps(base, ensure_ascii=False),
+        base_shell=shlex.quote(base),
+        prompts="\n".join(f"- {_text(prompt)}" for prompt in prompts),
+        prompt_python=json.dumps(prompts[0], ensure_ascii=False),
+        prompt_shell=shlex.quote(prompts[0]),
+        prompt_plain=prompts[0],
+        **_clip_skip_hints(clip_skip),
+    )
+
+
+def _clip_skip_hints(clip_skip: int) -> dict[str, str]:
+    """How each program is told to leave out text-encoder layers; nothing when none is."""
+    if clip_skip == 1:
+        return dict.fromkeys(("skip_diffusers", "skip_webui", "skip_kohya", "skip_comfy"), "")
+    return {
+        "skip_diffusers": f", clip_skip={clip_skip - 1}",  # diffusers counts the layers left out
+        "skip_webui": f"\nSet *Clip skip* to {clip_skip}.\n",
+        "skip_kohya": f" --clip_skip {clip_skip}",
+        "skip_comfy": f"Add *CLIP Set Last Layer* with -{clip_skip}.\n",
+    }
+
+
+def _bare(prompt_line: str) -> str:
+    """A prompt without kohya's options: `text --n negative --s 20`."""
+    return _one_line(re.split(r"\s--[a-z]+\s", prompt_line, maxsplit=1)[0])
+
+
+def _one_line(text: object) -> str:
+    """Without line ends and control characters, which would end a line of the README's code."""
+    return " ".join(harmless(str(text)).split())
+
+
+def _text(text: str) -> str:
+    """For Markdown: no HTML, no links, no code."""
+    return re.sub(r"[\\`*_\[\]<>#|!&]", lambda found: f"\\{found[0]}", text)
+
+
+def value_at(node: Any, *keys: str) -> Any:
+    """What YAML holds at a path of keys; None where there is nothing."""
+    for key in keys:
+        node = node.get(key) if isinstance(node, dict) else None
+    return node

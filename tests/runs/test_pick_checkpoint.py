@@ -1,0 +1,180 @@
+"""Picking a checkpoint, by the rule or a person's choice, and what is recorded of it."""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from rich.console import Console
+
+from candidates import BY
+from lorasweep import tracking
+from lorasweep.lora_files.checkpoint import Checkpoint
+from lorasweep.runs import pick_checkpoint, pick_table
+from lorasweep.tracking import NewRun, Tracker, Tracking
+
+CONFIG = """\
+model: {path: some/base-model, clip_skip: 2}
+sampling: {prompts: ["a rocket --w 64 --s 9", a house]}
+"""
+
+
+@dataclass(frozen=True)
+class Store:
+    """A store with a sweep of two runs, and a later single run."""
+
+    root: Path
+    settings: Tracking
+    client: MlflowClient
+
+    def pick(self, **choice: str | int | None) -> pick_checkpoint.Pick:
+        by = {"by": BY, "sweep": "grid", **choice}
+        return pick_checkpoint.pick(self.settings, self.root, **by)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    root = tmp_path_factory.mktemp("picking")
+    settings = Tracking(
+        uri=None,
+        experiment="e",
+        registered_model="style",
+        upload="picked",
+        offline=False,
+        max_wait_seconds=15,
+    )
+    nan = math.nan
+    with Tracker(settings, root) as tracker:
+        fill(tracker, root, "one", "grid", [(0.9, 0.91, 0.1), (0.71, 0.73, 0.3), (nan, nan, 0.0)])
+        fill(tracker, root, "two", "grid", [(0.8, 0.82, 0.2), (0.7, 0.75, 0.6), (math.inf, 1, 0)])
+        fill(tracker, root, "alone", None, [(0.5, 0.6, 0.1)])
+    return Store(root, settings, MlflowClient(settings.resolve(root)))
+
+
+def fill(
+    tracker: Tracker,
+    root: Path,
+    name: str,
+    sweep: str | None,
+    scored: list[tuple[float, float, float]],
+) -> None:
+    """One run with an epoch for each (score, upper end of its interval, drift)."""
+    log = tracker.open_run(new_run(name, sweep, root))
+    for epoch, (score, high, drift) in enumerate(scored, start=1):
+        path = root / name / f"{name}-{epoch:06d}.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(f"{name} {epoch}".encode())
+        scores = {BY: score, f"{BY}_hi": high, "val/prior_drift": drift}
+        log.log_epoch(Checkpoint(path=path, run=name, epoch=epoch, step=epoch), scores, {})
+    log.finish("FINISHED")
+
+
+def new_run(name: str, sweep: str | None, root: Path) -> NewRun:
+    return NewRun(
+        name=name,
+        sweep=sweep,
+        output_dir=root / name,
+        params={},
+        config_yaml=CONFIG,
+        overrides=[],
+        manifest={},
+        image_dir=root / "images",
+        dataset_digest="0" * 64,
+    )
+
+
+def test_the_choice_by_rule_is_recorded_and_copied(store: Store) -> None:
+    result = store.pick()
+    version = store.client.get_model_version_by_alias("style", "best")
+    run = store.client.get_run(result.winner.run_id)
+    model = store.client.get_logged_model(result.winner.model_id)
+    assert (result.winner.name, result.chosen_by) == ("one-e002", "rule")  # ties with two-e002
+    assert version.tags["lorasweep.checkpoint"] == "one-e002"
+    assert version.source == f"models:/{result.winner.model_id}"
+    assert run.data.tags["lorasweep.picked"] == model.tags["lorasweep.picked"] == "one-e002"
+    assert run.data.tags["lorasweep.chosen_by"] == "rule"
+    assert (result.folder / "one-e002.safetensors").read_bytes() == b"one 2"
+    assert (result.folder / "config.yaml").read_text() == CONFIG
+    stored = {file.path for file in store.client.list_logged_model_artifacts(model.model_id)}
+    assert stored == {"one-e002.safetensors", "config.yaml", "README.md"}
+
+
+def test_the_readme_names_base_file_prompts_and_clip_skip(store: Store) -> None:
+    text = (store.pick().folder / "README.md").read_text()
+    for part in ("some/base-model", "one-e002.safetensors", "- a rocket\n- a house", "clip_skip=1"):
+        assert part in text
+    assert "--w 64" not in text
+
+
+def test_a_persons_choice_replaces_the_rules_and_is_recorded_as_such(store: Store) -> None:
+    by_rule = store.pick().winner
+    own = store.pick(run="two", epoch=1)
+    version = store.client.get_model_version_by_alias("style", "best")
+    assert (own.winner.name, own.chosen_by) == ("two-e001", "person")
+    assert version.tags["lorasweep.checkpoint"] == "two-e001"
+    assert version.tags["lorasweep.chosen_by"] == "person"
+    assert "lorasweep.picked" not in store.client.get_run(by_rule.run_id).data.tags
+    assert "lorasweep.picked" not in store.client.get_logged_model(by_rule.model_id).tags
+
+
+def test_picking_the_same_twice_makes_no_second_version(store: Store) -> None:
+    assert store.pick().version == store.pick().version
+
+
+def test_candidates_without_a_finite_score_are_left_out_by_name(store: Store) -> None:
+    result = store.pick()
+    assert [one.name for one in result.ranked][:1] == ["one-e002"]
+    assert len(result.ranked) == 4
+    assert [line.split()[0] for line in result.left_out] == ["one-e003", "two-e003"]
+
+
+def test_one_of_run_and_epoch_narrows_the_rule(store: Store) -> None:
+    result = store.pick(run="two")
+    assert (result.winner.name, result.chosen_by) == ("two-e002", "rule")
+    assert store.pick(epoch=1).winner.name == "two-e001"
+
+
+def test_without_a_name_the_newest_sweep_is_picked_from(store: Store) -> None:
+    assert store.pick(sweep=None).winner.name == "alone-e001"
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"sweep": "gird"}, "there is no sweep gird; there are: alone, grid"),
+        ({"run": "three", "epoch": 1}, "there is no run three in sweep grid; there are: one, two"),
+        ({"run": "one", "epoch": 9}, "there is no checkpoint of epoch 9; there are: 1, 2, 3"),
+        ({"by": "val/los"}, "no checkpoint has a finite val/los"),
+    ],
+)
+def test_what_is_not_there_is_refused_with_what_is(
+    store: Store, choice: dict[str, str | int], message: str
+) -> None:
+    with pytest.raises(pick_checkpoint.PickError, match=message) as error:
+        store.pick(**choice)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_gone_is_named_with_the_remedy(store: Store) -> None:
+    path = store.root / "two" / "two-000003.safetensors"
+    path.rename(path.with_suffix(".moved"))
+    with pytest.raises(tracking.TrackingError, match=r"two-000003.safetensors is gone.*upload=all"):
+        store.pick(run="two", epoch=3)
+
+
+def test_the_table_shows_the_winner_the_ties_and_what_was_left_out(store: Store) -> None:
+    console = Console(width=140, file=io.StringIO(), record=True)
+    console.print(pick_table.table(store.pick(), limit=2))
+    text = console.export_text()
+    rows = [line for line in text.splitlines() if line.startswith("│")]
+    assert [("≈" in row, row.split("│")[2].strip()) for row in rows] == [
+        (True, "one"),
+        (True, "two"),
+    ]
+    assert "0.7100" in rows[0]
+    assert "2 more" in text
+    assert "one-e003 is left out" in text

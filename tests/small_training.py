@@ -1,0 +1,43 @@
+"""Small trainings in this process, and what they leave: losses, checkpoints, reports, weights."""
+
+import math
+
+from lorasweep.data import kohya_folders, latents
+from lorasweep.lora_files import checkpoint
+from lorasweep.runs.prepare import write_folders
+from lorasweep.runs.session import EpochReport, run_pack
+from lorasweep.training.training_run import TrainingData
+
+
+def load(run, base):
+    """The images that a run trains on, encoded."""
+    arms = kohya_folders.read(write_folders(run) / "train")
+    return TrainingData(latents.encode(base, arms, run.dataset, run.cache_dir), run.dataset)
+
+
+def train(base, data, *runs):
+    """Train to the end: losses by run, the last checkpoint by run, failures by run."""
+    losses, last, failures = {}, {}, {}
+    training = runs[0].trainer.start(base, runs, data)
+    for epoch in training:
+        for name, steps in epoch.steps.items():
+            losses.setdefault(name, []).extend(values["train/loss"] for _, values in steps)
+        last.update({one.run: one for one in epoch.checkpoints})
+        failures.update(epoch.failures)
+    return losses, last, failures
+
+
+def tensors(one):
+    """The tensors of a checkpoint's file."""
+    return checkpoint.read(one.path)[0]
+
+
+def relative_difference(a, b):
+    """||a - b|| / ||b|| over all tensors of two files."""
+    squared = sum(float((a[name] - b[name]).square().sum()) for name in a)
+    return math.sqrt(squared / sum(float(tensor.square().sum()) for tensor in b.values()))
+
+
+def reports(*runs):
+    """Every epoch's report of runs that train as one pack, scored and logged."""
+    return [report for report in run_pack(runs) if isinstance(report, EpochReport)]
