@@ -27,6 +27,9 @@ RECIPES = {"experiment", "debug"}
 """Groups whose options set keys of others; options called demo do so too."""
 
 
+TESTS = {path.name: path for path in (ROOT / "tests").rglob("test_*.py")}
+
+
 def code_blocks(page, language=""):
     return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
 
@@ -175,6 +178,17 @@ def test_every_command_is_one_with_its_words_and_flags():
         if words[0] not in ("train", "sweep"):  # whose flags are Hydra's
             parse(parser, words)
     assert {words[0] for _, words in found} == subparsers.choices.keys()
+
+
+def test_every_test_that_promises_names_exists():
+    text = (ROOT / "docs" / "promises.md").read_text()
+    named = re.findall(r"`(?:tests/)?([\w/]*?)(test_\w+\.py)(?:::(\w+)(…?))?`", text)
+    assert len(named) > 30
+    for folder, name, function, cut in named:
+        assert not folder or TESTS[name].parent == (ROOT / "tests" / folder).resolve(), name
+        start = rf"^def {function}" + ("" if cut else r"\(")
+        found = re.search(start, TESTS[name].read_text(), re.MULTILINE)
+        assert not function or found, f"{name}::{function}"
 
 
 def test_every_sweep_that_ships_is_described():
