@@ -126,7 +126,7 @@ def test_diffusers_computes_what_the_formulas_give(kind, base, write, tmp_path):
 
 def test_dora_on_some_sites_is_exact_and_the_pictures_agree(base, write, tmp_path):
     source = write(dora_here_and_there)
-    done = diffusers_lora.diffusers_lora(source, tmp_path / "out.safetensors", base, None)
+    done = diffusers_lora.lora_for_diffusers(source, tmp_path / "out.safetensors", base, None)
     assert torch.allclose(loaded(base, done.path), merged(base, source), atol=2e-5)
     assert done.agreement.holds
     assert "agree" in "\n".join(done.lines)
@@ -191,14 +191,14 @@ def test_magnitudes_in_fp32_beside_half_precision_are_loaded_as_they_are(base, w
 
 def test_an_approximation_says_so_and_is_read_as_it_was_written(base, write, tmp_path):
     source = write(loha, is_key)
-    done = diffusers_lora.diffusers_lora(source, tmp_path / "out.safetensors", base, 2)
+    done = diffusers_lora.lora_for_diffusers(source, tmp_path / "out.safetensors", base, 2)
     assert done.loss is not None
     assert f"{done.loss.error:.2%}" in done.lines[0]
 
 
 def test_lokr_of_a_rank_that_holds_it_all_is_exact(base, write, tmp_path):
     source = write(lokr, is_key)
-    done = diffusers_lora.diffusers_lora(source, tmp_path / "out.safetensors", base, 128)
+    done = diffusers_lora.lora_for_diffusers(source, tmp_path / "out.safetensors", base, 128)
     assert done.loss is not None and done.loss.worst_error < 1e-3
     assert torch.allclose(loaded(base, done.path), merged(base, source), atol=1e-4)
 
@@ -212,7 +212,7 @@ def test_diffusers_own_reading_of_mixed_alphas_is_wrong(base, write):
 
 def test_half_precision_stays_half_and_agrees(base, write, tmp_path):
     source = write(mixed, is_key, dtype=torch.float16)
-    done = diffusers_lora.diffusers_lora(source, tmp_path / "out.safetensors", base, None)
+    done = diffusers_lora.lora_for_diffusers(source, tmp_path / "out.safetensors", base, None)
     assert {t.dtype for t in checkpoint.read(done.path)[0].values()} == {torch.float16}
     assert checkpoint.read_metadata(done.path)["ss_seed"] == "5"
 
@@ -230,7 +230,7 @@ def test_half_precision_stays_half_and_agrees(base, write, tmp_path):
 def test_what_cannot_be_right_is_refused(make, rank, says, base, write, tmp_path):
     source = write(make, is_key)
     with pytest.raises(ExportError, match=says) as caught:
-        diffusers_lora.diffusers_lora(source, tmp_path / "out.safetensors", base, rank)
+        diffusers_lora.lora_for_diffusers(source, tmp_path / "out.safetensors", base, rank)
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["source.safetensors"]
 
@@ -244,7 +244,7 @@ def test_a_lora_of_another_base_is_told_before_diffusers_is_asked(
     monkeypatch.setattr(diffusers_lora, "convert", None)
     with pytest.raises(ExportError, match="trained on by model=") as caught:
         source = write(narrower, lambda site: site.path.endswith("to_k"))
-        diffusers_lora.diffusers_lora(source, tmp_path / "out.safetensors", base, 8)
+        diffusers_lora.lora_for_diffusers(source, tmp_path / "out.safetensors", base, 8)
     assert "\n" not in str(caught.value)
 
 
@@ -259,11 +259,11 @@ def test_a_file_that_diffusers_reads_otherwise_never_leaves_the_house(
 
     monkeypatch.setattr(peft_names, "to_peft", without_scales)
     with pytest.raises(ExportError, match="DISAGREE"):
-        diffusers_lora.diffusers_lora(source, tmp_path / "out.safetensors", base, None)
+        diffusers_lora.lora_for_diffusers(source, tmp_path / "out.safetensors", base, None)
     assert not (tmp_path / "out.safetensors").exists()
 
 
 def test_a_taken_target_is_left_alone(base, write, tmp_path):
     source = write(lora)
     with pytest.raises(TargetError, match="exists already"):
-        diffusers_lora.diffusers_lora(source, source, base, None)
+        diffusers_lora.lora_for_diffusers(source, source, base, None)
