@@ -1,6 +1,6 @@
 """What the tests share.
 
-Here: `SMALL` and `options`, and the fixtures
+Here: `SMALL`, `FEW` and `options`, and the fixtures
   cache_dir    a cache of latents, captions and hashes, the same for all tests of a process
   make_run     overrides -> a Run of the small demo below `tmp_path`
   base         the embedded base model, loaded
@@ -59,6 +59,9 @@ SMALL = [
     "metrics.prior_drift.num_timesteps=1",
 ]
 """The demo, as small as it says something."""
+
+FEW = "adapter.targets=[unet.*.attn2.*,unet.*.proj_in,text_encoder.*.q_proj]"
+"""Adapters on a quarter of the modules, which trains in half of the time."""
 
 
 LONGEST_FIRST = (

@@ -8,7 +8,7 @@ from mlflow import MlflowClient
 from omegaconf import OmegaConf
 
 from command_line import exit_code, lorasweep
-from conftest import SMALL
+from conftest import FEW, SMALL
 from lorasweep import tracking
 from lorasweep.lora_files import checkpoint
 from small_training import relative_difference
@@ -24,6 +24,7 @@ def sweep(tmp_path_factory, cache_dir):
         "train",
         "-m",
         *SMALL,
+        FEW,
         f"cache_dir={cache_dir}",
         f"adapter.rank={','.join(map(str, RANKS))}",
         "optimizer.unet_lr=1e-3,1e30",
@@ -154,6 +155,7 @@ def test_hydras_own_launchers_give_the_same_results(launcher, sweep, tmp_path, c
         "train",
         "-m",
         *SMALL,
+        FEW,
         f"cache_dir={cache_dir}",
         f"hydra/launcher={launcher}",
         *extra,
@@ -180,7 +182,7 @@ def test_a_sweep_trains_its_batch_side_by_side_in_processes_of_joblib(tmp_path, 
     ]
     side_by_side = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     places = [f"cache_dir={cache_dir}", "trainer.max_train_epochs=1"]
-    command = ["sweep", "rank_lr", *small, *places, *asked, *side_by_side]
+    command = ["sweep", "rank_lr", *small, FEW, *places, *asked, *side_by_side]
     assert "Trained 2 epochs of 2 planned" in lorasweep(*command, cwd=tmp_path).stdout
     store = f"sqlite:///{tmp_path / 'outputs' / 'mlflow.db'}"
     known = [(one.run, one.epoch) for one in tracking.candidates(store, "lorasweep")]
@@ -189,7 +191,7 @@ def test_a_sweep_trains_its_batch_side_by_side_in_processes_of_joblib(tmp_path, 
 
 def test_a_single_run_trains_and_is_picked(tmp_path, cache_dir, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert exit_code("train", *SMALL, f"cache_dir={cache_dir}", "adapter.rank=2") == 0
+    assert exit_code("train", *SMALL, FEW, f"cache_dir={cache_dir}", "adapter.rank=2") == 0
     assert exit_code("pick") == 0
     assert "demo-e00" in capsys.readouterr().out
 

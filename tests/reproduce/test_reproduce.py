@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from conftest import SMALL
+from conftest import FEW, SMALL
 from lorasweep.cli import main
 from lorasweep.config.build_run import build_run
 from lorasweep.config.compose import compose
@@ -37,7 +37,7 @@ PACK = (("adapter.rank=4", "seed=1"), ("adapter.rank=2", "seed=2", "lr_scheduler
 
 
 def build(root, cache_dir, number, *overrides):
-    cfg = compose([*SMALL, f"output_root={root}", f"cache_dir={cache_dir}", *overrides])
+    cfg = compose([*SMALL, FEW, f"output_root={root}", f"cache_dir={cache_dir}", *overrides])
     return build_run(
         cfg, output_dir=root / "s" / str(number), overrides=overrides, sweep="s", number=number
     )

@@ -3,10 +3,12 @@
 import json
 import logging
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
+from conftest import FEW
 from lorasweep import tracking
 from lorasweep.runs import session as run_module
 from lorasweep.runs.session import EpochReport, Failure, Finished, Session, run_pack, write_folders
@@ -14,6 +16,11 @@ from lorasweep.training.native_trainer import NativeTraining
 from small_training import reports
 
 pytestmark = pytest.mark.usefixtures("shared_base")
+
+
+@pytest.fixture
+def make_run(make_run):
+    return partial(make_run, FEW)
 
 
 def test_every_checkpoint_is_reported_once_with_scores(make_run):

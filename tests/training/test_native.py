@@ -3,16 +3,23 @@
 import logging
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
+from conftest import FEW
 from lorasweep.lora_files import checkpoint
 from lorasweep.training.pack_loss import PackLoss
 from lorasweep.training.training_batches import epoch_batches
 from lorasweep.training.training_captions import caption_of
 from lorasweep.training.training_run import TrainerError
 from small_training import load, relative_difference, tensors, train
+
+
+@pytest.fixture
+def make_run(make_run):
+    return partial(make_run, FEW)
 
 
 @pytest.fixture
@@ -194,19 +201,15 @@ def test_accumulated_gradients_are_averaged(make_run, base, data):
 
 
 def test_gradient_checkpointing_changes_memory_not_results(make_run, base, data):
-    plain, _, _ = train(base, data, make_run("adapter.rank=4", "adapter.rank_dropout=0.3"))
+    options = ("adapter.rank=4", "adapter.rank_dropout=0.3", "trainer.max_train_epochs=1")
+    plain, _, _ = train(base, data, make_run(*options))
     fresh = make_run().model.load()
-    run = make_run(
-        "adapter.rank=4", "adapter.rank_dropout=0.3", "trainer.gradient_checkpointing=true"
-    )
-    saved, _, _ = train(fresh, data, run)
-    assert saved[run.name] == pytest.approx(plain[run.name], rel=1e-5)
     seen = []
     inner = fresh.unet.up_blocks[-1].resnets[0]
     inner.register_forward_pre_hook(lambda *_: seen.append(1))
-    train(
-        fresh, data, make_run("trainer.gradient_checkpointing=true", "trainer.max_train_epochs=1")
-    )
+    run = make_run(*options, "trainer.gradient_checkpointing=true")
+    saved, _, _ = train(fresh, data, run)
+    assert saved[run.name] == pytest.approx(plain[run.name], rel=1e-5)
     assert len(seen) == 2 * 4  # 4 steps, each computed forward twice
 
 

@@ -3,31 +3,32 @@
 import hashlib
 import logging
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
-from conftest import options
-from lorasweep.data import kohya_folders, latents
+from conftest import FEW, options
 from lorasweep.lora_files import checkpoint
-from lorasweep.runs.session import write_folders
 from lorasweep.training import saved_states, training_state
 from lorasweep.training.native_trainer import NativeTraining
 from lorasweep.training.saved_states import StateError
-from lorasweep.training.training_run import Stopped, TrainingData
+from lorasweep.training.training_run import Stopped
+from small_training import load
 
 EPOCHS = 2
+KERNELS = FEW.replace("[", "[unet.*.resnets.0.conv?,")
 ADAPTERS = [name for name in options("adapter") if name != "lycoris"]
+
+
+@pytest.fixture
+def make_run(make_run):
+    return partial(make_run, FEW)
 
 
 @pytest.fixture
 def data(make_run, base):
     return load(make_run(), base)
-
-
-def load(run, base):
-    arms = kohya_folders.read(write_folders(run) / "train")
-    return TrainingData(latents.encode(base, arms, run.dataset, run.cache_dir), run.dataset)
 
 
 def train(base, data, runs, stop_at=None, resume=False):
@@ -95,7 +96,8 @@ def test_a_pack_goes_on_bit_by_bit_from_any_step(make_run, base, data):
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_every_adapter_goes_on_bit_by_bit(name, make_run, base, data):
-    run = make_run(f"adapter={name}", "trainer.max_train_epochs=1")
+    targets = [] if name == "lora" else [KERNELS]
+    run = make_run(f"adapter={name}", "trainer.max_train_epochs=1", *targets)
     other = replace(run, output_dir=run.output_dir / "broken")
     train(base, data, [run])
     train(base, data, [other], stop_at=2)
