@@ -112,7 +112,7 @@ class _Recorded:
     def drop(self, name: str) -> None:
         self._dropped.append(name)
 
-    def events(self, timeout: float | None = None) -> list[Report]:
+    def events(self) -> list[Report]:
         found: list[Report] = []
         for name in self._dropped:
             del self._epochs[name]

@@ -1,8 +1,10 @@
-"""The command line in a process of its own."""
+"""The command line, in a process of its own or in this one."""
 
 import os
 import subprocess
 import sys
+
+from lorasweep.cli import main
 
 
 def lorasweep(*arguments, cwd, check=True):
@@ -16,3 +18,12 @@ def lorasweep(*arguments, cwd, check=True):
     )
     assert result.returncode == 0 or not check, result.stderr
     return result
+
+
+def exit_code(*arguments):
+    """Run `lorasweep ARGUMENTS` in this process, which has its libraries loaded."""
+    try:
+        main.main(list(arguments))
+    except SystemExit as ended:
+        return ended.code or 0
+    return 0

@@ -4,16 +4,20 @@ Here: `SMALL` and `options`, and the fixtures
   cache_dir    a cache of latents, captions and hashes, the same for all tests of a process
   make_run     overrides -> a Run of the small demo below `tmp_path`
   base         the embedded base model, loaded
+  shared_base  sessions in this process take `base`, of each kind they ask for, from memory
   empty_store  an MLflow store without runs, copied wherever a test would make one
 
 Helper modules beside this file, named by what they hold:
-  small_training  training in this process, and its losses, checkpoints, reports and weights
-  adapter_packs   packs as if they had been trained, and the model's predictions with them
-  candidates      made-up checkpoints of the tracking store
-  command_line    `lorasweep …` in a process of its own
-  logged          a run as a trainer logs it, and all that MLflow then has of it
-  fake_fleet      stands in for a sweep's worker processes
-  bad_files       images, LoRA files and models that are broken on purpose
+  small_training    training in this process, and its losses, checkpoints, reports and weights
+  adapter_packs     packs as if they had been trained, and the model's predictions with them
+  candidates        made-up checkpoints of the tracking store
+  command_line      `lorasweep …`, in a process of its own or in this one
+  small_study       settings and search space of a study
+  logged            a run as a trainer logs it, and all that MLflow then has of it
+  fake_worker_pool  stands in for a sweep's worker processes
+  lora_tensors      a module's tensors of every type of LoRA file
+  bad_files         images, LoRA files and models that are broken on purpose
+  old_runs          runs that an earlier lorasweep left (made by make_old_runs)
 recorded/ holds what other programs have written.
 """
 
@@ -21,6 +25,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a shared machine: no busy waiting
@@ -46,14 +51,36 @@ SMALL = [
     "trainer.max_train_epochs=2",
     "trainer.batch_size=3",
     "sampling.prompts=[a high contrast icon of a rocket]",
-    "sampling.num_inference_steps=2",
+    "sampling.num_inference_steps=1",
     "metrics.validation.num_timesteps=2",
     "metrics.validation.max_tuples=6",
     "metrics.validation.num_probe_images=2",
     "metrics.validation.num_bootstrap=50",
-    "metrics.prior_drift.num_timesteps=2",
+    "metrics.prior_drift.num_timesteps=1",
 ]
 """The demo, as small as it says something."""
+
+
+LONGEST_FIRST = (
+    "test_resume.py",
+    "test_native.py",
+    "test_sweep.py",
+    "test_end_to_end.py",
+    "test_old_runs.py",
+    "test_golden.py",
+    "test_reproduce.py",
+    "test_states.py",
+    "test_adapters.py",
+    "test_run.py",
+    "test_worker_pool.py",
+)
+"""Files that are given to the workers of pytest-xdist before others, so that none is left alone
+with a long one at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 def options(group: str) -> list[str]:
@@ -112,3 +139,21 @@ def base():
 
     cfg = compose(["experiment=demo"])
     return build(cfg.model, "model").load()
+
+
+@pytest.fixture(scope="module")
+def shared_base() -> Iterator[None]:
+    """Loading the base model takes half a second; sessions leave its weights as they were."""
+    from lorasweep.runs import session
+
+    @cache
+    def loaded(model, device, precision, gradient_checkpointing):
+        return model.load(device, precision)
+
+    def load_base(run: Run, device: str):
+        settings = run.trainer.precision, run.trainer.gradient_checkpointing
+        return loaded(run.model, device, *settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "load_base", load_base)
+        yield

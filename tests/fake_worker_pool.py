@@ -51,7 +51,7 @@ class FakePool:
     def drop(self, name: str) -> None:
         self._dropped.add(name)
 
-    def events(self, timeout: float | None = None) -> list[Report]:
+    def events(self) -> list[Report]:
         found: list[Report] = []
         for name in sorted(self._dropped):
             del self._live[name]

@@ -7,7 +7,7 @@ import pytest
 from mlflow import MlflowClient
 from omegaconf import OmegaConf
 
-from command_line import lorasweep
+from command_line import exit_code, lorasweep
 from conftest import SMALL
 from lorasweep import tracking
 from lorasweep.lora_files import checkpoint
@@ -187,24 +187,24 @@ def test_a_sweep_trains_its_batch_side_by_side_in_processes_of_joblib(tmp_path, 
     assert sorted(known) == [("demo-0", 1), ("demo-1", 1)]
 
 
-def test_a_single_run_trains_and_is_picked(tmp_path, cache_dir):
-    lorasweep("train", *SMALL, f"cache_dir={cache_dir}", "adapter.rank=2", cwd=tmp_path)
-    result = lorasweep("pick", cwd=tmp_path)
-    assert "demo-e00" in result.stdout
+def test_a_single_run_trains_and_is_picked(tmp_path, cache_dir, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert exit_code("train", *SMALL, f"cache_dir={cache_dir}", "adapter.rank=2") == 0
+    assert exit_code("pick") == 0
+    assert "demo-e00" in capsys.readouterr().out
 
 
-def test_caption_writes_kohyas_folders_and_trains_nothing(tmp_path, cache_dir):
+def test_caption_writes_kohyas_folders_and_trains_nothing(tmp_path, cache_dir, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     images = Path(tracking.__file__).parents[1] / "embedded" / "demo_images"
-    result = lorasweep(
-        "caption", str(images), "experiment=demo", f"cache_dir={cache_dir}", cwd=tmp_path
-    )
+    assert exit_code("caption", str(images), "experiment=demo", f"cache_dir={cache_dir}") == 0
     (folder,) = (tmp_path / "outputs" / "datasets").glob("demo_images-*")
-    assert str(folder) in result.stdout
+    assert str(folder) in capsys.readouterr().out
     assert {path.name for path in (folder / "train").iterdir()} == {"1_empty", "1_wd", "1_kosmos"}
     assert not (tmp_path / "outputs" / "demo").exists()
 
 
-def test_pick_without_anything_trained_is_one_line(tmp_path):
-    result = lorasweep("pick", cwd=tmp_path, check=False)
-    assert result.returncode == 2
-    assert len(result.stderr.strip().splitlines()) == 1
+def test_pick_without_anything_trained_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert exit_code("pick") == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1

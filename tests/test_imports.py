@@ -26,14 +26,7 @@ FLOORS = [
 
 HOMES = {
     "hydra": {"config", "sweeps", "cli"},
-    "omegaconf": {
-        "config",
-        "sweeps",
-        "runs/probes",
-        "runs/doctor",
-        "reproduce",
-        "cli/broken_off",
-    },
+    "omegaconf": {"config", "sweeps", "runs/probes", "runs/doctor", "reproduce", "cli/broken_off"},
     "mlflow": {"tracking"},
     "optuna": {"sweeps/study"},
     "optuna_dashboard": {"sweeps/study"},

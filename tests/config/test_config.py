@@ -1,6 +1,7 @@
 """Every mistake in the settings is one line that names the key and the remedy, before any work."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -8,9 +9,10 @@ import pytest
 from hydra.errors import HydraException
 
 from conftest import options
+from lorasweep.cli.train_command import flags_first
 from lorasweep.config.build_run import build_run
 from lorasweep.config.compose import compose
-from lorasweep.config.error_messages import explain
+from lorasweep.config.error_messages import one_line
 from lorasweep.core.settings import SettingsError, unknown_key
 from lorasweep.data import dataset
 
@@ -114,7 +116,7 @@ def test_a_mistake_is_one_line_that_names_the_key(override, says, make_run):
         run = make_run(override)
         dataset.find(run.dataset)
         run.check()
-    line = explain(caught.value)
+    line = one_line(caught.value)
     assert line is not None
     assert says in line
     assert "\n" not in line
@@ -191,6 +193,20 @@ def test_answers_that_need_no_work_import_nothing_heavy(arguments, tmp_path):
     assert result.stdout.splitlines()[-1] == "[]", result.stderr
 
 
+def test_every_flag_of_hydra_is_known():
+    """They are declared by us, for Hydra's parser is a private part."""
+    told = _lorasweep("train", "--hydra-help").stdout.partition("== Configuration groups")[0]
+    flags = [one for line in re.findall(r"^(-[-a-z,]+) :", told, re.M) for one in line.split(",")]
+    assert "-m" in flags
+    for flag in flags:
+        if flag not in ("--help", "-h"):  # answered before
+            try:
+                flags_first([flag])
+            except SettingsError as error:
+                assert "expected one argument" in str(error)
+    assert flags_first(["a=1", "-m", "b=2", "--cfg", "job"]) == ["-m", "--cfg", "job", "a=1", "b=2"]
+
+
 def test_whoever_reads_the_output_may_stop_reading(tmp_path):
     """As `| head` does."""
     ours, theirs = os.pipe()
@@ -204,7 +220,8 @@ def test_whoever_reads_the_output_may_stop_reading(tmp_path):
 def test_packs_hold_runs_with_the_same_data_and_batches(make_run):
     run = make_run("adapter.rank=4")
     assert run.can_share_pack(make_run("adapter.rank=8", "optimizer.unet_lr=1e-5", "seed=7"))
-    assert run.can_share_pack(make_run("trainer.max_train_epochs=9"))
+    assert run.can_share_pack(make_run("trainer.max_train_epochs=9", "trainer.noise_offset=0.1"))
+    assert not run.can_share_pack(make_run("trainer.precision=bf16"))
     assert not run.can_share_pack(make_run("trainer.batch_size=2"))
     assert not run.can_share_pack(make_run("dataset.resolution=64"))
     assert not run.can_share_pack(make_run("dataset.seed=1"))

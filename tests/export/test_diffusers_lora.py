@@ -6,78 +6,24 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lora_tensors import (
+    dora,
+    dora_here_and_there,
+    dora_of_inputs,
+    dora_of_loha,
+    loha,
+    lokr,
+    lora,
+    mixed,
+    normal,
+    tucker,
+)
 from lorasweep.adapters.deltas import low_rank_delta
 from lorasweep.adapters.kohya_names import by_site, every_site
 from lorasweep.core.atomic_write import TargetError
 from lorasweep.export import diffusers_lora, diffusers_lora_tensors, picture_check
 from lorasweep.export.exported import ExportError
 from lorasweep.lora_files import checkpoint, peft_names, read_lora_file
-
-
-def normal(generator, *shape):
-    return 0.1 * torch.randn(shape, generator=generator)
-
-
-def lora(site, draw, rank=4, alpha=2.0):
-    kernel = (1, 1) if site.is_conv else ()
-    return {
-        "lora_down.weight": normal(draw, rank, *site.weight.shape[1:]),
-        "lora_up.weight": normal(draw, site.weight.shape[0], rank, *kernel),
-        "alpha": torch.tensor(alpha),
-    }
-
-
-def mixed(site, draw):
-    """kohya's block_dims and conv_alpha: ranks and alphas of many sizes."""
-    return lora(site, draw, rank=3 + len(site.key) % 3, alpha=1.0 + len(site.key) % 4)
-
-
-def tucker(site, draw):
-    if not site.is_conv:
-        return lora(site, draw)
-    out, width, *kernel = site.weight.shape
-    return {
-        "lora_down.weight": normal(draw, 3, width, 1, 1),
-        "lora_mid.weight": normal(draw, 3, 3, *kernel),
-        "lora_up.weight": normal(draw, out, 3, 1, 1),
-        "alpha": torch.tensor(2.0),
-    }
-
-
-def dora(site, draw):
-    norms = site.weight.flatten(1).norm(dim=1) * 1.2
-    return {**lora(site, draw), "dora_scale": norms.reshape(-1, *[1] * (site.weight.dim() - 1))}
-
-
-def dora_here_and_there(site, draw):
-    return dora(site, draw) if sum(map(ord, site.key)) % 2 else mixed(site, draw)
-
-
-def dora_of_inputs(site, draw):
-    norms = site.weight.transpose(0, 1).flatten(1).norm(dim=1) * 1.05
-    shape = (1, -1, *[1] * (site.weight.dim() - 2))
-    return {**lora(site, draw), "dora_scale": norms.reshape(shape)}
-
-
-def loha(site, draw, rank=2):
-    out, width = site.weight.flatten(1).shape
-    return {
-        name: 3 * normal(draw, *((out, rank) if name.endswith("a") else (rank, width)))
-        for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
-    } | {"alpha": torch.tensor(float(rank))}
-
-
-def lokr(site, draw):
-    out, width = site.weight.shape[:2]
-    return {
-        "lokr_w1": normal(draw, 2, 2),
-        "lokr_w2": normal(draw, out // 2, width // 2, *site.weight.shape[2:]),
-        "alpha": torch.tensor(2.0),
-    }
-
-
-def dora_of_loha(site, draw):
-    return {**loha(site, draw), "dora_scale": dora(site, draw)["dora_scale"]}
 
 
 def is_attention_or_mlp(site):
@@ -180,7 +126,7 @@ def test_diffusers_computes_what_the_formulas_give(kind, base, write, tmp_path):
 
 def test_dora_on_some_sites_is_exact_and_the_pictures_agree(base, write, tmp_path):
     source = write(dora_here_and_there)
-    done = diffusers_lora.diffusers_lora(source, tmp_path / "out.safetensors", base, None)
+    done = diffusers_lora.lora_for_diffusers(source, tmp_path / "out.safetensors", base, None)
     assert torch.allclose(loaded(base, done.path), merged(base, source), atol=2e-5)
     assert done.agreement.holds
     assert "agree" in "\n".join(done.lines)
@@ -245,14 +191,14 @@ def test_magnitudes_in_fp32_beside_half_precision_are_loaded_as_they_are(base, w
 
 def test_an_approximation_says_so_and_is_read_as_it_was_written(base, write, tmp_path):
     source = write(loha, is_key)
-    done = diffusers_lora.diffusers_lora(source, tmp_path / "out.safetensors", base, 2)
+    done = diffusers_lora.lora_for_diffusers(source, tmp_path / "out.safetensors", base, 2)
     assert done.loss is not None
     assert f"{done.loss.error:.2%}" in done.lines[0]
 
 
 def test_lokr_of_a_rank_that_holds_it_all_is_exact(base, write, tmp_path):
     source = write(lokr, is_key)
-    done = diffusers_lora.diffusers_lora(source, tmp_path / "out.safetensors", base, 128)
+    done = diffusers_lora.lora_for_diffusers(source, tmp_path / "out.safetensors", base, 128)
     assert done.loss is not None and done.loss.worst_error < 1e-3
     assert torch.allclose(loaded(base, done.path), merged(base, source), atol=1e-4)
 
@@ -266,7 +212,7 @@ def test_diffusers_own_reading_of_mixed_alphas_is_wrong(base, write):
 
 def test_half_precision_stays_half_and_agrees(base, write, tmp_path):
     source = write(mixed, is_key, dtype=torch.float16)
-    done = diffusers_lora.diffusers_lora(source, tmp_path / "out.safetensors", base, None)
+    done = diffusers_lora.lora_for_diffusers(source, tmp_path / "out.safetensors", base, None)
     assert {t.dtype for t in checkpoint.read(done.path)[0].values()} == {torch.float16}
     assert checkpoint.read_metadata(done.path)["ss_seed"] == "5"
 
@@ -284,7 +230,7 @@ def test_half_precision_stays_half_and_agrees(base, write, tmp_path):
 def test_what_cannot_be_right_is_refused(make, rank, says, base, write, tmp_path):
     source = write(make, is_key)
     with pytest.raises(ExportError, match=says) as caught:
-        diffusers_lora.diffusers_lora(source, tmp_path / "out.safetensors", base, rank)
+        diffusers_lora.lora_for_diffusers(source, tmp_path / "out.safetensors", base, rank)
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["source.safetensors"]
 
@@ -298,7 +244,7 @@ def test_a_lora_of_another_base_is_told_before_diffusers_is_asked(
     monkeypatch.setattr(diffusers_lora, "convert", None)
     with pytest.raises(ExportError, match="trained on by model=") as caught:
         source = write(narrower, lambda site: site.path.endswith("to_k"))
-        diffusers_lora.diffusers_lora(source, tmp_path / "out.safetensors", base, 8)
+        diffusers_lora.lora_for_diffusers(source, tmp_path / "out.safetensors", base, 8)
     assert "\n" not in str(caught.value)
 
 
@@ -313,11 +259,11 @@ def test_a_file_that_diffusers_reads_otherwise_never_leaves_the_house(
 
     monkeypatch.setattr(peft_names, "to_peft", without_scales)
     with pytest.raises(ExportError, match="DISAGREE"):
-        diffusers_lora.diffusers_lora(source, tmp_path / "out.safetensors", base, None)
+        diffusers_lora.lora_for_diffusers(source, tmp_path / "out.safetensors", base, None)
     assert not (tmp_path / "out.safetensors").exists()
 
 
 def test_a_taken_target_is_left_alone(base, write, tmp_path):
     source = write(lora)
     with pytest.raises(TargetError, match="exists already"):
-        diffusers_lora.diffusers_lora(source, source, base, None)
+        diffusers_lora.lora_for_diffusers(source, source, base, None)

@@ -14,12 +14,12 @@ from conftest import options
 from lorasweep.cli.main import main
 from lorasweep.core.settings import SettingsError
 from lorasweep.export import find_lora, merge, picture_check, whole_model
-from lorasweep.export.attach_loras import adapters_of, attached
+from lorasweep.export.attach_loras import attachable, attached
 from lorasweep.export.exported import Exported, ExportError
 from lorasweep.export.find_lora import OriginError
 from lorasweep.export.generic_diffusion_feature import offline_lora
 from lorasweep.export.picture_check import EXACT
-from lorasweep.lora_files import checkpoint
+from lorasweep.lora_files import checkpoint, read_lora_file
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +41,10 @@ def lora(base, make_run, tmp_path):
     return write
 
 
+def read(base, *loras):
+    return [(read_lora_file.read(path, base), weight) for path, weight in loras]
+
+
 def with_weights(base, model):
     """The base with a model's tensors, in fp32."""
     unet, text_encoder = deepcopy(base.unet), deepcopy(base.text_encoder)
@@ -56,8 +60,9 @@ def prediction_of(base, model):
 
 @pytest.mark.parametrize("name", options("adapter"))
 def test_merged_equals_attached_for_every_type_of_adapter(name, base, source, lora):
-    [(pack, _)] = adapters = adapters_of(base, [(lora(name=name), 1.0)])
-    merged = prediction_of(base, merge.merge(source, adapters, "fp32"))
+    files = read(base, (lora(name=name), 1.0))
+    [(pack, _)] = attachable(base, files)
+    merged = prediction_of(base, merge.merge(base, source, files, "fp32"))
     expected = predict(base, pack)
     assert not torch.allclose(expected, predict(base, None), atol=1e-2)
     assert torch.allclose(merged, expected, atol=1e-5)
@@ -68,17 +73,17 @@ def test_half_the_strength_is_half_of_every_delta(base, source, lora):
     tensors, _ = checkpoint.read(path)
     by_hand = {n: t * 0.5 if n.endswith(".alpha") else t for n, t in tensors.items()}
     checkpoint.write(path.with_name("half.safetensors"), by_hand, {})
-    [(half, _)] = adapters_of(base, [(path.with_name("half.safetensors"), 1.0)])
-    weak = merge.merge(source, adapters_of(base, [(path, 0.5)]), "fp32")
+    [(half, _)] = attachable(base, read(base, (path.with_name("half.safetensors"), 1.0)))
+    weak = merge.merge(base, source, read(base, (path, 0.5)), "fp32")
     assert torch.allclose(prediction_of(base, weak), predict(base, half), atol=1e-5)
 
 
 def test_several_loras_are_the_sum_of_their_weighted_deltas(base, source, lora):
     one, two = lora(0), lora(1)
-    adapters = adapters_of(base, [(one, 0.7), (two, -0.4)])
-    merged = merge.merge(source, adapters, "fp32")
-    back = merge.merge(source, adapters_of(base, [(two, -0.4), (one, 0.7)]), "fp32")
-    with attached(adapters):
+    files = read(base, (one, 0.7), (two, -0.4))
+    merged = merge.merge(base, source, files, "fp32")
+    back = merge.merge(base, source, read(base, (two, -0.4), (one, 0.7)), "fp32")
+    with attached(attachable(base, files)):
         expected = predict(base, None)
     assert torch.allclose(prediction_of(base, merged), expected, atol=1e-5)
     assert torch.allclose(prediction_of(base, back), expected, atol=1e-5)
@@ -106,7 +111,7 @@ def test_a_merged_file_holds_what_the_folder_holds(base, lora, tmp_path, make_ru
 
 def test_a_wrong_merge_is_an_error_and_leaves_nothing(base, lora, tmp_path, monkeypatch):
     path = lora()
-    monkeypatch.setattr(merge, "merge", lambda model, *_: model)  # the LoRA is lost
+    monkeypatch.setattr(merge, "merge", lambda base, model, *_: model)  # the LoRA is lost
     with pytest.raises(ExportError, match="DISAGREE"):
         merge.merged(base.settings, [(path, 1.0)], tmp_path / "out" / "model")
     assert list((tmp_path / "out").iterdir()) == []
@@ -131,7 +136,7 @@ def test_offline_lora_as_a_file_names_folder_and_file(base, lora, tmp_path):
 
 
 def test_equal_pictures_agree_and_a_lost_lora_does_not(base, lora):
-    [adapter] = adapters_of(base, [(lora(), 1.0)])
+    [adapter] = attachable(base, read(base, (lora(), 1.0)))
     bare, before = picture_check.draw(base), picture_check.draw(base, [adapter])
     assert picture_check.compare(before, before, bare).holds
     for tolerance in picture_check.TOLERANCES.values():

@@ -72,9 +72,8 @@ def test_a_copy_of_a_runs_file_is_found_by_its_hash(base, write, tmp_path, monke
     model, told = find_lora.trained_on(mine, compose_without_images([]))
     assert model.path == base.settings.path
     assert "Base model, of a-e003 in the tracking store" in told
-    checkpoint.write(
-        mine, read_lora_file.read(mine).tensors | {"lora_unet_x.alpha": torch.ones(())}, {}
-    )
+    other = read_lora_file.read(mine).tensors | {"lora_unet_x.alpha": torch.ones(())}
+    checkpoint.write(mine, other, {})
     assert find_lora.trained_on(mine, compose_without_images([])) is None
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_diffusers_lora import dora, dora_here_and_there, loha, lora
 
+from lora_tensors import dora, dora_here_and_there, loha, lora
 from lorasweep.adapters.deltas import low_rank_delta
 from lorasweep.adapters.kohya_names import every_site
 from lorasweep.core.safetensors_header import CheckpointError
@@ -24,12 +24,12 @@ from lorasweep.export import (
     picture_check,
     whole_model,
 )
-from lorasweep.export.attach_loras import adapters_of
+from lorasweep.export.attach_loras import attachable
 from lorasweep.export.diffusers_folder import FILES
 from lorasweep.export.exported import ExportError
 from lorasweep.export.generic_diffusion_feature import offline_lora
 from lorasweep.export.single_file_names import ModelLayout
-from lorasweep.lora_files import checkpoint
+from lorasweep.lora_files import checkpoint, read_lora_file
 from lorasweep.models.load_model import Model
 from lorasweep.models.model_files import ModelError
 from lorasweep.models.sdxl import SDXLModel
@@ -189,7 +189,7 @@ def predict(pipeline, prompt="a fox"):
 
 
 def attached(xl, path):
-    with attach_loras.attached(adapters_of(xl, [(path, 1.0)])):
+    with attach_loras.attached(attachable(xl, [(read_lora_file.read(path, xl), 1.0)])):
         return predict(xl.pipeline)
 
 
@@ -250,8 +250,7 @@ def test_a_merged_folder_predicts_what_the_attached_lora_predicts(xl, settings, 
 
 def test_the_merge_is_the_formula_written_out(xl, model, write):
     path = write()
-    adapters = adapters_of(xl, [(path, 0.5)])
-    whole = merge.merge(model, adapters)
+    whole = merge.merge(xl, model, [(read_lora_file.read(path, xl), 0.5)])
     theirs, _ = checkpoint.read(path)
     for key, part, name in (
         ("lora_unet_input_blocks_4_1_proj_in", "unet", "down_blocks.1.attentions.0.proj_in"),

@@ -20,7 +20,7 @@ from lorasweep.reproduce import (
     differences,
     logged_settings,
     original_images,
-    reproduce_command,
+    reproduce,
     reproduce_run,
     same_pack,
 )
@@ -31,6 +31,7 @@ from lorasweep.runs import provenance
 from lorasweep.runs import session as runs
 from lorasweep.tracking.history import Log
 
+pytestmark = pytest.mark.usefixtures("shared_base")
 DEMO_IMAGES = PACKAGE / "embedded" / "demo_images"
 PACK = (("adapter.rank=4", "seed=1"), ("adapter.rank=2", "seed=2", "lr_scheduler=cosine"))
 
@@ -176,13 +177,13 @@ def test_weights_whose_file_is_gone_are_not_called_equal(trained, alone):
 
 
 def test_a_variation_follows_confs_rules_and_names_its_parent(trained, places, capsys):
-    request = reproduce_command.Request(
+    request = reproduce.Request(
         word="demo-1",
         uri=trained.log.uri,
         experiment="lorasweep",
         options=Options(places=places, overrides=["adapter.rank=8", "trainer.max_train_epochs=1"]),
     )
-    assert reproduce_command.execute(request, Console(width=200)) == 0
+    assert reproduce.execute(request, Console(width=200)) == 0
     said = capsys.readouterr().out
     assert "adapter.alpha follows: 4.0" in said
     assert "val/loss_rel" in said
@@ -222,7 +223,7 @@ def test_a_config_holds_no_secret_of_the_tracking_uri(trained, places, tmp_path,
 
 
 def test_strict_stops_at_a_difference_before_anything_is_trained(trained, places, capsys):
-    request = reproduce_command.Request(
+    request = reproduce.Request(
         word="demo-0",
         uri=trained.log.uri,
         experiment="lorasweep",
@@ -231,7 +232,7 @@ def test_strict_stops_at_a_difference_before_anything_is_trained(trained, places
     )
     before = len(trained.log.names()), sorted(trained.root.glob("*-reproduced/*"))
     with pytest.raises(ReproduceError, match="--strict: "):
-        reproduce_command.execute(request, Console(width=200))
+        reproduce.execute(request, Console(width=200))
     assert "trained together with demo-1" in capsys.readouterr().out
     assert (len(trained.log.names()), sorted(trained.root.glob("*-reproduced/*"))) == before
 

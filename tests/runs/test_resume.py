@@ -32,6 +32,7 @@ from lorasweep.training import saved_states
 from lorasweep.training.native_trainer import NativeTraining
 from lorasweep.training.training_run import Stopped
 
+pytestmark = pytest.mark.usefixtures("shared_base")
 EPOCHS = 2
 KILLS = int(os.environ.get("LORASWEEP_KILLS", "8"))
 

@@ -13,6 +13,8 @@ from lorasweep.runs.session import EpochReport, Failure, Finished, Session, run_
 from lorasweep.training.native_trainer import NativeTraining
 from small_training import reports
 
+pytestmark = pytest.mark.usefixtures("shared_base")
+
 
 def test_every_checkpoint_is_reported_once_with_scores(make_run):
     runs = [make_run("adapter.rank=2", f"seed={n}", number=n) for n in range(2)]

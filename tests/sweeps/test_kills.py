@@ -141,8 +141,8 @@ def test_a_sweep_whose_driver_and_then_a_worker_are_killed_has_everything_once(
         driver.kill()
     killed = []
 
-    def events(pool, timeout=None, real=worker_pool.WorkerPool.events):
-        found = real(pool, timeout)
+    def events(pool, real=worker_pool.WorkerPool.events):
+        found = real(pool)
         if not killed and any(isinstance(event, EpochReport) for event in found):
             killed.append(pool.workers[0].process)
             killed[0].kill()

@@ -3,6 +3,7 @@
 import os
 import pickle
 import signal
+from functools import partial
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -20,12 +21,12 @@ from lorasweep.config.conf_folder import conf_dir
 from lorasweep.config.error_messages import one_line
 from lorasweep.config.resolvers import register_resolvers
 from lorasweep.core.atomic_write import DiskFullError
-from lorasweep.core.failures import FailureKind
+from lorasweep.core.failures import FailureKind, RunError
 from lorasweep.core.settings import SettingsError, build_class
-from lorasweep.runs.session import Failure, Finished
+from lorasweep.runs.session import Failure, Finished, failure_kind
 from lorasweep.sweeps import multirun, slurm_ray_joblib
 from lorasweep.sweeps.compose_jobs import compose_job
-from lorasweep.sweeps.multirun import LauncherSettings, _train, group
+from lorasweep.sweeps.multirun import LauncherSettings, _train, _with_retries, group
 from lorasweep.sweeps.read_yaml_once import read_yaml_once
 
 DEFAULTS = {"devices": "auto", "max_pack": 8, "retries": 1, "pack_via": None, "engine": None}
@@ -104,7 +105,7 @@ def test_jobs_share_nothing_that_was_composed(tmp_path):
 
 
 def test_failures_worth_a_retry_are_tried_again_and_others_not(make_run):
-    runs = {run.name: run for run in (make_run(number=n) for n in range(3))}
+    runs = [make_run(number=n) for n in range(3)]
     lost = [Failure(run=f"demo-{n}", reason="killed", kind=FailureKind.RETRY) for n in range(3)]
     workers = FakePool(
         {
@@ -113,7 +114,7 @@ def test_failures_worth_a_retry_are_tried_again_and_others_not(make_run):
             "demo-2": [Failure(run="demo-2", reason="NaN")],
         }
     )
-    failed = _train(workers, runs, retries=1)
+    failed = _with_retries(partial(_train, workers), runs, retries=1)
     assert sorted((one.run, one.reason) for one in failed) == [
         ("demo-1", "killed"),
         ("demo-2", "NaN"),
@@ -162,7 +163,7 @@ def test_runs_whose_job_was_lost_are_tried_again_and_those_that_failed_are_not(
     monkeypatch.setattr(multirun, "train_by_jobs", train_by_jobs)
     runs = [make_run(number=n) for n in range(4)]
     packs = settings(pack_via="ray", max_pack=2)
-    failed = multirun._train_by_jobs(runs, packs, packs.retries, None)
+    failed = multirun._train_by_jobs(runs, packs, None)
     assert launched == [[["demo-0", "demo-1"], ["demo-2", "demo-3"]], [["demo-2", "demo-3"]]]
     assert [(one.run, one.reason) for one in failed] == [("demo-0", "NaN"), ("demo-2", "node down")]
 
@@ -199,11 +200,11 @@ def test_jobs_may_have_another_device_than_the_sweep_but_all_the_same(make_run, 
     monkeypatch.setattr(multirun, "WorkerPool", open_pool)
     monkeypatch.setattr(multirun, "choose_devices", lambda devices, device: [device])
     runs = [make_run("trainer.device=cpu", number=n) for n in range(2)]
-    multirun._train_here(SimpleNamespace(devices=("cuda:0",)), runs, settings(), 0)
+    multirun._train_here(SimpleNamespace(devices=("cuda:0",)), runs, settings())
     assert opened == [("cpu",)]
     runs.append(make_run("trainer.device=auto", number=2))
     with pytest.raises(SettingsError, match=r"trainer\.device=auto: a sweep's runs share"):
-        multirun._train_here(SimpleNamespace(devices=("cuda:0",)), runs, settings(), 0)
+        multirun._train_here(SimpleNamespace(devices=("cuda:0",)), runs, settings())
 
 
 def test_a_job_whose_disk_is_full_pauses_its_runs(make_run, monkeypatch):
@@ -213,6 +214,11 @@ def test_a_job_whose_disk_is_full_pauses_its_runs(make_run, monkeypatch):
     monkeypatch.setattr(slurm_ray_joblib, "run_pack", run_pack)
     (failure,) = slurm_ray_joblib.train_pack([make_run()])
     assert failure.kind == FailureKind.ENVIRONMENT
+
+
+def test_the_kind_of_a_jobs_failure_survives_the_way_from_another_process():
+    error = pickle.loads(pickle.dumps(RunError("no weights found", FailureKind.SETUP)))
+    assert (str(error), failure_kind(error)) == ("no weights found", FailureKind.SETUP)
 
 
 @pytest.mark.parametrize("engine", ["submitit_local", "ray"])

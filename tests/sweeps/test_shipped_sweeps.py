@@ -7,6 +7,7 @@ from fake_worker_pool import FakePool
 from lorasweep.cli import main
 from lorasweep.config.conf_folder import sweeps_dir
 from lorasweep.sweeps import multirun, sweep_file
+from lorasweep.sweeps import sweep as sweeping
 
 SWEEPS = sorted(path.stem for path in sweeps_dir().glob("*.yaml"))
 STUDIES = [name for name in SWEEPS if name != "demo"]  # the demo is a plain grid of Hydra's own
@@ -94,7 +95,7 @@ def read(monkeypatch):
             main.main(["sweep", name, "dataset.image_dir=photos", *overrides])
         return found.value.args[0]
 
-    monkeypatch.setattr(sweep, "sweep", sweep)
+    monkeypatch.setattr(sweeping, "sweep", sweep)
     return found
 
 

@@ -18,40 +18,13 @@ from lorasweep.sweeps.study.continue_trial import continue_trial
 from lorasweep.sweeps.study.samplers import point_key
 from lorasweep.sweeps.study.search_space import Choice, Condition, Number, Space
 from lorasweep.sweeps.study.study import Study, join_study
-from lorasweep.sweeps.study.study_settings import PrunerName, SamplerName, StudySettings
+from lorasweep.sweeps.study.study_settings import PrunerName, SamplerName
 from lorasweep.sweeps.study.study_storage import find_journal, only_driver, open_storage
 from lorasweep.sweeps.study.study_summary import lines, summarise
 from lorasweep.sweeps.study.trial_attributes import was_pruned
 from lorasweep.sweeps.study.warm_start import has_learned, known_trials, learn, learns_from
+from small_study import RANK, SCORE, SETTINGS, SPACE
 
-SCORE = "val/loss_rel"
-SETTINGS = StudySettings(
-    name="s",
-    params={},
-    conditions={},
-    vars={},
-    sampler="random",
-    sampler_options={},
-    pruner="none",
-    pruner_options={},
-    startup_trials=2,
-    min_epochs=1,
-    n_trials=6,
-    max_hours=None,
-    objectives=[SCORE],
-    maximize=[],
-    constraints={},
-    enqueue=[],
-    seed=0,
-    max_failures=None,
-    retries=1,
-    warm_start=None,
-    storage=None,
-    batch_size=4,
-)
-RANK = Choice("adapter.rank", (4, 8, 16), ("4", "8", "16"))
-RATE = Number("optimizer.unet_lr", 1e-5, 1e-3, log=True)
-SPACE = Space({"adapter.rank": RANK, "optimizer.unet_lr": RATE}, {})
 ADAPTER = Choice("adapter", ("lora", "locon"), ("lora", "locon"))
 CONDITIONAL = Space(
     {"adapter": ADAPTER, "adapter.conv_rank": Number("adapter.conv_rank", 1, 8, step=1)},

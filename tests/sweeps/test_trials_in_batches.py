@@ -9,13 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 from hydra.core.utils import JobReturn, JobStatus
-from test_study import SCORE, SETTINGS, SPACE
 
 from lorasweep.core.failures import FailureKind, RunError
 from lorasweep.core.settings import SettingsError
 from lorasweep.sweeps.stop_rules import StopRules, SweepError
 from lorasweep.sweeps.study.study import Study
 from lorasweep.sweeps.sweep_loop import TrialsInBatches
+from small_study import SCORE, SETTINGS, SPACE
 
 
 def jobs_that_left(folder, *values):

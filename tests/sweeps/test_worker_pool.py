@@ -250,8 +250,8 @@ sys.path.insert(0, {tests!r})
 from pathlib import Path
 from types import SimpleNamespace
 from conftest import SMALL
-from lorasweep.build_run import build_run
-from lorasweep.compose import compose
+from lorasweep.config.build_run import build_run
+from lorasweep.config.compose import compose
 from lorasweep.sweeps.worker_pool import WorkerPool
 
 if __name__ == "__main__":

@@ -4,3 +4,10 @@ Settings of a type (`LoRA`, `DoRA`, …) and a base's modules come in; a `Pack` 
 attaches K adapters to the base and gives their tensors as files hold them. Each type has a file:
 its settings, its start, and the stack that computes it. Open pack.py first, then stack.py.
 """
+
+from lorasweep.adapters.adapter import Adapter, Site
+from lorasweep.adapters.deltas import low_rank_delta
+from lorasweep.adapters.pack import Pack, computing_with
+from lorasweep.adapters.stack import Stack
+
+__all__ = ["Adapter", "Pack", "Site", "Stack", "computing_with", "low_rank_delta"]

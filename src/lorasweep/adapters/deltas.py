@@ -1,7 +1,8 @@
 """What the tensors of a file do to a weight, from the file alone, whatever program wrote it.
 
 Formulas: LoRA (arXiv 2106.09685), LoHa as FedPara (arXiv 2108.06098), LoKr (arXiv 2309.14859), with
-LyCORIS's names and its Tucker forms of convolutions.
+LyCORIS's names and its Tucker forms of convolutions. LyCORIS's own get_diff_weight has the scale
+twice for LoHa and LoKr.
 """
 
 from __future__ import annotations

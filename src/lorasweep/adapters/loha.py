@@ -13,7 +13,7 @@ from lorasweep.adapters.adapter import Site
 from lorasweep.adapters.deltas import Tensors
 from lorasweep.adapters.dropout import Dropout
 from lorasweep.adapters.lycoris_options import ByWeight, kept_channels
-from lorasweep.adapters.stack import FileStack, Members, padded
+from lorasweep.adapters.stack import FileStack, Members, padded, rank_first
 from lorasweep.core.safetensors_header import CheckpointError
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class LoHaStack(FileStack):
     def of(cls, site: Site, members: Members) -> Self:
         """Zero-pad the ranks."""
         files = [tensors for _, tensors in members]
-        own = [[_rank_first(name, file[name]) for file in files] for name in NAMES]
+        own = [[rank_first(name, file[name]) for file in files] for name in NAMES]
         return cls(
             site=site,
             adapters=tuple(adapter for adapter, _ in members),
@@ -97,7 +97,7 @@ class LoHaStack(FileStack):
         import torch
 
         views = zip(NAMES, self.views(index), strict=True)
-        factors = {name: _rank_first(name, view) for name, view in views}  # its own inverse
+        factors = {name: rank_first(name, view) for name, view in views}  # its own inverse
         return {**factors, "alpha": torch.tensor(self.alphas[index])}
 
     def forward(self, x: Tensor, y: Tensor, dropout: Dropout | None) -> Tensor:
@@ -144,8 +144,3 @@ class LoHaStack(FileStack):
         kernels = delta.reshape(num_runs, *self.site.weight.shape)
         runs = zip(x.chunk(num_runs), kernels, strict=True)
         return y + torch.cat([self.site.apply(rows, kernel) for rows, kernel in runs])
-
-
-def _rank_first(name: str, tensor: Tensor) -> Tensor:
-    """a's between (out, rank) in files and (rank, out) here; b's are flat kernels."""
-    return tensor.mT if name.endswith("_a") else tensor.flatten(1)

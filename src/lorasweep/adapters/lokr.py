@@ -16,7 +16,7 @@ from lorasweep.adapters.adapter import Site
 from lorasweep.adapters.deltas import Tensors, rank_of
 from lorasweep.adapters.dropout import Dropout
 from lorasweep.adapters.lycoris_options import ByWeight, kept_channels
-from lorasweep.adapters.stack import FileStack, Members, padded
+from lorasweep.adapters.stack import FileStack, Members, padded, rank_first
 from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.core.settings import SettingsError
 
@@ -126,7 +126,7 @@ class LoKrStack(FileStack):
         device = site.weight.device
         left, right = (
             tuple(
-                padded([_rank_first(name, file[name]) for file in files], device)
+                padded([rank_first(name, file[name]) for file in files], device)
                 for name in _names(files[0], matrix)
             )
             for matrix in ("lokr_w1", "lokr_w2")
@@ -156,7 +156,7 @@ class LoKrStack(FileStack):
         import torch
 
         views = dict(zip(self._file_names(), self.views(index), strict=True))
-        tensors = {name: _rank_first(name, view) for name, view in views.items()}  # its own inverse
+        tensors = {name: rank_first(name, view) for name, view in views.items()}  # its own inverse
         if "lokr_w2" in tensors:
             out2 = tensors["lokr_w2"].shape[0]
             tensors["lokr_w2"] = tensors["lokr_w2"].reshape(out2, -1, *self.site.weight.shape[2:])
@@ -249,8 +249,3 @@ def _shape(tensors: Tensors, matrix: str) -> tuple[int, int]:
     """(out, in * kh * kw) of w1 or w2, whether it is full or in factors."""
     names = _names(tensors, matrix)
     return tensors[names[0]].shape[0], tensors[names[-1]][0].numel()
-
-
-def _rank_first(name: str, tensor: Tensor) -> Tensor:
-    """a's between (out, rank) in files and (rank, out) here; kernels are flat."""
-    return tensor.mT if name.endswith("_a") else tensor.flatten(1)

@@ -14,7 +14,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from lorasweep.adapters.adapter import Adapter, Site
-from lorasweep.adapters.deltas import Tensors, algorithm, has_magnitude
+from lorasweep.adapters.deltas import Tensors, algorithm, has_magnitude, low_rank_delta
 from lorasweep.adapters.dora import DoRAStack, direction
 from lorasweep.adapters.dropout import Dropout
 from lorasweep.adapters.kohya_names import Parts, by_site, every_site, sites
@@ -220,6 +220,14 @@ def make_stack(site: Site, members: Members) -> Stack:
         return kind.of(site, members)
     directions = [(adapter, direction(tensors)) for adapter, tensors in members]
     return DoRAStack.around(kind.of(site, directions), members)
+
+
+def file_delta(site: Site, tensors: Tensors) -> Tensor:
+    """What a file's tensors add to the site's weight, in fp32 and the weight's shape."""
+    kind, is_dora = _stack_type(site, None, tensors)
+    if is_dora or kind is LycorisStack:  # only these ask for more than the file
+        return make_stack(site, [(None, tensors)]).delta_weight(0)
+    return low_rank_delta(tensors, site.weight.shape)
 
 
 def check_fit(site: Site, tensors: Tensors) -> None:

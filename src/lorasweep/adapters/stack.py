@@ -114,5 +114,13 @@ def padded(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     return stacked
 
 
+def rank_first(name: str, tensor: Tensor) -> Tensor:
+    """A factor between its form in LyCORIS's files and here, (rank, n): its own inverse.
+
+    Those whose names end in _a are (out, rank) there; kernels of the others are made flat.
+    """
+    return tensor.mT if name.endswith("_a") else tensor.flatten(1)
+
+
 def _part(own: Tensor, size: int | None) -> Tensor:
     return own if size is None else own[:size]

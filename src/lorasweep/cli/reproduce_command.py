@@ -33,11 +33,11 @@ def add_parser(commands: Commands) -> None:
 def _reproduce(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from lorasweep.reproduce import reproduce_command
+    from lorasweep.reproduce import reproduce
     from lorasweep.reproduce.reproduce_run import Options
 
     _, settings, output_root = tracking_settings(arguments)
-    request = reproduce_command.Request(
+    request = reproduce.Request(
         word=arguments.word,
         uri=settings.resolve(output_root),
         experiment=settings.experiment,
@@ -50,4 +50,4 @@ def _reproduce(arguments: argparse.Namespace) -> int:
         strict=arguments.strict,
         as_config=arguments.as_config,
     )
-    return reproduce_command.execute(request, Console())
+    return reproduce.execute(request, Console())

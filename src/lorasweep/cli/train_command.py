@@ -47,7 +47,7 @@ def train(argv: Sequence[str]) -> None:
 
 def train_by_hydra(argv: Sequence[str]) -> None:
     """Compose the config with Hydra and train; its flags (-m, --cfg, --config-dir) are Hydra's."""
-    argv = _flags_first(argv)
+    argv = flags_first(argv)
     import hydra
 
     from lorasweep.config.conf_folder import conf_dir
@@ -60,7 +60,7 @@ def train_by_hydra(argv: Sequence[str]) -> None:
     app(_job)()
 
 
-def _flags_first(argv: Sequence[str]) -> list[str]:
+def flags_first(argv: Sequence[str]) -> list[str]:
     """The same words, overrides last: Hydra's parser wants them in one piece.
 
     Raises SettingsError for a flag that Hydra would answer with its usage in ten lines. These are

@@ -73,7 +73,7 @@ def build_run(
         **_trainer(values["trainer"]),
     )
     for check in checks:
-        for warning in check(run):
+        for warning in check(run) or ():
             log.warning(warning)
     return run
 
@@ -119,11 +119,14 @@ def absolute_folder(value: object, key: str) -> Path:
     return Path(value).expanduser().absolute()
 
 
-def _trainer(node: object) -> dict[str, Any]:
+def _trainer(node: Any) -> dict[str, Any]:
     """What is written under `trainer`: the pack's settings, and a run's own."""
-    values = dict(node) if isinstance(node, Mapping) else {}
-    own = {one.name: values.pop(one.name) for one in fields(RunTraining) if one.name in values}
-    trainer = build(values or node, "trainer")  # type: ignore[arg-type]
+    own, shared = {}, node
+    if isinstance(node, Mapping):
+        names = {one.name for one in fields(RunTraining)}
+        own = {key: value for key, value in node.items() if key in names}
+        shared = {key: value for key, value in node.items() if key not in names}
+    trainer = build(shared, "trainer")
     return {"trainer": trainer, **vars(build_class(RunTraining, own, "trainer"))}
 
 

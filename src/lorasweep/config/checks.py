@@ -16,17 +16,16 @@ from lorasweep.core.settings import SettingsError
 if TYPE_CHECKING:
     from lorasweep.config.run import Run
 
-Check = Callable[["Run"], Iterator[str]]
+Check = Callable[["Run"], Iterator[str] | None]
 
 
-def output_root_is_outside_the_images(run: Run) -> Iterator[str]:
+def output_root_is_outside_the_images(run: Run) -> None:
     """Else pictures of one run would be training images of the next."""
     if run.output_root.resolve().is_relative_to(run.dataset.image_dir.resolve()):
         raise SettingsError(
             f"output_root={run.output_root} lies inside dataset.image_dir, so the next run would"
             " take its pictures for yours; give another output_root"
         )
-    yield from ()
 
 
 def adapted_parts_are_trained(run: Run) -> Iterator[str]:
@@ -46,15 +45,14 @@ def adapted_parts_are_trained(run: Run) -> Iterator[str]:
         )
 
 
-def overrides_choose_one_option(run: Run) -> Iterator[str]:
+def overrides_choose_one_option(run: Run) -> None:
     """`adapter=[lora,locon]` is no sweep."""
     for key, value in _overrides(run):
         if key in COMPONENTS and value.startswith("["):
             raise SettingsError(f"{key}={value}: choose one option; several make a sweep, by -m")
-    yield from ()
 
 
-def overrides_have_an_effect(run: Run) -> Iterator[str]:
+def overrides_have_an_effect(run: Run) -> None:
     """What the command line sets is read; values of a file may wait for their turn."""
     unused: dict[str, str] = {}
     if not run.dataset.enable_bucket:
@@ -68,7 +66,6 @@ def overrides_have_an_effect(run: Run) -> Iterator[str]:
             raise SettingsError(
                 f"{key} has no effect without {unused[key]}; set that or leave it out"
             )
-    yield from ()
 
 
 def alpha_is_at_most_the_rank(run: Run) -> Iterator[str]:

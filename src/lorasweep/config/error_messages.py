@@ -8,25 +8,16 @@ import os
 from omegaconf.errors import OmegaConfBaseException
 
 from lorasweep.config import hydra_messages
-from lorasweep.core.settings import SettingsError
 from lorasweep.core.text import shown
 from lorasweep.tracking.store import explain as explain_store
 
 
 def one_line(error: Exception) -> str | None:
     """What a person is told of an error; None for an unknown one, which keeps its traceback."""
-    line = explain(error) or explain_store(error)
-    if line is None and type(error).__module__.startswith("lorasweep"):
-        return str(error)
-    return line
-
-
-def explain(error: Exception) -> str | None:
-    """One line for what is wrong in settings or on a disk; None for any other error."""
     from hydra.errors import HydraException
     from yaml import YAMLError  # type: ignore[import-untyped]
 
-    if isinstance(error, SettingsError):
+    if type(error).__module__.startswith("lorasweep"):
         return str(error)
     if isinstance(error, YAMLError):
         said = " ".join(str(error).split())
@@ -37,7 +28,9 @@ def explain(error: Exception) -> str | None:
         return f"{error.object[:100]!r} can't be written as {error.encoding}; give it another name"
     if isinstance(error, HydraException | OmegaConfBaseException | ValueError):
         return hydra_messages.explain(error)
-    return _explain_os(error) if isinstance(error, OSError) else None
+    if isinstance(error, OSError) and error.errno in _REMEDIES:
+        return _of_file(error)
+    return explain_store(error)
 
 
 _REMEDIES = {
@@ -59,13 +52,9 @@ _REMEDIES = {
 """What a person can do about errors of files and folders."""
 
 
-def _explain_os(error: OSError) -> str | None:
-    """One line for what files, folders and disks refuse; None for any other error."""
-    remedy = _REMEDIES.get(error.errno or 0)
-    if remedy is None:
-        return None
+def _of_file(error: OSError) -> str:
     place = error.filename if error.filename2 is None else error.filename2
     where = (
         shown(os.fsdecode(place), 300) if isinstance(place, str | bytes | os.PathLike) else "a file"
     )
-    return f"{where}: {error.strerror}; {remedy}"
+    return f"{where}: {error.strerror}; {_REMEDIES[error.errno or 0]}"

@@ -8,11 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorasweep.adapters.adapter import Site
 from lorasweep.adapters.pack import Pack
 from lorasweep.adapters.stack import Stack
 from lorasweep.core.safetensors_header import CheckpointError
-from lorasweep.lora_files import read_lora_file
+from lorasweep.lora_files.read_lora_file import LoRAFile
 from lorasweep.models.sdxl import Base
 
 if TYPE_CHECKING:
@@ -26,16 +25,20 @@ Weighted = Sequence[tuple[Pack, float]]
 GIVE_ITS_BASE = "Give the one it was trained on by model=OPTION or model.path=FOLDER"
 
 
-def adapters_of(base: Base, loras: Loras, remedy: str = GIVE_ITS_BASE) -> list[tuple[Pack, float]]:
-    """The LoRA files as packs of one on this base. Raises CheckpointError for a misfit."""
+def attachable(
+    base: Base, files: Sequence[tuple[LoRAFile, float]], remedy: str = GIVE_ITS_BASE
+) -> Weighted:
+    """LoRA files as packs of one on this base. Raises CheckpointError, with a remedy, for a misfit.
+
+    The files' tensors are under the keys of the base's sites (`read_lora_file.read`).
+    """
     found = []
-    for path, weight in loras:
-        tensors = read_lora_file.read(path, base).tensors
+    for file, weight in files:
         try:
-            found.append((Pack.from_files(base.parts, [tensors]), weight))
+            found.append((Pack.from_files(base.parts, [file.tensors]), weight))
         except CheckpointError as error:
             question = f"Is it of another base than {base.settings.path}? {remedy}"
-            raise CheckpointError(f"{path}: {error}. {question}".rstrip()) from None
+            raise CheckpointError(f"{file.path}: {error}. {question}".rstrip()) from None
     return found
 
 
@@ -45,25 +48,19 @@ def attached(adapters: Weighted) -> Iterator[None]:
 
     Each delta is taken of the bare weights, so a DoRA's doesn't depend on what else is attached.
     """
+    members: dict[torch.nn.Module, list[tuple[Stack, float]]] = {}
+    for pack, weight in adapters:
+        assert len(pack) == 1, "one adapter a pack"
+        for entry in pack.entries:
+            members.setdefault(entry.site.module, []).append((entry.stack, weight))
     handles = [
-        site.module.register_forward_hook(partial(_add_weighted, members))
-        for site, members in stacks_by_site(adapters)
+        module.register_forward_hook(partial(_add_weighted, own)) for module, own in members.items()
     ]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-def stacks_by_site(adapters: Weighted) -> list[tuple[Site, list[tuple[Stack, float]]]]:
-    """Every adapted site with all that adapts it, each with its weight."""
-    found: dict[str, tuple[Site, list[tuple[Stack, float]]]] = {}
-    for pack, weight in adapters:
-        assert len(pack) == 1, "one adapter a pack"
-        for entry in pack.entries:
-            found.setdefault(entry.site.key, (entry.site, []))[1].append((entry.stack, weight))
-    return list(found.values())
 
 
 def _add_weighted(

@@ -73,14 +73,14 @@ def only_one(loras: Loras) -> Path:
 def write_for_diffusers(
     base: Model, source: Path, target: Path, rank: int | None, *, overwrite: bool = False
 ) -> Exported:
-    """As `diffusers_lora`, on the base model that these settings name."""
+    """As `lora_for_diffusers`, on the base model that these settings name."""
     with picture_check.quiet():
         loaded = whole_model.base_for_loras(base)
-        written = diffusers_lora(source, target, loaded, rank, overwrite=overwrite)
+        written = lora_for_diffusers(source, target, loaded, rank, overwrite=overwrite)
     return Exported(target, written.lines)
 
 
-def diffusers_lora(
+def lora_for_diffusers(
     source: Path,
     target: Path,
     base: Base,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lorasweep.adapters.deltas import Tensors, algorithm, has_magnitude, low_rank_delta
 from lorasweep.adapters.kohya_names import every_site
-from lorasweep.adapters.pack import check_fit, make_stack
+from lorasweep.adapters.pack import check_fit, file_delta
 from lorasweep.core.text import shown
 from lorasweep.export import svd
 from lorasweep.export.exported import ExportError
@@ -107,8 +107,7 @@ def _approximated(
         )
     if has_magnitude(tensors):
         check_fit(module, tensors)
-        change = make_stack(module, [(None, tensors)]).delta_weight(0)
-        found = svd.of_matrix(change.flatten(1))
+        found = svd.of_matrix(file_delta(module, tensors).flatten(1))
     else:
         found = svd.spectrum(tensors)
     site = found.as_lora(rank, module.weight.shape, svd.dtype_of(tensors))

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorasweep.adapters.kohya_names import every_site
+from lorasweep.adapters.pack import file_delta
 from lorasweep.core.atomic_write import staged
 from lorasweep.export import diffusers_folder, picture_check, read_back, whole_model
-from lorasweep.export.attach_loras import Loras, Weighted, adapters_of, stacks_by_site
+from lorasweep.export.attach_loras import Loras, attachable
 from lorasweep.export.diffusers_folder import VARIANT
 from lorasweep.export.exported import Exported, ExportError, is_file
 from lorasweep.export.picture_check import Canvas
 from lorasweep.export.single_file_names import prefixed
+from lorasweep.lora_files import read_lora_file
+from lorasweep.lora_files.read_lora_file import LoRAFile
 from lorasweep.models.base_model import Precision
 from lorasweep.models.load_model import Model
+from lorasweep.models.sdxl import Base
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -50,12 +56,13 @@ def merged(
     with picture_check.quiet(), staged(target, overwrite) as place:
         model = whole_model.read(settings.path, settings.config, settings.revision, sdxl=True)
         base = whole_model.as_base(settings, model)
-        adapters = adapters_of(base, loras)
+        files = [(read_lora_file.read(path, base), weight) for path, weight in loras]
+        adapters = attachable(base, files)
         bare, before = picture_check.draw(base), picture_check.draw(base, adapters)
-        result = merge(model, adapters, precision)
+        result = merge(base, model, files, precision)
         canvas, schedule = Canvas.of(base), read_back.schedule(base, place)
         predicts_v = base.prediction_type == "v_prediction"
-        del base, adapters  # a large model doesn't fit twice
+        del base, adapters, files  # a large model doesn't fit twice
 
         result.write(place, settings.prediction_type)
         usual = "AutoPipelineForText2Image" if model.layout.is_sdxl else read_back.TEXT_TO_IMAGE
@@ -74,19 +81,26 @@ def merged(
     return Exported(target, (*notes, *lines, f"Side by side: {picture}"))
 
 
-def merge(model: WholeModel, adapters: Weighted, precision: Precision | None = None) -> WholeModel:
+def merge(
+    base: Base,
+    model: WholeModel,
+    files: Sequence[tuple[LoRAFile, float]],
+    precision: Precision | None = None,
+) -> WholeModel:
     """The model's tensors with the sum of all weighted deltas added in fp32, rounded once.
 
-    The adapters are on the same model, bare: a DoRA's delta depends on its weights.
+    `base` is the same model, bare: a DoRA's delta depends on its weights.
     """
-    result = model.cast(precision)
+    result, known = model.cast(precision), every_site(base.parts)
     weights = {part: dict(tensors) for part, tensors in result.weights.items()}
-    for site, members in stacks_by_site(adapters):
+    changed = {key: known[key] for file, _ in files for key in file.sites}
+    for key, site in changed.items():
         path = prefixed(site.path) if site.part == "text_encoder" else site.path
         name = f"{path}.weight"
         total = model.weights[site.part][name].float()
-        for stack, weight in members:
-            total = total + weight * stack.delta_weight(0).float()
+        for file, weight in files:
+            if key in file.sites:
+                total = total + weight * file_delta(site, file.sites[key])
         rounded = total.to(weights[site.part][name].dtype)
         if not bool(rounded.isfinite().all()):
             raise ExportError(

@@ -14,7 +14,7 @@ from lorasweep.core.atomic_write import staged
 from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.core.settings import SettingsError
 from lorasweep.export import diffusers_folder, find_lora, picture_check, svd
-from lorasweep.export.attach_loras import adapters_of
+from lorasweep.export.attach_loras import attachable
 from lorasweep.export.diffusers_lora import approximation
 from lorasweep.export.whole_model import base_for_loras
 from lorasweep.lora_files import checkpoint, read_lora_file
@@ -133,7 +133,8 @@ def check(rank: int | None, energy: float | None) -> None:
 
 def _drawn(source: Path, base: Base) -> tuple[Image, Base]:
     """The picture of the LoRA as it came. Raises CheckpointError for a base that it doesn't fit."""
-    return picture_check.draw(base, adapters_of(base, [(source, 1.0)], remedy="")), base
+    file = read_lora_file.read(source, base)
+    return picture_check.draw(base, attachable(base, [(file, 1.0)], remedy="")), base
 
 
 def _drawn_on_its_base(source: Path, say: Callable[[str], None]) -> tuple[Image, Base] | str:

@@ -2,7 +2,8 @@
 
 The original layout is CompVis's (latent-diffusion), which A1111, ComfyUI and kohya read. All names
 are derived from the structure that the model's configs describe, so any model of this architecture
-converts, whatever its number of levels and layers.
+converts, whatever its number of levels and layers. diffusers itself reads single files (and reads
+back what is written here), but its package has no way to write one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Best approximations of a weight's change by a LoRA (Eckart and Young 1936), all in fp32 or above.
 
 Where a type's delta is a product of thin factors, they are decomposed by QR and a small SVD; the
-full (out, in) matrix is decomposed only where there is nothing thinner.
+full (out, in) matrix is decomposed only where there is nothing thinner. torch.svd_lowrank isn't
+used: it starts at random and is not exact, and what was kept is told of all parts.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """A whole model's tensors as its files hold them: read once, computed with, written.
 
 A diffusers folder, or a single file of Stable Diffusion 1.x. Tensors keep their type and their
-bits. SDXL is read and written as a diffusers folder.
+bits, which diffusers' own loading doesn't keep: it casts a part to one type, and takes random
+numbers for a missing tensor. SDXL is read and written as a diffusers folder.
 """
 
 from __future__ import annotations

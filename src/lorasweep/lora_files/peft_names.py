@@ -3,6 +3,10 @@
 kohya:     lora_unet_down_blocks_0_…_attn1_to_q.lora_down.weight, alpha beside it
 PEFT:      unet.down_blocks.0.….attn1.to_q.lora_A.weight, alpha in the file's metadata
 diffusers: unet.down_blocks.0.….attn1.processor.to_q_lora.down.weight, and forms between
+
+The libraries' converters aren't exact: diffusers' convert_state_dict_to_kohya takes the rank for
+every alpha and calls SD1.x's text encoder lora_te1; its way back drops dora_scale, and alphas that
+differ.
 """
 
 from __future__ import annotations

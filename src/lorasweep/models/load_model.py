@@ -14,6 +14,7 @@ from lorasweep.models.model_files import (
     ModelError,
     check_file,
     check_folder,
+    check_index,
     check_missing,
     check_values,
     load_error,
@@ -71,7 +72,8 @@ def _from_folder(settings: ModelSettings, dtype: torch.dtype) -> dict[str, Any]:
     from transformers import CLIPTextModel, CLIPTokenizer
 
     path, name = settings.path, f"model.path={settings.path}"
-    if Path(path).is_dir():
+    is_local = Path(path).is_dir()
+    if is_local:
         check_folder(Path(path), name, allow_pickle=settings.allow_pickle)
     where = {"pretrained_model_name_or_path": path, "revision": settings.revision}
     weights: dict[str, Any] = {
@@ -82,7 +84,9 @@ def _from_folder(settings: ModelSettings, dtype: torch.dtype) -> dict[str, Any]:
     }
     unet, vae = diffusers.UNet2DConditionModel, diffusers.AutoencoderKL
     try:
-        _check_architecture(settings)
+        if not is_local:
+            index = diffusers.DiffusionPipeline.load_config(path, revision=settings.revision)
+            check_index(index, name)
         tokenizer = CLIPTokenizer.from_pretrained(
             path, subfolder="tokenizer", revision=settings.revision
         )
@@ -100,17 +104,6 @@ def _from_folder(settings: ModelSettings, dtype: torch.dtype) -> dict[str, Any]:
         }
     except OSError as error:
         raise ModelError(_not_found("model.path", path, error)) from None
-
-
-def _check_architecture(settings: ModelSettings) -> None:
-    from diffusers import DiffusionPipeline
-
-    index = DiffusionPipeline.load_config(settings.path, revision=settings.revision)
-    if index.get("_class_name") != "StableDiffusionPipeline":
-        raise ModelError(
-            f"model.path={settings.path} is a {index.get('_class_name')}; lorasweep trains models"
-            " of Stable Diffusion 1.x's layout (StableDiffusionPipeline) so far"
-        )
 
 
 def _from_file(settings: ModelSettings, dtype: torch.dtype) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasweep.core.text import shown
+from lorasweep.models.model_settings import PICKLED
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +29,6 @@ CONFIGS = {
 """By part of a diffusers folder."""
 PREDICTIONS = ("epsilon", "v_prediction")
 _VOCABULARY = ("tokenizer.json", "vocab.json")  # a tokenizer needs one of them
-_PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 _OTHERS = {
     "conditioner.embedders.": "an SDXL checkpoint: single files of SDXL come later; exports know"
@@ -52,13 +52,7 @@ def check_folder(folder: Path, name: str, *, allow_pickle: bool) -> None:
 
     Messages call it `name`. Nothing but JSON is read.
     """
-    index = read_object(folder / "model_index.json", name)
-    kind = index.get("_class_name")
-    if kind != "StableDiffusionPipeline":
-        raise ModelError(
-            f"{name} is a {shown(str(kind))}; lorasweep trains models of Stable Diffusion 1.x's"
-            " layout (StableDiffusionPipeline) so far"
-        )
+    check_index(read_object(folder / "model_index.json", name), name)
     configs = {part: read_object(folder / part / file, name) for part, file in CONFIGS.items()}
     _check_fit(configs, name)
     if not any((folder / "tokenizer" / file).is_file() for file in _VOCABULARY):
@@ -66,6 +60,16 @@ def check_folder(folder: Path, name: str, *, allow_pickle: bool) -> None:
     if not allow_pickle:
         for part in ("unet", "vae", "text_encoder"):
             _refuse_pickles_alone(folder / part, name)
+
+
+def check_index(index: Mapping[str, Any], name: str) -> None:
+    """Raise ModelError for the model_index.json of a model that is not trained here."""
+    kind = index.get("_class_name")
+    if kind != "StableDiffusionPipeline":
+        raise ModelError(
+            f"{name} is a {shown(str(kind))}; lorasweep trains models of Stable Diffusion 1.x's"
+            " layout (StableDiffusionPipeline) so far"
+        )
 
 
 def check_file(path: Path, name: str) -> None:
@@ -212,7 +216,7 @@ def _refuse_pickles_alone(folder: Path, name: str) -> None:
     files = [path for path in folder.iterdir() if path.is_file()]
     if any(path.suffix == ".safetensors" for path in files):
         return
-    pickles = sorted(path.name for path in files if path.suffix in _PICKLES)
+    pickles = sorted(path.name for path in files if path.suffix in PICKLED)
     if pickles:
         raise ModelError(
             f"{name} can't be loaded: {folder.name} has its weights as a pickle alone"

@@ -258,7 +258,7 @@ class Session:
         return number
 
     def _admit(self) -> list[Report]:
-        """Take in who waits, while there is room; what became of each."""
+        """Take in runs that wait, while there is room; what became of each."""
         room = None if self.max_runs is None else max(0, self.max_runs - len(self._runs))
         coming, self._waiting = self._waiting[:room], self._waiting[len(self._waiting[:room]) :]
         members, reports = self._open(coming)
@@ -301,7 +301,7 @@ class Session:
         return members, reports
 
     def _ended_before(self, run: Run, folder: RunFolder) -> list[Report]:
-        """Reports of a run that came to its end or was dropped, for who has not heard of it."""
+        """Reports of a run that came to its end or was dropped, for a driver not told yet."""
         folder.release()
         dropped = folder.ended == "dropped"
         how = "dropped" if dropped else "trained"

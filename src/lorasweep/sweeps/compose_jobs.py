@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lorasweep.config.build_run import build_run, job_identity
 from lorasweep.config.compose import quoted
-from lorasweep.config.error_messages import explain
+from lorasweep.config.error_messages import one_line
 from lorasweep.config.run import Run
 from lorasweep.core.settings import SettingsError
 from lorasweep.judging.metrics import metric
@@ -42,7 +42,7 @@ def compose_job(config: DictConfig, loader: Any, overrides: Sequence[str], numbe
     except (HydraException, OmegaConfBaseException) as error:
         if _was_interrupted(error):
             raise KeyboardInterrupt from error
-        raise SettingsError(explain(error)) from error
+        raise SettingsError(one_line(error)) from error
 
 
 def _was_interrupted(error: BaseException | None) -> bool:

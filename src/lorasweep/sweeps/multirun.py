@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,12 +118,9 @@ def _launch(
             save_hydra_files(job)
             run_folder.forget_drop(job.run.output_dir)
         if todo:
-            retries = 0 if study else settings.retries
             runs = [job.run for job in todo]
             failed += (
-                _train_here(pool, runs, settings, retries)
-                if pool
-                else _train_by_jobs(runs, settings, retries, study)
+                _train_here(pool, runs, settings) if pool else _train_by_jobs(runs, settings, study)
             )
         if not any(run_folder.is_unfinished(job.run.output_dir) for job in jobs):
             run_folder.write_sweep(folder, digest, "finished")
@@ -131,10 +129,8 @@ def _launch(
     return failed
 
 
-def _train_here(
-    pool: WorkerPool, runs: Sequence[Run], settings: LauncherSettings, retries: int
-) -> list[Failure]:
-    """Train runs to their ends; those that failed, and were tried again in vain."""
+def _train_here(pool: WorkerPool, runs: Sequence[Run], settings: LauncherSettings) -> list[Failure]:
+    """Train runs in worker processes to their ends; those that failed."""
     chosen = {
         tuple(choose_devices(settings.devices, device)): device
         for device in dict.fromkeys(run.trainer.device for run in runs)
@@ -148,51 +144,52 @@ def _train_here(
     if devices != pool.devices:  # all jobs have another than the sweep itself
         pool = WorkerPool(devices, settings.max_pack)
     with pool:
-        return _train(pool, {run.name: run for run in runs}, retries)
+        return _with_retries(partial(_train, pool), runs, settings.retries)
 
 
 def _train_by_jobs(
-    runs: Sequence[Run], settings: LauncherSettings, retries: int, study: JobsStudy | None
+    runs: Sequence[Run], settings: LauncherSettings, study: JobsStudy | None
 ) -> list[Failure]:
-    """Train runs, in packs that are jobs of an engine; those of lost jobs in new packs again.
+    """Train runs in packs that are jobs of an engine; those that failed.
 
-    Trials of a study report to it.
+    Trials of a study report to it, and it tries again itself.
     """
-    assert settings.pack_via is not None
-    folder, packs = runs[0].output_dir.parent / ".jobs", group(runs, settings.max_pack)
-    found = train_by_jobs(packs, settings.pack_via, settings.engine or {}, folder, study)
-    again = {one.run for one in found if one.kind == FailureKind.RETRY and retries > 0}
+    engine, folder = settings.pack_via, runs[0].output_dir.parent / ".jobs"
+    assert engine is not None
+
+    def train(some: Sequence[Run]) -> list[Failure]:
+        packs = group(some, settings.max_pack)
+        return train_by_jobs(packs, engine, settings.engine or {}, folder, study)
+
+    return _with_retries(train, runs, 0 if study else settings.retries)
+
+
+def _with_retries(
+    train: Callable[[Sequence[Run]], list[Failure]], runs: Sequence[Run], retries: int
+) -> list[Failure]:
+    """Train runs, and again those whose failure is worth a retry; those that failed in the end."""
+    failures = train(runs)
+    again = {one.run for one in failures if one.kind == FailureKind.RETRY and retries > 0}
     if not again:
-        return found
-    _say_again([failure for failure in found if failure.run in again])
+        return failures
+    for one in failures:
+        if one.run in again:
+            log.warning("%s is tried again: %s", one.run, one.reason)
     left = [run for run in runs if run.name in again]
-    stay = [failure for failure in found if failure.run not in again]
-    return [*stay, *_train_by_jobs(left, settings, retries - 1, study)]
+    rest = [one for one in failures if one.run not in again]
+    return [*rest, *_with_retries(train, left, retries - 1)]
 
 
-def _train(pool: WorkerPool, runs: Mapping[str, Run], retries: int) -> list[Failure]:
-    failed: list[Failure] = []
-    tried = dict.fromkeys(runs, 0)
-    queue = list(runs.values())
+def _train(pool: WorkerPool, runs: Sequence[Run]) -> list[Failure]:
+    """Train runs as there is room for them; those that failed."""
+    failures: list[Failure] = []
+    queue = list(runs)
     while True:
         queue = [run for run in queue if not pool.submit(run)]
         events = pool.events()
         if not events:
-            return failed
-        for failure in events:
-            if not isinstance(failure, Failure):
-                continue
-            tried[failure.run] += 1
-            if failure.kind == FailureKind.RETRY and tried[failure.run] <= retries:
-                _say_again([failure])
-                queue.append(runs[failure.run])
-            else:
-                failed.append(failure)
-
-
-def _say_again(failures: Sequence[Failure]) -> None:
-    for failure in failures:
-        log.warning("%s is tried again: %s", failure.run, failure.reason)
+            return failures
+        failures += [event for event in events if isinstance(event, Failure)]
 
 
 def group(runs: Sequence[Run], max_pack: int) -> list[list[Run]]:

@@ -205,7 +205,7 @@ def _composed(config: DictConfig, space: Space, chosen: Mapping[str, Any]) -> di
 
 
 def _chosen(config: DictConfig, loader: Any, fixed: Sequence[str]) -> dict[str, Any]:
-    """Group to option, or to several: those Hydra's own `choices` lack."""
+    """Group to option, or to several options: groups that Hydra's own `choices` leave out."""
     from hydra.types import RunMode
 
     overrides = [*config.hydra.overrides.hydra, *fixed]

@@ -86,7 +86,7 @@ class WorkerPool:
     def submit(self, run: Run) -> bool:
         """Train the run from the next epoch on, on the device with the fewest runs.
 
-        False if it can't start or join a pack anywhere yet: whoever drives keeps it and asks again.
+        False if it can't start or join a pack anywhere yet: the driver keeps it and asks again.
         """
         fitting = [worker for worker in self.workers if worker.has_room(run)]
         if fitting:
@@ -99,23 +99,18 @@ class WorkerPool:
             if name in worker.runs:
                 worker.drop(name)
 
-    def events(self, timeout: float | None = None) -> list[Report]:
-        """What has happened, at least one event; [] after `timeout` seconds or with nothing to do.
+    def events(self) -> list[Report]:
+        """Wait for what happens next, at least one event; [] with nothing to do.
 
         All reports of one epoch of a pack come in one list.
         """
-        until = None if timeout is None else time.monotonic() + timeout
         found: list[Report] = []
         while not found:
             for worker in self.workers:
                 worker.go_on()
             if self._inbox.empty() and not any(worker.runs for worker in self.workers):
                 return []
-            left = None if until is None else max(0.0, until - time.monotonic())
-            try:
-                found += self._read(self._inbox.get(timeout=left))
-            except queue.Empty:
-                return []
+            found += self._read(self._inbox.get())
         while not self._inbox.empty():
             found += self._read(self._inbox.get())
         return found
@@ -221,7 +216,7 @@ class Worker:
             self._dropping.add(name)
 
     def go_on(self) -> None:
-        """Tell a process that waits who joins and who leaves."""
+        """Tell a process that waits which runs join and which leave."""
         if not self._is_waiting or not self.runs:
             return
         instruction = Instruction(joining=tuple(self._joining), dropping=tuple(self._dropping))
@@ -239,7 +234,8 @@ class Worker:
         if end.last:
             self._at_most = end.max_runs or self._at_most
             self.process = None
-            self._restart()
+            if self.runs:
+                self._open()
         return end.reports
 
     def died(self) -> Sequence[Report]:
@@ -265,7 +261,8 @@ class Worker:
         ]
         self.runs, self._dropping = unheard, set()
         self.process, self._is_waiting = None, False
-        self._restart()
+        if self.runs:
+            self._open()
         return events
 
     def stop(self) -> None:
@@ -287,10 +284,6 @@ class Worker:
             self.process.kill()
             self.process.join()
         self._reader.join()
-
-    def _restart(self) -> None:
-        if self.runs:
-            self._open()
 
     def _open(self) -> None:
         """Have a process at work, with the log levels of now."""

@@ -149,7 +149,7 @@ class WorkerProcess:
         return instruction
 
     def _train(self, runs: Sequence[Run]) -> tuple[EpochEnd, Sequence[Run]]:
-        """Train a pack and all who join it: its end, and runs of another kind for the next pack."""
+        """Train a pack and runs that join it: its end, and runs of another kind that come next."""
         self._names = [run.name for run in runs]
         session = None
         try:

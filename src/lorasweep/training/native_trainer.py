@@ -25,7 +25,7 @@ from lorasweep.models.base_model import BaseModel, Precision, torch_dtype
 from lorasweep.models.gpu_memory import halved, is_out_of_memory
 from lorasweep.training import saved_states
 from lorasweep.training.kohya_metadata import pack_metadata, run_metadata
-from lorasweep.training.loss import PackLoss
+from lorasweep.training.pack_loss import PackLoss
 from lorasweep.training.saved_states import SavedState
 from lorasweep.training.training_batches import Batch, epoch_batches, steps_per_epoch
 from lorasweep.training.training_pack import TrainingPack

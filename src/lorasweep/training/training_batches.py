@@ -1,4 +1,4 @@
-"""Which images and captions a run sees at each step, counted and mixed as kohya does.
+"""Which images a run sees at each step, counted and mixed as kohya does.
 
 An epoch holds every image `repeats` times, sorted into buckets and cut into batches; the last batch
 of a bucket may be short. The order of the buckets follows the data set's seed alone, in every epoch
@@ -14,7 +14,6 @@ from random import Random
 
 from lorasweep.core import rng
 from lorasweep.data.buckets import Size
-from lorasweep.data.dataset import Dataset
 from lorasweep.data.latents import Item
 
 Batch = list[int]
@@ -38,31 +37,6 @@ def steps_per_epoch(items: Sequence[Item], batch_size: int, accumulation: int = 
     """Optimizer steps of an epoch: batches of every bucket, rounded up, over the accumulation."""
     batches = sum(-(-len(indices) // batch_size) for indices in _by_bucket(items).values())
     return -(-batches // accumulation)
-
-
-def caption_of(
-    item: Item, settings: Dataset, *, seed: int, epoch: int, place: tuple[int, int]
-) -> str:
-    """The item's caption as seen at `place` (step, row), after kohya's shuffle and dropouts."""
-    every = settings.caption_dropout_every_n_epochs
-    if every and epoch % every == 0:
-        return ""
-    draw = rng.python_random(seed, "caption", *place)
-    if draw.random() < settings.caption_dropout_rate:
-        return ""
-    if not settings.shuffle_caption and settings.caption_tag_dropout_rate == 0:
-        return item.caption
-    tags = [tag.strip() for tag in item.caption.split(",")]
-    fixed, rest = tags[: settings.keep_tokens], tags[settings.keep_tokens :]
-    if settings.shuffle_caption:
-        draw.shuffle(rest)
-    rest = [tag for tag in rest if draw.random() >= settings.caption_tag_dropout_rate]
-    return ", ".join(fixed + rest)
-
-
-def captions_vary(settings: Dataset) -> bool:
-    """Does a caption change from step to step, so that its embedding can't be kept?"""
-    return settings.shuffle_caption or settings.caption_tag_dropout_rate > 0
 
 
 def _by_bucket(items: Sequence[Item]) -> dict[Size, list[int]]:

@@ -56,7 +56,7 @@ class Validation(Settings):
 
 
 @dataclass(frozen=True)
-class Tuple:
+class LossTuple:
     """One noised image whose noise is to be predicted."""
 
     item: Item
@@ -67,7 +67,7 @@ class Tuple:
 
 def tuples(
     settings: Validation, items: Sequence[Item], num_train_timesteps: int, split: str
-) -> list[Tuple]:
+) -> list[LossTuple]:
     """All (image, arm, timestep, noise) tuples, or an even choice of `max_tuples` of them.
 
     Every arm gets the same images, timesteps and noises, so that arms compare. Of the crossing, a
@@ -83,7 +83,7 @@ def tuples(
         keep = max(1, settings.max_tuples // len(arms))
         cells = _even_choice(settings, num_images, timesteps, keep, split)
     return [
-        Tuple(item=of_arm[image], image=image, timestep=timestep, noise=noise)
+        LossTuple(item=of_arm[image], image=image, timestep=timestep, noise=noise)
         for of_arm in by_arm
         for noise, image, timestep in cells
     ]
@@ -167,7 +167,7 @@ class _Validator:
         image = torch.tensor([t.image for t in self.holdout])
         return torch.zeros(int(image.max()) + 1).index_add(0, image, losses)
 
-    def _losses(self, pack: Pack | None, chosen: Sequence[Tuple]) -> Tensor:
+    def _losses(self, pack: Pack | None, chosen: Sequence[LossTuple]) -> Tensor:
         """Losses (K, N) of each checkpoint, or of the bare base, on the tuples."""
         import torch
 
@@ -196,7 +196,9 @@ class _Validator:
             embeds.update({caption: by_run[:, number] for number, caption in enumerate(part)})
         return embeds
 
-    def _batch(self, num_runs: int, batch: Sequence[Tuple], embeds: dict[str, Tensor]) -> Tensor:
+    def _batch(
+        self, num_runs: int, batch: Sequence[LossTuple], embeds: dict[str, Tensor]
+    ) -> Tensor:
         import torch
 
         latents = torch.stack([t.item.latents for t in batch]).repeat(num_runs, 1, 1, 1)
@@ -208,7 +210,7 @@ class _Validator:
         losses = squared_errors(self.base, latents, noise, timesteps, context)
         return losses.view(num_runs, -1).cpu()
 
-    def _noise(self, t: Tuple) -> Tensor:
+    def _noise(self, t: LossTuple) -> Tensor:
         import torch
 
         draw = rng.generator(self.settings.seed, "validation", t.image, t.timestep, t.noise)

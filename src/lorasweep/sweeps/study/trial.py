@@ -25,7 +25,7 @@ from lorasweep.sweeps.study.trial_attributes import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Candidate:
+class BestCheckpoint:
     """The best checkpoint of a trial so far."""
 
     epoch: int
@@ -50,7 +50,7 @@ class Trial:
         self._by_first = by_first
         self.number = trial.number
         best = trial.user_attrs.get(BEST)
-        self.best = Candidate(**best) if best else None
+        self.best = BestCheckpoint(**best) if best else None
         self.epochs = int(trial.user_attrs.get(EPOCHS, 0))
         self._furthest = self.epochs  # before a break
 
@@ -138,26 +138,26 @@ class Trial:
         path: Path,
         scores: Mapping[str, float],
         terms: Mapping[str, Sequence[float]],
-    ) -> Candidate | None:
+    ) -> BestCheckpoint | None:
         names = [*self._settings.objectives, *self._settings.constraints]
         if not all(math.isfinite(scores[name]) for name in names):
             return None
         kept = {name: value for name, value in scores.items() if math.isfinite(value)}
         of_first = list(terms.get(self._settings.objectives[0], ()))
-        return Candidate(epoch=epoch, path=str(path), scores=kept, terms=of_first)
+        return BestCheckpoint(epoch=epoch, path=str(path), scores=kept, terms=of_first)
 
-    def _replaces_best(self, new: Candidate) -> bool:
+    def _replaces_best(self, new: BestCheckpoint) -> bool:
         best = self.best
         return best is None or best.epoch == new.epoch or self._rank(new) < self._rank(best)
 
-    def _rank(self, candidate: Candidate) -> tuple[float, float]:
+    def _rank(self, candidate: BestCheckpoint) -> tuple[float, float]:
         """Smaller is better: first by broken constraints, then by the first objective."""
         over = excess(candidate.scores, self._settings.constraints)
         broken = sum(max(0.0, by) for by in over.values())
         sign = self._settings.signs[0]
         return broken, sign * candidate.scores[self._settings.objectives[0]]
 
-    def _note(self, epoch: int, best: Candidate) -> None:
+    def _note(self, epoch: int, best: BestCheckpoint) -> None:
         """The best so far, as pruners and the dashboard see the run."""
         value = best.scores[self._settings.objectives[0]]
         if self._settings.pareto:

@@ -12,7 +12,8 @@ from lorasweep.adapters.pack import Pack
 from lorasweep.core import rng
 from lorasweep.models.base_model import BaseModel
 from lorasweep.models.diffusion_loss import squared_errors
-from lorasweep.training.training_batches import Batch, caption_of, captions_vary
+from lorasweep.training.training_batches import Batch
+from lorasweep.training.training_captions import caption_of, captions_vary
 from lorasweep.training.training_run import TrainingData
 from lorasweep.training.training_state import TrainingState
 

@@ -1,4 +1,4 @@
-"""`lorasweep reproduce`, top to bottom, and all that it prints."""
+"""A logged run made again, top to bottom, and all that `lorasweep reproduce` prints."""
 
 from __future__ import annotations
 
