@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from lorasweep.lora_files.checkpoint import Checkpoint
-from lorasweep.tracking import NewRun, RunLog, Tracking
+from lorasweep.tracking import NewRun, Tracking
+from lorasweep.tracking.store import quoted
+from lorasweep.tracking.tracker import RunLog
 
 SETTINGS = Tracking(
     uri=None,
@@ -32,7 +35,6 @@ def new_run(output_root: Path, name: str = "a", sweep: str | None = "grid") -> N
         params={"adapter.rank": 4, "seed": 1},
         config_yaml="adapter:\n  rank: 4\n",
         overrides=["adapter.rank=4"],
-        manifest={"images": ["a.png"]},
         image_dir=output_root / "icons",
         dataset_digest="ab" * 32,
     )
@@ -42,7 +44,7 @@ def log_epochs(log: RunLog, folder: Path, first: int = 0, last: int = EPOCHS) ->
     """The bare base (0) and epochs, each with its steps, scores, a picture and a file."""
     for epoch in range(first, last + 1):
         scores = {"val/loss_rel": 1 / (epoch + 1), "val/odd": float("nan")}
-        pictures = {"0 a rocket": Image.new("RGB", (8, 8), (epoch, 0, 0))}
+        pictures = {"0 a rocket": picture(folder / "samples" / f"{epoch}.png", (epoch, 0, 0))}
         if epoch == 0:
             log.log_base(scores, pictures)
             continue
@@ -55,8 +57,28 @@ def log_epochs(log: RunLog, folder: Path, first: int = 0, last: int = EPOCHS) ->
         log.log_epoch(checkpoint, scores, pictures, {"val/loss_rel": [0.5, 0.25 * epoch]})
 
 
+def picture(path: Path, color: tuple[int, int, int]) -> Path:
+    path.parent.mkdir(exist_ok=True, parents=True)
+    Image.new("RGB", (8, 8), color).save(path)
+    return path
+
+
+def run_id(output_root: Path, name: str = "a", uri: str | None = None) -> str:
+    """MLflow's id of a run, once it is begun there."""
+    client = MlflowClient(uri or SETTINGS.resolve(output_root))
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        experiment = client.get_experiment_by_name("e")
+        where = f"tags.`lorasweep.run` = {quoted(name)}"
+        found = client.search_runs([experiment.experiment_id], where) if experiment else []
+        if found and client.list_artifacts(found[0].info.run_id):
+            return str(found[0].info.run_id)
+        time.sleep(0.05)
+    raise AssertionError(f"MLflow never had {name}")
+
+
 def finish(log: RunLog) -> None:
-    log.log_image(Image.new("RGB", (9, 9)), "sheets/contact_sheet.png")
+    log.log_file(picture(log.output_dir / "contact_sheet.png", (0, 0, 0)), "sheets")
     log.tag("kept", "yes")
     log.finish("FINISHED")
 

@@ -13,8 +13,9 @@ import lorasweep
 from bad_files import BASE, base, both, without
 from lorasweep.config.compose import compose
 from lorasweep.core.settings import build
+from lorasweep.core.text import markdown
 from lorasweep.runs.picked_readme import readme
-from lorasweep.tracking import Candidate, operations, server
+from lorasweep.tracking import Candidate, ui_server
 
 SOURCES = sorted(Path(lorasweep.__file__).parent.rglob("*.py"))
 PICKLE = b"\x80\x04cposix\nsystem\n(S'touch PWNED'\ntR."
@@ -84,8 +85,8 @@ def test_with_hf_hub_offline_nothing_on_the_network_is_asked(tmp_path):
 
 def test_mlflows_pages_are_served_to_this_machine_only(monkeypatch, tmp_path):
     started = []
-    monkeypatch.setattr(server.os, "execve", lambda *arguments: started.append(arguments))
-    server._become_server("sqlite:///x.db", tmp_path, 5001)
+    monkeypatch.setattr(ui_server.os, "execve", lambda *arguments: started.append(arguments))
+    ui_server._become_server("sqlite:///x.db", tmp_path, 5001)
     ((_, command, environment),) = started
     assert command[command.index("--host") + 1] == "127.0.0.1"
     assert "x.db" not in " ".join(command)  # a URI may hold a password
@@ -111,7 +112,7 @@ def test_no_source_binds_to_other_machines(path):
 
 
 def test_what_mlflow_shows_as_markdown_holds_no_html_and_no_links():
-    note = operations._note("<img src=x onerror=alert(1)>.png [a](javascript:b) `c`")
+    note = markdown("<img src=x onerror=alert(1)>.png [a](javascript:b) `c`")
     for mark in "<>[]`":
         assert note.count(mark) == note.count(f"\\{mark}")
 

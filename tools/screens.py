@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep import tracking
+from lorasweep.tracking import web_page
+from lorasweep.tracking.store import sqlite_path
 
 PORT = 5057
 SIZE = {"width": 1600, "height": 2000, "deviceScaleFactor": 1, "mobile": False}
@@ -57,22 +59,22 @@ def main() -> None:
 def pages(uri: str, experiment: str) -> dict[str, str]:
     """Addresses of the pages worth seeing."""
     last = tracking.candidates(uri, experiment)[-1]
-    curves = tracking.experiment_page(uri, experiment, PORT)
+    curves = web_page.experiment_page(uri, experiment, PORT)
     run = f"http://127.0.0.1:{PORT}/#/experiments/{last.experiment_id}/runs/{last.run_id}"
     return {
         "curves": curves,
         "runs": curves.replace("&compareRunsMode=CHART", ""),
         "run": f"{run}?workflowType=machine_learning",
-        "model": tracking.page(uri, last, PORT),
+        "model": web_page.page(uri, last, PORT),
     }
 
 
 @contextmanager
 def server(uri: str, experiment: str) -> Iterator[None]:
     """MLflow's pages, until the block is left."""
-    database = tracking.sqlite_path(uri)
+    database = sqlite_path(uri)
     assert database is not None, f"{uri} is not a sqlite:/// store"
-    call = "import sys; from pathlib import Path; from lorasweep.tracking import serve; "
+    call = "import sys; from pathlib import Path; from lorasweep.tracking.ui_server import serve; "
     call += "serve(sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]))"
     artifacts = database.parent / "mlartifacts"
     command = [sys.executable, "-c", call, uri, experiment, str(artifacts), str(PORT)]

@@ -81,7 +81,6 @@ def new_run(name: str, sweep: str | None, root: Path) -> NewRun:
         params={},
         config_yaml=CONFIG,
         overrides=[],
-        manifest={},
         image_dir=root / "images",
         dataset_digest="0" * 64,
     )

@@ -26,8 +26,9 @@ from lorasweep.core.settings import SettingsError
 from lorasweep.lora_files import checkpoint
 from lorasweep.runs import run_folder
 from lorasweep.runs.session import EpochReport, Failure, Finished, Session, run_pack
-from lorasweep.tracking import candidates, create_store
-from lorasweep.tracking.spool import Spool
+from lorasweep.tracking import candidates, records
+from lorasweep.tracking.store import create_store
+from lorasweep.tracking.sync import unsent
 from lorasweep.training import saved_states
 from lorasweep.training.native_trainer import NativeTraining
 from lorasweep.training.training_run import Stopped
@@ -108,7 +109,7 @@ def train(runs, base):
 def outcome(folder, runs):
     """All that is left in the end: files, weights, scores, and what MLflow knows."""
     paths = [path for run in runs for path in run.output_dir.rglob("*") if path.is_file()]
-    assert not [path for path in paths if path.match(".tracking/*.json")]  # all is sent
+    assert unsent(folder) == []
     files = sorted(str(p.relative_to(folder)) for p in paths if p.parent.name != ".tracking")
     weights = {
         path.name: checkpoint.data_hash(path)
@@ -319,9 +320,9 @@ def test_two_processes_do_not_train_in_one_folder(make_run, monkeypatch):
 
 
 def test_a_run_whose_log_another_worker_still_sends_may_be_tried_again(make_run, monkeypatch):
-    monkeypatch.setattr(Spool.acquire, "__defaults__", (0,))
+    monkeypatch.setattr(records, "LOCK_SECONDS", 0)
     run = make_run("trainer.max_train_epochs=1")
-    held = Spool(run.output_dir.resolve())
+    held = records.RunRecords(run.output_dir.resolve())
     held.acquire()
     (failure,) = run_pack([run])
     assert "in use by another process that logs or sends this run" in failure.reason

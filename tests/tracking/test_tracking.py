@@ -19,9 +19,18 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from PIL import Image
 
+from logged import run_id
 from lorasweep import tracking
 from lorasweep.lora_files.checkpoint import Checkpoint
-from lorasweep.tracking import NewRun, Tracker, Tracking, TrackingError
+from lorasweep.tracking import (
+    NewRun,
+    Tracker,
+    Tracking,
+    TrackingError,
+    read_candidates,
+    ui_server,
+    web_page,
+)
 
 SETTINGS = Tracking(
     uri=None,
@@ -36,7 +45,7 @@ SCORES = {"val/loss_rel": 0.8, "val/prior_drift": 0.1}
 ONE_OF_FOUR = """
 import sys
 from pathlib import Path
-from tests.test_tracking import SETTINGS, log_small_run
+from tracking.test_tracking import SETTINGS, log_small_run
 from lorasweep.tracking import Tracker
 with Tracker(SETTINGS, Path(sys.argv[1])) as tracker:
     log_small_run(tracker, Path(sys.argv[1]), sys.argv[2])
@@ -51,7 +60,6 @@ def new_run(root: Path, name: str, sweep: str | None = "grid") -> NewRun:
         params={"adapter.rank": 4},
         config_yaml="adapter:\n  rank: 4\n",
         overrides=["adapter.rank=4", "name='a b'"],
-        manifest={"images": ["a.png"]},
         image_dir=root / "icons",
         dataset_digest="ab" * 32,
     )
@@ -64,22 +72,28 @@ def checkpoint(root: Path, run: str, epoch: int) -> Checkpoint:
     return Checkpoint(path=path, run=run, epoch=epoch, step=epoch * 2)
 
 
-def log_small_run(tracker: Tracker, root: Path, name: str) -> str:
-    """Base and two epochs of two steps each, with two pictures; returns the run's id."""
+def saved(images: Sequence[Image.Image], folder: Path) -> list[Path]:
+    paths = [folder / f"{number}.png" for number in range(len(images))]
+    for path, image in zip(paths, images, strict=True):
+        image.save(path)
+    return paths
+
+
+def log_small_run(tracker: Tracker, root: Path, name: str) -> None:
+    """Base and two epochs of two steps each, with two pictures."""
     log = tracker.open_run(new_run(root, name))
-    pictures = {
-        "0 a rocket, red": Image.new("RGB", (64, 64), "red"),
-        "1 a/b": Image.new("L", (8, 8)),
-    }
+    drawn = [Image.new("RGB", (64, 64), "red"), Image.new("L", (8, 8))]
+    pictures = dict(zip(("0 a rocket, red", "1 a/b"), saved(drawn, log.output_dir), strict=True))
     log.log_base(SCORES, pictures)
     for epoch in (1, 2):
         for step in (epoch * 2 - 1, epoch * 2):
             log.log_step(step, {"train/loss": 1 / step, "train/lr_unet": 1e-4})
         scores = {**SCORES, "val/loss_rel": 0.8 / epoch}
         log.log_epoch(checkpoint(root, name, epoch), scores, pictures)
-    log.log_image(Image.new("RGB", (9, 9)), "contact_sheet.png")
+    sheet = log.output_dir / "contact_sheet.png"
+    Image.new("RGB", (9, 9)).save(sheet)
+    log.log_file(sheet)
     log.finish("FINISHED")
-    return log.run_id
 
 
 @dataclass(frozen=True)
@@ -105,9 +119,9 @@ class Store:
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     root = tmp_path_factory.mktemp("tracking")
     with Tracker(SETTINGS, root) as tracker:
-        run_id = log_small_run(tracker, root, "small")
+        log_small_run(tracker, root, "small")
     uri = SETTINGS.resolve(root)
-    return Store(root, uri, MlflowClient(uri), run_id)
+    return Store(root, uri, MlflowClient(uri), run_id(root, "small"))
 
 
 def test_a_run_carries_its_settings_tags_and_data_set(store: Store) -> None:
@@ -116,12 +130,10 @@ def test_a_run_carries_its_settings_tags_and_data_set(store: Store) -> None:
     assert run.info.status == "FINISHED"
     assert run.data.params == {"adapter.rank": "4"}
     assert (run.data.tags["lorasweep.sweep"], run.data.tags["lorasweep.run"]) == ("grid", "small")
-    assert run.data.tags["version.torch"].startswith("2.")
     assert (dataset.name, dataset.digest) == ("icons", "ab" * 8)
     assert json.loads(dataset.source) == {"uri": str(store.root / "icons")}
     assert store.text("config.yaml") == "adapter:\n  rank: 4\n"
     assert json.loads(store.text("overrides.yaml")) == ["adapter.rank=4", "name='a b'"]
-    assert json.loads(store.text("manifest.json")) == {"images": ["a.png"]}
     assert "contact_sheet.png" in store.artifacts()
 
 
@@ -207,7 +219,7 @@ def test_settings_that_mlflow_would_refuse_are_made_to_fit(store: Store) -> None
         new = replace(new_run(store.root, "odd 'name'", None), params=params)
         log = tracker.open_run(new)
         log.finish("FINISHED")
-    logged = store.client.get_run(log.run_id).data.params
+    logged = store.client.get_run(run_id(store.root, log.output_dir.name)).data.params
     assert logged["a_0__b"] == "1"
     assert len(logged["long"]) == 6000
     assert logged["long"].endswith("…")
@@ -219,7 +231,7 @@ def test_sweeps_are_listed_once_newest_first_and_single_runs_by_their_name(store
     with Tracker(SETTINGS, store.root) as tracker:
         for name, sweep in (("x1", "x"), ("x2", "x"), ("single", None)):
             tracker.open_run(new_run(store.root, name, sweep)).finish("FINISHED")
-    names = tracking.sweeps(store.uri, "e")
+    names = read_candidates.sweeps(store.uri, "e")
     assert names[:2] == ["single", "x"]
     assert names[-1] == "grid"
     assert len(names) == len(set(names))
@@ -249,17 +261,18 @@ def test_what_mlflow_refuses_is_said_and_kept_and_the_rest_goes_on(
         log.log_file(store.root / "missing.txt")
         log.tag("after", "it")
         log.finish("FINISHED")
-    run = store.client.get_run(log.run_id)
-    kept = list((store.root / "unlucky" / ".tracking").glob("*.refused"))
+    run = store.client.get_run(run_id(store.root, log.output_dir.name))
+    ledger = store.root / "unlucky" / ".tracking" / "published.json"
+    (refused,) = json.loads(ledger.read_text())["refused"].values()
     assert (run.info.status, run.data.tags["after"]) == ("FINISHED", "it")
-    assert [path.name for path in kept] == ["000002.refused"]
-    assert "missing.txt is gone" in caplog.text
-    assert str(kept[0]) in caplog.text
+    assert "missing.txt is gone" in refused
+    assert refused in caplog.text
+    assert str(ledger) in caplog.text
 
 
 def test_four_processes_may_open_a_fresh_store_at_once(tmp_path: Path) -> None:
     command = [sys.executable, "-c", ONE_OF_FOUR, str(tmp_path)]
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[1]
     started = [
         subprocess.Popen([*command, f"run{number}"], cwd=root, stderr=subprocess.PIPE, text=True)
         for number in range(4)
@@ -300,19 +313,19 @@ def test_a_server_that_is_down_is_one_line_without_the_password(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     settings = replace(SETTINGS, uri="http://me:secret@127.0.0.1:1")
     with pytest.raises(TrackingError, match=r"tracking\.uri=http") as error:
-        Tracker(settings, tmp_path).ready()
+        Tracker(settings, tmp_path).ready(tmp_path / "a", None)
     assert "secret" not in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_reading_where_nothing_was_tracked_says_so_and_makes_no_file(tmp_path: Path) -> None:
     with pytest.raises(TrackingError, match="train first"):
-        tracking.sweeps(SETTINGS.resolve(tmp_path), "e")
+        read_candidates.sweeps(SETTINGS.resolve(tmp_path), "e")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_opened_page_shows_scores_first_then_all_prompts_in_one_table(store: Store) -> None:
-    address = tracking.experiment_page(store.uri, "e")
+    address = web_page.experiment_page(store.uri, "e")
     (tag,) = store.client.get_experiment("1").tags.items()
     view = json.loads(zlib.decompress(base64.b64decode(tag[1].removeprefix("deflate;"))))
     charts = view["compareRunCharts"]
@@ -329,7 +342,7 @@ def test_a_port_in_use_is_refused_in_one_line(tmp_path: Path) -> None:
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(TrackingError, match=f"port {port} is in use") as error:
-            tracking.serve(SETTINGS.resolve(tmp_path), "e", tmp_path, port)
+            ui_server.serve(SETTINGS.resolve(tmp_path), "e", tmp_path, port)
     assert "\n" not in str(error.value)
 
 

@@ -21,7 +21,7 @@ class ContinueBrokenOff(Callback):
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Choose the folder of a single run."""
         from lorasweep.config.settings_digest import run_digest
-        from lorasweep.runs.run_folder import find_run
+        from lorasweep.runs.resume import find_run
 
         if (parent := _parent(config, "hydra.run.dir")) is not None:
             _go_on_in(config, "hydra.run.dir", find_run(parent, run_digest(config)))
@@ -29,7 +29,7 @@ class ContinueBrokenOff(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Choose the folder of a multirun."""
         from lorasweep.config.settings_digest import sweep_digest
-        from lorasweep.runs.run_folder import find_sweep
+        from lorasweep.runs.resume import find_sweep
 
         if (parent := _parent(config, "hydra.sweep.dir")) is not None:
             _go_on_in(config, "hydra.sweep.dir", find_sweep(parent, sweep_digest(config)))

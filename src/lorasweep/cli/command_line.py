@@ -90,9 +90,9 @@ def tracking_settings(arguments: argparse.Namespace) -> tuple[Any, Any, Path]:
 
 def say_unsent(output_root: Path) -> None:
     """Tell of runs that MLflow doesn't have whole; what is shown lacks them."""
-    from lorasweep import tracking
+    from lorasweep.tracking.sync import unsent
 
-    if folders := tracking.unsent(output_root):
+    if folders := unsent(output_root):
         number = f"{len(folders)} run{'s' if len(folders) > 1 else ''}"
         say_lines([f"MLflow does not have everything of {number}: send it by `lorasweep sync`."])
 

@@ -20,10 +20,10 @@ def add_parser(commands: Commands) -> None:
 
 def _resume(arguments: argparse.Namespace) -> int:
     from lorasweep.config.compose import begun_by
-    from lorasweep.runs import run_folder
+    from lorasweep.runs import resume
 
     _, _, output_root = tracking_settings(arguments)
-    command = begun_by(run_folder.find(arguments.word, output_root))
+    command = begun_by(resume.find(arguments.word, output_root))
     os.chdir(command.cwd)
     say_lines([f"lorasweep train {shlex.join(command.argv)}"])
     train_by_hydra(command.argv)

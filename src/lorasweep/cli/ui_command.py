@@ -34,7 +34,7 @@ def _port(text: str) -> int:
 
 
 def _ui(arguments: argparse.Namespace) -> int:
-    from lorasweep import tracking
+    from lorasweep.tracking import ui_server
 
     if arguments.optuna and "=" in arguments.optuna and not is_there(arguments.optuna):
         arguments.overrides.append(arguments.optuna)  # a setting, which argparse took for the sweep
@@ -47,4 +47,4 @@ def _ui(arguments: argparse.Namespace) -> int:
         return study_storage.show(arguments.optuna or None, where, output_root, arguments.port)
     uri, artifacts = settings.resolve(output_root), settings.artifacts(output_root)
     say_unsent(output_root)
-    return tracking.serve(uri, settings.experiment, artifacts, arguments.port)
+    return ui_server.serve(uri, settings.experiment, artifacts, arguments.port)

@@ -1,7 +1,8 @@
-"""Text from files and names of any origin, made safe to print on a terminal."""
+"""Text from files and names of any origin, made safe to print on a terminal or in Markdown."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 MAX_LISTED = 20  # names in one message: enough to act on, and it still fits a screen
@@ -16,6 +17,11 @@ def shown(text: str, limit: int = 120) -> str:
     """One line of text, without control characters and cut at `limit` characters."""
     clean = "".join(letter if letter.isprintable() else "?" for letter in text[: limit + 1])
     return clean if len(clean) <= limit else f"{clean[:limit]}…"
+
+
+def markdown(text: str) -> str:
+    """Text as Markdown that shows it as it is: names of files may be HTML or links."""
+    return re.sub(r"[\\`*_\[\]<>#|!&]", lambda found: f"\\{found[0]}", text)
 
 
 def listed(names: Iterable[str]) -> str:

@@ -17,6 +17,7 @@ from lorasweep.core.settings import SettingsError, build
 from lorasweep.core.text import shown
 from lorasweep.judging.pick_rule import rank, with_finite_score
 from lorasweep.lora_files import checkpoint
+from lorasweep.tracking.store import sqlite_path
 
 if TYPE_CHECKING:
     from lorasweep.models.load_model import Model
@@ -140,7 +141,7 @@ def _by_hash(wanted: str | None, cfg: Any) -> tuple[Model, str] | None:
     """The base of the run whose checkpoint has this hash; a store that isn't there has none."""
     settings: Tracking = build(cfg.tracking, "tracking")
     uri = settings.resolve(Path(cfg.output_root).absolute())
-    store = tracking.sqlite_path(uri)
+    store = sqlite_path(uri)
     if not wanted or (store is not None and not store.is_file()):
         return None
     for one in tracking.candidates(uri, settings.experiment):

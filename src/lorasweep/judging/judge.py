@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorasweep.adapters.pack import Pack
+from lorasweep.core.atomic_write import write_atomically
 from lorasweep.core.clock import Clock
 from lorasweep.judging import contact_sheet
 from lorasweep.judging.metrics.metric import Images, Metric, Scored, Scores
@@ -22,8 +24,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Samples = Mapping[str, "Image.Image"]
-"""Pictures by the key that MLflow shows them under."""
+Pictures = Mapping[str, Path]
+"""PNG files by the key that MLflow shows them under."""
 
 
 class Judge:
@@ -45,7 +47,7 @@ class Judge:
         self.scorers = [scorer for scorer in prepared if scorer is not None]
         self._drawn_by_base: list[Image.Image] | None = None
 
-    def base_model(self, output_dir: Path, run: str) -> tuple[Scores, Samples]:
+    def base_model(self, output_dir: Path, run: str) -> tuple[Scores, Pictures]:
         """The bare base's own scores and pictures: epoch 0 of a run."""
         scores = {name: value for s in self.scorers for name, value in s.baseline().items()}
         if self.sampling.every_n_epochs == 0:
@@ -55,7 +57,7 @@ class Judge:
                 (self._drawn_by_base,) = render(self.base, None, self.prompts, self.sampling)
         return scores, self._saved(output_dir, run, 0, self._drawn_by_base)
 
-    def checkpoints(self, checkpoints: Sequence[Checkpoint]) -> list[tuple[Scored, Samples]]:
+    def checkpoints(self, checkpoints: Sequence[Checkpoint]) -> list[tuple[Scored, Pictures]]:
         """Scores and pictures of each checkpoint; out of memory, of one half after the other."""
         try:
             return self._at_once(checkpoints)
@@ -86,14 +88,14 @@ class Judge:
         contact_sheet.contact_sheet(rows, [prompt.text for prompt in self.prompts]).save(path)
         return path
 
-    def _at_once(self, checkpoints: Sequence[Checkpoint]) -> list[tuple[Scored, Samples]]:
+    def _at_once(self, checkpoints: Sequence[Checkpoint]) -> list[tuple[Scored, Pictures]]:
         with self.clock("score"):
             pack = load_pack(self.base, [one.path for one in checkpoints])
             by_scorer = [scorer.score(pack) for scorer in self.scorers]
         merged = [_merged([of_all[n] for of_all in by_scorer]) for n in range(len(checkpoints))]
         return list(zip(merged, self._draw(pack, checkpoints), strict=True))
 
-    def _draw(self, pack: Pack, checkpoints: Sequence[Checkpoint]) -> list[Samples]:
+    def _draw(self, pack: Pack, checkpoints: Sequence[Checkpoint]) -> list[Pictures]:
         due = [self.sampling.due(one.epoch) for one in checkpoints]
         if not any(due):
             return [{} for _ in checkpoints]
@@ -106,12 +108,15 @@ class Judge:
 
     def _saved(
         self, output_dir: Path, run: str, epoch: int, images: Sequence[Image.Image]
-    ) -> Samples:
-        (output_dir / "samples").mkdir(parents=True, exist_ok=True)
-        for number, image in enumerate(images):
-            image.save(_sample_path(output_dir, run, epoch, number))
-        keys = [f"{number:02d} {prompt.text}" for number, prompt in enumerate(self.prompts)]
-        return dict(zip(keys, images, strict=True))
+    ) -> Pictures:
+        """Write an epoch's pictures, each whole; a log that names them can rely on them."""
+        pictures = {}
+        for number, (prompt, image) in enumerate(zip(self.prompts, images, strict=True)):
+            content, path = BytesIO(), _sample_path(output_dir, run, epoch, number)
+            image.save(content, "PNG")
+            write_atomically(path, content.getvalue())
+            pictures[f"{number:02d} {prompt.text}"] = path
+        return pictures
 
 
 def load_pack(base: BaseModel, files: Sequence[Path]) -> Pack:

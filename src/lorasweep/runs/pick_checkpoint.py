@@ -14,6 +14,7 @@ from lorasweep.judging.contact_sheet import FILE_NAME as CONTACT_SHEET
 from lorasweep.judging.pick_rule import rank, with_finite_score
 from lorasweep.runs.picked_readme import ChosenBy, readme, value_at
 from lorasweep.tracking import Candidate, Tracking
+from lorasweep.tracking.read_candidates import sweeps
 
 
 class PickError(ValueError):
@@ -79,7 +80,7 @@ def pick(
 
 
 def _find(uri: str, experiment: str, sweep: str | None) -> list[Candidate]:
-    names = tracking.sweeps(uri, experiment)
+    names = sweeps(uri, experiment)
     if not names:
         raise PickError(f"experiment {experiment} holds no runs yet: train first")
     if sweep is not None and sweep not in names:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lorasweep import tracking
 from lorasweep.judging.contact_sheet import FILE_NAME as CONTACT_SHEET
 from lorasweep.judging.pick_rule import DRIFT, ties
 from lorasweep.runs.pick_checkpoint import Pick
 from lorasweep.tracking import Candidate
+from lorasweep.tracking.web_page import page
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -66,7 +66,7 @@ def _cells(result: Pick, number: int, candidate: Candidate) -> list[str]:
     interval = f" [{_short(scores.get(f'{by}_lo'))}, {_short(scores.get(f'{by}_hi'))}]"
     return [
         f"≈ {number}" if ties(candidate, smallest, by) else str(number),
-        _link(candidate.run, tracking.page(result.uri, candidate)),
+        _link(candidate.run, page(result.uri, candidate)),
         _link(str(candidate.epoch), candidate.path.as_uri()),
         _short(scores[by]) + _escaped(interval if f"{by}_hi" in scores else ""),
         _short(scores.get("val/gap")),

@@ -7,7 +7,7 @@ import re
 import shlex
 from typing import Any, Literal
 
-from lorasweep.core.text import harmless
+from lorasweep.core.text import harmless, markdown
 from lorasweep.tracking import Candidate
 
 ChosenBy = Literal["rule", "person"]
@@ -70,10 +70,10 @@ def readme(winner: Candidate, config_yaml: str, by: str, chosen_by: ChosenBy) ->
         sweep=winner.sweep,
         chosen="a person" if chosen_by == "person" else f"rule ({by}; of equals, the lowest drift)",
         score=f"{by} = {winner.scores[by]:.4f}.\n" if by in winner.scores else "",
-        base=_text(base),
+        base=markdown(base),
         base_python=json.dumps(base, ensure_ascii=False),
         base_shell=shlex.quote(base),
-        prompts="\n".join(f"- {_text(prompt)}" for prompt in prompts),
+        prompts="\n".join(f"- {markdown(prompt)}" for prompt in prompts),
         prompt_python=json.dumps(prompts[0], ensure_ascii=False),
         prompt_shell=shlex.quote(prompts[0]),
         prompt_plain=prompts[0],
@@ -101,11 +101,6 @@ def _bare(prompt_line: str) -> str:
 def _one_line(text: object) -> str:
     """Without line ends and control characters, which would end a line of the README's code."""
     return " ".join(harmless(str(text)).split())
-
-
-def _text(text: str) -> str:
-    """For Markdown: no HTML, no links, no code."""
-    return re.sub(r"[\\`*_\[\]<>#|!&]", lambda found: f"\\{found[0]}", text)
 
 
 def value_at(node: Any, *keys: str) -> Any:

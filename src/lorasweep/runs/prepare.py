@@ -11,11 +11,14 @@ from pathlib import Path
 from filelock import FileLock
 
 from lorasweep.config.run import Run
+from lorasweep.core.atomic_write import write_atomically
 from lorasweep.data import dataset, kohya_folders, latents
 from lorasweep.data.captions import caption_images
 from lorasweep.judging.metrics.metric import Images
 from lorasweep.models.base_model import BaseModel
-from lorasweep.tracking import TRIAL_TAG, NewRun
+from lorasweep.runs import provenance
+from lorasweep.tracking import NewRun
+from lorasweep.tracking.store import TRIAL_TAG
 
 
 def check_inputs(runs: Iterable[Run]) -> None:
@@ -80,11 +83,13 @@ def captions_used(run: Run, data: Path) -> str:
 
 
 def new_run(run: Run, data: Path, texts: str) -> NewRun:
-    """What MLflow gets of a run when it begins. Also writes captions.json into the run's folder."""
-    manifest = data / "manifest.json"
-    used = run.output_dir / "captions.json"
-    used.parent.mkdir(parents=True, exist_ok=True)
-    used.write_text(texts)
+    """What MLflow gets of a run when it begins.
+
+    Also writes captions.json and the data set's manifest.json into the run's folder.
+    """
+    manifest = (data / "manifest.json").read_bytes()
+    write_atomically(run.output_dir / "manifest.json", manifest)
+    write_atomically(run.output_dir / "captions.json", texts.encode())
     return NewRun(
         name=run.name,
         sweep=run.sweep,
@@ -92,10 +97,10 @@ def new_run(run: Run, data: Path, texts: str) -> NewRun:
         params=run.params,
         config_yaml=run.config_yaml,
         overrides=run.overrides,
-        manifest=manifest,
         image_dir=run.dataset.image_dir,
-        dataset_digest=hashlib.sha256(manifest.read_bytes() + texts.encode()).hexdigest(),
+        dataset_digest=hashlib.sha256(manifest + texts.encode()).hexdigest(),
         tags={
+            **provenance.source_tags(),
             "lorasweep.output_dir": str(run.output_dir),
             "lorasweep.folders": str(data),
             **({} if run.number is None else {TRIAL_TAG: str(run.number)}),

@@ -28,7 +28,7 @@ from lorasweep.core.settings import SettingsError
 from lorasweep.data import dataset
 from lorasweep.models.base_model import PRECISIONS, Precision, torch_dtype
 from lorasweep.models.devices import choose_devices, resolve_device
-from lorasweep.tracking import public_uri, sqlite_path
+from lorasweep.tracking.store import public_uri, sqlite_path
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

@@ -40,6 +40,8 @@ LIBRARIES = (
     "prodigyopt",
     "lycoris-lora",
 )
+TAGGED = ("lorasweep", "torch", "diffusers", "transformers", "safetensors", "mlflow")
+"""Of these, those whose versions are tags of a run."""
 MAX_DIFF = 1_000_000
 """Bytes of uncommitted changes that are kept."""
 _PARTS = ("unet", "text_encoder", "vae", "tokenizer", "scheduler")
@@ -76,6 +78,17 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def source_tags() -> dict[str, str]:
+    """Tags of versions and git commit, the latter under MLflow's own names."""
+    known = versions()
+    tags = {f"version.{name}": known[name] for name in ("python", *TAGGED) if name in known}
+    for one in sources():
+        if one["what"] == "lorasweep":
+            tags["mlflow.source.git.commit"] = one["commit"]
+            tags["mlflow.source.git.dirty"] = str(one["dirty"]).lower()
+    return tags
 
 
 def device_of(device: str) -> dict[str, Any]:

@@ -19,16 +19,18 @@ from lorasweep.core.atomic_write import delete_temporaries, write_atomically
 from lorasweep.core.interrupts import Interrupts
 from lorasweep.core.settings import SettingsError
 from lorasweep.lora_files.checkpoint import checkpoint_path
+from lorasweep.tracking.records import forget_run, read_epoch
 from lorasweep.training import saved_states
 
 if TYPE_CHECKING:
     from lorasweep.config.run import Run
-    from lorasweep.judging.metrics.metric import Scored, Scores, Terms
+    from lorasweep.judging.metrics.metric import Scores, Terms
 
 Status = Literal["unfinished", "finished", "failed", "dropped"]
 
 RECORD, SWEEP_RECORD = "run.json", "sweep.json"
 LOCK, LOCK_SECONDS = ".lock", 5.0
+OLD_SCORES = "scores"  # where an older version kept what checkpoints scored
 MULTIRUN = "multirun.yaml"  # Hydra's, in a multirun's folder
 
 
@@ -71,10 +73,11 @@ class RunFolder:
             return
         if not self.goes_on:
             saved_states.delete(self.path)
-            for path in (self.path / "scores").glob("*.json"):
+            forget_run(self.path)
+            for path in (self.path / OLD_SCORES).glob("*.json"):
                 path.unlink()
             self._write("unfinished")
-        for folder in (self.path, saved_states.folder_of(self.path), self.path / "scores"):
+        for folder in (self.path, saved_states.folder_of(self.path), self.path / "samples"):
             delete_temporaries(folder)
 
     def _found(self) -> tuple[bool, Status | None]:
@@ -106,15 +109,6 @@ class RunFolder:
     def release(self) -> None:
         """Let others have the folder."""
         self._lock.release()
-
-    def keep_scores(self, epoch: int, scored: Scored) -> tuple[Scores, Terms]:
-        """Keep what a checkpoint scored, unless that was done before; what is kept."""
-        if (known := self.scores(epoch)) is not None:
-            return known
-        terms = {name: list(values) for name, values in scored.terms.items()}
-        content = {"scores": dict(scored.scores), "terms": terms}
-        write_atomically(_scores_of(self.path, epoch), json.dumps(content).encode())
-        return scored.scores, scored.terms
 
     def scores(self, epoch: int) -> tuple[Scores, Terms] | None:
         """What the checkpoint of an epoch scored, if it has been."""
@@ -180,32 +174,10 @@ def is_free(folder: Path) -> bool:
     return True
 
 
-def find_run(parent: Path, settings: str) -> Path | None:
-    """The newest folder in which a run of these settings was broken off."""
-    return _newest(parent, RECORD, settings)
-
-
-def find_sweep(parent: Path, settings: str) -> Path | None:
-    """The newest folder in which a multirun of these settings was broken off."""
-    return _newest(parent, SWEEP_RECORD, settings)
-
-
 def write_sweep(folder: Path, settings: str, status: Status) -> None:
     """Note that a multirun was begun in the folder, or has come to its end."""
     content = {"status": status, "settings": settings}
     write_atomically(folder / SWEEP_RECORD, json.dumps(content, indent=1).encode())
-
-
-def _newest(parent: Path, name: str, settings: str) -> Path | None:
-    for path in sorted(parent.glob(f"*/{name}"), reverse=True):
-        try:
-            found = json.loads(path.read_text())
-            wanted = found["status"] == "unfinished" and found["settings"] == settings
-        except (ValueError, KeyError, TypeError, OSError):
-            continue  # not ours, or torn: whoever trains there says so
-        if wanted and is_free(path.parent):
-            return path.parent
-    return None
 
 
 def read_record(folder: Path) -> Record | None:
@@ -222,7 +194,10 @@ def read_record(folder: Path) -> Record | None:
 
 def read_scores(folder: Path, epoch: int) -> tuple[Scores, Terms] | None:
     """What the checkpoint of an epoch of the folder's run scored; None if it hasn't been."""
-    path = _scores_of(folder, epoch)
+    record = read_epoch(folder, epoch)
+    if record is not None and record.checkpoint is not None:
+        return record.scores, record.checkpoint.terms
+    path = folder / OLD_SCORES / f"{epoch:06d}.json"
     if not path.is_file():
         return None
     found = json.loads(path.read_text())
@@ -246,10 +221,6 @@ def scored_checkpoints(run: Run) -> Iterator[ScoredCheckpoint]:
         if known is not None:
             path = checkpoint_path(run.output_dir, run.name, epoch)
             yield ScoredCheckpoint(epoch, path, *known)
-
-
-def _scores_of(folder: Path, epoch: int) -> Path:
-    return folder / "scores" / f"{epoch:06d}.json"
 
 
 def ended(run: Run) -> Status | None:
@@ -281,42 +252,9 @@ def forget_drop(folder: Path) -> None:
         (folder / RECORD).unlink()
 
 
-def find(target: str, output_root: Path) -> Path:
-    """The folder to go on in, of a run or a sweep by its name or its folder.
-
-    A run of a multirun goes on with the others, for a pack rounds by its members. Raises
-    SettingsError.
-    """
-    folder = Path(target)
-    if not folder.is_dir():
-        folder = _named(target, output_root)
-    if (folder.parent / MULTIRUN).is_file():
-        folder = folder.parent
-    if (folder / MULTIRUN).is_file() or (folder / RECORD).is_file():
-        return folder.absolute()
-    raise SettingsError(f"{target} is no folder of a run or of a sweep: nothing was begun there")
-
-
 def sweep_name(folder: Path) -> str:
     """What the sweep of a folder is called, in MLflow and as a study."""
     return f"{folder.parent.name}-{folder.name}"
-
-
-def _named(name: str, output_root: Path) -> Path:
-    records = [*output_root.glob(f"*/*/{RECORD}"), *output_root.glob(f"*/*/*/{RECORD}")]
-    records.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-    found = {path.parent: read_record(path.parent) for path in records}
-    open_ones = {p: one.name for p, one in found.items() if one and one.status == "unfinished"}
-    for folder, known in open_ones.items():
-        if known == name:
-            return folder
-    sweeps = [path.parent for path in output_root.glob(f"*/*/{MULTIRUN}")]
-    if named := [folder for folder in sweeps if sweep_name(folder) == name]:
-        return max(named, key=lambda folder: (folder / MULTIRUN).stat().st_mtime)
-    if name in {one.name for one in found.values() if one}:
-        raise SettingsError(f"{name} has ended: there is nothing to go on with")
-    known_names = ", ".join(dict.fromkeys(open_ones.values())) or "none"
-    raise SettingsError(f"{name}: no such run or sweep in {output_root}; broken off: {known_names}")
 
 
 def is_unfinished(folder: Path) -> bool:

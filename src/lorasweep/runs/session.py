@@ -30,7 +30,10 @@ from lorasweep.models.gpu_memory import memory_for
 from lorasweep.runs import provenance
 from lorasweep.runs.prepare import captions_used, encoded_images, new_run, write_folders
 from lorasweep.runs.run_folder import RunFolder, TakenError, forget_drop
-from lorasweep.tracking import PRUNED_TAG, InUseError, RunLog, Tracker, TrackingError
+from lorasweep.tracking import Tracker, TrackingError
+from lorasweep.tracking.records import InUseError
+from lorasweep.tracking.store import PRUNED_TAG
+from lorasweep.tracking.tracker import RunLog
 from lorasweep.training import saved_states
 from lorasweep.training.native_trainer import NativeTraining
 from lorasweep.training.saved_states import SavedState
@@ -229,7 +232,8 @@ class Session:
     def _prepare(self) -> None:
         with self.clock("prepare"):
             self._base = self._load(self.first, self.device)
-            self._tracker.ready()  # a store that can't be written ends here, before any training
+            # a store that can't be written ends here, before any training
+            self._tracker.ready(self.first.output_dir, self.first.sweep)
             images = encoded_images(self._base, self.first, self._folder)
             self._data = TrainingData(images.train, self.first.dataset)
             first = self.first
@@ -297,6 +301,7 @@ class Session:
                 folder.release()
                 reports.append(Failure(run=run.name, reason=str(error), kind=FailureKind.RETRY))
                 continue
+            run_log.log_file(run.output_dir / "manifest.json")
             members.append(_Member(run, folder, run_log, self._joined[run.name]))
         return members, reports
 
@@ -436,14 +441,12 @@ class Session:
         assert self._judge is not None
         judged = self._judge.checkpoints(checkpoints)
         reports: list[Report] = []
-        for one, (scored, _) in zip(checkpoints, judged, strict=True):
-            # kept before anything of the epoch is logged: it comes to the same in another company
-            scores, terms = self._runs[one.run].folder.keep_scores(one.epoch, scored)
+        for one, (scored, pictures) in zip(checkpoints, judged, strict=True):
+            member = self._runs[one.run]
+            # scores that an older version kept before it logged the epoch stay as they are
+            scores, terms = member.folder.scores(one.epoch) or (scored.scores, scored.terms)
+            member.log.log_epoch(one, scores, pictures, terms)
             reports.append(EpochReport(run=one.run, checkpoint=one, scores=scores, terms=terms))
-        for report, (_, samples) in zip(reports, judged, strict=True):
-            assert isinstance(report, EpochReport)
-            run_log = self._runs[report.run].log
-            run_log.log_epoch(report.checkpoint, report.scores, samples, report.terms)
         _say(reports)
         return reports
 

@@ -26,7 +26,7 @@ from lorasweep.core.failures import FailureKind
 from lorasweep.core.progress import Screen, Tick
 from lorasweep.runs.session import Failure, Finished, Report
 from lorasweep.sweeps.worker_process import EpochEnd, Instruction, WorkerOptions, work
-from lorasweep.tracking import mark_broken
+from lorasweep.tracking.tracker import mark_broken
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
-from lorasweep.core.safetensors_header import CheckpointError
-from lorasweep.lora_files.checkpoint import read_metadata
-from lorasweep.tracking.reading import Candidate, _candidate, _download, _models, _pages
+from lorasweep.tracking.read_candidates import Candidate, candidate_of, download, search_models
+from lorasweep.tracking.records import hash_of
 from lorasweep.tracking.store import (
     CHECKPOINT_TAG,
     HASH_TAG,
     RUN_TAG,
     SWEEP_TAG,
     open_experiment,
+    pages,
     quoted,
 )
 
@@ -54,15 +54,6 @@ class LoggedCheckpoint:
     def epoch(self) -> int:
         """After how many epochs it was written."""
         return self.candidate.epoch
-
-
-def hash_tags(path: Path) -> dict[str, str]:
-    """The tag that tells a checkpoint's data without its file; none for what is gone."""
-    try:
-        found = read_metadata(path).get("sshs_model_hash")
-    except (CheckpointError, OSError):
-        return {}
-    return {HASH_TAG: found} if found else {}
 
 
 class Log:
@@ -124,7 +115,7 @@ class Log:
         there = {file.path for file in self._client.list_artifacts(run.run_id)}
         with tempfile.TemporaryDirectory() as folder:
             yield (
-                _download(self.uri, f"runs:/{run.run_id}/{name}", folder) if name in there else None
+                download(self.uri, f"runs:/{run.run_id}/{name}", folder) if name in there else None
             )
 
     def curve(self, run: LoggedRun, key: str) -> dict[int, float]:
@@ -152,7 +143,7 @@ class Log:
         where = f"runs:/{run.run_id}/{name}"
         with (
             tempfile.TemporaryDirectory() as folder,
-            Image.open(_download(self.uri, where, folder)) as image,
+            Image.open(download(self.uri, where, folder)) as image,
         ):
             return image.convert("RGB")
 
@@ -160,7 +151,7 @@ class Log:
     def weights(self, one: LoggedCheckpoint) -> Iterator[Path | None]:
         """A checkpoint's file where it was written, else MLflow's copy, else None."""
         path = one.candidate.path
-        if path.is_file() and (one.hash is None or hash_tags(path).get(HASH_TAG) == one.hash):
+        if path.is_file() and (one.hash is None or hash_of(path) == one.hash):
             yield path
             return
         model_id = one.candidate.model_id
@@ -174,7 +165,7 @@ class Log:
                 yield None
                 return
             location = self._client.get_logged_model(model_id).artifact_location
-            yield _download(self.uri, f"{location}/{fitting}", folder)
+            yield download(self.uri, f"{location}/{fitting}", folder)
 
     def tag(self, run: LoggedRun, tags: Mapping[str, str]) -> None:
         """Set tags of a run that may have ended."""
@@ -189,7 +180,7 @@ class Log:
             self._client.log_artifact(run.run_id, str(path))
 
     def _search(self, where: str) -> list[LoggedRun]:
-        found = _pages(
+        found = pages(
             lambda token: self._client.search_runs(
                 [self._experiment_id],
                 where,
@@ -201,8 +192,8 @@ class Log:
 
     def _checkpoints(self, query: str) -> Sequence[LoggedCheckpoint]:
         return [
-            LoggedCheckpoint(candidate=_candidate(model), hash=model.tags.get(HASH_TAG))
-            for model in _models(self._client, self._experiment_id, query)
+            LoggedCheckpoint(candidate=candidate_of(model), hash=model.tags.get(HASH_TAG))
+            for model in search_models(self._client, self._experiment_id, query)
             if CHECKPOINT_TAG in model.tags and str(model.status) == "READY"
         ]
 

@@ -1,13 +1,15 @@
-"""Where runs are kept: the settings, the URI, and a store that is made once and safely."""
+"""The MLflow store: its settings, its address without secrets, opening it, making it safely."""
 
 from __future__ import annotations
 
 import logging
 import os
 import re
-import tempfile
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
@@ -19,6 +21,7 @@ from lorasweep.core.settings import Settings
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run as MlflowRun
 
 
 SWEEP_TAG = "lorasweep.sweep"
@@ -35,6 +38,11 @@ PRUNED_TAG = "lorasweep.pruned"
 UID_TAG = "lorasweep.uid"  # made where a run is begun, so that it is found without MLflow's id
 SUSPENDED_TAG = "lorasweep.suspended"
 HASH_TAG = "lorasweep.hash"  # of a checkpoint's data: kohya's sshs_model_hash
+NOTE_TAG = "mlflow.note.content"  # MLflow shows it above a run
+
+MAX_PARAM = 6000  # characters, MLflow's limits
+MAX_TAG = 8000
+MAX_KEY = 250
 
 _CAUSES = (
     "connection refused",
@@ -79,10 +87,48 @@ class Tracking(Settings):
         database = sqlite_path(self.uri)
         return f"sqlite:///{database.resolve()}" if database else self.uri
 
+    @property
+    def public_uri(self) -> str | None:
+        """The URI as it is given, without secrets; None is a SQLite file under output_root."""
+        return None if self.uri is None else public_uri(self.uri)
+
     def artifacts(self, output_root: Path) -> Path | None:
         """Where pictures and files go; a server (None) decides that itself."""
         on_server = urlsplit(self.uri or "").scheme in ("http", "https")
         return None if on_server else output_root.resolve() / "mlartifacts"
+
+
+@dataclass
+class MlflowStore:
+    """An open store, as the publishing thread uses it."""
+
+    client: MlflowClient
+    experiment_id: str
+    uri: str | None
+    """As in the settings, without secrets."""
+    experiment: str
+    run_ids: dict[str, str] = field(default_factory=dict)
+    """MLflow's ids of the runs that were found or begun, by our uids."""
+    failures: Counter[str] = field(default_factory=Counter)
+    """How often an item could not be sent while the store answered otherwise."""
+
+    def search(self, where: str) -> list[MlflowRun]:
+        """The runs that MLflow has."""
+        return list(self.client.search_runs([self.experiment_id], where))
+
+
+def open_store(settings: Tracking, output_root: Path) -> MlflowStore:
+    """Open the store that the settings name, and make it if need be. Raises TrackingError."""
+    from filelock import FileLock
+
+    uri, artifacts = settings.resolve(output_root), settings.artifacts(output_root)
+    if artifacts is None or sqlite_path(uri) is not None:  # a server, or safe by itself
+        experiment_id = create_store(uri, settings.experiment, artifacts)
+    else:
+        output_root.mkdir(parents=True, exist_ok=True)
+        with FileLock(output_root / ".mlflow.lock"):  # two workers can't make the tables at once
+            experiment_id = create_store(uri, settings.experiment, artifacts)
+    return MlflowStore(client_of(uri), experiment_id, settings.public_uri, settings.experiment)
 
 
 def create_store(uri: str, experiment: str, artifacts: Path | None) -> str:
@@ -171,7 +217,7 @@ def public_uri(text: str) -> str:
     return re.sub(rf"([?&][\w.-]*(?:{_SECRETS})[\w.-]*=)[^&\s'\"<>#]+", r"\1***", text)
 
 
-def explained(error: BaseException) -> str:
+def short_reason(error: BaseException) -> str:
     """The error in part of a line, without secrets."""
     text = str(error)
     for cause in _CAUSES:  # requests wraps these in its classes' names, twice
@@ -192,12 +238,26 @@ def quoted(value: str) -> str:
     return f'"{value}"' if "'" in value else f"'{value}'"
 
 
+def safe_key(key: str) -> str:
+    """A name that MLflow takes for a param, metric or tag."""
+    return re.sub(r"[^\w\-. /]", "_", key).strip("/")[:MAX_KEY]
+
+
+def pages(search: Callable[[str | None], Any]) -> Iterator[Any]:
+    """All that a search of MLflow's finds, which it gives page by page."""
+    page = search(None)
+    yield from page
+    while page.token:
+        page = search(page.token)
+        yield from page
+
+
 def quieten_mlflow() -> None:
     """Settings that MLflow reads from the environment; those of the user stand, but for retries."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    # MLflow sends again what may have arrived, which makes runs twice; the writer looks first
+    # MLflow sends again what may have arrived, which makes runs twice; `publish` looks first
     os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     # a line for each migration, and "Waiting up to 300 seconds" for what is there at once
@@ -211,32 +271,16 @@ def _create_database(database: Path) -> None:
     """Make MLflow's tables, which take seventy migrations, in one step: whole or not at all.
 
     Each migration is flushed to the disk, 5 s in all where the work takes 1 s. So they are made
-    in a temporary file that is not flushed, and moved into place.
+    in SQLite's memory, which the two connections share by its name, and written from there.
     """
     import sqlite3
 
     from mlflow import MlflowClient
-    from sqlalchemy import event
-    from sqlalchemy.engine import Engine
 
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        draft = Path(folder).resolve() / "mlflow.db"
-
-        def leave_unflushed(connection: object, _record: object) -> None:
-            if isinstance(connection, sqlite3.Connection) and _file_of(connection) == str(draft):
-                connection.execute("PRAGMA synchronous = OFF")
-
-        event.listen(Engine, "connect", leave_unflushed)
-        try:
-            MlflowClient(f"sqlite:///{draft}")
-        finally:
-            event.remove(Engine, "connect", leave_unflushed)
-        with closing(sqlite3.connect(draft)) as connection:
-            write_atomically(database, connection.serialize())
-
-
-def _file_of(connection: Any) -> str:
-    return str(connection.execute("PRAGMA database_list").fetchone()[2])
+    draft = f"file:lorasweep-{uuid.uuid4().hex}?mode=memory&cache=shared"
+    with closing(sqlite3.connect(draft, uri=True)) as connection:
+        MlflowClient(f"sqlite:///{draft}&uri=true")
+        write_atomically(database, connection.serialize())
 
 
 def _ensure_experiment(uri: str, name: str, artifacts: Path | None) -> str:
@@ -256,6 +300,6 @@ def _ensure_experiment(uri: str, name: str, artifacts: Path | None) -> str:
 def _unreachable(uri: str, error: Exception) -> TrackingError:
     advice = "start the server" if is_server(uri) else "give another"
     return TrackingError(
-        f"tracking.uri={public_uri(uri)} can't be opened: {explained(error)}; {advice}, or"
+        f"tracking.uri={public_uri(uri)} can't be opened: {short_reason(error)}; {advice}, or"
         " tracking.offline=true to send everything later, or tracking.uri=null for a file"
     )

@@ -1,29 +1,37 @@
-"""Sending what is left in spools: `lorasweep sync`, and the runs beside one that starts."""
+"""Publishing what is left in folders: `lorasweep sync`, and the runs beside one that starts."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lorasweep.tracking.connect import writer_for
-from lorasweep.tracking.operations import RunState
-from lorasweep.tracking.spool import FOLDER, WAITS, Spool
-from lorasweep.tracking.store import Tracking, TrackingError, public_uri
+from lorasweep.tracking import old_spool
+from lorasweep.tracking.ledger import (
+    Ledger,
+    missing,
+    read_ledger,
+    unsent_items,
+    write_ledger,
+)
+from lorasweep.tracking.publish_thread import PublishThread
+from lorasweep.tracking.records import FOLDER, InUseError, RunRecord, RunRecords
+from lorasweep.tracking.store import Tracking, TrackingError
 
 _NO_RUNS = frozenset({"mlartifacts", "datasets", "picked", "samples", "export"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Synced:
-    """What became of one run's spool."""
+    """What became of one run."""
 
     run: str
     output_dir: Path
     sent: int
     left: int
-    refused: Sequence[Path]
+    refused: Mapping[str, str]
+    """What MLflow did not take, and why."""
     is_busy: bool = False
     """Another process logs or sends this run."""
 
@@ -33,129 +41,175 @@ class Synced:
             return f"{self.run}: in use by another process, which sends it ({self.output_dir})"
         parts = [f"{self.sent} writes sent"]
         parts += [f"{self.left} wait"] if self.left else []
-        parts += [f"{len(self.refused)} refused, kept in {self.refused[0]}"] if self.refused else []
+        if self.refused:
+            item, reason = next(iter(self.refused.items()))
+            parts.append(f"{len(self.refused)} refused, first {item} ({reason})")
         return f"{self.run}: {', '.join(parts)}"
 
 
 def unsent(root: Path) -> list[Path]:
     """Output folders below `root` with something that MLflow doesn't have, sorted."""
-    return sorted(folder for folder in _folders(root) if _has_unsent(Spool(folder)))
+    return sorted(folder for folder in _folders(root) if _has_unsent(RunRecords(folder)))
 
 
 def sync(
     settings: Tracking, output_root: Path, only: str | None = None, *, uri_is_given: bool = False
 ) -> list[Synced]:
-    """Send all that waits below `output_root`, or of one run or folder; what became of each.
+    """Publish all that waits below `output_root`, or of one run or folder; what became of each.
 
     A run goes to the store that it was begun for, unless `uri_is_given`. Raises TrackingError for
     a store that can't be opened and for a name that nothing has.
     """
-    spools = _chosen(output_root, only)
+    chosen = [RunRecords(folder) for folder in _chosen(output_root, only)]
+    for records in chosen:
+        _convert_old(records)
     results = []
-    for place, group in _by_store(spools, settings, uri_is_given).items():
-        results += _send(place, output_root, group)
+    for place, group in _by_store(chosen, settings, uri_is_given).items():
+        results += _publish_all(place, output_root, group)
     return results
 
 
-def was_reached(run: RunState, output_dir: Path) -> bool:
-    """Did the store take anything of this run, or of others of its sweep, before?"""
-    folders = output_dir.parent.glob(f"*/{FOLDER}")
-    return any(_is_of_sweep(spool, run) and spool.has_done() for spool in _spools(folders))
+def was_reached(output_dir: Path, sweep: str | None, settings: Tracking) -> bool:
+    """Did the store take anything of the folder's run, or of others of its sweep, before?"""
+    place = (settings.public_uri, settings.experiment)
+    for records in [RunRecords(output_dir), *_beside(output_dir)]:
+        run = records.run()
+        if run is None or (records.output_dir != output_dir and run.new.sweep != sweep):
+            continue
+        ledger = read_ledger(records.output_dir, run)
+        if ledger.sent and (ledger.uri, ledger.experiment) == place:
+            return True
+    return False
 
 
-def left_by_ended(run: RunState, output_dir: Path) -> list[Spool]:
-    """Spools with what is left of runs of the same sweep and store that have ended."""
-    files = output_dir.parent.glob(f"*/{FOLDER}/*{WAITS}")
-    found = _spools(file.parent for file in files)
-    return [spool for spool in found if _is_of_sweep(spool, run, ended=True)]
+def left_by_ended(run: RunRecord, output_dir: Path) -> list[RunRecords]:
+    """Runs of the same sweep and store that have ended, and that MLflow doesn't have whole."""
+    return [
+        records
+        for records in _beside(output_dir)
+        if (other := records.run()) is not None
+        and other.end is not None
+        and (other.new.sweep, other.uri, other.experiment)
+        == (run.new.sweep, run.uri, run.experiment)
+        and unsent_items(records)[0]
+    ]
 
 
-def _spools(folders: Iterable[Path]) -> Iterator[Spool]:
-    """The spools in those `.tracking/`, each once, sorted; a sweep's lie side by side."""
-    return (Spool(folder.parent) for folder in sorted(set(folders)))
+def _beside(output_dir: Path) -> list[RunRecords]:
+    """The other runs in the folder where this one's lies, as those of a sweep do."""
+    folders = sorted(path.parent for path in output_dir.parent.glob(f"*/{FOLDER}"))
+    return [RunRecords(folder) for folder in folders if folder != output_dir]
 
 
-def _is_of_sweep(spool: Spool, run: RunState, *, ended: bool = False) -> bool:
-    state = spool.state()
-    if state is None or (ended and state.is_open):
-        return False
-    place = (run.sweep, run.uri, run.experiment)
-    return (state.sweep, state.uri, state.experiment) == place
-
-
-def _send(settings: Tracking, output_root: Path, spools: Sequence[Spool]) -> list[Synced]:
-    writer = writer_for(replace(settings, offline=False), output_root)
-    held: dict[Spool, int] = {}
+def _publish_all(
+    settings: Tracking, output_root: Path, chosen: Sequence[RunRecords]
+) -> list[Synced]:
+    thread = PublishThread(replace(settings, offline=False), output_root)
+    held: dict[Path, int] = {}
     try:
-        writer.ready()
-        for spool in spools:
-            if not spool.can_be_acquired():
+        thread.ready()
+        for records in chosen:
+            try:
+                records.acquire(seconds=0)
+            except InUseError:
                 continue
-            spool.retry_refused()
-            held[spool] = len(spool.waiting())
-            writer.replay(spool)
-        writer.close()
-        return [_result(spool, held.get(spool)) for spool in spools]
+            held[records.output_dir] = _retry_refused(records, settings)
+            thread.publish(records)
+        thread.close()
+        return [_result(records, held.get(records.output_dir)) for records in chosen]
     finally:
-        writer.abandon()
-        for spool in held:
-            spool.release()
+        thread.abandon()
+        for records in chosen:
+            if records.output_dir in held:
+                records.release()
 
 
-def _result(spool: Spool, before: int | None) -> Synced:
-    state = spool.state()
-    left, refused = len(spool.waiting()), spool.refused()
+def _retry_refused(records: RunRecords, settings: Tracking) -> int:
+    """Let what was refused be sent again; how many items wait for this store."""
+    run = records.run()
+    if run is None:
+        return 0
+    ledger = read_ledger(records.output_dir, run)
+    place = (settings.public_uri, settings.experiment)
+    sent = ledger.sent if (ledger.uri, ledger.experiment) == place else {}
+    ledger = Ledger(uid=run.uid, uri=place[0], experiment=place[1], sent=sent)
+    write_ledger(records.output_dir, ledger)
+    return len(missing(records, run, ledger))
+
+
+def _result(records: RunRecords, before: int | None) -> Synced:
+    run = records.run()
+    left, refused = unsent_items(records)
+    after = len(left) + len(refused)
     return Synced(
-        run=state.name if state else spool.output_dir.name,
-        output_dir=spool.output_dir,
-        sent=0 if before is None else before - left - len(refused),
-        left=left,
+        run=run.new.name if run else records.output_dir.name,
+        output_dir=records.output_dir,
+        sent=0 if before is None else max(0, before - after),
+        left=len(left),
         refused=refused,
         is_busy=before is None,
     )
 
 
-def _chosen(output_root: Path, only: str | None) -> list[Spool]:
+def _chosen(output_root: Path, only: str | None) -> list[Path]:
     if only is None:
-        return [Spool(folder) for folder in unsent(output_root)]
+        return unsent(output_root)
     if Path(only).is_dir():
-        return [Spool(folder) for folder in unsent(Path(only).resolve())]
-    known = [Spool(folder) for folder in _folders(output_root)]
-    named = [spool for spool in known if (state := spool.state()) and state.name == only]
+        return unsent(Path(only).resolve())
+    named = [folder for folder in _folders(output_root) if _name(folder) == only]
     if not named:
         raise TrackingError(f"{only}: there is no such folder, and no such run in {output_root}")
-    return [spool for spool in named if _has_unsent(spool)]
+    return [folder for folder in named if _has_unsent(RunRecords(folder))]
+
+
+def _name(folder: Path) -> str | None:
+    run = RunRecords(folder).run()
+    return run.new.name if run else old_spool.name_of_run(folder / FOLDER)
+
+
+def _convert_old(records: RunRecords) -> None:
+    """Read what an older version left; a folder in use is another's to read."""
+    if not old_spool.is_in(records.folder):
+        return
+    try:
+        records.acquire(seconds=0)
+    except InUseError:
+        return
+    old_spool.convert(records)
+    records.release()
 
 
 def _by_store(
-    spools: Sequence[Spool], settings: Tracking, uri_is_given: bool
-) -> dict[Tracking, list[Spool]]:
-    """The spools by where they go; a store's password is known from the settings only."""
-    found: dict[Tracking, list[Spool]] = {}
-    for spool in spools:
-        state = spool.state()
-        place = settings if state is None else _place(settings, state, spool, uri_is_given)
-        found.setdefault(place, []).append(spool)
+    chosen: Sequence[RunRecords], settings: Tracking, uri_is_given: bool
+) -> dict[Tracking, list[RunRecords]]:
+    """The runs by where they go; a store's password is known from the settings only."""
+    found: dict[Tracking, list[RunRecords]] = {}
+    for records in chosen:
+        run = records.run()
+        place = settings if run is None else _place(settings, run, records, uri_is_given)
+        found.setdefault(place, []).append(records)
     return found
 
 
-def _place(settings: Tracking, state: RunState, spool: Spool, uri_is_given: bool) -> Tracking:
-    ours = None if settings.uri is None else public_uri(settings.uri)
-    uri = settings.uri if uri_is_given or state.uri == ours else state.uri
+def _place(settings: Tracking, run: RunRecord, records: RunRecords, uri_is_given: bool) -> Tracking:
+    uri = settings.uri if uri_is_given or run.uri == settings.public_uri else run.uri
     if uri is not None and uri != settings.uri and "***" in uri:
         raise TrackingError(
-            f"{spool.output_dir} is logged to {uri}, whose password is kept nowhere: give "
+            f"{records.output_dir} is logged to {uri}, whose password is kept nowhere: give "
             "tracking.uri=… to send it"
         )
-    return replace(settings, uri=uri, experiment=state.experiment)
+    return replace(settings, uri=uri, experiment=run.experiment)
 
 
-def _has_unsent(spool: Spool) -> bool:
-    return bool(spool.waiting() or spool.refused())
+def _has_unsent(records: RunRecords) -> bool:
+    run = records.run()
+    if run is None:
+        return old_spool.has_unsent(records.folder)
+    return any(unsent_items(records))
 
 
 def _folders(root: Path) -> Iterator[Path]:
-    """Output folders with a spool."""
+    """Output folders that hold a run's records."""
     for place, folders, _ in os.walk(root):
         if FOLDER in folders:
             yield Path(place)

@@ -1,4 +1,4 @@
-"""The runs of this process, as they are logged."""
+"""The runs of this process, as they are logged: to their folders, and published from there."""
 
 from __future__ import annotations
 
@@ -7,57 +7,61 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from lorasweep.lora_files.checkpoint import Checkpoint
-from lorasweep.tracking import operations, pictures
-from lorasweep.tracking.connect import writer_for
-from lorasweep.tracking.opening import NewRun, open_operation
-from lorasweep.tracking.operations import RunState, Status
-from lorasweep.tracking.spool import Spool
+from lorasweep.tracking import old_spool
+from lorasweep.tracking.ledger import STEPS, read_ledger, unsent_items, write_ledger
+from lorasweep.tracking.publish_thread import PublishThread
+from lorasweep.tracking.records import (
+    FOLDER,
+    CheckpointRecord,
+    EpochRecord,
+    NewRun,
+    RunEnd,
+    RunRecord,
+    RunRecords,
+    RunStatus,
+    StepMetrics,
+    forget_run,
+    hash_of,
+    now,
+)
 from lorasweep.tracking.store import Tracking, TrackingError, public_uri
 from lorasweep.tracking.sync import left_by_ended, was_reached
-from lorasweep.tracking.writer import Writer
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 log = logging.getLogger(__name__)
 
-FLUSH_POINTS = 600  # step metrics held back at most, so that a long epoch shows while it runs
+FLUSH_VALUES = 600  # step metrics held back at most, so that a long epoch shows while it runs
 
 
 class Tracker:
-    """Writes the runs of this process to the disk, and from there to MLflow, behind the training.
+    """Writes the runs of this process into their folders, and publishes them behind the training.
 
-    No call waits for a server for long. What MLflow can't take now waits in each run's `.tracking/`
-    and is sent when it answers again, on leaving the `with` block, or by `lorasweep sync`. Leaving
+    No call waits for a server for long. What MLflow can't take now waits in each run's folder and
+    is published when it answers again, on leaving the `with` block, or by `lorasweep sync`. Leaving
     it by an exception marks the runs that are still open as failed.
     """
 
     def __init__(self, settings: Tracking, output_root: Path) -> None:
         self._settings, self._output_root = settings, output_root
-        self._writer = writer_for(settings, output_root)
-        self._spools: dict[Path, Spool] = {}
-        self._adopted: dict[Path, Spool] = {}
+        self._thread = PublishThread(settings, output_root)
+        self._records: dict[Path, RunRecords] = {}
         self._runs: list[RunLog] = []
 
-    def ready(self) -> None:
+    def ready(self, output_dir: Path, sweep: str | None) -> None:
         """Wait until the store is open; TrackingError if it can't be opened or written.
 
-        The runs that were opened are then as they were before. A store that took a run of the same
-        sweep before may be away: that is said, and what is logged waits for it.
+        A store that took the run of `output_dir`, or another of its sweep, before may be away: that
+        is said, and what is logged waits for it.
         """
         try:
-            self._writer.ready()
+            self._thread.ready()
         except TrackingError as error:
-            if any(was_reached(run.state, run.output_dir) for run in self._runs):
-                log.warning("%s; work goes on, and what is logged waits on the disk", error)
-                return
-            self._writer.abandon()
-            for run in self._runs:
-                run.undo()
-            raise
+            if not was_reached(output_dir.resolve(), sweep, self._settings):
+                self._thread.abandon()
+                raise
+            log.warning("%s; work goes on, and what is logged waits on the disk", error)
 
     def open_run(self, new: NewRun, *, goes_on: bool = False) -> RunLog:
         """Start a run in MLflow; its log takes what it does from here on.
@@ -66,38 +70,42 @@ class Tracker:
         attempt at this run of the sweep is deleted. Raises InUseError if another process has the
         folder, TrackingError if it can't be written.
         """
-        spool, is_ours = self._spool(new.output_dir)
-        begun = spool.state() if goes_on else None
-        if begun is not None and (begun.name, begun.sweep) == (new.name, new.sweep or new.name):
-            state = replace(begun, is_open=True)
-            begins_after = spool.newest
-            if not is_ours:
-                self._writer.replay(spool)
+        records = self._held_records(new.output_dir)
+        begun = records.run() if goes_on else None
+        place: dict[str, Any] = {
+            "uri": self._settings.public_uri,
+            "experiment": self._settings.experiment,
+            "upload": self._settings.upload == "all",
+            "opened": now(),
+        }
+        params = {key: str(value) for key, value in new.params.items()}
+        told = replace(new, params=params, image_dir=new.image_dir.resolve())
+        if begun is not None and (begun.new.name, begun.new.sweep) == (new.name, new.sweep):
+            # what was told when it began stays, but an older version didn't keep that
+            run = replace(begun, **place, new=begun.new if begun.new.params else told, end=None)
+            ledger = read_ledger(records.output_dir, run)
+            if ledger.refused:  # it is tried again
+                write_ledger(records.output_dir, replace(ledger, refused={}))
         else:
-            if not is_ours:
-                spool.forget()
-            state = self._new_state(new)
-            begins_after = spool.newest
-        run = RunLog(
-            self._writer, spool, state, upload=self._settings.upload == "all", after=begins_after
-        )
-        run.put(open_operation(new, goes_on=goes_on))
-        self._runs.append(run)
-        if len(self._runs) == 1:
-            self._adopt(run)
-        return run
+            forget_run(records.output_dir)
+            run = RunRecord(**place, uid=uuid.uuid4().hex, new=told, begun=now())
+        records.write_run(run)
+        run_log = RunLog(self._thread, records, run)
+        self._thread.publish(records)
+        self._runs.append(run_log)
+        if len(self._runs) == 1:  # of runs of the sweep whose process was killed, say
+            self._thread.publish_leftovers(left_by_ended(run, records.output_dir))
+        return run_log
 
     def close(self) -> None:
-        """Send what still waits, as long as the store takes it, and end the thread."""
+        """Publish what still waits, as long as the store takes it, and end the thread."""
         try:
-            if not self._writer.close() and (left := self._left()):
+            self._thread.close()
+            if not self._settings.offline and (left := self._left()):
                 log.warning("%s", left)
         finally:
-            for spool in [
-                *self._spools.values(),
-                *filter(self._writer.keep, self._adopted.values()),
-            ]:
-                spool.release()
+            for records in self._records.values():
+                records.release()
 
     def __enter__(self) -> Tracker:
         return self
@@ -107,11 +115,11 @@ class Tracker:
             self.close()
             return
         try:
-            self._abandon(error)
+            self._finish_all(error)
         except TrackingError as also:
             error.add_note(str(also))  # the first error is the one to show
 
-    def _abandon(self, error: BaseException) -> None:
+    def _finish_all(self, error: BaseException) -> None:
         stopped = isinstance(error, (KeyboardInterrupt, GeneratorExit))
         reason = f"{type(error).__name__}: {error}".removesuffix(": ")
         try:
@@ -120,58 +128,28 @@ class Tracker:
         finally:
             self.close()
 
-    def _spool(self, output_dir: Path) -> tuple[Spool, bool]:
-        """The folder's spool, and whether a run of this process used it before."""
+    def _held_records(self, output_dir: Path) -> RunRecords:
+        """The folder's records; a run of this process may have used them before."""
         key = output_dir.resolve()
-        known = self._spools.get(key)
-        if known is not None:
-            if any(run.uses(known) for run in self._runs):
-                raise TrackingError(
-                    f"{output_dir}: two runs can't have one folder; give each its own"
-                )
-            return known, True
-        adopted = self._adopted.pop(key, None)
-        if adopted is not None and self._writer.keep(adopted):
-            self._spools[key] = adopted
-            return adopted, True
-        spool = Spool(key)
-        spool.acquire()
-        self._spools[key] = spool
-        return spool, False
-
-    def _adopt(self, run: RunLog) -> None:
-        """Send what runs of the sweep that have ended left when their process was killed.
-
-        Each is held no longer than that takes: another worker may be about to go on with the run.
-        """
-        for spool in left_by_ended(run.state, run.output_dir):
-            if spool.output_dir not in self._spools and spool.can_be_acquired():
-                self._adopted[spool.output_dir] = spool
-                self._writer.replay(spool, lent=True)
-
-    def _new_state(self, new: NewRun) -> RunState:
-        uri = self._settings.uri
-        return RunState(
-            uid=uuid.uuid4().hex,
-            name=new.name,
-            sweep=new.sweep or new.name,
-            uri=None if uri is None else public_uri(uri),
-            experiment=self._settings.experiment,
-        )
+        if any(run.output_dir == key and not run.is_finished for run in self._runs):
+            raise TrackingError(f"{output_dir}: two runs can't have one folder; give each its own")
+        if key not in self._records:
+            records = RunRecords(key)
+            records.acquire()
+            old_spool.convert(records)
+            self._records[key] = records
+        return self._records[key]
 
     def _left(self) -> str | None:
         """What is said of what could not be sent, if there is any."""
-        spools = [*self._spools.values(), *self._adopted.values()]
-        counts = [len(spool.waiting()) for spool in spools]
-        number, runs = sum(counts), sum(1 for count in counts if count)
+        counts = [len(unsent_items(records)[0]) for records in self._records.values()]
+        runs = sum(1 for count in counts if count)
+        if not runs:
+            return None
         uri = public_uri(self._settings.resolve(self._output_root))
         return (
-            None
-            if not number
-            else (
-                f"MLflow at {uri} did not take everything: {number} writes of {runs}"
-                f" run{'s' if runs != 1 else ''} wait on the disk; send them by `lorasweep sync`"
-            )
+            f"MLflow at {uri} did not take everything: {sum(counts)} writes of {runs}"
+            f" run{'s' if runs != 1 else ''} wait on the disk; send them by `lorasweep sync`"
         )
 
 
@@ -181,142 +159,130 @@ class RunLog:
     What an earlier process has logged is silently not logged again.
     """
 
-    def __init__(
-        self, writer: Writer, spool: Spool, state: RunState, *, upload: bool, after: int
-    ) -> None:
-        self._writer, self._spool, self._state = writer, spool, state
-        self._upload, self._after = upload, after
-        self._points: list[operations.Point] = []
-        self._steps = dict(state.steps)
-        self._finished = False
-        self._logged = frozenset(state.epochs)
-
-    @property
-    def state(self) -> RunState:
-        """What is logged up to now."""
-        return self._state
+    def __init__(self, thread: PublishThread, records: RunRecords, run: RunRecord) -> None:
+        self._thread, self._records, self._run = thread, records, run
+        known = records.known_epochs(run.uid)
+        sent = read_ledger(records.output_dir, run).sent  # an older version kept no records
+        self._known = {*known, *(int(item[6:]) for item in sent if item.startswith("epoch "))}
+        self._logged = frozenset(self._known)
+        logged = [step.step for record in known.values() for step in record.steps]
+        self._steps = [s for s in records.unfinished(run.uid) if s.step > max(logged, default=-1)]
+        written = [*logged, *(step.step for step in self._steps)]
+        self._last_step = max([int(sent.get(STEPS, -1)), *written])
+        self._num_held = 0  # values that are not on the disk
+        self.is_finished = False
 
     @property
     def output_dir(self) -> Path:
         """The run's own folder."""
-        return self._spool.output_dir
+        return self._records.output_dir
 
     @property
     def logged_epochs(self) -> frozenset[int]:
         """Epochs (0 is the bare base) that earlier processes have logged."""
         return self._logged
 
-    @property
-    def run_id(self) -> str:
-        """MLflow's id of the run; waits until it is begun there. TrackingError if it can't be."""
-        return self._writer.run_id(self._state.uid)
-
     def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Note the metrics of an optimizer step; they are written with the epoch's scores."""
-        for point in operations.points(step, metrics):
-            if point.step > self._steps.get(point.key, -1):
-                self._steps[point.key] = point.step
-                self._points.append(point)
-        if len(self._points) >= FLUSH_POINTS:
+        if step <= self._last_step:
+            return
+        values = {key: float(value) for key, value in metrics.items()}
+        self._steps.append(StepMetrics(step, now(), values))
+        self._last_step = step
+        self._num_held += len(values)
+        if self._num_held >= FLUSH_VALUES:
             self._flush()
 
-    def log_base(self, scores: Mapping[str, float], samples: Mapping[str, Image.Image]) -> None:
+    def log_base(self, scores: Mapping[str, float], pictures: Mapping[str, Path]) -> None:
         """Log the bare base model, as epoch 0: pictures and scores, no checkpoint."""
-        self._put_epoch(0, None, scores, samples)
+        self._write_epoch(0, None, scores, pictures)
 
     def log_epoch(
         self,
         checkpoint: Checkpoint,
         scores: Mapping[str, float],
-        samples: Mapping[str, Image.Image],
+        pictures: Mapping[str, Path],
         terms: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
         """Log a checkpoint with its scores and pictures, and the steps since the one before.
 
-        `terms` are what scores are means of, by which `pick` compares checkpoints in pairs.
+        `pictures` are PNG files by their prompts. `terms` are what scores are means of, by which
+        `pick` compares checkpoints in pairs.
         """
-        kept = replace(checkpoint, path=self._kept(checkpoint.path))
-        model = operations.Model(checkpoint=kept, terms=dict(terms or {}), upload=self._upload)
-        self._put_epoch(checkpoint.epoch, model, scores, samples)
+        record = CheckpointRecord(
+            name=checkpoint.name,
+            file=self._relative(checkpoint.path),
+            step=checkpoint.step,
+            hash=hash_of(checkpoint.path),
+            terms=dict(terms or {}),
+        )
+        self._write_epoch(checkpoint.epoch, record, scores, pictures)
 
     def log_file(self, path: Path, artifact_dir: str | None = None) -> None:
-        """Add a finished file to the run's artifacts; it is read later, on the writing thread."""
-        self.put(operations.File(path=self._kept(path), artifact_dir=artifact_dir))
-
-    def log_image(self, image: Image.Image, name: str) -> None:
-        """Add one picture to the run's artifacts: `contact_sheet.png`."""
-        self.put(operations.Picture(png=pictures.png(image), name=name))
+        """Add a finished file to the run's artifacts; again if it has changed since."""
+        files = {**self._run.files, str(self._relative(path)): artifact_dir}
+        self._write_run(replace(self._run, files=files))
 
     def tag(self, key: str, value: str) -> None:
         """Set a tag of the run."""
-        self.put(operations.Tag(key=key, value=public_uri(value)))
+        self._write_run(replace(self._run, tags={**self._run.tags, key: value}))
 
-    def finish(self, status: Status, reason: str | None = None) -> None:
+    def finish(self, status: RunStatus, reason: str | None = None) -> None:
         """End the run; a second call does nothing. Waits for MLflow only while it does well."""
-        told = None if reason is None else public_uri(reason)
-        self._end(operations.Close(time=operations.now(), status=status, reason=told))
+        self._end(RunEnd(time=now(), status=status, reason=reason))
 
     def suspend(self, reason: str) -> None:
         """End the run for now: another process will go on with it (`goes_on`)."""
-        told = public_uri(reason)
-        self._end(operations.Close(time=operations.now(), status="KILLED", suspended=told))
+        self._end(RunEnd(time=now(), status="KILLED", suspended=reason))
 
-    def put(self, operation: operations.Operation, state: RunState | None = None) -> None:
-        """Write an operation to the disk, to be sent. Raises TrackingError if the disk is full."""
-        self._writer.put(self._spool, state or self._state, operation)
-        self._state = state or self._state
-
-    def undo(self) -> None:
-        """Take back what this log has written to the disk; nothing of it was sent."""
-        self._finished = True
-        self._spool.forget(after=self._after)
-
-    def uses(self, spool: Spool) -> bool:
-        """Is it the log of a run that goes on in this folder?"""
-        return spool is self._spool and not self._finished
-
-    def _end(self, close: operations.Close) -> None:
-        if self._finished:
+    def _end(self, end: RunEnd) -> None:
+        if self.is_finished:
             return
-        self._finished = True
+        self.is_finished = True
         self._flush()
-        self.put(close, replace(self._state, is_open=False))
-        self._writer.linger()
+        self._write_run(replace(self._run, end=end))
+        self._thread.linger()
 
-    def _put_epoch(
+    def _write_run(self, run: RunRecord) -> None:
+        if run != self._run:
+            self._records.write_run(run)
+            self._run = run
+        self._thread.publish(self._records)
+
+    def _write_epoch(
         self,
         epoch: int,
-        model: operations.Model | None,
+        checkpoint: CheckpointRecord | None,
         scores: Mapping[str, float],
-        samples: Mapping[str, Image.Image],
+        pictures: Mapping[str, Path],
     ) -> None:
-        if epoch in self._state.epochs:
+        if epoch in self._known:
             return
-        time = operations.now()
-        drawn = [
-            operations.Sample(pictures.stem(f"samples/{key}", epoch, time), pictures.png(image))
-            for key, image in samples.items()
-        ]
-        scored = operations.points(epoch, scores)
-        logged = operations.Epoch(
-            epoch=epoch, points=self._points, scores=scored, samples=drawn, model=model
+        record = EpochRecord(
+            uid=self._run.uid,
+            epoch=epoch,
+            time=now(),
+            steps=self._steps,
+            scores={key: float(value) for key, value in scores.items()},
+            pictures={key: self._relative(path) for key, path in pictures.items()},
+            checkpoint=checkpoint,
         )
-        self._put_points(logged, epochs=(*self._state.epochs, epoch))
+        self._records.write_epoch(record)
+        self._known.add(epoch)
+        self._steps, self._num_held = [], 0
+        self._thread.publish(self._records)
 
     def _flush(self) -> None:
-        if self._points:
-            self._put_points(operations.Curves(points=self._points), epochs=self._state.epochs)
+        if self._num_held:
+            self._records.write_unfinished(self._run.uid, self._steps)
+            self._num_held = 0
+            self._thread.publish(self._records)
 
-    def _put_points(self, operation: operations.Operation, epochs: tuple[int, ...]) -> None:
-        """Write an operation that has all points up to now."""
-        self.put(operation, replace(self._state, epochs=epochs, steps=dict(self._steps)))
-        self._points = []
-
-    def _kept(self, path: Path) -> Path:
-        """Relative to the run's folder where it lies in there, for folders move."""
+    def _relative(self, path: Path) -> Path:
+        """To the run's folder where it lies in there, for folders move."""
         full = path.resolve()
-        inside = full.is_relative_to(self._spool.output_dir)
-        return full.relative_to(self._spool.output_dir) if inside else full
+        inside = full.is_relative_to(self.output_dir)
+        return full.relative_to(self.output_dir) if inside else full
 
 
 def mark_broken(
@@ -324,20 +290,19 @@ def mark_broken(
 ) -> None:
     """Close a run whose process died without saying so: failed, with the reason.
 
-    Sends what the process left, too; a store that doesn't answer gets it later.
+    Publishes what the process left, too; a store that doesn't answer gets it later.
     """
-    spool = Spool(output_dir.resolve())
-    if not spool.folder.is_dir():
+    records = RunRecords(output_dir.resolve())
+    if not (records.output_dir / FOLDER).is_dir():
         return
-    with spool.held():
-        state = spool.state()
-        if state is None:
+    with records.held():
+        old_spool.convert(records)
+        run = records.run()
+        if run is None:
             return
-        if state.is_open:
-            close = operations.Close(
-                time=operations.now(), status="FAILED", reason=public_uri(reason)
-            )
-            spool.put(replace(state, is_open=False), close)
-        writer = writer_for(settings, output_root)
-        writer.replay(spool)
-        writer.close(at_most if writer.can_hang else None)
+        if run.end is None:
+            end = RunEnd(time=now(), status="FAILED", reason=reason)
+            records.write_run(replace(run, end=end))
+        thread = PublishThread(settings, output_root)
+        thread.publish(records)
+        thread.close(at_most if thread.can_hang else None)

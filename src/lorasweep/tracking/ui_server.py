@@ -1,20 +1,15 @@
-"""MLflow's own pages for a store, on this machine only."""
+"""The server of `lorasweep ui`: MLflow's own pages for a store, on this machine only."""
 
 from __future__ import annotations
 
 import os
-import re
 import socket
 import sys
 from pathlib import Path
 from typing import NoReturn
 
-from lorasweep.tracking.reading import Candidate
-from lorasweep.tracking.store import TrackingError, create_store, is_server, open_experiment
-from lorasweep.tracking.view import VIEW_KEY, save_view
-
-DEFAULT_PORT = 5000
-TRAINING_VIEW = "workflowType=machine_learning"  # else MLflow shows its pages for language models
+from lorasweep.tracking.store import TrackingError, create_store, is_server
+from lorasweep.tracking.web_page import DEFAULT_PORT, experiment_page
 
 
 def serve(uri: str, experiment: str, artifacts: Path | None, port: int = DEFAULT_PORT) -> int:
@@ -31,27 +26,6 @@ def serve(uri: str, experiment: str, artifacts: Path | None, port: int = DEFAULT
     print(f"MLflow starts, which takes some seconds: {experiment_page(uri, experiment, port)}")
     print("Stop it with Ctrl-C.", flush=True)
     return _become_server(uri, artifacts, port)
-
-
-def experiment_page(uri: str, experiment: str, port: int = DEFAULT_PORT) -> str:
-    """Address of the experiment's runs, with their curves and pictures as they are now."""
-    _, experiment_id = open_experiment(uri, experiment)
-    root = _server(uri, port)
-    address = f"{root}/#/experiments/{experiment_id}/runs?{TRAINING_VIEW}&compareRunsMode=CHART"
-    return f"{address}&viewStateShareKey={VIEW_KEY}" if save_view(uri, experiment) else address
-
-
-def page(uri: str, candidate: Candidate, port: int = DEFAULT_PORT) -> str:
-    """Address of the candidate's page: on its server, or on the one that `lorasweep ui` starts."""
-    root = _server(uri, port)
-    address = f"{root}/#/experiments/{candidate.experiment_id}/models/{candidate.model_id}"
-    return f"{address}?{TRAINING_VIEW}"
-
-
-def _server(uri: str, port: int) -> str:
-    """The root of the pages' addresses, without the user name and password of the URI."""
-    local = f"http://127.0.0.1:{port}"
-    return re.sub(r"//[^/@]*@", "//", uri).rstrip("/") if is_server(uri) else local
 
 
 def _check_port(port: int) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import itertools
+import json
 import multiprocessing
 import os
 import shutil
 import socket
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,10 +26,13 @@ from mlflow.protos.databricks_pb2 import (
     TEMPORARILY_UNAVAILABLE,
 )
 
-from logged import SETTINGS, finish, log_epochs, new_run, snapshot
+from logged import SETTINGS, finish, log_epochs, new_run, picture, run_id, snapshot
 from lorasweep import tracking
 from lorasweep.cli import main
-from lorasweep.tracking import Tracker, TrackingError, connect, spool, store, writer
+from lorasweep.tracking import Tracker, TrackingError, outage, publish_thread, records, store
+from lorasweep.tracking.ledger import unsent_items
+from lorasweep.tracking.sync import unsent
+from lorasweep.tracking.tracker import mark_broken
 
 CALLS = """search_runs create_run log_batch log_inputs log_artifacts log_artifact set_tag delete_tag
     create_logged_model log_outputs log_model_artifacts finalize_logged_model set_terminated
@@ -94,7 +100,7 @@ def die_in(train: Callable[[Path], None], root: Path, *, call: int, patched: lis
 
 
 CLIENT = [(MlflowClient, name) for name in CALLS.split()]
-DISK = [(spool, "write_atomically"), (os, "fsync"), (Path, "rename")]
+DISK = [(records, "write_atomically"), (os, "fsync"), (os, "replace"), (Path, "unlink")]
 STRIDE = 6  # of the default suite; `slow` does them all
 
 
@@ -124,9 +130,9 @@ def test_a_process_killed_after_any_call_loses_nothing_and_repeats_nothing(
         assert is_begun_and_whole(logged_offline(root))
         train(root, goes_on=True)
         assert snapshot(SETTINGS.resolve(root)) == unbroken, f"killed after call {call}"
-        left = sorted(path.name for path in (root / "a" / ".tracking").iterdir())
-        assert left[0].endswith(".done")
-        assert left[1:] in ([], ["lock"])
+        assert unsent(root) == []
+        left = {path.name for path in (root / "a" / ".tracking").iterdir()}
+        assert left - {"lock"} == {"published.json"}
     assert call > 20
 
 
@@ -149,14 +155,17 @@ def test_what_goes_on_is_the_same_run_and_knows_its_epochs(root: Path) -> None:
         log = tracker.open_run(new_run(root))
         log_epochs(log, root / "a", last=1)
         log.log_step(3, {"train/loss": 0.1})
-        first = log.run_id
         log.suspend("SIGTERM")
+    first = run_id(root)
     suspended = MlflowClient(uri).get_run(first)
     with Tracker(SETTINGS, root) as tracker:
         log = tracker.open_run(new_run(root), goes_on=True)
-        second, logged = log.run_id, log.logged_epochs
-        running = MlflowClient(uri).get_run(first)
+        logged = log.logged_epochs
+        log.tag("kept", "yes")
+        while "kept" not in (running := MlflowClient(uri).get_run(first)).data.tags:
+            time.sleep(0.05)
         finish(log)
+    second = run_id(root)
     assert second == first
     assert logged == {0, 1}
     assert suspended.info.status == "KILLED"
@@ -176,7 +185,7 @@ def test_a_new_attempt_drops_what_an_earlier_one_left(root: Path) -> None:
         log.finish("FINISHED")
     (run,) = snapshot(SETTINGS.resolve(root))
     assert [step for step, _ in run["curves"]["val/loss_rel"]] == [0, 1]
-    assert tracking.unsent(root) == []
+    assert unsent(root) == []
 
 
 def test_offline_runs_are_sent_by_sync_as_if_they_had_been_online(
@@ -184,13 +193,11 @@ def test_offline_runs_are_sent_by_sync_as_if_they_had_been_online(
 ) -> None:
     settings = replace(SETTINGS, offline=True, uri="http://127.0.0.1:1")
     with Tracker(settings, root) as tracker:
-        tracker.ready()
+        tracker.ready(root / "a", "grid")
         log = tracker.open_run(new_run(root))
         log_epochs(log, root / "a")
         finish(log)
-        with pytest.raises(TrackingError, match="not sent yet"):
-            _ = log.run_id
-    assert tracking.unsent(root) == [root / "a"]
+    assert unsent(root) == [root / "a"]
     store = [f"output_root={root}", f"tracking.uri={SETTINGS.resolve(root)}"]
     codes = [main_code(["sync", *store]) for _ in range(2)]
     said = capsys.readouterr().out
@@ -226,7 +233,7 @@ def test_two_processes_cannot_log_into_one_folder(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     offline = replace(SETTINGS, offline=True)
-    monkeypatch.setattr(spool.Spool.acquire, "__defaults__", (0,))
+    monkeypatch.setattr(records, "LOCK_SECONDS", 0)
     with Tracker(offline, root) as one, Tracker(offline, root) as other:
         log = one.open_run(new_run(root))
         with pytest.raises(TrackingError, match="in use by another process"):
@@ -243,7 +250,7 @@ def test_a_run_whose_process_died_is_closed_with_all_that_it_had_logged(root: Pa
         os._exit(9)
 
     die_in(die, root, call=0, patched=[])
-    tracking.mark_broken(SETTINGS, root, root / "a", "its worker died")
+    mark_broken(SETTINGS, root, root / "a", "its worker died")
     (run,) = snapshot(SETTINGS.resolve(root))
     assert run["status"] == "FAILED"
     assert run["tags"]["lorasweep.reason"] == "its worker died"
@@ -257,7 +264,7 @@ def test_a_broken_run_of_a_dead_server_is_closed_later(root: Path) -> None:
     with Tracker(replace(SETTINGS, offline=True), root) as tracker:
         log_epochs(tracker.open_run(new_run(root)), root / "a")
     dead = replace(SETTINGS, uri="http://127.0.0.1:1", max_wait_seconds=0.1)
-    tracking.mark_broken(dead, root, root / "a", "its worker died")
+    mark_broken(dead, root, root / "a", "its worker died")
     tracking.sync(SETTINGS, root, uri_is_given=True)
     (run,) = snapshot(SETTINGS.resolve(root))
     assert (run["status"], run["tags"]["lorasweep.reason"]) == ("FAILED", "its worker died")
@@ -276,13 +283,12 @@ def test_a_server_that_refuses_or_hangs_at_the_start_is_one_line_and_leaves_noth
                 pytest.raises(TrackingError, match=r"tracking\.offline=true") as error,
                 Tracker(settings, root) as tracker,
             ):
-                tracker.open_run(new_run(root))
-                tracker.ready()
+                tracker.ready(root / "a", "grid")
             told = str(error.value)
             assert f"http://***@127.0.0.1:{port}" in told
             assert "secret" not in told
             assert "\n" not in told
-            assert tracking.unsent(root) == []
+            assert not (root / "a").exists()
 
 
 def test_a_store_that_took_the_sweep_before_may_be_away_when_more_of_it_starts(
@@ -291,12 +297,14 @@ def test_a_store_that_took_the_sweep_before_may_be_away_when_more_of_it_starts(
     away = replace(SETTINGS, uri="http://127.0.0.1:1", max_wait_seconds=0.1)
     with Tracker(replace(away, uri=SETTINGS.resolve(root)), root) as tracker:
         tracker.open_run(new_run(root, "b")).finish("FINISHED")
-    done = root / "b" / ".tracking" / "000002.done"
-    text = done.read_text().replace(SETTINGS.resolve(root), "http://127.0.0.1:1")
-    done.write_text(text)  # as if it had been on that server
+    for file in (root / "b" / "mlflow.json", root / "b" / ".tracking" / "published.json"):
+        text = file.read_text().replace(SETTINGS.resolve(root), "http://127.0.0.1:1")
+        file.write_text(text)  # as if it had been on that server
+    with pytest.raises(TrackingError), Tracker(away, root) as tracker:
+        tracker.ready(root / "a", "another sweep")
     with Tracker(away, root) as tracker:
+        tracker.ready(root / "a", "grid")
         log = tracker.open_run(new_run(root))
-        tracker.ready()
         log_epochs(log, root / "a")
         finish(log)
     assert "waits on the disk" in caplog.text
@@ -313,7 +321,7 @@ def test_what_an_ended_run_left_is_sent_when_another_of_its_sweep_starts(
         finish(log)
     with Tracker(SETTINGS, root) as tracker:
         tracker.open_run(new_run(root, "b")).finish("FINISHED")
-    assert tracking.unsent(root) == []
+    assert unsent(root) == []
     assert snapshot(SETTINGS.resolve(root))[:1] == unbroken
 
 
@@ -328,7 +336,7 @@ def test_what_an_ended_run_left_is_held_no_longer_than_sending_it_takes(
     with Tracker(settings, root) as one, Tracker(settings, root) as other:
         one.open_run(new_run(root, "b"))
         other.open_run(new_run(root), goes_on=True).finish("FINISHED")
-    assert [path.name for path in tracking.unsent(root)] == (["a", "b"] if offline else [])
+    assert [path.name for path in unsent(root)] == (["a", "b"] if offline else [])
 
 
 def test_who_adopted_a_run_may_go_on_with_it(
@@ -339,9 +347,11 @@ def test_who_adopted_a_run_may_go_on_with_it(
         log_epochs(log, root / "a")
         log.finish("FAILED", "its worker died")
     opened = threading.Event()
-    connected = writer.Writer._open
+    open_store = publish_thread.open_store
     monkeypatch.setattr(
-        writer.Writer, "_open", lambda self: (opened.wait(60) and None) or connected(self)
+        publish_thread,
+        "open_store",
+        lambda *place: (opened.wait(60) and None) or open_store(*place),
     )
     with Tracker(SETTINGS, root) as tracker:
         other = tracker.open_run(new_run(root, "b"))
@@ -362,13 +372,13 @@ def test_the_end_of_a_run_waits_for_a_hanging_server_only_so_long(
         log_batch(*args, **kwargs)
 
     monkeypatch.setattr(MlflowClient, "log_batch", hanging)
-    monkeypatch.setattr(connect, "sqlite_path", lambda _uri: None)  # as for a server
+    monkeypatch.setattr(publish_thread, "sqlite_path", lambda _uri: None)  # as for a server
     with Tracker(SETTINGS, root) as tracker:
-        tracker.ready()
+        tracker.ready(root / "a", "grid")
         log = tracker.open_run(new_run(root))
         log_epochs(log, root / "a")
         finish(log)  # comes back, though nothing is answered
-        assert len(spool.Spool(root / "a").waiting()) == 8
+        assert len(unsent_items(records.RunRecords(root / "a"))[0]) == 8
         answered.set()
     assert snapshot(SETTINGS.resolve(root)) == unbroken
 
@@ -391,8 +401,8 @@ def test_a_store_that_fails_for_a_while_gets_everything_in_order(
 
         return call
 
-    monkeypatch.setattr(writer, "FIRST_PAUSE", 0.0)
-    monkeypatch.setattr(writer, "answers", lambda _store: False)
+    monkeypatch.setattr(publish_thread, "FIRST_PAUSE", 0.0)
+    monkeypatch.setattr(outage, "answers", lambda _store: False)
     with pytest.MonkeyPatch.context() as during:
         for owner, name in CLIENT:
             if not name.startswith("search"):
@@ -408,15 +418,15 @@ def test_a_write_that_only_fails_by_itself_is_put_aside_and_sync_tries_it_again(
     def broken(*_args: Any, **_kwargs: Any) -> None:
         raise MlflowException("the disk of the artifacts is full", INTERNAL_ERROR)
 
-    monkeypatch.setattr(writer, "FIRST_PAUSE", 0.0)
+    monkeypatch.setattr(publish_thread, "FIRST_PAUSE", 0.0)
     with pytest.MonkeyPatch.context() as during:
         during.setattr(MlflowClient, "log_artifact", broken)  # the contact sheet's
         train(root)
     (run,) = snapshot(SETTINGS.resolve(root))
     assert (run["status"], run["tags"]["kept"]) == ("FINISHED", "yes")
-    assert tracking.unsent(root) == [root / "a"]
+    assert unsent(root) == [root / "a"]
     (result,) = tracking.sync(SETTINGS, root)
-    assert (result.sent, result.left, list(result.refused)) == (1, 0, [])
+    assert (result.sent, result.left, dict(result.refused)) == (1, 0, {})
     assert snapshot(SETTINGS.resolve(root)) == unbroken
 
 
@@ -436,23 +446,164 @@ def test_a_run_that_mlflow_refuses_to_begin_waits_whole(
     assert snapshot(SETTINGS.resolve(root)) == unbroken
 
 
-def test_a_damaged_file_in_the_spool_is_put_aside(root: Path) -> None:
+def test_a_damaged_record_of_an_epoch_is_refused_and_the_others_are_sent(root: Path) -> None:
     with Tracker(replace(SETTINGS, offline=True), root) as tracker:
         log = tracker.open_run(new_run(root))
         log_epochs(log, root / "a")
         finish(log)
-    (root / "a" / ".tracking" / "000003.json").write_bytes(b'{"run": {"uid"')
+    (root / "a" / "epochs" / "000001.json").write_bytes(b'{"uid": "a')
     (result,) = tracking.sync(SETTINGS, root)
     (run,) = snapshot(SETTINGS.resolve(root))
-    assert [path.name for path in result.refused] == ["000003.refused"]
+    assert list(result.refused) == ["epoch 1"]
+    assert "000001.json is damaged" in result.line()
     assert [step for step, _ in run["curves"]["val/loss_rel"]] == [0, 2, 3]
+
+
+def test_steps_of_a_long_epoch_are_published_while_it_runs(root: Path) -> None:
+    with Tracker(SETTINGS, root) as tracker:
+        log = tracker.open_run(new_run(root))
+        for step in range(1, 701):
+            log.log_step(step, {"train/loss": 1 / step})
+        client = MlflowClient(SETTINGS.resolve(root))
+        until = time.monotonic() + 60
+        while not (known := client.get_run(run_id(root)).data.metrics):
+            assert time.monotonic() < until
+        log.log_base({}, {})
+        log.finish("FINISHED")
+    (run,) = snapshot(SETTINGS.resolve(root))
+    assert known == {"train/loss": 1 / 600}
+    assert [step for step, _ in run["curves"]["train/loss"]] == list(range(1, 701))
+    assert not (root / "a" / "epochs" / "unfinished.json").exists()
+
+
+def test_what_was_deleted_in_mlflow_is_sent_anew_when_the_run_goes_on(
+    root: Path, unbroken: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    with Tracker(SETTINGS, root) as tracker:
+        log = tracker.open_run(new_run(root))
+        log_epochs(log, root / "a", last=1)
+        log.log_file(picture(root / "a" / "sheet.png", (0, 0, 0)))
+        log.suspend("SIGTERM")
+    MlflowClient(SETTINGS.resolve(root)).delete_run(run_id(root))
+    picture(root / "a" / "sheet.png", (255, 255, 0))
+    assert unsent(root) == [root / "a"]
+    (result,) = tracking.sync(SETTINGS, root)
+    assert list(result.refused) == ["run"]
+    assert "was it deleted?" in result.line()
+    train(root, goes_on=True)
+    assert "All is sent anew" in caplog.text
+    (run,) = snapshot(SETTINGS.resolve(root))
+    assert run["curves"] == unbroken[0]["curves"]
+    assert run["artifacts"] == sorted([*unbroken[0]["artifacts"], "sheet.png"])
+
+
+def test_another_store_gets_a_whole_run(root: Path, unbroken: list[dict[str, Any]]) -> None:
+    """Of which the first store has a part."""
+    with Tracker(SETTINGS, root) as tracker:
+        log_epochs(tracker.open_run(new_run(root)), root / "a", last=1)
+    elsewhere = replace(SETTINGS, uri=f"sqlite:///{root}/other.db")
+    with Tracker(elsewhere, root) as tracker:
+        log = tracker.open_run(new_run(root), goes_on=True)
+        log_epochs(log, root / "a")
+        finish(log)
+    assert snapshot(elsewhere.resolve(root)) == unbroken
+
+
+def older_version(root: Path, *, begun: bool) -> None:
+    """What an older version left of a run: all waits, or all but its second epoch is sent."""
+    run = {"uid": "f" * 32, "name": "a", "sweep": "grid", "uri": None, "experiment": "e"}
+    settings = {
+        "kind": "open",
+        "time": 1000,
+        "tags": {"lorasweep.trial": "4"},
+        "params": {"adapter.rank": "4"},
+        "files": {"config.yaml": "adapter: {}", "overrides.yaml": "[]", "manifest.json": "{}"},
+        "dataset": {
+            "name": "icons",
+            "digest": "ab" * 8,
+            "source": json.dumps({"uri": "/icons"}),
+            "profile": json.dumps({"digest": "ab" * 32}),
+        },
+        "replaces": True,
+        "goes_on": False,
+    }
+
+    def epoch(number: int) -> dict[str, Any]:
+        path = root / "a" / f"a-{number:06d}.safetensors"
+        path.write_bytes(b"weights")
+        checkpoint = {"path": path.name, "run": "a", "epoch": number, "step": number * 2}
+        png = picture(root / "drawn.png", (number, 0, 0)).read_bytes()
+        points = [[step, {"train/loss": 1 / step}] for step in (number * 2 - 1, number * 2)]
+        return {
+            "kind": "epoch",
+            "epoch": number,
+            "points": [
+                {"key": key, "value": value, "time": 1000 + step, "step": step}
+                for step, values in points
+                for key, value in values.items()
+            ],
+            "scores": [{"key": "val/gap", "value": "nan", "time": 1000, "step": number}],
+            "samples": [
+                {
+                    "stem": f"samples~00 a rocket+step+{number}+timestamp+1000+{number}",
+                    "png": base64.urlsafe_b64encode(png).decode(),
+                }
+            ],
+            "model": {"checkpoint": checkpoint, "terms": {"val/gap": [0.5]}, "upload": False},
+        }
+
+    folder = root / "a" / ".tracking"
+    folder.mkdir(parents=True)
+    operations = [(settings, [], {}), (epoch(1), [1], {"train/loss": 2})]
+    operations.append((epoch(2), [1, 2], {"train/loss": 4}))
+    for number, (operation, epochs, steps) in enumerate(operations):
+        state = {**run, "epochs": epochs, "steps": steps, "is_open": True}
+        text = json.dumps({"run": state, "operation": operation})
+        if not begun or number > 0:
+            suffix = "done" if begun and number == 1 else "json"
+            (folder / f"{number:06d}.{suffix}").write_text(text)
+
+
+def test_what_an_older_version_left_is_sent(root: Path) -> None:
+    older_version(root, begun=False)
+    assert unsent(root) == [root / "a"]
+    (result,) = tracking.sync(SETTINGS, root, "a")
+    (run,) = snapshot(SETTINGS.resolve(root))
+    assert (result.sent, unsent(root)) == (4, [])
+    assert run["params"] == {"adapter.rank": "4"}
+    assert run["inputs"] == ["ab" * 8]
+    assert run["curves"]["train/loss"] == [(1, "1.0"), (2, "0.5"), (3, repr(1 / 3)), (4, "0.25")]
+    assert run["curves"]["val/gap"] == [(1, "nan"), (2, "nan")]
+    assert [model["name"] for model in run["models"]] == ["a-e001", "a-e002"]
+    assert sum("rocket" in name and name.endswith(".png") for name in run["artifacts"]) == 2
+    assert {path.name for path in (root / "a" / ".tracking").iterdir()} == {
+        "lock",
+        "published.json",
+    }
+
+
+def test_a_run_that_an_older_version_began_goes_on_as_the_same_run(root: Path) -> None:
+    client = MlflowClient(SETTINGS.resolve(root))
+    experiment = client.create_experiment("e", (root / "mlartifacts").as_uri())
+    tags = {"lorasweep.uid": "f" * 32, "lorasweep.run": "a", "lorasweep.sweep": "grid"}
+    begun = client.create_run(experiment, tags=tags, run_name="a").info.run_id
+    older_version(root, begun=True)
+    with Tracker(SETTINGS, root) as tracker:
+        log = tracker.open_run(new_run(root), goes_on=True)
+        assert log.logged_epochs == {1, 2}
+        log_epochs(log, root / "a")
+        finish(log)
+    assert [run.info.run_id for run in client.search_runs([experiment])] == [begun]
+    (run,) = snapshot(SETTINGS.resolve(root))
+    assert [step for step, _ in run["curves"]["train/loss"]] == [3, 4, 5, 6]  # 1 and 2: before
+    assert [model["name"] for model in run["models"]] == ["a-e002", "a-e003"]
 
 
 SECRET = "http://me:hunter2@host:5000/x?api_key=hunter2&page=2"
 PUBLIC = "http://***@host:5000/x?api_key=***&page=2"
 
 
-def test_secrets_in_uris_reach_neither_mlflow_nor_the_spool(root: Path) -> None:
+def test_secrets_in_uris_reach_neither_mlflow_nor_the_records(root: Path) -> None:
     new = replace(
         new_run(root),
         params={"tracking.uri": SECRET},
@@ -464,12 +615,11 @@ def test_secrets_in_uris_reach_neither_mlflow_nor_the_spool(root: Path) -> None:
         log = tracker.open_run(new)
         log.tag("also", SECRET)
         log.finish("FAILED", f"{SECRET} is away")
-    spooled = [path.read_text() for path in (root / "a" / ".tracking").glob("*.json")]
-    assert len(spooled) == 3
-    assert not any("hunter2" in text for text in spooled)
+    written = [path.read_text() for path in (root / "a").rglob("*.json")]
+    assert written
+    assert not any("hunter2" in text for text in written)
     tracking.sync(SETTINGS, root, uri_is_given=True)
-    run_id = MlflowClient(SETTINGS.resolve(root)).search_runs(["1"])[0].info.run_id
-    run = MlflowClient(SETTINGS.resolve(root)).get_run(run_id)
+    run = MlflowClient(SETTINGS.resolve(root)).get_run(run_id(root))
     assert run.data.params == {"tracking.uri": PUBLIC}
     assert run.data.tags["where"] == run.data.tags["also"] == PUBLIC
     assert run.data.tags["lorasweep.reason"] == f"{PUBLIC} is away"

@@ -1,4 +1,4 @@
-"""How MLflow's page of an experiment looks when `lorasweep ui` opens it.
+"""MLflow's web pages: their addresses, and how an experiment's looks when `lorasweep ui` opens it.
 
 Left alone, MLflow makes a card for each metric and each prompt, by alphabet, and writes all params
 of a run (some seventy) above each picture, which pushes it out of sight. So we store a view, as
@@ -10,23 +10,48 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import zlib
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
-from lorasweep.tracking.store import PICKED_TAG, SWEEP_TAG, open_experiment
+from lorasweep.tracking.read_candidates import Candidate
+from lorasweep.tracking.store import PICKED_TAG, SWEEP_TAG, is_server, open_experiment
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
+DEFAULT_PORT = 5000
+TRAINING_VIEW = "workflowType=machine_learning"  # else MLflow shows its pages for language models
 VIEW_KEY = "lorasweep"  # in the page's address
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW_KEY}"
 FIRST = ("val/loss_rel", "val/gap", "val/prior_drift")
 MAX_RUNS = 200
 MAX_TAG = 20_000  # characters of an experiment's tag
 MAX_COLUMNS = 8
+
+
+def experiment_page(uri: str, experiment: str, port: int = DEFAULT_PORT) -> str:
+    """Address of the experiment's runs, with their curves and pictures as they are now."""
+    _, experiment_id = open_experiment(uri, experiment)
+    root = _server(uri, port)
+    address = f"{root}/#/experiments/{experiment_id}/runs?{TRAINING_VIEW}&compareRunsMode=CHART"
+    return f"{address}&viewStateShareKey={VIEW_KEY}" if save_view(uri, experiment) else address
+
+
+def page(uri: str, candidate: Candidate, port: int = DEFAULT_PORT) -> str:
+    """Address of the candidate's page: on its server, or on the one that `lorasweep ui` starts."""
+    root = _server(uri, port)
+    address = f"{root}/#/experiments/{candidate.experiment_id}/models/{candidate.model_id}"
+    return f"{address}?{TRAINING_VIEW}"
+
+
+def _server(uri: str, port: int) -> str:
+    """The root of the pages' addresses, without the user name and password of the URI."""
+    local = f"http://127.0.0.1:{port}"
+    return re.sub(r"//[^/@]*@", "//", uri).rstrip("/") if is_server(uri) else local
 
 
 def save_view(uri: str, experiment: str) -> bool:

@@ -1,0 +1,75 @@
+"""Where a run or a sweep that was broken off goes on: its folder, by settings, name or place.
+
+What goes on there is found by `run_folder.RunFolder` (was this very run begun here?) and
+`training/saved_states.py` (from which step of which epoch).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from lorasweep.core.settings import SettingsError
+from lorasweep.runs.run_folder import (
+    MULTIRUN,
+    RECORD,
+    SWEEP_RECORD,
+    is_free,
+    read_record,
+    sweep_name,
+)
+
+
+def find_run(parent: Path, settings: str) -> Path | None:
+    """The newest folder in which a run of these settings was broken off."""
+    return _newest(parent, RECORD, settings)
+
+
+def find_sweep(parent: Path, settings: str) -> Path | None:
+    """The newest folder in which a multirun of these settings was broken off."""
+    return _newest(parent, SWEEP_RECORD, settings)
+
+
+def find(target: str, output_root: Path) -> Path:
+    """The folder to go on in, of a run or a sweep by its name or its folder.
+
+    A run of a multirun goes on with the others, for a pack rounds by its members. Raises
+    SettingsError.
+    """
+    folder = Path(target)
+    if not folder.is_dir():
+        folder = _named(target, output_root)
+    if (folder.parent / MULTIRUN).is_file():
+        folder = folder.parent
+    if (folder / MULTIRUN).is_file() or (folder / RECORD).is_file():
+        return folder.absolute()
+    raise SettingsError(f"{target} is no folder of a run or of a sweep: nothing was begun there")
+
+
+def _newest(parent: Path, name: str, settings: str) -> Path | None:
+    for path in sorted(parent.glob(f"*/{name}"), reverse=True):
+        try:
+            found = json.loads(path.read_text())
+            wanted = found["status"] == "unfinished" and found["settings"] == settings
+        except (ValueError, KeyError, TypeError, OSError):
+            continue  # not ours, or torn: whoever trains there says so
+        if wanted and is_free(path.parent):
+            return path.parent
+    return None
+
+
+def _named(name: str, output_root: Path) -> Path:
+    records = [*output_root.glob(f"*/*/{RECORD}"), *output_root.glob(f"*/*/*/{RECORD}")]
+    records.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    found = {path.parent: read_record(path.parent) for path in records}
+    open_ones = {p: one.name for p, one in found.items() if one and one.status == "unfinished"}
+    for folder, known in open_ones.items():
+        if known == name:
+            return folder
+    sweeps = [path.parent for path in output_root.glob(f"*/*/{MULTIRUN}")]
+    if named := [folder for folder in sweeps if sweep_name(folder) == name]:
+        return max(named, key=lambda folder: (folder / MULTIRUN).stat().st_mtime)
+    if name in {one.name for one in found.values() if one}:
+        raise SettingsError(f"{name} has ended: there is nothing to go on with")
+    known_names = ", ".join(dict.fromkeys(open_ones.values())) or "none"
+    raise SettingsError(f"{name}: no such run or sweep in {output_root}; broken off: {known_names}")

@@ -1,0 +1,65 @@
+"""MLflow's outages: whose fault a failed write is, the store's (it waits) or its data's (refused).
+
+While the store is away all waits on the disk, and is tried again with growing pauses. What a store
+that answers doesn't take is refused: at the second time, or the fifth if it may be the store's.
+"""
+
+from __future__ import annotations
+
+from lorasweep.tracking.store import MlflowStore, TrackingError
+
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between tries
+CLOSING_PAUSE = 2.0  # at most, once the end waits for it
+TRIES = 5  # of a write that fails while the store answers otherwise
+LINGER_SECONDS = 0.9  # that all ends of runs together wait for a store that may hang
+SILENCE = 4  # times the patience: the end of waiting for a call that never returns
+
+_NOT_NOW = frozenset({"TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED"})
+_NOT_YOU = frozenset({"UNAUTHENTICATED", "PERMISSION_DENIED", "CUSTOMER_UNAUTHORIZED"})
+_TRY_LATER = frozenset({401, 403, 407, 408, 429})
+
+
+class OutageError(RuntimeError):
+    """The store is away; its cause is what a write failed with."""
+
+
+def is_refused(error: Exception, store: MlflowStore, item: str) -> bool:
+    """Is an item refused, once and for all? Else it is to be tried again at once.
+
+    Raises OutageError where it is the store that failed, and all is to be tried again later.
+    """
+    of_store = is_of_store(error)
+    if of_store and not answers(store):
+        raise OutageError from error
+    store.failures[item] += 1
+    if of_store and store.failures[item] < TRIES:
+        raise OutageError from error
+    return store.failures[item] > 1
+
+
+def is_of_store(error: BaseException) -> bool:
+    """Might the same write go well later? A server that is away, hangs or breaks; a full disk."""
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+    from requests.exceptions import HTTPError
+    from sqlalchemy.exc import OperationalError
+
+    if isinstance(error, HTTPError) and error.response is not None:
+        return _is_transient(error.response.status_code)
+    if isinstance(error, MlflowException):
+        known = error.error_code in _NOT_NOW | _NOT_YOU
+        return known or _is_transient(error.get_http_status_code())
+    return isinstance(error, RequestException | OperationalError | OSError | TrackingError)
+
+
+def answers(store: MlflowStore) -> bool:
+    """Does the store answer a question that has an answer?"""
+    try:
+        store.client.get_experiment(store.experiment_id)
+    except Exception as error:  # whatever it is, it is no answer
+        return not is_of_store(error)
+    return True
+
+
+def _is_transient(status: int) -> bool:
+    return status >= 500 or status in _TRY_LATER
