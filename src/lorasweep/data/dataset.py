@@ -18,7 +18,6 @@ from pydantic import NonNegativeInt, PlainValidator, PositiveInt
 from lorasweep.core.settings import Probability, Settings, SettingsError
 from lorasweep.core.text import listed, shown
 from lorasweep.data import image_files
-from lorasweep.data.image_files import open_image as open_image
 
 logger = logging.getLogger(__name__)
 
@@ -314,7 +313,7 @@ def _draw_key(name: str, seed: int) -> bytes:
 
 def _decode(path: Path, name: str) -> ImageFile:
     data = path.read_bytes()
-    width, height = open_image(BytesIO(data)).size
+    width, height = image_files.open_image(BytesIO(data)).size
     return ImageFile(path, name, hashlib.sha256(data).hexdigest(), width, height)
 
 

@@ -45,20 +45,18 @@ def encode(base: BaseModel, arms: Sequence[Arm], settings: Dataset, cache_dir: P
     bucket.
     """
     check_size(base, settings.size)
-    encoder = _Encoder(base, settings, cache_dir)
-    return [
-        Item(
-            path=image.path,
-            arm=arm.name,
-            caption=image.caption,
-            repeats=arm.repeats,
-            bucket=encoder.bucket(image.path),
-            latents=encoder.latents(image.path, flip=False),
-            flipped=encoder.latents(image.path, flip=True) if settings.flip_aug else None,
-        )
-        for arm in arms
-        for image in arm.items
-    ]
+    by_content: dict[str, tuple[Size, Tensor, Tensor | None]] = {}
+    items = []
+    for arm in arms:
+        for image in arm.items:
+            digest = hashlib.sha256(image.path.read_bytes()).hexdigest()
+            if digest not in by_content:
+                by_content[digest] = _encoded(base, image.path, digest, settings, cache_dir)
+            bucket, latents, flipped = by_content[digest]
+            items.append(
+                Item(image.path, arm.name, image.caption, arm.repeats, bucket, latents, flipped)
+            )
+    return items
 
 
 def pixels(image: Image.Image) -> Tensor:
@@ -70,59 +68,42 @@ def pixels(image: Image.Image) -> Tensor:
     return values.permute(2, 0, 1) / 127.5 - 1
 
 
-class _Encoder:
-    """Encodes images, keeping what was done in memory and on disk."""
+def _encoded(
+    base: BaseModel, path: Path, digest: str, settings: Dataset, cache_dir: Path
+) -> tuple[Size, Tensor, Tensor | None]:
+    """An image's bucket, latents, and latents of its mirrored form if those are trained on."""
+    image = open_image(path)
+    try:
+        bucket = bucket_of(image.size, settings)
+    except SettingsError as error:
+        raise SettingsError(f"{path.name}: {error}") from None
+    check_size(base, bucket)
+    folder = cache_dir / "latents"
+    latents = _cached(base, image, digest, bucket, folder, flip=False)
+    if not settings.flip_aug:
+        return bucket, latents, None
+    return bucket, latents, _cached(base, image, digest, bucket, folder, flip=True)
 
-    def __init__(self, base: BaseModel, settings: Dataset, cache_dir: Path) -> None:
-        self.base = base
-        self.settings = settings
-        self.folder = cache_dir / "latents"
-        self._digests: dict[Path, str] = {}
-        self._buckets: dict[str, Size] = {}
-        self._latents: dict[tuple[str, bool], Tensor] = {}
 
-    def bucket(self, path: Path) -> Size:
-        digest = self._digest(path)
-        if digest not in self._buckets:
-            try:
-                self._buckets[digest] = bucket_of(open_image(path).size, self.settings)
-            except SettingsError as error:
-                raise SettingsError(f"{path.name}: {error}") from None
-            check_size(self.base, self._buckets[digest])
-        return self._buckets[digest]
+def _cached(
+    base: BaseModel, image: Image.Image, digest: str, bucket: Size, folder: Path, *, flip: bool
+) -> Tensor:
+    """The latents from the cache's file, which is made where it isn't there or is torn."""
+    from PIL import ImageOps
 
-    def latents(self, path: Path, *, flip: bool) -> Tensor:
-        key = (self._digest(path), flip)
-        if key not in self._latents:
-            self._latents[key] = self._cached(path, flip)
-        return self._latents[key]
-
-    def _digest(self, path: Path) -> str:
-        if path not in self._digests:
-            self._digests[path] = hashlib.sha256(path.read_bytes()).hexdigest()
-        return self._digests[path]
-
-    def _cached(self, path: Path, flip: bool) -> Tensor:
-        bucket = self.bucket(path)
-        depends = repr(("checked", self._digest(path), self.base.vae_identity, bucket, flip))
-        key = hashlib.sha256(depends.encode()).hexdigest()
-        file = self.folder / f"{key}.safetensors"
-        if file.exists():
-            found = _unpacked(file.read_bytes(), key)
-            if found is not None:
-                return found.to(self.base.device)
-            log.warning("%s is torn and is made again", file)
-        latents = self._encode(path, bucket, flip)
-        write_atomically(file, _packed(latents, key))
-        return latents
-
-    def _encode(self, path: Path, bucket: Size, flip: bool) -> Tensor:
-        from PIL import ImageOps
-
-        image = fit(open_image(path), bucket)
-        if flip:
-            image = ImageOps.mirror(image)
-        return self.base.encode_images(pixels(image)[None])[0]
+    depends = repr(("checked", digest, base.vae_identity, bucket, flip))
+    key = hashlib.sha256(depends.encode()).hexdigest()
+    file = folder / f"{key}.safetensors"
+    if file.exists():
+        found = _unpacked(file.read_bytes(), key)
+        if found is not None:
+            return found.to(base.device)
+        log.warning("%s is torn and is made again", file)
+    fitted = fit(image, bucket)
+    pixel_values = pixels(ImageOps.mirror(fitted) if flip else fitted)
+    latents = base.encode_images(pixel_values[None])[0]
+    write_atomically(file, _packed(latents, key))
+    return latents
 
 
 def _packed(latents: Tensor, key: str) -> bytes:

@@ -53,18 +53,12 @@ def not_found(model: str, needed: str, reason: str) -> CaptionerError:
     )
 
 
-def why_not_fetched() -> str:
-    """Why the hub gave nothing."""
-    from huggingface_hub.constants import HF_HUB_OFFLINE
-
-    return "HF_HUB_OFFLINE is set: nothing is downloaded" if HF_HUB_OFFLINE else "out of reach"
-
-
 @lru_cache(maxsize=64)  # one answer a process: the hub may get a new commit while we caption
 def _from_hub(
     repo_id: str, subfolder: str, revision: str | None, patterns: tuple[str, ...], needed: str
 ) -> Weights:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     model = f"{repo_id}/{subfolder}" if subfolder else repo_id
@@ -72,7 +66,8 @@ def _from_hub(
     try:
         snapshot = snapshot_download(repo_id, revision=revision, allow_patterns=wanted)
     except LocalEntryNotFoundError:
-        reason = f"no such folder, not in the hub's cache, and {why_not_fetched()}"
+        why = "HF_HUB_OFFLINE is set: nothing is downloaded" if HF_HUB_OFFLINE else "out of reach"
+        reason = f"no such folder, not in the hub's cache, and {why}"
         raise not_found(model, needed, reason) from None
     except (HfHubHTTPError, HFValidationError) as error:
         raise not_found(model, needed, str(error).partition("\n")[0]) from None
