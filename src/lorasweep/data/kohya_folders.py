@@ -201,34 +201,37 @@ def _refuse_to_overwrite(root: Path) -> None:
 
 def _edited(root: Path, manifest: dict[str, Any]) -> list[str]:
     """Images and captions that were added, removed or rewritten; other files are not ours."""
-    extension = manifest["caption_extension"]
-    written = {
-        file: text
-        for image in manifest["images"]
-        for arm, text in image["captions"].items()
-        for file, text in _files_of(image, arm, manifest["arms"][arm], text, extension)
-    }
+    written = _files(manifest)
     present = {
         path.relative_to(root).as_posix()
         for split in ("train", "holdout")
         for path in (root / split).rglob("*")
-        if path.suffix.lower() in _IMAGE_SUFFIXES or path.name.endswith(extension)
+        if path.suffix.lower() in _IMAGE_SUFFIXES
+        or path.name.endswith(manifest["caption_extension"])
     }
     edited = set(written) ^ present
     for file in set(written) & present:
-        text = written[file]
-        if text is not None and (root / file).read_bytes() != f"{text}\n".encode():
+        content = written[file]
+        if isinstance(content, bytes) and (root / file).read_bytes() != content:
             edited.add(file)
     return sorted(edited)
 
 
-def _files_of(
-    image: dict[str, Any], arm: str, made: dict[str, Any], text: str, extension: str
-) -> list[tuple[str, str | None]]:
-    """The image's file and its caption's in one arm, below root, the latter with its text."""
-    copy = Path(image["copy"])
-    folder = f"{image['split']}/{made['repeats']}_{arm}"
-    return [(f"{folder}/{copy.name}", None), (f"{folder}/{copy.stem}{extension}", text)]
+def _files(manifest: dict[str, Any]) -> dict[str, str | bytes]:
+    """What the arms hold: each image with the copy that it is, each caption file with its bytes.
+
+    All paths are below root.
+    """
+    files: dict[str, str | bytes] = {}
+    for image in manifest["images"]:
+        copy = Path(image["copy"])
+        for arm, text in image["captions"].items():
+            folder = f"{image['split']}/{manifest['arms'][arm]['repeats']}_{arm}"
+            files[f"{folder}/{copy.name}"] = image["copy"]
+            # kohya aborts on a caption file of zero bytes; one newline is an empty caption
+            caption = f"{folder}/{copy.stem}{manifest['caption_extension']}"
+            files[caption] = f"{text}\n".encode()
+    return files
 
 
 def _write_tree(
@@ -238,17 +241,18 @@ def _write_tree(
     caption_extension: str,
     inputs: str,
 ) -> None:
-    copies = _write_copies(tree / "images", image_set)
+    for folder in ("images", "train", "holdout"):
+        (tree / folder).mkdir(parents=True)
     entries = []
-    for index, image in enumerate(image_set.images):
+    for index, (image, stem) in enumerate(
+        zip(image_set.images, _stems(image_set.images), strict=True)
+    ):
+        suffix, data = _prepared(image)
+        copy = f"images/{stem}{suffix}"
+        (tree / copy).write_bytes(data)
         split = "train" if index < len(image_set.train) else "holdout"
         texts = {arm: clean_caption(made.captions[index]) for arm, made in captions.items()}
-        for arm, made in captions.items():
-            folder = tree / split / f"{made.repeats}_{arm}"
-            _write_pair(folder, copies[image.name], texts[arm], caption_extension)
-        entries.append(_entry(image, copies[image.name], split, texts))
-    for split in ("train", "holdout"):
-        (tree / split).mkdir(exist_ok=True)
+        entries.append(_entry(image, copy, split, texts))
     manifest = {
         "version": _VERSION,
         "inputs": inputs,
@@ -260,32 +264,28 @@ def _write_tree(
         },
         "images": entries,
     }
+    for file, content in _files(manifest).items():
+        path = tree / file
+        path.parent.mkdir(exist_ok=True)
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            _link(tree / content, path)
     text = json.dumps(manifest, ensure_ascii=False, indent=1)
     (tree / MANIFEST).write_text(f"{text}\n", encoding="utf-8")
 
 
-def _entry(image: ImageFile, copy: Path, split: str, texts: dict[str, str]) -> dict[str, Any]:
+def _entry(image: ImageFile, copy: str, split: str, texts: dict[str, str]) -> dict[str, Any]:
     return {
         # a name that is not UTF-8 can't stand in JSON as it is
         "file": image.name.encode(errors="backslashreplace").decode(),
-        "copy": f"images/{copy.name}",
+        "copy": copy,
         "sha256": image.sha256,
         "width": image.width,
         "height": image.height,
         "split": split,
         "captions": texts,
     }
-
-
-def _write_copies(folder: Path, image_set: ImageSet) -> dict[str, Path]:
-    """Write each image in a form that kohya and any other reader sees alike; paths by name."""
-    folder.mkdir(parents=True)
-    copies = {}
-    for image, stem in zip(image_set.images, _stems(image_set.images), strict=True):
-        suffix, data = _prepared(image)
-        copies[image.name] = folder / f"{stem}{suffix}"
-        copies[image.name].write_bytes(data)
-    return copies
 
 
 def _prepared(image: ImageFile) -> tuple[str, bytes]:
@@ -316,13 +316,6 @@ def _safe_stem(name: str) -> str:
     flat = re.sub(r"[^\w.-]+", "_", unicodedata.normalize("NFC", name.rpartition(".")[0]))
     short = flat.encode()[:150].decode(errors="ignore")  # file systems allow 255 bytes
     return short.strip("._-") or "image"
-
-
-def _write_pair(folder: Path, copy: Path, caption: str, caption_extension: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    _link(copy, folder / copy.name)
-    # kohya aborts on a caption file of zero bytes; one newline is an empty caption
-    (folder / f"{copy.stem}{caption_extension}").write_bytes(f"{caption}\n".encode())
 
 
 def _link(source: Path, target: Path) -> None:
