@@ -59,7 +59,7 @@ class Bench:
         """A training of a pack; the runs differ in their seeds."""
         trainer = replace(self.run.trainer, batch_size=batch_size)
         runs = [replace(self.run, name=f"run-{number}", seed=number) for number in range(num_runs)]
-        return trainer.start(self.base, runs, self.data)
+        return NativeTraining(trainer, self.base, runs, self.data)
 
 
 def prepare(

@@ -6,6 +6,7 @@ from lorasweep.data import kohya_folders, latents
 from lorasweep.lora_files import checkpoint
 from lorasweep.runs.prepare import write_folders
 from lorasweep.runs.session import EpochReport, run_pack
+from lorasweep.training.native_trainer import NativeTraining
 from lorasweep.training.training_run import TrainingData
 
 
@@ -18,7 +19,7 @@ def load(run, base):
 def train(base, data, *runs):
     """Train to the end: losses by run, the last checkpoint by run, failures by run."""
     losses, last, failures = {}, {}, {}
-    training = runs[0].trainer.start(base, runs, data)
+    training = NativeTraining(runs[0].trainer, base, runs, data)
     for epoch in training:
         for name, steps in epoch.steps.items():
             losses.setdefault(name, []).extend(values["train/loss"] for _, values in steps)

@@ -10,6 +10,7 @@ import torch
 
 from conftest import FEW
 from lorasweep.lora_files import checkpoint
+from lorasweep.training.native_trainer import NativeTraining
 from lorasweep.training.pack_loss import PackLoss
 from lorasweep.training.training_batches import epoch_batches
 from lorasweep.training.training_captions import caption_of
@@ -85,7 +86,7 @@ def test_a_neighbour_that_leaves_early_changes_nothing(make_run, base, data):
     short = make_run("trainer.max_train_epochs=1", "adapter.rank=16", number=0)
     dropped = make_run("trainer.max_train_epochs=3", "adapter.rank=2", number=1)
     long = make_run("trainer.max_train_epochs=3", "adapter.rank=4", number=2)
-    training = long.trainer.start(base, [short, dropped, long], data)
+    training = NativeTraining(long.trainer, base, [short, dropped, long], data)
     seen, losses = [], []
     for epoch in training:
         seen.append([one.run for one in epoch.checkpoints])
@@ -132,7 +133,7 @@ def test_out_of_memory_splits_the_pack_and_loses_nothing(
 def test_a_run_for_which_there_is_no_room_waits_until_others_have_ended(make_run, base, data):
     short = "trainer.max_train_epochs=1"
     first, second, late = (make_run(f"seed={n}", f"name=r{n}", short) for n in range(3))
-    training = first.trainer.start(base, [first, second], data)
+    training = NativeTraining(first.trainer, base, [first, second], data)
     training.max_runs = 2  # as if three had been too many
     training.join(late)
     assert [[one.run for one in epoch.checkpoints] for epoch in training] == [["r0", "r1"], ["r2"]]
@@ -354,7 +355,7 @@ def test_buckets_keep_their_order_from_epoch_to_epoch(data):
 def test_a_run_that_joins_later_is_the_run_alone(kind, make_run, base, data):
     first, second = (make_run(f"seed={n}", "adapter.rank=4", number=n) for n in range(2))
     late = make_run("seed=7", *kind, number=2)
-    training = first.trainer.start(base, [first, second], data)
+    training = NativeTraining(first.trainer, base, [first, second], data)
     losses, last = {run.name: [] for run in (first, second, late)}, {}
     for number, epoch in enumerate(training):
         for name, steps in epoch.steps.items():
@@ -380,7 +381,7 @@ def test_a_run_that_does_not_fit_alone_leaves_the_others(make_run, base, data, m
         return backward(self, pack, states, batches)
 
     monkeypatch.setattr(PackLoss, "backward", limited)
-    training = runs[0].trainer.start(base, runs, data)
+    training = NativeTraining(runs[0].trainer, base, runs, data)
     monkeypatch.setattr(training, "pack", training.pack.select([1, 0]))  # it comes first
     training.pack.bind()
     epochs = list(training)
@@ -401,7 +402,7 @@ def test_a_run_that_does_not_fit_alone_leaves_those_that_wait_for_the_end_of_its
         return backward(self, pack, states, batches)
 
     monkeypatch.setattr(PackLoss, "backward", limited)
-    training = first.trainer.start(base, [first], data)
+    training = NativeTraining(first.trainer, base, [first], data)
     training.pack.states[0].num_batches = 1  # it goes on within its epoch
     training.join(late)
     epochs = list(training)

@@ -34,7 +34,7 @@ def data(make_run, base):
 def train(base, data, runs, stop_at=None, resume=False):
     """Train, or go on; `stop_at` steps ask for an end. What was logged, by run and step."""
     found = saved_states.together({run.name: run.output_dir for run in runs}) if resume else {}
-    training = runs[0].trainer.start(base, [], data)
+    training = NativeTraining(runs[0].trainer, base, [], data)
     for run in runs:
         training.join(run, found.get(run.name))
     logged = {name: losses(state.snapshot.records) for name, state in found.items()}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorasweep.training.training_run import TrainingRun
+from lorasweep.training.training_run import NativeTrainer, TrainingRun
 
 if TYPE_CHECKING:
     from lorasweep.data.captions.caption_images import Captioner
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from lorasweep.judging.sampling import Sampling
     from lorasweep.models.load_model import Model
     from lorasweep.tracking import Tracking
-    from lorasweep.training.native_trainer import NativeTrainer
 
 
 COMPONENTS = (

@@ -19,7 +19,7 @@ MODULES = {
     "LoRA": "lorasweep.adapters.lora",
     "LyCORIS": "lorasweep.adapters.lycoris",
     "Model": "lorasweep.models.load_model",
-    "NativeTrainer": "lorasweep.training.native_trainer",
+    "NativeTrainer": "lorasweep.training.training_run",
     "Optimizer": "lorasweep.training.optimizers",
     "PriorDrift": "lorasweep.judging.metrics.prior_drift",
     "Sampling": "lorasweep.judging.sampling",

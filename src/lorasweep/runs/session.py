@@ -191,8 +191,7 @@ class Session:
             self.join(run)
         if self._judge is None:
             self._prepare()
-        trainer = self.first.trainer
-        self._training: NativeTraining = trainer.start(self._base, [], self._data, self._show)
+        self._training = NativeTraining(self.first.trainer, self._base, [], self._data, self._show)
         epochs = iter(self._training)
         while True:
             while started := self._admit():
@@ -253,7 +252,7 @@ class Session:
         def step() -> None:
             for run in self._waiting:
                 with suppress(ValueError):  # a run that can't start will say so itself
-                    self.first.trainer.start(self._base, [run], self._data).probe()
+                    NativeTraining(self.first.trainer, self._base, [run], self._data).probe()
                     return
 
         number = memory_for(self.device, step)

@@ -5,9 +5,10 @@ pack, whose states lie beside them on the disk. Open native_trainer.py first.
 """
 
 from lorasweep.training.lr_schedulers import LRScheduler
-from lorasweep.training.native_trainer import NativeTrainer, NativeTraining
+from lorasweep.training.native_trainer import NativeTraining
 from lorasweep.training.optimizers import Optimizer
 from lorasweep.training.training_run import (
+    NativeTrainer,
     Stopped,
     TrainedEpoch,
     TrainerError,

@@ -14,34 +14,26 @@ from pathlib import Path
 
 from lorasweep import __version__
 from lorasweep.data.latents import Item
-from lorasweep.models.base_model import BaseModel, Precision
+from lorasweep.models.base_model import BaseModel
 from lorasweep.training.training_batches import steps_per_epoch
-from lorasweep.training.training_run import TrainingData, TrainingRun
+from lorasweep.training.training_run import NativeTrainer, TrainingData, TrainingRun
 from lorasweep.training.training_state import TrainingState
 
 _PRECISION = {"fp32": "no", "fp16": "fp16", "bf16": "bf16"}
 
 
-def pack_metadata(
-    base: BaseModel,
-    data: TrainingData,
-    *,
-    batch_size: int,
-    gradient_accumulation_steps: int,
-    gradient_checkpointing: bool,
-    precision: Precision,
-) -> dict[str, str]:
+def pack_metadata(trainer: NativeTrainer, base: BaseModel, data: TrainingData) -> dict[str, str]:
     """The entries that the runs of a pack share, and that stay the same in every epoch."""
     width, height = data.settings.size
     values = {
         **_data(data),
         **base.file_hashes,
-        "ss_num_batches_per_epoch": steps_per_epoch(data.items, batch_size),
-        "ss_batch_size_per_device": batch_size,
-        "ss_total_batch_size": batch_size,
-        "ss_gradient_accumulation_steps": gradient_accumulation_steps,
-        "ss_gradient_checkpointing": gradient_checkpointing,
-        "ss_mixed_precision": _PRECISION[precision],
+        "ss_num_batches_per_epoch": steps_per_epoch(data.items, trainer.batch_size),
+        "ss_batch_size_per_device": trainer.batch_size,
+        "ss_total_batch_size": trainer.batch_size,
+        "ss_gradient_accumulation_steps": trainer.gradient_accumulation_steps,
+        "ss_gradient_checkpointing": trainer.gradient_checkpointing,
+        "ss_mixed_precision": _PRECISION[trainer.precision],
         "ss_loss_type": "l2",
         "ss_clip_skip": base.settings.clip_skip,
         "ss_v2": False,

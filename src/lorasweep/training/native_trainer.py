@@ -7,21 +7,15 @@ same result in a pack as alone, to float rounding. Options with kohya's names me
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING
-
-from pydantic import NonNegativeInt, PositiveInt
 
 from lorasweep.adapters.pack import Pack
 from lorasweep.core.progress import Bar, Show
-from lorasweep.core.settings import Settings, SettingsError
 from lorasweep.lora_files import checkpoint
 from lorasweep.lora_files.checkpoint import Checkpoint
-from lorasweep.models.base_model import BaseModel, Precision, torch_dtype
+from lorasweep.models.base_model import BaseModel, torch_dtype
 from lorasweep.models.gpu_memory import halved, is_out_of_memory
 from lorasweep.training import saved_states
 from lorasweep.training.kohya_metadata import pack_metadata, run_metadata
@@ -30,6 +24,7 @@ from lorasweep.training.saved_states import SavedState
 from lorasweep.training.training_batches import Batch, epoch_batches, steps_per_epoch
 from lorasweep.training.training_pack import TrainingPack
 from lorasweep.training.training_run import (
+    NativeTrainer,
     Stopped,
     TrainedEpoch,
     TrainerError,
@@ -49,44 +44,11 @@ _LEFT = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class NativeTrainer(Settings):
-    """Settings that the runs of a pack share; conf/trainer/native.yaml says what each does.
-
-    Those under `trainer` that are a run's own are `training_run.RunTraining`.
-    """
-
-    batch_size: PositiveInt
-    gradient_accumulation_steps: PositiveInt
-    precision: Precision
-    save_dtype: Precision
-    gradient_checkpointing: bool
-    device: str
-    save_every_n_steps: PositiveInt | None
-    keep_states: NonNegativeInt
-    deterministic: bool
-
-    def __post_init__(self) -> None:
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
-            raise SettingsError(f"trainer.device={self.device}: give auto, cpu, cuda or cuda:1")
-        if self.save_every_n_steps is not None and self.keep_states == 0:
-            raise SettingsError(
-                "trainer.save_every_n_steps has no effect with trainer.keep_states=0"
-            )
-
-    def start(
-        self,
-        base: BaseModel,
-        runs: Sequence[TrainingRun],
-        data: TrainingData,
-        show: Show | None = None,
-    ) -> NativeTraining:
-        """Prepare to train the runs as one pack; `show` takes what the bar is to say."""
-        return NativeTraining(self, base, runs, data, show)
-
-
 class NativeTraining:
-    """A training under way: iterate for its epochs; between two of them runs `join` and `drop`."""
+    """A training under way: iterate for its epochs; between two of them runs `join` and `drop`.
+
+    `show` takes what the progress bar is to say.
+    """
 
     def __init__(
         self,
@@ -334,6 +296,7 @@ class NativeTraining:
         """The file of each run; and, by run, why there is none where no file holds its weights."""
         written: list[Checkpoint] = []
         overflown: dict[str, str] = {}
+        shared = pack_metadata(self.settings, self.base, self.data)
         for index, state in enumerate(self.pack.states):
             run, epoch = state.run, state.num_epochs
             tensors = self._file_tensors(index)
@@ -346,7 +309,7 @@ class NativeTraining:
                 continue
             path = checkpoint.checkpoint_path(run.output_dir, run.name, epoch)
             on_cpu = {name: tensor.cpu() for name, tensor in tensors.items()}
-            checkpoint.write(path, on_cpu, {**self._metadata, **run_metadata(state)})
+            checkpoint.write(path, on_cpu, {**shared, **run_metadata(state)})
             written.append(Checkpoint(path=path, run=run.name, epoch=epoch, step=state.num_steps))
         return written, overflown
 
@@ -358,17 +321,6 @@ class NativeTraining:
             name: tensor if name.endswith(".dora_scale") else tensor.to(dtype)
             for name, tensor in tensors.items()
         }
-
-    @cached_property
-    def _metadata(self) -> Mapping[str, str]:
-        return pack_metadata(
-            self.base,
-            self.data,
-            batch_size=self.settings.batch_size,
-            gradient_accumulation_steps=self.settings.gradient_accumulation_steps,
-            gradient_checkpointing=self.settings.gradient_checkpointing,
-            precision=self.settings.precision,
-        )
 
     def _save_within(self, steps_done: int) -> None:
         """Write states between two steps of an epoch, where that is due or we are to stop."""

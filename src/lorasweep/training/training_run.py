@@ -1,24 +1,52 @@
-"""What a trainer is told of a run and its data, and what it says of an epoch."""
+"""What a trainer is told of its settings, a run and the data, and what it says of an epoch."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from lorasweep.adapters.adapter import Adapter
-from lorasweep.core.settings import Settings
+from lorasweep.core.settings import Settings, SettingsError
 from lorasweep.data.dataset import Dataset
 from lorasweep.data.latents import Item
 from lorasweep.lora_files.checkpoint import Checkpoint
+from lorasweep.models.base_model import Precision
 from lorasweep.training.lr_schedulers import LRScheduler
 from lorasweep.training.optimizers import Optimizer
 
 
 class TrainerError(RuntimeError):
     """Training can't go on; the message says why and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NativeTrainer(Settings):
+    """Settings that the runs of a pack share; conf/trainer/native.yaml says what each does.
+
+    Those under `trainer` that are a run's own are `RunTraining`.
+    """
+
+    batch_size: PositiveInt
+    gradient_accumulation_steps: PositiveInt
+    precision: Precision
+    save_dtype: Precision
+    gradient_checkpointing: bool
+    device: str
+    save_every_n_steps: PositiveInt | None
+    keep_states: NonNegativeInt
+    deterministic: bool
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise SettingsError(f"trainer.device={self.device}: give auto, cpu, cuda or cuda:1")
+        if self.save_every_n_steps is not None and self.keep_states == 0:
+            raise SettingsError(
+                "trainer.save_every_n_steps has no effect with trainer.keep_states=0"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
