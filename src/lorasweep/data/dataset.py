@@ -189,7 +189,8 @@ def select(settings: Dataset) -> ImageSet:
     """
     root = _root(settings)
     files = {path.relative_to(root).as_posix(): path for path in find(settings)}
-    bad = _bad_headers(files, settings)
+    problems = {name: _header_problem(path, settings) for name, path in files.items()}
+    bad = {name: problem for name, problem in problems.items() if problem is not None}
     sound = {name: path for name, path in files.items() if name not in bad}
     drawn, undecodable = _draw(_without_duplicates(sound), settings)
     _report_bad({**bad, **undecodable}, settings, num_usable=len(drawn))
@@ -250,11 +251,6 @@ def _walk(root: Path) -> Iterator[Path]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         links = [name for name in folders if Path(parent, name).is_symlink()]
         yield from (Path(parent, name) for name in names + links if not name.startswith("."))
-
-
-def _bad_headers(files: Mapping[str, Path], settings: Dataset) -> dict[str, str]:
-    problems = {name: _header_problem(path, settings) for name, path in files.items()}
-    return {name: problem for name, problem in problems.items() if problem is not None}
 
 
 def _header_problem(path: Path, settings: Dataset) -> str | None:

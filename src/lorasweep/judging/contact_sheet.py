@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageFont
 
 FILE_NAME = "contact_sheet.png"  # beside a run's checkpoints
 MAX_ROWS = 12
@@ -22,19 +22,14 @@ Row = TypeVar("Row")
 def contact_sheet(
     rows: Sequence[tuple[str, Sequence[Image.Image]]],
     columns: Sequence[str],
-    *,
-    max_rows: int = MAX_ROWS,
 ) -> Image.Image:
     """Draw labelled rows of pictures under the column labels.
 
-    The first row (the bare base) and the last stay; between them rows are left out evenly until
-    `max_rows` are left. Raises ValueError when there is nothing to draw or a row has not one
-    picture for each column.
+    Raises ValueError when there is nothing to draw or a row has not one picture for each column.
     """
     from PIL import Image, ImageDraw, ImageFont
 
     _check(rows, columns)
-    rows = thinned(rows, max_rows)
     cell = _cell_size([image for _, images in rows for image in images])
     font = ImageFont.load_default(size=max(12, cell[0] // 10))
     heads = [_wrapped(label, font, cell[0] - GAP) for label in columns]
@@ -57,8 +52,6 @@ def thinned(rows: Sequence[Row], limit: int = MAX_ROWS) -> Sequence[Row]:
     """At most `limit` rows, evenly spaced, the first and the last among them."""
     if len(rows) <= limit:
         return rows
-    if limit < 2:
-        raise ValueError(f"max_rows must be at least 2, got {limit}")
     step = (len(rows) - 1) / (limit - 1)
     return [rows[round(number * step)] for number in range(limit)]
 
@@ -126,11 +119,7 @@ def _width(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> int
 
 
 def _height(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> int:
-    return int(_draw().multiline_textbbox((0, 0), text, font=font)[3])
-
-
-def _draw() -> ImageDraw.ImageDraw:
-    """Somewhere to measure text."""
     from PIL import Image, ImageDraw
 
-    return ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    return int(measure.multiline_textbbox((0, 0), text, font=font)[3])

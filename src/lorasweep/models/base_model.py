@@ -161,8 +161,12 @@ class BaseModel:
 
     @cached_property
     def vae_identity(self) -> str:
-        """sha256 over the VAE's weights, and its scale: what cached latents depend on."""
-        return f"{weights_hash(self.vae)} {self.vae.config.scaling_factor}"
+        """sha256 over the VAE's weights with their names, and its scale: what latents depend on."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.vae.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        return f"{digest.hexdigest()} {self.vae.config.scaling_factor}"
 
     @cached_property
     def file_hashes(self) -> dict[str, str]:
@@ -170,10 +174,9 @@ class BaseModel:
         if not self.settings.is_single_file:
             return {"ss_sd_model_hash": "IsADirectory", "ss_new_sd_model_hash": "IsADirectory"}
         with Path(self.settings.path).open("rb") as file:
-            return {
-                "ss_sd_model_hash": kohya_hashes.legacy_hash(file),
-                "ss_new_sd_model_hash": kohya_hashes.whole_hash(file),
-            }
+            whole = hashlib.file_digest(file, "sha256").hexdigest()
+            legacy = kohya_hashes.legacy_hash(file)
+        return {"ss_sd_model_hash": legacy, "ss_new_sd_model_hash": whole}
 
 
 def parts_of(
@@ -183,12 +186,3 @@ def parts_of(
     # transformers 5 dropped the text_model. level that files' names have
     inner = getattr(text_encoder, "text_model", text_encoder)
     return {"text_encoder": ("lora_te_text_model", inner), "unet": ("lora_unet", unet)}
-
-
-def weights_hash(module: torch.nn.Module) -> str:
-    """sha256 over a module's parameters and buffers, names included."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
