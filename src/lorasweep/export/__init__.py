@@ -1,8 +1,8 @@
 """What is made of a trained LoRA or a base model for other programs, read back and drawn.
 
-merge.py (LoRA into its base), diffusers_lora.py (LoRA for diffusers), generic_diffusion_feature.py,
-convert_model.py (single file and diffusers folder), resize.py, extract.py. Each writes beside its
-target, checks what was written, and only then lets it appear. Open merge.py first.
+In come LoRA files and models; out go a model with LoRAs merged in (merge.py), a LoRA for diffusers
+(diffusers_lora.py), a converted model, a resized or an extracted LoRA. Each is written beside its
+target and checked before it appears. Open merge.py first.
 """
 
 from lorasweep.export.convert_model import convert

@@ -44,12 +44,13 @@ def rank(candidates: Iterable[T], by: str) -> list[T]:
     `val/prior_drift`, then the earlier epoch. The rest follow by their score.
     """
     by_score = sorted(candidates, key=lambda one: (one.scores[by], one.epoch))
-    tied = [ties(one, by_score[0], by) for one in by_score]
-    modest = sorted(
-        (one for one, is_tied in zip(by_score, tied, strict=True) if is_tied),
-        key=lambda one: (one.scores.get(DRIFT, math.inf), one.epoch),
-    )
-    return modest + [one for one, is_tied in zip(by_score, tied, strict=True) if not is_tied]
+
+    def order(one: T) -> tuple[bool, float, int]:
+        if ties(one, by_score[0], by):
+            return False, one.scores.get(DRIFT, math.inf), one.epoch
+        return True, one.scores[by], one.epoch
+
+    return sorted(by_score, key=order)
 
 
 def ties(candidate: HasScores, smallest: HasScores, by: str) -> bool:

@@ -117,21 +117,18 @@ def render(
     """
     num_runs = 1 if pack is None else len(pack)
     pictures: dict[int, list[Image.Image]] = {}
-    for numbers in _batches(prompts, max(1, settings.batch_size // num_runs)):
+    shapes = [(one.width, one.height, one.num_inference_steps) for one in prompts]
+    for numbers in equal_batches(shapes, max(1, settings.batch_size // num_runs)):
         latents = _denoise(base, pack, [prompts[number] for number in numbers], settings.scheduler)
         images = [base.decode_latents(of_run) for of_run in latents]
         pictures.update({n: [row[i] for row in images] for i, n in enumerate(numbers)})
     return [[pictures[number][run] for number in sorted(pictures)] for run in range(num_runs)]
 
 
-def _batches(prompts: Sequence[Prompt], size: int) -> Iterator[list[int]]:
-    """Numbers of prompts that can be denoised together: equal shape and number of steps."""
-
-    def kind(number: int) -> tuple[int, int, int]:
-        prompt = prompts[number]
-        return (prompt.width, prompt.height, prompt.num_inference_steps)
-
-    for _, members in groupby(sorted(range(len(prompts)), key=kind), key=kind):
+def equal_batches(shapes: Sequence[tuple[int, ...]], size: int) -> Iterator[list[int]]:
+    """Indices of what can be computed together: at most `size` of one shape."""
+    in_order = sorted(range(len(shapes)), key=shapes.__getitem__)
+    for _, members in groupby(in_order, key=shapes.__getitem__):
         numbers = list(members)
         yield from (numbers[i : i + size] for i in range(0, len(numbers), size))
 

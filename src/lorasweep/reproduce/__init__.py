@@ -1,10 +1,8 @@
 """Makes a logged run again from its log alone, and says how far it is the same.
 
-In comes a run's name, its MLflow id or a LoRA file; out come a new run in MLflow that points at the
-old one, a table of what differs, and a verdict. Open reproduce.py first, then
-reproduce_run.py: settings (logged_settings.py), images and captions (original_images.py), alone or
-in its pack (same_pack.py), compared (compare.py). A LoRA file that was made elsewhere gives a
-config folder instead (foreign_lora.py, by the tables of kohya_options.py).
+In comes a run's name, its MLflow id or a LoRA file; out come a new run in MLflow, a table of what
+differs, and a verdict. Open reproduce.py first, then reproduce_run.py. A LoRA file that was made
+elsewhere gives a config folder instead (foreign_lora.py).
 """
 
 from lorasweep.reproduce.compare import Comparison

@@ -1,7 +1,8 @@
 """Training: adapters on a frozen base, from captioned images to one checkpoint a run and epoch.
 
-Runs (`TrainingRun`) and their data come in; each epoch gives the checkpoints of all runs of the
-pack, whose states lie beside them on the disk. Open native_trainer.py first.
+In come the settings (`NativeTrainer`), runs (`TrainingRun`) and their data; each epoch gives the
+checkpoints of all runs of the pack, and their states lie beside them on the disk. Open
+native_trainer.py first.
 """
 
 from lorasweep.training.lr_schedulers import LRScheduler

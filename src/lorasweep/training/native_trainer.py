@@ -150,15 +150,13 @@ class NativeTraining:
         """Let those who wait into the pack, as far as they fit; is there anyone to train?"""
         if not self._waiting:
             return bool(self.pack.states)
-        joining: list[TrainingPack] = []
+        joining: list[TrainingPack] = [self.pack]
         staying: list[TrainingPack] = []
-        num_runs = len(self.pack.states)
         for pack in self._waiting:
-            together = num_runs + len(pack.states)
-            fits = not num_runs or self.max_runs is None or together <= self.max_runs
-            num_runs = together if fits else num_runs
-            (joining if fits else staying).append(pack)
-        everyone = self.pack.joined(joining)
+            num_runs = sum(len(one.states) for one in joining)
+            fits = self.max_runs is None or num_runs + len(pack.states) <= self.max_runs
+            (joining if fits or num_runs == 0 else staying).append(pack)
+        everyone = TrainingPack.joined(joining)
         # those who go on within an epoch end it first: all must meet equal batches
         furthest = max((state.num_batches for state in everyone.states), default=0)
         self.pack = everyone.only(lambda state: state.num_batches == furthest)

@@ -24,16 +24,17 @@ class TrainingPack:
             group = state.run.optimizer.group_of
             state.bind(self.adapters.views(index, group), self.adapters.gradients(index, group))
 
-    def joined(self, others: Sequence[TrainingPack]) -> TrainingPack:
-        """All of these runs in one pack, with copies of their tensors; to be bound."""
+    @classmethod
+    def joined(cls, packs: Sequence[TrainingPack]) -> TrainingPack:
+        """All runs of some packs in one, with copies of their tensors; to be bound."""
         members = [
             (state, pack.adapters.member(index))
-            for pack in (self, *others)
+            for pack in packs
             for index, state in enumerate(pack.states)
         ]
         members.sort(key=lambda member: _kind(member[0].run))  # neighbours share a stack
-        adapters = Pack(self.adapters.known, [member for _, member in members])
-        return TrainingPack(adapters, [state for state, _ in members])
+        adapters = Pack(packs[0].adapters.known, [member for _, member in members])
+        return cls(adapters, [state for state, _ in members])
 
     def select(self, indices: Sequence[int]) -> TrainingPack:
         """These runs alone, with copies of their tensors; to be bound."""

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lorasweep.core import rng
@@ -14,7 +15,6 @@ from lorasweep.models.base_model import BaseModel
 from lorasweep.training.training_run import TrainingRun
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 Views = Mapping[str, Sequence["Tensor"]]
@@ -61,8 +61,10 @@ class TrainingState:
         self.optimizer = run.optimizer.create(self.parameters)
         self.max_train_steps = run.max_train_epochs * steps_per_epoch
         self.lr_scheduler = run.lr_scheduler.create(self.optimizer, self.max_train_steps)
-        self._device_type = torch.device(base.device).type
-        self.scaler = self._new_scaler(enabled=base.precision == "fp16")
+        self._new_scaler = partial(
+            torch.amp.GradScaler, torch.device(base.device).type, enabled=base.precision == "fp16"
+        )
+        self.scaler = self._new_scaler()
         self.num_epochs = 0  # finished ones
         self.num_batches = 0  # of the epoch under way
         self.num_steps = 0
@@ -135,17 +137,12 @@ class TrainingState:
             parameter.data.copy_(value)
         self.optimizer.load_state_dict(snapshot.optimizer)
         self.lr_scheduler.load_state_dict(snapshot.lr_scheduler)
-        self.scaler = self._new_scaler(enabled=self.scaler.is_enabled())  # forgets a begun step
+        self.scaler = self._new_scaler()  # forgets a begun step
         self.scaler.load_state_dict(snapshot.scaler)
         self.num_epochs, self.num_batches = snapshot.num_epochs, snapshot.num_batches
         self.num_steps, self.num_micro_steps = snapshot.num_steps, snapshot.num_micro_steps
         self.records = list(snapshot.records)
         self.is_finite = True
-
-    def _new_scaler(self, *, enabled: bool) -> torch.amp.GradScaler:
-        import torch
-
-        return torch.amp.GradScaler(self._device_type, enabled=enabled)
 
     def _all_parameters(self) -> list[Any]:
         return [p for parameters in self.parameters.values() for p in parameters]

@@ -19,6 +19,7 @@ from lorasweep.core import rng
 from lorasweep.core.settings import Settings
 from lorasweep.data.latents import Item
 from lorasweep.judging.metrics.metric import Images, Scored, Scorer, Scores
+from lorasweep.judging.sampling import equal_batches
 from lorasweep.models.base_model import BaseModel
 from lorasweep.models.diffusion_loss import squared_errors
 
@@ -173,18 +174,11 @@ class _Validator:
 
         num_runs = 1 if pack is None else len(pack)
         rows = max(1, self.settings.batch_size // num_runs)
-        by_shape = sorted(range(len(chosen)), key=lambda i: chosen[i].item.bucket)
         losses = torch.zeros(num_runs, len(chosen))
         with torch.no_grad(), computing_with(pack), self.base.autocast():
             embeds = self._embeds(num_runs, sorted({t.item.caption for t in chosen}))
-            start = 0
-            while start < len(by_shape):
-                bucket = chosen[by_shape[start]].item.bucket
-                numbers = [
-                    i for i in by_shape[start : start + rows] if chosen[i].item.bucket == bucket
-                ]
+            for numbers in equal_batches([t.item.bucket for t in chosen], rows):
                 losses[:, numbers] = self._batch(num_runs, [chosen[i] for i in numbers], embeds)
-                start += len(numbers)
         return losses
 
     def _embeds(self, num_runs: int, captions: Sequence[str]) -> dict[str, Tensor]:
