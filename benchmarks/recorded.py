@@ -17,11 +17,11 @@ from lorasweep.config.compose import compose
 from lorasweep.config.run import Run
 from lorasweep.lora_files.checkpoint import Checkpoint
 from lorasweep.runs.session import EpochReport, Finished, Report, Started
-from lorasweep.sweeps.stop_rules import StopRules
 from lorasweep.sweeps.study.search_space import Choice, Space
 from lorasweep.sweeps.study.study import Study
 from lorasweep.sweeps.study.trial import Trial
 from lorasweep.sweeps.sweep_file import read_study_settings
+from lorasweep.sweeps.sweep_limits import StopRules
 from lorasweep.sweeps.sweep_loop import TrialsOneByOne
 
 SCORE = "val/loss_rel"

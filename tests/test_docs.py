@@ -23,6 +23,8 @@ PAGES = [
 ]
 SETTINGS = ROOT / "docs" / "settings.md"
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
+WOULD_BE = {"src/lorasweep/judging/metrics/prompt_effect.py", "cli/NAME_command.py"}
+"""Files that a page says would be there."""
 RECIPES = {"experiment", "debug"}
 """Groups whose options set keys of others; options called demo do so too."""
 
@@ -76,6 +78,14 @@ def test_every_path_of_the_architecture_exists():
     assert len(paths) > 60
     missing = [one for one in paths if not ((PACKAGE / one).exists() or (ROOT / one).exists())]
     assert not missing
+
+
+def test_every_python_file_that_pages_name_exists():
+    for page in PAGES:
+        for name in re.findall(r"`([\w./]+/\w+\.py)`", prose(page)):
+            made_by_the_reader = name.startswith("mine/") or name in WOULD_BE
+            places = [(root / name).exists() for root in (PACKAGE, ROOT, ROOT / "tests")]
+            assert made_by_the_reader or any(places), f"{page.name}: {name}"
 
 
 def test_the_architecture_lists_every_room():

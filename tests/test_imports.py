@@ -26,11 +26,18 @@ FLOORS = [
 
 HOMES = {
     "hydra": {"config", "sweeps", "cli"},
-    "omegaconf": {"config", "sweeps", "runs/probes", "runs/doctor", "reproduce", "cli/broken_off"},
+    "omegaconf": {
+        "config",
+        "sweeps",
+        "runs/doctor_probes",
+        "runs/doctor",
+        "reproduce",
+        "cli/choose_folder",
+    },
     "mlflow": {"tracking"},
     "optuna": {"sweeps/study"},
     "optuna_dashboard": {"sweeps/study"},
-    "onnxruntime": {"data/captions", "runs/probes"},
+    "onnxruntime": {"data/captions", "runs/doctor_probes"},
     "lycoris": {"adapters/lycoris_module"},
 }
 """Where each outside tool may be imported: a room, or a folder or file of one."""
@@ -95,5 +102,5 @@ def test_outside_tools_stay_at_home(path):
 
 @pytest.mark.parametrize("path", FILES, ids=place)
 def test_torchvision_and_timm_are_never_imported(path):
-    if place(path) != "runs/probes":  # which says when they are in the way
+    if place(path) != "runs/doctor_probes":  # which says when they are in the way
         assert not {name.split(".")[0] for name in imports(path)} & {"torchvision", "timm"}

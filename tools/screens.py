@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep import tracking
-from lorasweep.tracking import web_page
+from lorasweep.tracking import mlflow_page
 from lorasweep.tracking.store import sqlite_path
 
 PORT = 5057
@@ -59,13 +59,13 @@ def main() -> None:
 def pages(uri: str, experiment: str) -> dict[str, str]:
     """Addresses of the pages worth seeing."""
     last = tracking.candidates(uri, experiment)[-1]
-    curves = web_page.experiment_page(uri, experiment, PORT)
+    curves = mlflow_page.experiment_page(uri, experiment, PORT)
     run = f"http://127.0.0.1:{PORT}/#/experiments/{last.experiment_id}/runs/{last.run_id}"
     return {
         "curves": curves,
         "runs": curves.replace("&compareRunsMode=CHART", ""),
         "run": f"{run}?workflowType=machine_learning",
-        "model": web_page.page(uri, last, PORT),
+        "model": mlflow_page.page(uri, last, PORT),
     }
 
 

@@ -18,8 +18,8 @@ from lora_tensors import (
     normal,
     tucker,
 )
-from lorasweep.adapters.deltas import low_rank_delta
 from lorasweep.adapters.kohya_names import by_site, every_site
+from lorasweep.adapters.weight_deltas import low_rank_delta
 from lorasweep.core.atomic_write import TargetError
 from lorasweep.export import diffusers_lora, diffusers_lora_tensors, picture_check
 from lorasweep.export.exported import ExportError

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lorasweep.adapters.deltas import low_rank_delta
 from lorasweep.adapters.kohya_names import sites
+from lorasweep.adapters.weight_deltas import low_rank_delta
 from lorasweep.core.atomic_write import TargetError
 from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.export import extract, resize, svd

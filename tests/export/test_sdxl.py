@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_tensors import dora, dora_here_and_there, loha, lora
-from lorasweep.adapters.deltas import low_rank_delta
 from lorasweep.adapters.kohya_names import every_site
+from lorasweep.adapters.weight_deltas import low_rank_delta
 from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.export import (
     attach_loras,

@@ -14,8 +14,8 @@ from PIL import Image
 
 from lorasweep.config.compose import compose
 from lorasweep.core.settings import SettingsError
-from lorasweep.runs import doctor, probes
-from lorasweep.runs.probes import Finding
+from lorasweep.runs import doctor, doctor_probes
+from lorasweep.runs.doctor_probes import Finding
 
 DEMO = "experiment=demo"
 NOWHERE = "http://127.0.0.1:9"  # nobody listens on the discard port
@@ -122,7 +122,7 @@ def test_missing_weights_of_the_default_config_say_what_to_download(examined: Ex
 def test_what_the_hub_can_give_is_no_problem(
     examined: Examined, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(probes, "_answer", lambda url: 200)
+    monkeypatch.setattr(doctor_probes, "_answer", lambda url: 200)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     found = examined()
     assert found["model.path"].level == "warning"

@@ -7,7 +7,7 @@ from fake_worker_pool import FakePool
 from lorasweep.cli import main
 from lorasweep.config.conf_folder import sweeps_dir
 from lorasweep.sweeps import multirun, sweep_file
-from lorasweep.sweeps import sweep as sweeping
+from lorasweep.sweeps import run_sweep as sweeping
 
 SWEEPS = sorted(path.stem for path in sweeps_dir().glob("*.yaml"))
 STUDIES = [name for name in SWEEPS if name != "demo"]  # the demo is a plain grid of Hydra's own

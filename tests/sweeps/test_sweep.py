@@ -24,8 +24,8 @@ from lorasweep.core.failures import FailureKind
 from lorasweep.core.settings import SettingsError
 from lorasweep.runs import run_folder
 from lorasweep.runs.session import Failure, Finished
-from lorasweep.sweeps import multirun, stop_rules
-from lorasweep.sweeps import sweep as sweeping
+from lorasweep.sweeps import multirun, sweep_limits
+from lorasweep.sweeps import run_sweep as sweeping
 from lorasweep.sweeps.study import study_storage
 
 SWEEP = """\
@@ -253,7 +253,7 @@ def test_a_sweep_whose_trials_all_fail_stops(sweep, capsys):
 def test_no_trial_begins_when_the_time_is_up_and_those_that_train_go_on(sweep, monkeypatch, caplog):
     hours = [0.0]
     clock = SimpleNamespace(monotonic=lambda: hours[0] * 3600)
-    monkeypatch.setattr(stop_rules, "time", clock)
+    monkeypatch.setattr(sweep_limits, "time", clock)
     monkeypatch.setattr(sweeping, "time", clock)
 
     def script(run, epoch):

@@ -12,8 +12,8 @@ from hydra.core.utils import JobReturn, JobStatus
 
 from lorasweep.core.failures import FailureKind, RunError
 from lorasweep.core.settings import SettingsError
-from lorasweep.sweeps.stop_rules import StopRules, SweepError
 from lorasweep.sweeps.study.study import Study
+from lorasweep.sweeps.sweep_limits import StopRules, SweepError
 from lorasweep.sweeps.sweep_loop import TrialsInBatches
 from small_study import SCORE, SETTINGS, SPACE
 

@@ -27,9 +27,9 @@ from lorasweep.tracking import (
     Tracker,
     Tracking,
     TrackingError,
+    mlflow_page,
     read_candidates,
     ui_server,
-    web_page,
 )
 
 SETTINGS = Tracking(
@@ -325,7 +325,7 @@ def test_reading_where_nothing_was_tracked_says_so_and_makes_no_file(tmp_path: P
 
 
 def test_the_opened_page_shows_scores_first_then_all_prompts_in_one_table(store: Store) -> None:
-    address = web_page.experiment_page(store.uri, "e")
+    address = mlflow_page.experiment_page(store.uri, "e")
     (tag,) = store.client.get_experiment("1").tags.items()
     view = json.loads(zlib.decompress(base64.b64decode(tag[1].removeprefix("deflate;"))))
     charts = view["compareRunCharts"]

@@ -1,4 +1,4 @@
-"""`hydra/sweeper=optuna`: see lorasweep.sweeps.sweep."""
+"""`hydra/sweeper=optuna`: see lorasweep.sweeps.run_sweep."""
 
 # Hydra's scanner runs this file outside sys.modules: keep dataclasses and real code out of it.
 from typing import Any
@@ -22,6 +22,6 @@ class OptunaSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> None:
-        from lorasweep.sweeps.sweep import sweep
+        from lorasweep.sweeps.run_sweep import sweep
 
         sweep(self.config, self.hydra_context.config_loader, self.launcher, arguments)

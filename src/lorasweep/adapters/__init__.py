@@ -6,8 +6,8 @@ its settings, its start, and the stack that computes it. Open pack.py first, the
 """
 
 from lorasweep.adapters.adapter import Adapter, Site
-from lorasweep.adapters.deltas import low_rank_delta
 from lorasweep.adapters.pack import Pack, computing_with
 from lorasweep.adapters.stack import Stack
+from lorasweep.adapters.weight_deltas import low_rank_delta
 
 __all__ = ["Adapter", "Pack", "Site", "Stack", "computing_with", "low_rank_delta"]

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from lorasweep.adapters.adapter import Site
-from lorasweep.adapters.deltas import Tensors, algorithm
 from lorasweep.adapters.dropout import Dropout
 from lorasweep.adapters.locon import LoCon
 from lorasweep.adapters.lora import LoRAStack, modules_kept
 from lorasweep.adapters.stack import FileStack, Members, Stack
+from lorasweep.adapters.weight_deltas import Tensors, algorithm
 from lorasweep.core.safetensors_header import CheckpointError
 
 if TYPE_CHECKING:

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from lorasweep.adapters.adapter import Site
-from lorasweep.adapters.deltas import Tensors
 from lorasweep.adapters.dropout import Dropout
 from lorasweep.adapters.kohya_names import WITH_KERNELS
 from lorasweep.adapters.lora import LoRA, LoRAStack
 from lorasweep.adapters.stack import FileStack, Members
 from lorasweep.adapters.unet_blocks import ConvRanked
+from lorasweep.adapters.weight_deltas import Tensors
 from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.core.settings import SettingsError
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from lorasweep.adapters.adapter import Site
-from lorasweep.adapters.deltas import Tensors
 from lorasweep.adapters.dropout import Dropout
 from lorasweep.adapters.lycoris_options import ByWeight, kept_channels
 from lorasweep.adapters.stack import FileStack, Members, padded, rank_first
+from lorasweep.adapters.weight_deltas import Tensors
 from lorasweep.core.safetensors_header import CheckpointError
 
 if TYPE_CHECKING:

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 from pydantic import PositiveFloat
 
 from lorasweep.adapters.adapter import Adapter, Site
-from lorasweep.adapters.deltas import Tensors
 from lorasweep.adapters.dropout import Dropout, module_survives, survivors
 from lorasweep.adapters.initial_weights import start
 from lorasweep.adapters.kohya_names import WITH_KERNELS, check_targets, lycoris_preset
 from lorasweep.adapters.stack import FileStack, Members, padded
 from lorasweep.adapters.unet_blocks import Ranked
+from lorasweep.adapters.weight_deltas import Tensors
 from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.core.settings import Probability, SettingsError
 

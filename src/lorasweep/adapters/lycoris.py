@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Self
 from pydantic import PositiveFloat
 
 from lorasweep.adapters.adapter import Adapter, Site
-from lorasweep.adapters.deltas import Tensors
 from lorasweep.adapters.dropout import Dropout
 from lorasweep.adapters.lycoris_module import (
     check_algorithm,
@@ -26,6 +25,7 @@ from lorasweep.adapters.lycoris_module import (
 from lorasweep.adapters.lycoris_options import check_kernels, lycoris_metadata
 from lorasweep.adapters.stack import FileStack, Members
 from lorasweep.adapters.unet_blocks import ConvRanked
+from lorasweep.adapters.weight_deltas import Tensors
 
 if TYPE_CHECKING:
     import torch

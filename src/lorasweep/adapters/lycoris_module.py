@@ -14,7 +14,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from lorasweep.adapters.adapter import Site
-from lorasweep.adapters.deltas import Tensors, algorithm
+from lorasweep.adapters.weight_deltas import Tensors, algorithm
 from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.core.settings import SettingsError
 

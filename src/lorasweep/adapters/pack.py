@@ -14,7 +14,6 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from lorasweep.adapters.adapter import Adapter, Site
-from lorasweep.adapters.deltas import Tensors, algorithm, has_magnitude, low_rank_delta
 from lorasweep.adapters.dora import DoRAStack, direction
 from lorasweep.adapters.dropout import Dropout
 from lorasweep.adapters.kohya_names import Parts, by_site, every_site, sites
@@ -25,6 +24,7 @@ from lorasweep.adapters.lora import LoRAStack
 from lorasweep.adapters.lycoris import LyCORIS, LycorisStack
 from lorasweep.adapters.stack import FileStack, Members, Stack
 from lorasweep.adapters.unet_blocks import block_index
+from lorasweep.adapters.weight_deltas import Tensors, algorithm, has_magnitude, low_rank_delta
 from lorasweep.core import rng
 from lorasweep.core.safetensors_header import CheckpointError
 

@@ -1,7 +1,7 @@
 """The adapters of K neighbouring runs on one site, computed at once: what all types have in common.
 
 A type computes its delta of the activations in `forward`. The delta of the weight, and its norm,
-are those of the file that the run would write (`deltas.py`).
+are those of the file that the run would write (`weight_deltas.py`).
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from lorasweep.adapters.adapter import Adapter, Site
-from lorasweep.adapters.deltas import Tensors, frobenius_norm, low_rank_delta
 from lorasweep.adapters.dropout import Dropout
+from lorasweep.adapters.weight_deltas import Tensors, frobenius_norm, low_rank_delta
 
 if TYPE_CHECKING:
     import torch

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
-from lorasweep.adapters.deltas import Tensors, algorithm, has_magnitude, low_rank_delta
 from lorasweep.adapters.kohya_names import every_site
 from lorasweep.adapters.pack import check_fit, file_delta
+from lorasweep.adapters.weight_deltas import Tensors, algorithm, has_magnitude, low_rank_delta
 from lorasweep.core.text import shown
 from lorasweep.export import svd
 from lorasweep.export.exported import ExportError

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lorasweep.adapters.deltas import Tensors, algorithm, lokr_factors, scale_of
+from lorasweep.adapters.weight_deltas import Tensors, algorithm, lokr_factors, scale_of
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorasweep.adapters.deltas import algorithm, frobenius_norm, rank_of
+from lorasweep.adapters.weight_deltas import algorithm, frobenius_norm, rank_of
 from lorasweep.core.text import shown
 from lorasweep.lora_files import checkpoint, read_lora_file
 from lorasweep.lora_files.module_names import block_of, order_of, part_of, targets_of
@@ -19,7 +19,7 @@ from lorasweep.lora_files.read_lora_file import FACTORED, LoRAFile
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lorasweep.adapters.deltas import Tensors
+    from lorasweep.adapters.weight_deltas import Tensors
 
 BAR = 32  # columns of the longest bar
 

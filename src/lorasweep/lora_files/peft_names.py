@@ -18,8 +18,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lorasweep.adapters.deltas import scale_of
 from lorasweep.adapters.kohya_names import by_site
+from lorasweep.adapters.weight_deltas import scale_of
 from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.core.text import shown
 

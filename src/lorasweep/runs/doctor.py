@@ -13,8 +13,8 @@ from lorasweep import __version__
 from lorasweep.config.build_run import build_run
 from lorasweep.config.checks import CHECKS
 from lorasweep.core.settings import SettingsError
-from lorasweep.runs import probes
-from lorasweep.runs.probes import Finding, Level, problem_of
+from lorasweep.runs import doctor_probes
+from lorasweep.runs.doctor_probes import Finding, Level, problem_of
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -51,19 +51,19 @@ def findings(cfg: DictConfig, overrides: Sequence[str] = ()) -> list[Finding]:
         cfg = copy.deepcopy(cfg)
         cfg.dataset.image_dir = "lorasweep"  # a name for what is named after the folder
     run = build_run(cfg, output_dir=Path(), overrides=overrides, checks=())
-    hub = probes.Hub()
+    hub = doctor_probes.Hub()
     return [
-        *probes.versions(),
-        *probes.devices(run, cfg.launcher),
+        *doctor_probes.versions(),
+        *doctor_probes.devices(run, cfg.launcher),
         *_checked(run),
-        probes.disk("output_root", run.output_root),
-        probes.disk("cache_dir", run.cache_dir),
-        probes.base_model(run, hub),
-        *probes.captioners(run, hub),
+        doctor_probes.disk("output_root", run.output_root),
+        doctor_probes.disk("cache_dir", run.cache_dir),
+        doctor_probes.base_model(run, hub),
+        *doctor_probes.captioners(run, hub),
         hub.finding(),
-        probes.images(run) if has_images else probes.NO_IMAGES,
-        probes.tracking_store(run),
-        *probes.optional_packages(),
+        doctor_probes.images(run) if has_images else doctor_probes.NO_IMAGES,
+        doctor_probes.tracking_store(run),
+        *doctor_probes.optional_packages(),
     ]
 
 

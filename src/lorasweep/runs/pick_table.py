@@ -8,7 +8,7 @@ from lorasweep.judging.contact_sheet import FILE_NAME as CONTACT_SHEET
 from lorasweep.judging.pick_rule import DRIFT, ties
 from lorasweep.runs.pick_checkpoint import Pick
 from lorasweep.tracking import Candidate
-from lorasweep.tracking.web_page import page
+from lorasweep.tracking.mlflow_page import page
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -18,7 +18,7 @@ from lorasweep.core.failures import FailureKind, RunError
 from lorasweep.runs import run_folder
 from lorasweep.runs.session import Failure, Finished, Report, failure_kind
 from lorasweep.sweeps.compose_jobs import TrialJobs
-from lorasweep.sweeps.stop_rules import FailedTrials, StopRules, SweepError
+from lorasweep.sweeps.sweep_limits import FailedTrials, StopRules, SweepError
 from lorasweep.sweeps.trial_job import report_epochs, say_pruned
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lorasweep.tracking import old_spool
+from lorasweep.tracking import older_folders
 from lorasweep.tracking.ledger import (
     Ledger,
     missing,
@@ -164,18 +164,18 @@ def _chosen(output_root: Path, only: str | None) -> list[Path]:
 
 def _name(folder: Path) -> str | None:
     run = RunRecords(folder).run()
-    return run.new.name if run else old_spool.name_of_run(folder / FOLDER)
+    return run.new.name if run else older_folders.name_of_run(folder / FOLDER)
 
 
 def _convert_old(records: RunRecords) -> None:
     """Read what an older version left; a folder in use is another's to read."""
-    if not old_spool.is_in(records.folder):
+    if not older_folders.is_in(records.folder):
         return
     try:
         records.acquire(seconds=0)
     except InUseError:
         return
-    old_spool.convert(records)
+    older_folders.convert(records)
     records.release()
 
 
@@ -204,7 +204,7 @@ def _place(settings: Tracking, run: RunRecord, records: RunRecords, uri_is_given
 def _has_unsent(records: RunRecords) -> bool:
     run = records.run()
     if run is None:
-        return old_spool.has_unsent(records.folder)
+        return older_folders.has_unsent(records.folder)
     return any(unsent_items(records))
 
 

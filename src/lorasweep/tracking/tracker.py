@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.lora_files.checkpoint import Checkpoint
-from lorasweep.tracking import old_spool
+from lorasweep.tracking import older_folders
 from lorasweep.tracking.ledger import STEPS, read_ledger, unsent_items, write_ledger
 from lorasweep.tracking.publish_thread import PublishThread
 from lorasweep.tracking.records import (
@@ -136,7 +136,7 @@ class Tracker:
         if key not in self._records:
             records = RunRecords(key)
             records.acquire()
-            old_spool.convert(records)
+            older_folders.convert(records)
             self._records[key] = records
         return self._records[key]
 
@@ -296,7 +296,7 @@ def mark_broken(
     if not (records.output_dir / FOLDER).is_dir():
         return
     with records.held():
-        old_spool.convert(records)
+        older_folders.convert(records)
         run = records.run()
         if run is None:
             return

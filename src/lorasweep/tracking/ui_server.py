@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from lorasweep.tracking.mlflow_page import DEFAULT_PORT, experiment_page
 from lorasweep.tracking.store import TrackingError, create_store, is_server
-from lorasweep.tracking.web_page import DEFAULT_PORT, experiment_page
 
 
 def serve(uri: str, experiment: str, artifacts: Path | None, port: int = DEFAULT_PORT) -> int:

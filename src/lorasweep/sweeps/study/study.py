@@ -17,11 +17,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lorasweep.core.failures import FailureKind
 from lorasweep.runs.run_folder import ScoredCheckpoint, sweep_name
+from lorasweep.sweeps.study.check_unchanged import changed, check_basis, study_basis
 from lorasweep.sweeps.study.continue_trial import continue_trial
 from lorasweep.sweeps.study.pruners import FirstObjective, make_pruner
 from lorasweep.sweeps.study.samplers import PointSampler, check_installed, distribution, point_key
 from lorasweep.sweeps.study.search_space import Choice, Parameter, Space, Value
-from lorasweep.sweeps.study.study_basis import changed, check_basis, study_basis
 from lorasweep.sweeps.study.study_settings import StudySettings
 from lorasweep.sweeps.study.study_storage import open_storage
 from lorasweep.sweeps.study.trial import Trial

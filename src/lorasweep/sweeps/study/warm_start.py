@@ -11,9 +11,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lorasweep.core.settings import SettingsError
 from lorasweep.runs.run_folder import sweep_name
+from lorasweep.sweeps.study.check_unchanged import begun_with, question
 from lorasweep.sweeps.study.samplers import distribution
 from lorasweep.sweeps.study.study import Study
-from lorasweep.sweeps.study.study_basis import begun_with, question
 from lorasweep.sweeps.study.study_settings import StudySettings
 from lorasweep.sweeps.study.study_storage import find_journal, journal_path, open_storage
 from lorasweep.sweeps.study.trial import excess

@@ -17,9 +17,9 @@ from lorasweep.runs.run_folder import stoppable, sweep_name
 from lorasweep.sweeps import sweep_file
 from lorasweep.sweeps.compose_jobs import TrialJobs
 from lorasweep.sweeps.read_yaml_once import read_yaml_once
-from lorasweep.sweeps.stop_rules import StopRules, SweepError
 from lorasweep.sweeps.study.study_storage import only_driver
 from lorasweep.sweeps.sweep_file import Search
+from lorasweep.sweeps.sweep_limits import StopRules, SweepError
 from lorasweep.sweeps.sweep_loop import TrialsInBatches, TrialsOneByOne
 
 if TYPE_CHECKING:
@@ -81,8 +81,8 @@ def open_study(
     settings: StudySettings, found: Search, folder: Path, probes: Mapping[str, Run]
 ) -> Study:
     """The study of a sweep, begun or gone on with, and warmed up if that is wanted."""
+    from lorasweep.sweeps.study.check_unchanged import runs_basis
     from lorasweep.sweeps.study.study import Study
-    from lorasweep.sweeps.study.study_basis import runs_basis
     from lorasweep.sweeps.study.warm_start import warm_start
 
     run = next(iter(probes.values()))
