@@ -14,7 +14,6 @@ from lorasweep.cli import main
 from lorasweep.config.build_run import build_run
 from lorasweep.config.compose import compose
 from lorasweep.config.conf_folder import PACKAGE
-from lorasweep.core.git import git
 from lorasweep.lora_files import checkpoint
 from lorasweep.reproduce import (
     differences,
@@ -420,7 +419,10 @@ def test_companions_are_kept_across_a_broken_off_process(tmp_path):
 
 def test_uncommitted_changes_are_kept_with_the_run(tmp_path, monkeypatch):
     def commit(*words):
-        assert git(tmp_path, "-c", "user.name=x", "-c", "user.email=x@x", *words) is not None
+        assert (
+            provenance.git(tmp_path, "-c", "user.name=x", "-c", "user.email=x@x", *words)
+            is not None
+        )
 
     commit("init")
     Path(tmp_path / "notes.txt").write_text("one\n")

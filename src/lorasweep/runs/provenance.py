@@ -10,6 +10,7 @@ import json
 import logging
 import platform
 import re
+import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from functools import cache
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.core.atomic_write import write_atomically
-from lorasweep.core.git import git
 from lorasweep.models.load_model import Model
 
 log = logging.getLogger(__name__)
@@ -152,6 +152,17 @@ def _state(top: Path) -> dict[str, Any]:
         "diff_sha256": hashlib.sha256(text.encode(errors="replace")).hexdigest() if text else None,
         "diff": text,
     }
+
+
+def git(folder: Path, *arguments: str) -> str | None:
+    """The output of a git command in `folder`, stripped; None if it fails or takes 20 seconds."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, check=True, timeout=20
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.decode(errors="replace").strip()
 
 
 def identity(model: Model, cache_dir: Path) -> dict[str, Any]:
