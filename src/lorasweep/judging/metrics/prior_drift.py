@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from pydantic import PositiveInt
 
@@ -14,9 +13,6 @@ from lorasweep.core import rng
 from lorasweep.core.settings import Settings, SettingsError
 from lorasweep.judging.metrics.metric import Images, Scored, Scorer, Scores
 from lorasweep.models.base_model import BaseModel
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,32 +39,27 @@ class PriorDrift(Settings):
 
 class _Drift:
     def __init__(self, settings: PriorDrift, base: BaseModel, shape: Sequence[int]) -> None:
-        self.settings, self.base = settings, base
-        self.latents: list[Tensor] = []
-        self.timesteps: list[int] = []
-        self.prompts: list[int] = []
-        self.predictions: list[Tensor] = []
-        self._follow_base(shape)
-
-    def _follow_base(self, shape: Sequence[int]) -> None:
         """DDIM from noise: latents of the base's own making fit every timestep and prompt."""
         import torch
 
-        base, prompts = self.base, self.settings.prompts
+        self.settings, self.base = settings, base
+        prompts = settings.prompts
         scheduler = base.noise_schedule.sampler("DDIMScheduler")
-        scheduler.set_timesteps(self.settings.num_timesteps, device=base.device)
-        draws = [rng.generator(self.settings.seed, "drift", n) for n in range(len(prompts))]
+        scheduler.set_timesteps(settings.num_timesteps, device=base.device)
+        draws = [rng.generator(settings.seed, "drift", n) for n in range(len(prompts))]
         latents = torch.stack([torch.randn(*shape, generator=draw) for draw in draws])
         latents = latents.to(base.device) * scheduler.init_noise_sigma
+        met, predicted = [], []
         with torch.no_grad(), base.autocast():
             embeds = base.encode_prompt(prompts)
             for timestep in scheduler.timesteps:
                 prediction = base.predict(latents, timestep.expand(len(prompts)), embeds).float()
-                self.latents += list(latents)
-                self.timesteps += [int(timestep)] * len(prompts)
-                self.prompts += range(len(prompts))
-                self.predictions += list(prediction)
+                met.append(latents)
+                predicted.append(prediction)
                 latents = scheduler.step(prediction, timestep, latents).prev_sample
+        self.latents, self.predictions = torch.cat(met), torch.cat(predicted)  # (T * P, C, h, w)
+        self.timesteps = scheduler.timesteps.repeat_interleave(len(prompts))
+        self.prompts = list(range(len(prompts))) * len(met)
 
     def baseline(self) -> Scores:
         return {"val/prior_drift": 0.0}
@@ -84,11 +75,11 @@ class _Drift:
             embeds = embeds.unflatten(0, (num_runs, len(self.settings.prompts)))
             for start in range(0, len(self.latents), rows):
                 part = slice(start, start + rows)
-                latents = torch.stack(self.latents[part]).repeat(num_runs, 1, 1, 1)
-                timesteps = torch.tensor(self.timesteps[part], device=base.device)
+                latents = self.latents[part].repeat(num_runs, 1, 1, 1)
+                timesteps = self.timesteps[part].repeat(num_runs)
                 context = embeds[:, self.prompts[part]].flatten(0, 1)
-                prediction = base.predict(latents, timesteps.repeat(num_runs), context).float()
-                before = torch.stack(self.predictions[part]).repeat(num_runs, 1, 1, 1)
+                prediction = base.predict(latents, timesteps, context).float()
+                before = self.predictions[part].repeat(num_runs, 1, 1, 1)
                 squared = (prediction - before).square().mean((1, 2, 3))
                 distances.append(squared.view(num_runs, -1).cpu())
         means = torch.cat(distances, dim=1).mean(dim=1).tolist()
