@@ -7,20 +7,21 @@ from collections.abc import Sequence
 from lorasweep.core.settings import SettingsError
 
 
-def resolve_device(device: str) -> str:
-    """`auto` is CUDA where there is a device, else the CPU. Raises SettingsError for no device."""
+def resolve_device(device: str, key: str = "trainer.device") -> str:
+    """`auto` is CUDA where there is a device, else the CPU.
+
+    Raises SettingsError, which calls the setting `key`, for a device that is not there.
+    """
     import torch
 
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise SettingsError(
-            f"trainer.device={device}: no CUDA device was found; use trainer.device=auto or cpu"
-        )
+        raise SettingsError(f"{key}={device}: no CUDA device was found; use {key}=auto or cpu")
     index = int(device.partition(":")[2] or 0)
     if device.startswith("cuda") and index >= torch.cuda.device_count():
         count = torch.cuda.device_count()
-        raise SettingsError(f"trainer.device={device}: there are {count} CUDA devices, from cuda:0")
+        raise SettingsError(f"{key}={device}: there are {count} CUDA devices, from cuda:0")
     return device
 
 

@@ -5,20 +5,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from pydantic import PositiveInt
 
-from lorasweep.core.settings import Settings
+from lorasweep.core.settings import Settings, SettingsError
 from lorasweep.core.text import shown
 from lorasweep.data.captions.caption_images import CaptionerError, Device, Repeats, in_batches
 from lorasweep.data.captions.captioner_weights import Weights, find_weights, not_found
 from lorasweep.data.dataset import ImageFile
 from lorasweep.data.image_files import open_image
 from lorasweep.models.base_model import Precision, torch_dtype
-
-if TYPE_CHECKING:
-    import torch
+from lorasweep.models.devices import resolve_device
 
 _FILES = ("*.safetensors", "*.json", "*.model")
 _NEEDED = "the .safetensors and .json files"
@@ -50,7 +48,10 @@ class Kosmos2(Settings):
 
     def caption(self, images: Sequence[ImageFile]) -> Iterator[list[str]]:
         """Describe the images, a batch at a time; the most probable words, nothing is drawn."""
-        device = self._torch_device()
+        try:
+            device = resolve_device(self.device, "device")
+        except SettingsError as error:
+            raise CaptionerError(str(error)) from None
         weights = self._weights()
         if not any(weights.folder.glob("*.safetensors")):
             raise not_found(self.model, _NEEDED, "no .safetensors file there")
@@ -80,17 +81,7 @@ class Kosmos2(Settings):
     def _weights(self) -> Weights:
         return find_weights(self.model, self.revision, _FILES, _NEEDED)
 
-    def _torch_device(self) -> torch.device:
-        import torch
-
-        has_cuda = torch.cuda.is_available()
-        if self.device == "auto":
-            return torch.device("cuda" if has_cuda else "cpu")
-        if self.device.startswith("cuda") and not has_cuda:
-            raise CaptionerError(f"device={self.device}: there is no CUDA device; set device=cpu")
-        return torch.device(self.device)
-
-    def _loaded(self, weights: Weights, device: torch.device) -> tuple[Any, Any]:
+    def _loaded(self, weights: Weights, device: str) -> tuple[Any, Any]:
         """The processor and the model. Raises CaptionerError for files that are not theirs."""
         from safetensors import SafetensorError
 
@@ -105,7 +96,7 @@ class Kosmos2(Settings):
                 f" ({shown(first, 300)}); download it again"
             ) from None
 
-    def _load_model(self, weights: Weights, device: torch.device) -> Any:
+    def _load_model(self, weights: Weights, device: str) -> Any:
         from transformers import Kosmos2ForConditionalGeneration
         from transformers.utils import logging as transformers_logging
 
