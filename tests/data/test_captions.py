@@ -636,6 +636,11 @@ def test_kosmos_describes_each_image_alike_alone_and_in_a_batch(tmp_path, kosmos
         assert "<patch_index" not in caption
 
 
+def test_kosmos_on_a_device_that_is_not_there_is_one_line(tmp_path, kosmos_folder):
+    with pytest.raises(SettingsError, match=r"^captions\.kosmos\.device=cuda:99: .*CUDA device"):
+        run(kosmos(kosmos_folder, device="cuda:99"), noise_images(tmp_path), tmp_path, "kosmos")
+
+
 def test_kosmos_identity_is_its_weights_prompt_length_and_dtype(kosmos_folder):
     identities = [
         kosmos(kosmos_folder).identity(),
