@@ -19,7 +19,6 @@ from omegaconf import OmegaConf
 from lorasweep.config.build_run import build_run
 from lorasweep.config.run import Run
 from lorasweep.core.failures import RunError
-from lorasweep.core.settings import build
 from lorasweep.core.text import listed
 from lorasweep.data import dataset, kohya_folders
 from lorasweep.models.devices import resolve_device
@@ -33,7 +32,7 @@ from lorasweep.reproduce.logged_settings import (
     rebuild,
     with_captions,
 )
-from lorasweep.reproduce.original_images import CaptionTexts, FoundImages, LoggedCaptions
+from lorasweep.reproduce.original_images import FoundImages, LoggedCaptions
 from lorasweep.reproduce.original_run import OriginalRun, ReproduceError
 from lorasweep.reproduce.same_pack import Schedule
 from lorasweep.runs.prepare import write_folders
@@ -56,6 +55,10 @@ class Options:
     same_pack: bool = False
     recaption: bool = False
     """Make the captions again, instead of taking the log's."""
+    strict: bool = False
+    """Stop at a difference."""
+    as_config: Path | None = None
+    """Only write a config folder there."""
 
     @property
     def kind(self) -> str:
@@ -102,7 +105,9 @@ def prepare(original: OriginalRun, options: Options) -> Plan:
     ]
     texts = captions.texts
     if options.recaption:
-        texts, other_captions = _recaption(settings, found, texts)
+        cache_dir = Path(str(settings.values["cache_dir"])).expanduser()
+        arms = settings.values["captions"]
+        texts, other_captions = differences.recaption(arms, found, texts, cache_dir)
         not_as_then += other_captions
         notes.append("captions: made again")
     if captions.added:
@@ -209,16 +214,6 @@ def _find_images(original: OriginalRun, settings: LoggedSettings, folder: Path) 
     image_dir = Path(str(settings.values["dataset"]["image_dir"])).expanduser()
     with original.log.file(original.run, kohya_folders.ORIGINALS) as archive:
         return original_images.find_images(original.manifest, image_dir, archive, folder / "images")
-
-
-def _recaption(
-    settings: LoggedSettings, found: FoundImages, logged: CaptionTexts
-) -> tuple[CaptionTexts, list[Difference]]:
-    captioners = {
-        arm: build(node, f"captions.{arm}") for arm, node in settings.values["captions"].items()
-    }
-    cache_dir = Path(str(settings.values["cache_dir"])).expanduser()
-    return differences.recaption(captioners, found, logged, cache_dir)
 
 
 def _schedule(original: OriginalRun, options: Options, settings: LoggedSettings) -> Schedule:
