@@ -110,10 +110,6 @@ class RunFolder:
         """Let others have the folder."""
         self._lock.release()
 
-    def scores(self, epoch: int) -> tuple[Scores, Terms] | None:
-        """What the checkpoint of an epoch scored, if it has been."""
-        return read_scores(self.path, epoch)
-
     def _write(self, status: Status) -> None:
         values = {**vars(self._record), "status": status}
         write_atomically(self.path / RECORD, json.dumps(values, indent=1).encode())
@@ -228,21 +224,19 @@ def ended(run: Run) -> Status | None:
 
     States that a kill left of one that has ended are deleted.
     """
-    record = read_record(run.output_dir)
-    if record is None or record.status in ("unfinished", "dropped"):
-        return None
-    if record.settings != settings_digest(run.params):
+    status = status_of(run)
+    if status not in ("finished", "failed"):
         return None
     saved_states.delete(run.output_dir)
-    return record.status
+    return status
 
 
-def was_dropped(run: Run) -> bool:
-    """Did a sweep drop the run in its folder?"""
+def status_of(run: Run) -> Status | None:
+    """What became of this very run in its folder; None where it was never begun there."""
     record = read_record(run.output_dir)
-    if record is None or record.status != "dropped":
-        return False
-    return record.settings == settings_digest(run.params)
+    if record is None or record.settings != settings_digest(run.params):
+        return None
+    return record.status
 
 
 def forget_drop(folder: Path) -> None:
