@@ -14,9 +14,6 @@ from lorasweep.config.conf_folder import conf_dir
 from lorasweep.config.resolvers import register_resolvers
 from lorasweep.core.settings import SettingsError
 
-NO_IMAGES = "dataset.image_dir=lorasweep"
-"""Stands for the folder of images, which has no default, where nothing is read from it."""
-
 
 def compose(overrides: Sequence[str], config_dir: Path | None = None) -> DictConfig:
     """The config that `train` would run with these overrides. Raises Hydra's errors."""
@@ -34,7 +31,7 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> DictCon
 
 def compose_without_images(overrides: Sequence[str], config_dir: Path | None = None) -> DictConfig:
     """The same for a command that reads no images: their folder need not be given."""
-    return compose([NO_IMAGES, *overrides], config_dir)
+    return compose(["dataset.image_dir=lorasweep", *overrides], config_dir)
 
 
 def plain_values(cfg: DictConfig) -> dict[str, Any]:

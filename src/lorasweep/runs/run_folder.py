@@ -122,13 +122,12 @@ def stoppable(folder: Path) -> Iterator[Interrupts]:
         try:
             yield interrupts
         except KeyboardInterrupt:
-            print(
-                f"lorasweep: stopped. Go on with: lorasweep resume {shown(folder)}", file=sys.stderr
-            )
+            again = f"lorasweep resume {as_typed(folder)}"
+            print(f"lorasweep: stopped. Go on with: {again}", file=sys.stderr)
             raise
 
 
-def shown(folder: Path) -> str:
+def as_typed(folder: Path) -> str:
     """The folder as a person at the prompt would write it."""
     path = folder.absolute()
     here = Path.cwd()
