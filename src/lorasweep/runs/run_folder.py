@@ -39,7 +39,7 @@ class TakenError(SettingsError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Record:
+class RunJson:
     """What a folder's `run.json` says."""
 
     name: str
@@ -62,16 +62,16 @@ class RunFolder:
         self.path = run.output_dir
         self._lock = lock(self.path)
         settings = settings_digest(run.params)
-        self._record = Record(name=run.name, status="unfinished", settings=settings, data=data)
+        self._record = RunJson(name=run.name, status="unfinished", settings=settings, data=data)
         try:
-            self.goes_on, self.ended = self._found()
+            self.found = self._found()
         except BaseException:
             self._lock.release()
             raise
-        if self.ended is not None:
+        if self.found in ("finished", "dropped"):
             saved_states.delete(self.path)  # a kill may have come between the record and that
             return
-        if not self.goes_on:
+        if self.found is None:
             saved_states.delete(self.path)
             forget_run(self.path)
             for path in (self.path / OLD_SCORES).glob("*.json"):
@@ -80,16 +80,15 @@ class RunFolder:
         for folder in (self.path, saved_states.folder_of(self.path), self.path / "samples"):
             delete_temporaries(folder)
 
-    def _found(self) -> tuple[bool, Status | None]:
-        """Was this run begun here, and not ended? Or how did it end: finished or dropped?"""
+    def _found(self) -> Status | None:
+        """What is here of this very run: unfinished, finished or dropped; None: it begins anew."""
         ours, found = self._record, read_record(self.path)
         if found is None or found.status == "failed":
-            return False, None
-        same = replace(found, status=ours.status) == ours
-        if found.status in ("finished", "dropped"):
-            return False, found.status if same else None
-        if same:
-            return True, None
+            return None
+        if replace(found, status=ours.status) == ours:
+            return found.status
+        if found.status != "unfinished":
+            return None
         if replace(found, status=ours.status, data=ours.data) == ours:
             raise SettingsError(
                 f"{self.path}: the images or captions have changed since {ours.name} was begun;"
@@ -175,10 +174,10 @@ def write_sweep(folder: Path, settings: str, status: Status) -> None:
     write_atomically(folder / SWEEP_RECORD, json.dumps(content, indent=1).encode())
 
 
-def read_record(folder: Path) -> Record | None:
+def read_record(folder: Path) -> RunJson | None:
     """What was begun in a folder; None where nothing was."""
     try:
-        return Record(**json.loads((folder / RECORD).read_text()))
+        return RunJson(**json.loads((folder / RECORD).read_text()))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, TypeError) as error:

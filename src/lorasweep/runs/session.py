@@ -186,15 +186,15 @@ class Session:
         self._training: NativeTraining = trainer.start(self._base, [], self._data, self._show)
         epochs = iter(self._training)
         while True:
-            while started := self._admit():
+            while started := self._admit():  # those that wait, while there is room
                 yield started
             with self.clock("train"), self._interrupts.calling(self._training.stop):
-                epoch = next(epochs, None)
+                epoch = next(epochs, None)  # its checkpoints and states are written
             if self._interrupts.asked:
                 raise Stopped("stopped at the end of an epoch")
             if epoch is None:
                 return
-            yield self._judge_epoch(epoch)
+            yield self._judge_epoch(epoch)  # scored, drawn and logged
 
     def join(self, run: Run) -> None:
         """Train `run` too, from the next epoch on or once there is room."""
@@ -264,7 +264,9 @@ class Session:
                 opened.append(found)
             else:
                 reports += found
-        begun = {one.run.name: one.run.output_dir for one in opened if one.folder.goes_on}
+        begun = {
+            one.run.name: one.run.output_dir for one in opened if one.folder.found == "unfinished"
+        }
         states = saved_states.together(begun)
         if fresh := [one.run.name for one in opened if one.run.name not in states]:
             log.info("training %s", ", ".join(fresh))
@@ -280,10 +282,10 @@ class Session:
         except ValueError as error:  # another's, or begun otherwise
             kind = FailureKind.RETRY if isinstance(error, TakenError) else FailureKind.OWN
             return [Failure(run=run.name, reason=str(error), kind=kind)]
-        if folder.ended is not None:
+        if folder.found in ("finished", "dropped"):
             return self._ended_before(run, folder)
         try:
-            run_log = self._tracker.open_run(new, goes_on=folder.goes_on)
+            run_log = self._tracker.open_run(new, goes_on=folder.found == "unfinished")
         except InUseError as error:
             folder.release()
             return [Failure(run=run.name, reason=str(error), kind=FailureKind.RETRY)]
@@ -293,7 +295,7 @@ class Session:
     def _ended_before(self, run: Run, folder: RunFolder) -> list[Report]:
         """Reports of a run that came to its end or was dropped, for a driver not told yet."""
         folder.release()
-        dropped = folder.ended == "dropped"
+        dropped = folder.found == "dropped"
         how = "dropped" if dropped else "trained"
         log.info("%s was %s before, in %s", run.name, how, run.output_dir)
         epochs = [
