@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from lorasweep.reproduce.original_images import FoundImages, LoggedCaptions
 from lorasweep.reproduce.original_run import OriginalRun, ReproduceError
 from lorasweep.reproduce.same_pack import Schedule
 from lorasweep.runs.prepare import write_folders
+from lorasweep.runs.run_folder import sweep_name
 from lorasweep.tracking.history import Log, LoggedRun
 
 REPRODUCES_TAG = "lorasweep.reproduces"
@@ -119,7 +120,9 @@ def prepare(original: OriginalRun, options: Options) -> Plan:
         notes += [f"pack: {', '.join(schedule.names)}", *schedule.caveats]
     runs = {name: _run(original, name, settings, options, home, data) for name in schedule.names}
     run = runs[original.run.name]
-    _check_pack(run, runs.values())
+    for companion in runs.values():
+        if not companion.can_share_pack(run):
+            raise ReproduceError(f"{companion.name} can't share a pack with the changed {run.name}")
     if not options.overrides:
         _check_draw(run, original.manifest)
     not_as_then += differences.from_origin(original.origin, run)
@@ -160,7 +163,8 @@ def judge(plan: Plan) -> tuple[LoggedRun, Comparison]:
     report = {
         "original": {"run": original.run.name, "run_id": original.run.run_id},
         "differences": [vars(one) for one in plan.differences],
-        **result.as_json(),
+        "verdict": result.verdict,
+        "rows": [asdict(row) for row in result.rows],
     }
     log.add_text(new, REPORT, json.dumps(report, indent=1))
     if not plan.is_variation:
@@ -247,20 +251,10 @@ def _run(
         (logged, *_) = original.log.named(name, logged.sweep)
         settings = _settings(original, logged, options.places)
     values = {**with_captions(settings.values, *data), "name": f"{name}-{options.kind}"}
-    run = build_run(
-        OmegaConf.create(values),
-        output_dir=home / name,
-        sweep=f"{home.parent.name}-{home.name}",
-    )
+    run = build_run(OmegaConf.create(values), output_dir=home / name, sweep=sweep_name(home))
     run.check()
     tag = PARENT_TAG if options.overrides else REPRODUCES_TAG
     return replace(run, tags={tag: logged.run_id})
-
-
-def _check_pack(run: Run, runs: Iterable[Run]) -> None:
-    for companion in runs:
-        if not companion.can_share_pack(run):
-            raise ReproduceError(f"{companion.name} can't share a pack with the changed {run.name}")
 
 
 def _check_draw(run: Run, manifest: Mapping[str, Any]) -> None:
