@@ -1,8 +1,9 @@
-"""A pack of runs from images to scored, logged checkpoints, and what is asked of such runs later.
+"""The main job: typed runs come in, scored and logged checkpoints go out, pack by pack.
 
-In come checked `Run`s (config/); out go reports of each epoch, for whoever waits for them. Open
-session.py first, then prepare.py (images, captions, latents) and run_folder.py. resume.py goes on
-with what was broken off, pick_checkpoint.py chooses, doctor.py checks the machine beforehand.
+Open session.py first: `Session` draws, captions and encodes the images (prepare.py), trains, judges
+each epoch and logs it. run_folder.py guards a run's folder, resume.py finds what was broken off,
+provenance.py notes what a run was made with. Beside it `lorasweep pick` (pick_checkpoint.py, its
+table and README) and `lorasweep doctor` (doctor.py, its probes).
 
-Nothing is imported here, so that a command loads only what it needs.
+Nothing is imported here, so that `lorasweep doctor` and `pick` don't wait for the trainer.
 """
