@@ -106,6 +106,8 @@ class Canvas:
     side: int
     """Pixels."""
     clip_skip: int
+    scheduler_config: Mapping[str, Any]
+    """The base's noise schedule."""
     sdxl_zeros: bool | None
     """SDXL's force_zeros_for_empty_prompt; None: it is Stable Diffusion 1.x."""
 
@@ -118,7 +120,7 @@ class Canvas:
         if isinstance(base, SDXLModel):
             zeros = bool(base.pipeline.config.force_zeros_for_empty_prompt)
         side = max(step, min(own, MAX_SIDE) // step * step)
-        return cls(side, base.settings.clip_skip, zeros)
+        return cls(side, base.settings.clip_skip, dict(base.scheduler_config), zeros)
 
     def tolerance(self, precision: Precision) -> Tolerance:
         """How far a picture may be off that is drawn with weights rounded to a precision."""
