@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasweep.adapters.adapter import Site
 from lorasweep.adapters.kohya_names import every_site
-from lorasweep.adapters.pack import Pack
 from lorasweep.core.atomic_write import staged
 from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.core.text import shown
 from lorasweep.export import picture_check, svd, whole_model
-from lorasweep.export.attach_loras import GIVE_ITS_BASE, Loras
+from lorasweep.export.attach_loras import Loras, attachable
 from lorasweep.export.diffusers_lora_tensors import REMEDY, How, convert, diffusers_reads
 from lorasweep.export.exported import Exported, ExportError
 from lorasweep.export.picture_check import TOLERANCES, Agreement, Canvas, Tolerance
@@ -27,36 +26,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from lorasweep.models.sdxl import Base
-
-
-@dataclass(frozen=True)
-class DiffusersFile:
-    """A written file and what a person is told of it."""
-
-    path: Path
-    how: How
-    loss: svd.Loss | None
-    """Of the approximated modules; None where every module is exact."""
-    agreement: Agreement
-    """Of pictures drawn before and after."""
-
-    @property
-    def lines(self) -> tuple[str, str]:
-        """What was done, its error, and whether the pictures agree."""
-        told = {
-            "as it is": "diffusers reads the file as it is: copied",
-            "converted": "Converted exactly, to the names of PEFT",
-            "approximated": "Approximated by SVD",
-        }[self.how]
-        if self.loss is not None:
-            told += (
-                f": relative error of the change of the weights {self.loss.error:.2%}, worst"
-                f" {self.loss.worst_error:.2%} ({self.loss.worst_site}); kept energy"
-                f" {self.loss.total:.2%}"
-            )
-        is_exact = self.how != "approximated"
-        line = self.agreement.line if is_exact else self.agreement.approximate_line
-        return told, line("diffusers' load_lora_weights")
 
 
 def only_one(loras: Loras) -> Path:
@@ -76,8 +45,7 @@ def write_for_diffusers(
     """As `lora_for_diffusers`, on the base model that these settings name."""
     with picture_check.quiet():
         loaded = whole_model.base_for_loras(base)
-        written = lora_for_diffusers(source, target, loaded, rank, overwrite=overwrite)
-    return Exported(target, written.lines)
+        return lora_for_diffusers(source, target, loaded, rank, overwrite=overwrite)
 
 
 def lora_for_diffusers(
@@ -87,7 +55,7 @@ def lora_for_diffusers(
     rank: int | None,
     *,
     overwrite: bool = False,
-) -> DiffusersFile:
+) -> Exported:
     """Write `source` so that diffusers draws with it what our own adapters draw.
 
     `rank` allows an approximation of what has no exact form. A picture is drawn before and after.
@@ -105,7 +73,23 @@ def lora_for_diffusers(
             raise ExportError(f"--rank has no effect on {source}, which diffusers can hold exactly")
         checkpoint.write(place, tensors, _metadata(file, how))
         agreement = _check(file, place, base, how)
-    return DiffusersFile(target, how, loss, agreement)
+    line = agreement.line if how != "approximated" else agreement.approximate_line
+    return Exported(target, (_told(how, loss), line("diffusers' load_lora_weights")))
+
+
+def _told(how: How, loss: svd.Loss | None) -> str:
+    """What was done, and the error of the approximated modules."""
+    told = {
+        "as it is": "diffusers reads the file as it is: copied",
+        "converted": "Converted exactly, to the names of PEFT",
+        "approximated": "Approximated by SVD",
+    }[how]
+    if loss is None:
+        return told
+    return (
+        f"{told}: relative error of the change of the weights {loss.error:.2%}, worst"
+        f" {loss.worst_error:.2%} ({loss.worst_site}); kept energy {loss.total:.2%}"
+    )
 
 
 def approximation(before: Image.Image, base: Base, written: Path) -> str:
@@ -137,10 +121,9 @@ def _check_fit(file: LoRAFile, base: Base) -> None:
         if file.algorithms[name.partition(".")[0]] in (*FACTORED, "dora", "full")
     }
     try:
-        Pack.from_files(base.parts, [held])
+        attachable(base, [(replace(file, tensors=held), 1.0)])
     except CheckpointError as error:
-        question = f"Is it of another base than {base.settings.path}?"
-        raise ExportError(f"{file.path}: {error}. {question} {GIVE_ITS_BASE}") from None
+        raise ExportError(str(error)) from None
 
 
 def _metadata(file: LoRAFile, how: How) -> dict[str, str]:
@@ -172,8 +155,7 @@ def _check(file: LoRAFile, written: Path, base: Base, how: How) -> Agreement:
 
 
 def _draw(file: LoRAFile, base: Base) -> Image.Image:
-    pack = Pack.from_files(base.parts, [file.tensors])
-    return picture_check.draw(base, [(pack, 1.0)])
+    return picture_check.draw(base, attachable(base, [(file, 1.0)]))
 
 
 def _draw_written(file: LoRAFile, path: Path, base: Base) -> Image.Image:

@@ -138,17 +138,14 @@ class Canvas:
         )
 
 
-def draw(base: Base, adapters: Weighted = (), prompt: str = PROMPT) -> Image.Image:
+def draw(base: Base, adapters: Weighted = ()) -> Image.Image:
     """The picture of our own adapters, at their weights, on the base; of the bare base without."""
     with attached(adapters):
-        return draw_with(pipeline_of(base), Canvas.of(base), prompt)
+        return draw_with(pipeline_of(base), Canvas.of(base))
 
 
 def draw_with(
-    pipeline: Any,
-    canvas: Canvas,
-    prompt: str = PROMPT,
-    scheduler_config: Mapping[str, Any] | None = None,
+    pipeline: Any, canvas: Canvas, scheduler_config: Mapping[str, Any] | None = None
 ) -> Image.Image:
     """The same picture from the parts of any pipeline of diffusers, however it was loaded.
 
@@ -165,7 +162,7 @@ def draw_with(
     pipeline.set_progress_bar_config(disable=True)
     side, skip = canvas.side, canvas.clip_skip
     drawn = pipeline(
-        prompt,
+        PROMPT,
         width=side,
         height=side,
         num_inference_steps=NUM_STEPS,
@@ -204,13 +201,10 @@ def require(agreement: Agreement, reader: str) -> str:
     return line
 
 
-def side_by_side(
-    path: Path, bare: Image.Image, before: Image.Image, after: Image.Image, prompt: str = PROMPT
-) -> Path:
+def side_by_side(path: Path, bare: Image.Image, before: Image.Image, after: Image.Image) -> None:
     """Write the three pictures beside each other, for a person to look at."""
     columns = ["base model", "LoRA attached", "as exported"]
-    contact_sheet.contact_sheet([(prompt[:24], [bare, before, after])], columns).save(path)
-    return path
+    contact_sheet.contact_sheet([(PROMPT[:24], [bare, before, after])], columns).save(path)
 
 
 @contextmanager
