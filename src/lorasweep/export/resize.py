@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorasweep import __version__
+from lorasweep.adapters.unet_blocks import MAX_RANK
 from lorasweep.config.compose import compose_without_images
 from lorasweep.core.atomic_write import staged
 from lorasweep.core.safetensors_header import CheckpointError
@@ -18,7 +19,7 @@ from lorasweep.export.attach_loras import attachable
 from lorasweep.export.diffusers_lora import approximation
 from lorasweep.export.whole_model import base_for_loras
 from lorasweep.lora_files import checkpoint, read_lora_file
-from lorasweep.lora_files.read_lora_file import FACTORED, MAX_RANK, LoRAFile
+from lorasweep.lora_files.read_lora_file import FACTORED, LoRAFile
 from lorasweep.models.model_files import ModelError
 from lorasweep.tracking import TrackingError
 

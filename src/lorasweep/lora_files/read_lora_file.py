@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lorasweep.adapters.kohya_names import by_site
-from lorasweep.adapters.unet_blocks import MAX_RANK as MAX_RANK
+from lorasweep.adapters.unet_blocks import MAX_RANK
 from lorasweep.adapters.weight_deltas import algorithm, has_magnitude, low_rank_delta, rank_of
 from lorasweep.core.atomic_write import TargetError, check_free
 from lorasweep.core.safetensors_header import CheckpointError
