@@ -28,21 +28,19 @@ if TYPE_CHECKING:
     from lorasweep.models.sdxl import Base
 
 
-def only_one(loras: Loras) -> Path:
-    """The one file among them, as trained. Raises ExportError for what no LoRA file can hold."""
+def write_for_diffusers(
+    base: Model, loras: Loras, target: Path, rank: int | None, *, overwrite: bool = False
+) -> Exported:
+    """As `lora_for_diffusers`, on the base model that these settings name.
+
+    Raises ExportError for `loras` that no LoRA file can hold: several, or one of another strength.
+    """
     (source, strength), *others = loras
     if others or strength != 1:
         raise ExportError(
             "a LoRA file holds one LoRA, as trained: --strength and --with need a whole model"
             " (--to merged, or --to offline-lora with --out FOLDER)"
         )
-    return source
-
-
-def write_for_diffusers(
-    base: Model, source: Path, target: Path, rank: int | None, *, overwrite: bool = False
-) -> Exported:
-    """As `lora_for_diffusers`, on the base model that these settings name."""
     with picture_check.quiet():
         loaded = whole_model.base_for_loras(base)
         return lora_for_diffusers(source, target, loaded, rank, overwrite=overwrite)

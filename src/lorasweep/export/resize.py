@@ -85,12 +85,7 @@ def resize_and_draw(
 
 
 def resize(
-    source: Path,
-    target: Path,
-    rank: int | None = None,
-    energy: float | None = None,
-    *,
-    overwrite: bool = False,
+    source: Path, target: Path, rank: int | None = None, energy: float | None = None
 ) -> Resized:
     """Write `source` as a LoRA of one `rank`, or of each module's least rank that keeps `energy`.
 
@@ -98,7 +93,7 @@ def resize(
     whose change is no sum with the weight (OFT, IA3, …), TargetError for a taken target.
     """
     check(rank, energy)
-    read_lora_file.check_target(target, overwrite)
+    read_lora_file.check_target(target, overwrite=False)
     file = read_lora_file.read(source)
     unfit = {kind for kind in file.algorithms.values() if kind not in RESIZABLE}
     if unfit:

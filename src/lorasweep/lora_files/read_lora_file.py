@@ -115,27 +115,6 @@ def check_target(target: Path, overwrite: bool) -> None:
     check_free(target, overwrite)
 
 
-def refuse_as_model(path: Path) -> None:
-    """Raise CheckpointError for a LoRA file given as a whole model, by the names of its tensors.
-
-    A file that can't be read is left for the model's loader to tell of. Whole models hold integers
-    too, which our own reader of headers takes for no weights.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    if path.suffix != ".safetensors" or not path.is_file():
-        return
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-    except SafetensorError:
-        return
-    if names and all(name.startswith("lora_") or ".lora_" in name for name in names):
-        raise CheckpointError(
-            f"{path} is a LoRA, not a whole model: give the model's file or folder"
-        )
-
-
 def read(path: Path, base: Base | None = None) -> LoRAFile:
     """Read and check a LoRA file of kohya, LyCORIS, diffusers, PEFT or ours.
 
