@@ -16,7 +16,7 @@ from lorasweep.export import picture_check, svd, whole_model
 from lorasweep.export.attach_loras import Loras, attachable
 from lorasweep.export.diffusers_lora_tensors import REMEDY, How, convert, diffusers_reads
 from lorasweep.export.exported import Exported, ExportError
-from lorasweep.export.picture_check import TOLERANCES, Agreement, Canvas, Tolerance
+from lorasweep.export.picture_check import TOLERANCES, Canvas, Tolerance
 from lorasweep.lora_files import checkpoint, peft_names, read_lora_file
 from lorasweep.lora_files.read_lora_file import FACTORED, LoRAFile
 from lorasweep.models.base_model import BaseModel
@@ -70,9 +70,8 @@ def lora_for_diffusers(
         if rank is not None and loss is None:
             raise ExportError(f"--rank has no effect on {source}, which diffusers can hold exactly")
         checkpoint.write(place, tensors, _metadata(file, how))
-        agreement = _check(file, place, base, how)
-    line = agreement.line if how != "approximated" else agreement.approximate_line
-    return Exported(target, (_told(how, loss), line("diffusers' load_lora_weights")))
+        line = compare(_draw(file, base), base, place, how)
+    return Exported(target, (_told(how, loss), line))
 
 
 def _told(how: How, loss: svd.Loss | None) -> str:
@@ -90,21 +89,26 @@ def _told(how: How, loss: svd.Loss | None) -> str:
     )
 
 
-def approximation(before: Image.Image, base: Base, written: Path) -> str:
-    """The line on a LoRA file that approximates what drew `before`.
+def compare(before: Image.Image, base: Base, written: Path, how: How | None = None) -> str:
+    """The line on a written LoRA file and the picture `before`, of what it was made of.
 
-    It is read by diffusers, where that reads kohya's names right, and must be read as we read it;
-    raises ExportError otherwise.
+    diffusers must read it as we do; raises ExportError otherwise. `how` is how it was made for
+    diffusers; without, it is an approximation that diffusers is asked about only where it reads
+    kohya's names right.
     """
     file = read_lora_file.read(written, base)
+    is_asked = how is not None or (isinstance(base, BaseModel) and diffusers_reads(file))
+    reader = "diffusers' load_lora_weights" if is_asked else "the base with the LoRA"
+    is_exact = how in ("as it is", "converted")
     with picture_check.quiet():
-        bare, own, reader = picture_check.draw(base), _draw(file, base), "the base with the LoRA"
-        after = own
-        if isinstance(base, BaseModel) and diffusers_reads(file):
-            after, reader = _draw_written(file, written, base), "diffusers' load_lora_weights"
-        must = picture_check.compare(own, after, bare, _tolerance(file))
-        if not must.holds:
-            raise ExportError(f"{must.line(reader)} Nothing was written")
+        bare, own = picture_check.draw(base), before if is_exact else _draw(file, base)
+        after = _draw_written(file, written, base) if is_asked else own
+    must = picture_check.compare(own, after, bare, _tolerance(file))
+    if not must.holds:
+        remedy = f"; {REMEDY}" if how else ""
+        raise ExportError(f"{must.line(reader)} Nothing was written{remedy}")
+    if is_exact:
+        return must.line(reader)
     return picture_check.compare(before, after, bare).approximate_line(reader)
 
 
@@ -131,25 +135,6 @@ def _metadata(file: LoRAFile, how: How) -> dict[str, str]:
     if how == "as it is":
         return carried
     return {**carried, "ss_training_comment": f"{how} for diffusers from {file.path.name}"}
-
-
-def _check(file: LoRAFile, written: Path, base: Base, how: How) -> Agreement:
-    """Compare the source's picture with the one that diffusers draws.
-
-    Raises ExportError where they must agree and don't: an approximation must still be read as it
-    was written.
-    """
-    with picture_check.quiet():
-        bare, after = picture_check.draw(base), _draw_written(file, written, base)
-        before = _draw(file, base)
-        agreement = picture_check.compare(before, after, bare, _tolerance(file))
-        must = agreement
-        if how == "approximated":
-            itself = _draw(read_lora_file.read(written, base), base)
-            must = picture_check.compare(itself, after, bare, _tolerance(file))
-    if not must.holds:
-        raise ExportError(f"{file.path}: {must.line('diffusers')} Nothing was written; {REMEDY}")
-    return agreement
 
 
 def _draw(file: LoRAFile, base: Base) -> Image.Image:

@@ -217,21 +217,22 @@ def quiet() -> Iterator[None]:
 
 def pipeline_of(base: Base) -> Any:
     """diffusers' own pipeline over the base's modules, not copies of them."""
-    from diffusers import DDPMScheduler, StableDiffusionPipeline
+    from diffusers import DDPMScheduler
 
     if isinstance(base, SDXLModel):
         schedule = DDPMScheduler.from_config(dict(base.scheduler_config))
-        return Canvas.of(base).pipeline({**base.pipeline.components, "scheduler": schedule})
-    return StableDiffusionPipeline(
-        vae=base.vae,
-        text_encoder=base.text_encoder,
-        tokenizer=base.tokenizer,
-        unet=base.unet,
-        scheduler=base.noise_schedule.scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+        parts = {**base.pipeline.components, "scheduler": schedule}
+    else:
+        parts = {
+            "vae": base.vae,
+            "text_encoder": base.text_encoder,
+            "tokenizer": base.tokenizer,
+            "unet": base.unet,
+            "scheduler": base.noise_schedule.scheduler,
+            "safety_checker": None,
+            "feature_extractor": None,
+        }
+    return Canvas.of(base).pipeline(parts)
 
 
 def _image(pixels: Any) -> Image.Image:

@@ -14,9 +14,8 @@ from lorasweep.config.compose import compose_without_images
 from lorasweep.core.atomic_write import staged
 from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.core.settings import SettingsError
-from lorasweep.export import diffusers_folder, find_lora, picture_check, svd
+from lorasweep.export import diffusers_folder, diffusers_lora, find_lora, picture_check, svd
 from lorasweep.export.attach_loras import attachable
-from lorasweep.export.diffusers_lora import approximation
 from lorasweep.export.whole_model import base_for_loras
 from lorasweep.lora_files import checkpoint, read_lora_file
 from lorasweep.lora_files.read_lora_file import FACTORED, LoRAFile
@@ -79,7 +78,7 @@ def resize_and_draw(
         if isinstance(before, str):
             told = f"Not checked by a picture: {before}"
         else:
-            told = approximation(*before, place)
+            told = diffusers_lora.compare(*before, place)
     for line in (*replace(result, path=target).lines(), told):
         say(line)
 
