@@ -70,7 +70,7 @@ def lora_for_diffusers(
         if rank is not None and loss is None:
             raise ExportError(f"--rank has no effect on {source}, which diffusers can hold exactly")
         checkpoint.write(place, tensors, _metadata(file, how))
-        line = compare(_draw(file, base), base, place, how)
+        line = compare(_draw(file, base), base, place, file, how)
     return Exported(target, (_told(how, loss), line))
 
 
@@ -89,24 +89,30 @@ def _told(how: How, loss: svd.Loss | None) -> str:
     )
 
 
-def compare(before: Image.Image, base: Base, written: Path, how: How | None = None) -> str:
+def compare(
+    before: Image.Image,
+    base: Base,
+    written: Path,
+    source: LoRAFile | None = None,
+    how: How = "approximated",
+) -> str:
     """The line on a written LoRA file and the picture `before`, of what it was made of.
 
-    diffusers must read it as we do; raises ExportError otherwise. `how` is how it was made for
-    diffusers; without, it is an approximation that diffusers is asked about only where it reads
-    kohya's names right.
+    What was made for diffusers of a `source` must be read by diffusers as we read it, every module
+    of the source; without a source diffusers is asked only where it reads kohya's names right.
+    Raises ExportError otherwise.
     """
     file = read_lora_file.read(written, base)
-    is_asked = how is not None or (isinstance(base, BaseModel) and diffusers_reads(file))
+    is_asked = source is not None or (isinstance(base, BaseModel) and diffusers_reads(file))
     reader = "diffusers' load_lora_weights" if is_asked else "the base with the LoRA"
-    is_exact = how in ("as it is", "converted")
+    is_exact = how != "approximated"
     with picture_check.quiet():
         bare, own = picture_check.draw(base), before if is_exact else _draw(file, base)
-        after = _draw_written(file, written, base) if is_asked else own
-    must = picture_check.compare(own, after, bare, _tolerance(file))
+        after = _draw_written(source or file, written, base) if is_asked else own
+    must = picture_check.compare(own, after, bare, _tolerance(source or file))
     if not must.holds:
-        remedy = f"; {REMEDY}" if how else ""
-        raise ExportError(f"{must.line(reader)} Nothing was written{remedy}")
+        told = f"{must.line(reader)} Nothing was written"
+        raise ExportError(f"{source.path}: {told}; {REMEDY}" if source else told)
     if is_exact:
         return must.line(reader)
     return picture_check.compare(before, after, bare).approximate_line(reader)
