@@ -7,6 +7,7 @@ import json
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache
+from importlib import metadata
 
 import pytest
 import torch
@@ -327,6 +328,17 @@ def test_every_algorithm_is_accepted_or_refused_by_trying_it(algo):
 def test_what_can_not_be_trained_is_refused_with_the_reason(overrides, says):
     with pytest.raises(SettingsError, match=says):
         adapter("adapter=lycoris", overrides)
+
+
+def test_a_full_difference_holds_no_copy_of_the_bases_weight():
+    """By `FullModule._org_weight`, private to LyCORIS: another release may have moved it."""
+    assert metadata.version("lycoris-lora") == "4.1.3", "is `_org_weight` what it was?"
+    for site in SITES.values():
+        fresh = oracle.new_module(site, "full", 4, 4.0, {})
+        assert torch.equal(fresh._org_weight[0], site.weight)
+        assert fresh.org_weight is fresh._org_weight[0]
+        module = oracle.reloaded(site, {"diff": torch.randn(site.weight.shape)})
+        assert module.org_weight.data_ptr() == site.weight.data_ptr()
 
 
 def test_a_bias_in_a_file_is_refused():

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from lorasweep.core.atomic_write import TargetError
 from lorasweep.export import read_back, whole_model
 from lorasweep.export.convert_model import convert
 from lorasweep.export.exported import ExportError
+from lorasweep.export.picture_check import Canvas
 from lorasweep.export.single_file_names import ModelLayout
 from lorasweep.models.model_files import ModelError
 
@@ -75,7 +77,7 @@ def test_the_folder_is_whole(embedded, folder):
 
 
 def test_a_folder_loads_in_one_type_when_its_user_asks_for_none(folder):
-    pipeline = read_back.load(folder, folder)  # its files are fp16
+    pipeline = read_back.load(folder, folder, "StableDiffusionPipeline")  # its files are fp16
     assert pipeline.text_encoder.dtype == pipeline.unet.dtype == torch.float32
 
 
@@ -202,10 +204,13 @@ def test_a_wrong_conversion_is_an_error_and_leaves_nothing(
 def test_a_wrong_picture_is_an_error_and_leaves_nothing(embedded, tmp_path, monkeypatch):
     """Right tensors, wrong noise schedule: what the user's library draws is what counts."""
 
-    def wrong(base, place):
-        return {**base.scheduler_config, "prediction_type": "sample"}
+    right = Canvas.of
 
-    monkeypatch.setattr(read_back, "schedule", wrong)
+    def wrong(base):
+        sample = {**base.scheduler_config, "prediction_type": "sample"}
+        return replace(right(base), scheduler_config=sample)
+
+    monkeypatch.setattr(Canvas, "of", wrong)
     with pytest.raises(ExportError, match="DISAGREE"):
         convert(embedded, tmp_path / "model.safetensors", config=None)
     assert list(tmp_path.iterdir()) == []

@@ -11,7 +11,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from lorasweep.cli import main
-from lorasweep.lora_files import checkpoint, info, module_names, read_lora_file
+from lorasweep.lora_files import checkpoint, info, read_lora_file
 
 DATA = Path(__file__).parents[1] / "recorded"
 KEYS = json.loads(gzip.decompress((DATA / "kohya_keys.json.gz").read_bytes()))
@@ -76,10 +76,10 @@ def test_files_of_kohya_and_lycoris_are_told_apart(name, tmp_path):
     tensors = {key: torch.zeros(shape).half() for key, shape in KEYS[name].items()}
     save_file(tensors, tmp_path / "a.safetensors")
     file = read_lora_file.read(tmp_path / "a.safetensors")
-    parts = Counter(module_names.part_of(key) for key in file.sites)
+    parts = Counter(info.part_of(key) for key in file.sites)
     assert (info.type_of(file), file.written_by) == (type_, writer)
     assert parts == {"unet": modules, "text encoder": 72}
-    full = module_names.targets_of(file.sites) == "full"
+    full = info.targets_of(file.sites) == "full"
     assert full == (writer == "LyCORIS")
 
 
@@ -145,7 +145,7 @@ BLOCKS = {
 
 @pytest.mark.parametrize(("key", "block"), BLOCKS.items())
 def test_sites_belong_to_blocks(key, block):
-    assert module_names.block_of(key) == block
+    assert info.block_of(key) == block
 
 
 def test_a_changed_value_shows_in_the_hash(tmp_path):

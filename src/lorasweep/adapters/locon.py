@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from lorasweep.adapters.adapter import Site
 from lorasweep.adapters.dropout import Dropout
-from lorasweep.adapters.kohya_names import WITH_KERNELS
 from lorasweep.adapters.lora import LoRA, LoRAStack
 from lorasweep.adapters.stack import FileStack, Members
 from lorasweep.adapters.unet_blocks import ConvRanked
 from lorasweep.adapters.weight_deltas import Tensors
 from lorasweep.core.safetensors_header import CheckpointError
-from lorasweep.core.settings import SettingsError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,17 +26,6 @@ class LoCon(ConvRanked, LoRA):
     """Settings of a LoCon: those of a LoRA, and conv_rank, conv_alpha for larger kernels."""
 
     algo: ClassVar[str] = "locon"
-
-    def __post_init__(self) -> None:
-        self.check_conv_rank()
-        super().__post_init__()
-
-    def _check_kernels(self) -> None:
-        if self.targets in WITH_KERNELS and self.conv_rank is None:
-            raise SettingsError(
-                f"adapter.targets={self.targets} names convolutions larger than 1x1, so"
-                " adapter.conv_rank and adapter.conv_alpha must be given"
-            )
 
     def network_args(self) -> dict[str, str]:
         if self.targets in ("attn-mlp", "unet-only") or self.conv_rank is None:

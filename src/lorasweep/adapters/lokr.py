@@ -92,6 +92,8 @@ def factorization(size: int, factor: int) -> tuple[int, int]:
 class LoKrStack(FileStack):
     """K LoKrs of equal factor shapes on one site. A padded rank is zero in both of its factors."""
 
+    names: tuple[str, ...]
+    """The factors' in files: those of `left`, then those of `right`."""
     left: tuple[Tensor, ...]
     """w1 (K, out1, in1), or its factors with the rank first: (K, rank_max, out1), (…, in1)."""
     right: tuple[Tensor, ...]
@@ -123,19 +125,17 @@ class LoKrStack(FileStack):
     def of(cls, site: Site, members: Members) -> Self:
         """Zero-pad the ranks; the runs have the same factor shapes (`layout`)."""
         files = [tensors for _, tensors in members]
-        device = site.weight.device
-        left, right = (
-            tuple(
-                padded([rank_first(name, file[name]) for file in files], device)
-                for name in _names(files[0], matrix)
-            )
-            for matrix in ("lokr_w1", "lokr_w2")
-        )
+        left, right = (_names(files[0], matrix) for matrix in ("lokr_w1", "lokr_w2"))
+        factors = [
+            padded([rank_first(name, file[name]) for file in files], site.weight.device)
+            for name in (*left, *right)
+        ]
         return cls(
             site=site,
             adapters=tuple(adapter for adapter, _ in members),
-            left=left,
-            right=right,
+            names=(*left, *right),
+            left=tuple(factors[: len(left)]),
+            right=tuple(factors[len(left) :]),
             alphas=tuple(float(file["alpha"]) for file in files),
             ranks=tuple(rank_of(file) for file in files),
         )
@@ -155,19 +155,12 @@ class LoKrStack(FileStack):
     def file_tensors(self, index: int) -> dict[str, Tensor]:
         import torch
 
-        views = dict(zip(self._file_names(), self.views(index), strict=True))
+        views = dict(zip(self.names, self.views(index), strict=True))
         tensors = {name: rank_first(name, view) for name, view in views.items()}  # its own inverse
         if "lokr_w2" in tensors:
             out2 = tensors["lokr_w2"].shape[0]
             tensors["lokr_w2"] = tensors["lokr_w2"].reshape(out2, -1, *self.site.weight.shape[2:])
         return {**tensors, "alpha": torch.tensor(self.alphas[index])}
-
-    def _file_names(self) -> list[str]:
-        return [
-            name
-            for matrix, factors in (("lokr_w1", self.left), ("lokr_w2", self.right))
-            for name in ([matrix] if len(factors) == 1 else [f"{matrix}_a", f"{matrix}_b"])
-        ]
 
     def _scaled_left(self) -> Tensor:
         """w1 times alpha / rank, (K, out1, in1): the smallest place to put the scale."""

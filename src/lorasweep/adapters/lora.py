@@ -46,7 +46,7 @@ class LoRA(Ranked, Adapter):
 
     def __post_init__(self) -> None:
         check_targets(self.targets)
-        self._check_kernels()
+        self.check_kernels()
         odd = [rank for rank in self.all_ranks if rank % 2]
         if self.init == "orthogonal" and odd:
             raise SettingsError(
@@ -59,7 +59,8 @@ class LoRA(Ranked, Adapter):
                 " cut away; set those to 0 and null, or adapter.init=kaiming"
             )
 
-    def _check_kernels(self) -> None:
+    def check_kernels(self) -> None:
+        """Raise SettingsError for targets that this type can't adapt."""
         if self.targets in WITH_KERNELS:
             raise SettingsError(
                 f"adapter.targets={self.targets} names convolutions larger than 1x1, which this"

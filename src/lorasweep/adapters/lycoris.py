@@ -9,9 +9,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
-from pydantic import PositiveFloat
-
-from lorasweep.adapters.adapter import Adapter, Site
+from lorasweep.adapters.adapter import Site
 from lorasweep.adapters.dropout import Dropout
 from lorasweep.adapters.lycoris_module import (
     check_algorithm,
@@ -22,9 +20,8 @@ from lorasweep.adapters.lycoris_module import (
     reloaded,
     saved,
 )
-from lorasweep.adapters.lycoris_options import check_kernels, lycoris_metadata
+from lorasweep.adapters.lycoris_options import LycorisNetwork
 from lorasweep.adapters.stack import FileStack, Members
-from lorasweep.adapters.unet_blocks import ConvRanked
 from lorasweep.adapters.weight_deltas import Tensors
 
 if TYPE_CHECKING:
@@ -36,19 +33,17 @@ _BISECTIONS = 25
 
 
 @dataclass(frozen=True, kw_only=True)
-class LyCORIS(ConvRanked, Adapter):
+class LyCORIS(LycorisNetwork):
     """Settings of one of LyCORIS's algorithms; `args` are its own arguments by its own names.
 
     Raises SettingsError without the package, and for what its release can't train and reload.
     """
 
     algo: str
-    targets: str | tuple[str, ...]
     args: Mapping[str, bool | int | float | str] | None
-    scale_weight_norms: PositiveFloat | None
 
     def __post_init__(self) -> None:
-        check_kernels(self, self.targets)
+        super().__post_init__()
         check_algorithm(self.algo, self.args or {})
 
     def initial(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
@@ -73,10 +68,7 @@ class LyCORIS(ConvRanked, Adapter):
 
     def metadata(self) -> dict[str, str]:
         """kohya's ss_network_* entries."""
-        return {
-            **lycoris_metadata(self, self.algo, self.targets, self.args or {}),
-            "ss_scale_weight_norms": str(self.scale_weight_norms),
-        }
+        return self.lycoris_metadata(self.algo, self.args or {})
 
 
 @dataclass(frozen=True, kw_only=True)

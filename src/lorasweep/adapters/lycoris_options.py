@@ -1,6 +1,6 @@
-"""What LoHa and LoKr share: LyCORIS's settings, its dropouts of output channels, its metadata.
+"""What LyCORIS's types share: its metadata, and the dropouts of output channels of LoHa and LoKr.
 
-LyCORIS (arXiv 2309.14859) drops rows of such a delta where LoRA drops channels of the rank.
+LyCORIS (arXiv 2309.14859) drops rows of their deltas where LoRA drops channels of the rank.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from pydantic import PositiveFloat
 
 from lorasweep.adapters.adapter import Adapter
 from lorasweep.adapters.dropout import Dropout, module_survives, survivors
-from lorasweep.adapters.kohya_names import WITH_KERNELS, check_targets, lycoris_preset
+from lorasweep.adapters.kohya_names import check_targets, lycoris_preset
 from lorasweep.adapters.unet_blocks import ConvRanked
-from lorasweep.core.settings import Probability, SettingsError
+from lorasweep.core.settings import Probability
 
 if TYPE_CHECKING:
     import torch
@@ -24,16 +24,41 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ByWeight(ConvRanked, Adapter):
-    """Settings that LoHa and LoKr have in common; names and meanings are LyCORIS's."""
+class LycorisNetwork(ConvRanked, Adapter):
+    """Settings that all types have whose files say that LyCORIS made their network."""
 
-    targets: str | tuple[str, ...]
-    rank_dropout: Probability
-    module_dropout: Probability
     scale_weight_norms: PositiveFloat | None
 
     def __post_init__(self) -> None:
-        check_kernels(self, self.targets)
+        check_targets(self.targets)
+        self.check_kernels()
+
+    def lycoris_metadata(self, algo: str, own: Mapping[str, object]) -> dict[str, str]:
+        """kohya's ss_network_* entries; the arguments, `own` among them, are JSON of texts."""
+        arguments = {
+            "algo": algo,
+            "preset": lycoris_preset(self.targets),
+            "conv_dim": self.conv_rank or 0,
+            "conv_alpha": self.conv_alpha or 0.0,
+            **self.block_args(),
+            **own,
+        }
+        return {
+            "ss_network_module": "lycoris.kohya",
+            "ss_network_dim": str(self.rank),
+            "ss_network_alpha": str(float(self.alpha)),
+            "ss_network_dropout": "None",
+            "ss_network_args": json.dumps({name: str(value) for name, value in arguments.items()}),
+            "ss_scale_weight_norms": str(self.scale_weight_norms),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByWeight(LycorisNetwork):
+    """Settings that LoHa and LoKr have in common; names and meanings are LyCORIS's."""
+
+    rank_dropout: Probability
+    module_dropout: Probability
 
     @property
     def drops(self) -> bool:
@@ -43,42 +68,7 @@ class ByWeight(ConvRanked, Adapter):
     def kohya_metadata(self, algo: str, **own: object) -> dict[str, str]:
         """kohya's ss_network_* entries of a network of `algo`, whose own arguments are `own`."""
         dropouts = {"rank_dropout": self.rank_dropout, "module_dropout": self.module_dropout}
-        return {
-            **lycoris_metadata(self, algo, self.targets, {**dropouts, **own}),
-            "ss_scale_weight_norms": str(self.scale_weight_norms),
-        }
-
-
-def check_kernels(adapter: ConvRanked, targets: str | tuple[str, ...]) -> None:
-    """Raise SettingsError for bad targets, or ranks that don't go with them."""
-    adapter.check_conv_rank()
-    check_targets(targets)
-    if targets in WITH_KERNELS and adapter.conv_rank is None:
-        raise SettingsError(
-            f"adapter.targets={targets} names convolutions larger than 1x1: give adapter.conv_rank"
-            " and adapter.conv_alpha, or adapter.targets=attn-mlp"
-        )
-
-
-def lycoris_metadata(
-    adapter: ConvRanked, algo: str, targets: str | tuple[str, ...], own: Mapping[str, object]
-) -> dict[str, str]:
-    """kohya's ss_network_* entries of a LyCORIS network; its arguments are JSON of texts."""
-    arguments = {
-        "algo": algo,
-        "preset": lycoris_preset(targets),
-        "conv_dim": adapter.conv_rank or 0,
-        "conv_alpha": adapter.conv_alpha or 0.0,
-        **adapter.block_args(),
-        **own,
-    }
-    return {
-        "ss_network_module": "lycoris.kohya",
-        "ss_network_dim": str(adapter.rank),
-        "ss_network_alpha": str(float(adapter.alpha)),
-        "ss_network_dropout": "None",
-        "ss_network_args": json.dumps({name: str(value) for name, value in arguments.items()}),
-    }
+        return self.lycoris_metadata(algo, {**dropouts, **own})
 
 
 def kept_channels(

@@ -246,17 +246,16 @@ def _stack_type(
     has_form = name in ("loha", "lokr") and not _FORMS_BY_LYCORIS.isdisjoint(tensors)
     if isinstance(adapter, LyCORIS) or name in _BY_LYCORIS or has_form:
         return LycorisStack, False  # it knows magnitudes itself
-    is_dora = has_magnitude(tensors)
-    if name == "lora" and "lora_mid.weight" in tensors:
-        return TuckerStack, is_dora
-    if name == "lora":
-        return LoRAStack if site.is_pointwise else LoConStack, is_dora
-    if name == "loha":
-        return LoHaStack, is_dora
-    if name == "lokr":
-        return LoKrStack, is_dora
-    names = ", ".join(sorted(tensors))
-    raise CheckpointError(f"{site.key}: {names} is of no type that can be computed here")
+    plain = LoRAStack if site.is_pointwise else LoConStack
+    kinds: dict[str, type[FileStack]] = {
+        "lora": TuckerStack if "lora_mid.weight" in tensors else plain,
+        "loha": LoHaStack,
+        "lokr": LoKrStack,
+    }
+    if name not in kinds:
+        names = ", ".join(sorted(tensors))
+        raise CheckpointError(f"{site.key}: {names} is of no type that can be computed here")
+    return kinds[name], has_magnitude(tensors)
 
 
 def _stacked(site: Site, members: Sequence[Member]) -> Iterator[Entry]:

@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from lorasweep.adapters.adapter import Site
+from lorasweep.adapters.kohya_names import WITH_KERNELS
 from lorasweep.core.settings import Settings, SettingsError
 
 MAX_RANK = 4096  # as of the files that are read; the widest layer of SDXL has 10,240 channels
@@ -129,15 +130,22 @@ class Ranked(Settings):
 class ConvRanked(Ranked):
     """Ranked, with a rank of their own for kernels larger than 1x1, as kohya's conv_dim."""
 
+    targets: str | tuple[str, ...]
     conv_rank: Rank | None
     conv_alpha: PositiveFloat | None
 
-    def check_conv_rank(self) -> None:
-        """Raise SettingsError for one of the pair without the other; for __post_init__."""
+    def check_kernels(self) -> None:
+        """Raise SettingsError for one of the pair alone, or for targets that need the pair."""
         if (self.conv_rank is None) != (self.conv_alpha is None):
             raise SettingsError(
                 "adapter.conv_rank and adapter.conv_alpha belong together: give both, or null for"
                 " both to leave larger kernels than 1x1 without adapters"
+            )
+        if self.targets in WITH_KERNELS and self.conv_rank is None:
+            raise SettingsError(
+                f"adapter.targets={self.targets} names convolutions larger than 1x1:"
+                " adapter.conv_rank and adapter.conv_alpha must be given, or"
+                " adapter.targets=attn-mlp"
             )
 
     def carries(self, site: Site) -> bool:

@@ -23,9 +23,7 @@ def model_of(word: str, config: str | None) -> Model:
     """The model of a word, with conf/model/sd15's other values. Raises SettingsError."""
     from lorasweep.config.compose import compose_without_images, quoted
     from lorasweep.core.settings import build
-    from lorasweep.lora_files import read_lora_file
 
-    read_lora_file.refuse_as_model(Path(word))
     configs = [f"model.config={quoted(model_path(config))}"] if config else []
     chosen = ["model=sd15", f"model.path={quoted(model_path(word))}"]
     model: Model = build(compose_without_images([*chosen, *configs]).model, "model")

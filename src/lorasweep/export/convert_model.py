@@ -7,7 +7,7 @@ from pathlib import Path
 from lorasweep.core.atomic_write import staged
 from lorasweep.export import picture_check, read_back, whole_model
 from lorasweep.export.exported import Exported, ExportError, is_file
-from lorasweep.export.picture_check import EXACT, TOLERANCES, Canvas
+from lorasweep.export.picture_check import EXACT, Canvas
 from lorasweep.models.base_model import Precision
 from lorasweep.models.load_model import Model
 
@@ -38,14 +38,9 @@ def convert(
         before = picture_check.draw(base)
         result = model.cast(precision)
         result.write(place)
-        written = read_back.load(place, model.configs)
-        same_tensors = read_back.require_weights(written, result.weights)
-        schedule = read_back.schedule(base, place)
-        after = picture_check.draw_with(written, Canvas.of(base), scheduler_config=schedule)
-        tolerance = TOLERANCES[precision] if precision else EXACT
-        agreement = picture_check.compare(before, after, tolerance=tolerance)
-        same_picture = picture_check.require(agreement, read_back.call(place))
-    return Exported(target, (*model.notes, same_tensors, same_picture))
+        tolerance = None if precision else EXACT
+        _, lines = read_back.check(place, result, Canvas.of(base), before, tolerance=tolerance)
+    return Exported(target, (*model.notes, *lines))
 
 
 def _settings(source: str) -> Model:

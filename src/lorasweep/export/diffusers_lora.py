@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasweep.adapters.adapter import Site
 from lorasweep.adapters.kohya_names import every_site
-from lorasweep.adapters.pack import Pack
 from lorasweep.core.atomic_write import staged
 from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.core.text import shown
 from lorasweep.export import picture_check, svd, whole_model
-from lorasweep.export.attach_loras import GIVE_ITS_BASE, Loras
+from lorasweep.export.attach_loras import Loras, attachable
 from lorasweep.export.diffusers_lora_tensors import REMEDY, How, convert, diffusers_reads
 from lorasweep.export.exported import Exported, ExportError
-from lorasweep.export.picture_check import TOLERANCES, Agreement, Canvas, Tolerance
+from lorasweep.export.picture_check import TOLERANCES, Canvas, Tolerance
 from lorasweep.lora_files import checkpoint, peft_names, read_lora_file
 from lorasweep.lora_files.read_lora_file import FACTORED, LoRAFile
 from lorasweep.models.base_model import BaseModel
@@ -29,55 +28,22 @@ if TYPE_CHECKING:
     from lorasweep.models.sdxl import Base
 
 
-@dataclass(frozen=True)
-class DiffusersFile:
-    """A written file and what a person is told of it."""
+def write_for_diffusers(
+    base: Model, loras: Loras, target: Path, rank: int | None, *, overwrite: bool = False
+) -> Exported:
+    """As `lora_for_diffusers`, on the base model that these settings name.
 
-    path: Path
-    how: How
-    loss: svd.Loss | None
-    """Of the approximated modules; None where every module is exact."""
-    agreement: Agreement
-    """Of pictures drawn before and after."""
-
-    @property
-    def lines(self) -> tuple[str, str]:
-        """What was done, its error, and whether the pictures agree."""
-        told = {
-            "as it is": "diffusers reads the file as it is: copied",
-            "converted": "Converted exactly, to the names of PEFT",
-            "approximated": "Approximated by SVD",
-        }[self.how]
-        if self.loss is not None:
-            told += (
-                f": relative error of the change of the weights {self.loss.error:.2%}, worst"
-                f" {self.loss.worst_error:.2%} ({self.loss.worst_site}); kept energy"
-                f" {self.loss.total:.2%}"
-            )
-        is_exact = self.how != "approximated"
-        line = self.agreement.line if is_exact else self.agreement.approximate_line
-        return told, line("diffusers' load_lora_weights")
-
-
-def only_one(loras: Loras) -> Path:
-    """The one file among them, as trained. Raises ExportError for what no LoRA file can hold."""
+    Raises ExportError for `loras` that no LoRA file can hold: several, or one of another strength.
+    """
     (source, strength), *others = loras
     if others or strength != 1:
         raise ExportError(
             "a LoRA file holds one LoRA, as trained: --strength and --with need a whole model"
             " (--to merged, or --to offline-lora with --out FOLDER)"
         )
-    return source
-
-
-def write_for_diffusers(
-    base: Model, source: Path, target: Path, rank: int | None, *, overwrite: bool = False
-) -> Exported:
-    """As `lora_for_diffusers`, on the base model that these settings name."""
     with picture_check.quiet():
         loaded = whole_model.base_for_loras(base)
-        written = lora_for_diffusers(source, target, loaded, rank, overwrite=overwrite)
-    return Exported(target, written.lines)
+        return lora_for_diffusers(source, target, loaded, rank, overwrite=overwrite)
 
 
 def lora_for_diffusers(
@@ -87,7 +53,7 @@ def lora_for_diffusers(
     rank: int | None,
     *,
     overwrite: bool = False,
-) -> DiffusersFile:
+) -> Exported:
     """Write `source` so that diffusers draws with it what our own adapters draw.
 
     `rank` allows an approximation of what has no exact form. A picture is drawn before and after.
@@ -104,25 +70,51 @@ def lora_for_diffusers(
         if rank is not None and loss is None:
             raise ExportError(f"--rank has no effect on {source}, which diffusers can hold exactly")
         checkpoint.write(place, tensors, _metadata(file, how))
-        agreement = _check(file, place, base, how)
-    return DiffusersFile(target, how, loss, agreement)
+        line = compare(_draw(file, base), base, place, file, how)
+    return Exported(target, (_told(how, loss), line))
 
 
-def approximation(before: Image.Image, base: Base, written: Path) -> str:
-    """The line on a LoRA file that approximates what drew `before`.
+def _told(how: How, loss: svd.Loss | None) -> str:
+    """What was done, and the error of the approximated modules."""
+    told = {
+        "as it is": "diffusers reads the file as it is: copied",
+        "converted": "Converted exactly, to the names of PEFT",
+        "approximated": "Approximated by SVD",
+    }[how]
+    if loss is None:
+        return told
+    return (
+        f"{told}: relative error of the change of the weights {loss.error:.2%}, worst"
+        f" {loss.worst_error:.2%} ({loss.worst_site}); kept energy {loss.total:.2%}"
+    )
 
-    It is read by diffusers, where that reads kohya's names right, and must be read as we read it;
-    raises ExportError otherwise.
+
+def compare(
+    before: Image.Image,
+    base: Base,
+    written: Path,
+    source: LoRAFile | None = None,
+    how: How = "approximated",
+) -> str:
+    """The line on a written LoRA file and the picture `before`, of what it was made of.
+
+    What was made for diffusers of a `source` must be read by diffusers as we read it, every module
+    of the source; without a source diffusers is asked only where it reads kohya's names right.
+    Raises ExportError otherwise.
     """
     file = read_lora_file.read(written, base)
+    is_asked = source is not None or (isinstance(base, BaseModel) and diffusers_reads(file))
+    reader = "diffusers' load_lora_weights" if is_asked else "the base with the LoRA"
+    is_exact = how != "approximated"
     with picture_check.quiet():
-        bare, own, reader = picture_check.draw(base), _draw(file, base), "the base with the LoRA"
-        after = own
-        if isinstance(base, BaseModel) and diffusers_reads(file):
-            after, reader = _draw_written(file, written, base), "diffusers' load_lora_weights"
-        must = picture_check.compare(own, after, bare, _tolerance(file))
-        if not must.holds:
-            raise ExportError(f"{must.line(reader)} Nothing was written")
+        bare, own = picture_check.draw(base), before if is_exact else _draw(file, base)
+        after = _draw_written(source or file, written, base) if is_asked else own
+    must = picture_check.compare(own, after, bare, _tolerance(source or file))
+    if not must.holds:
+        told = f"{must.line(reader)} Nothing was written"
+        raise ExportError(f"{source.path}: {told}; {REMEDY}" if source else told)
+    if is_exact:
+        return must.line(reader)
     return picture_check.compare(before, after, bare).approximate_line(reader)
 
 
@@ -137,10 +129,9 @@ def _check_fit(file: LoRAFile, base: Base) -> None:
         if file.algorithms[name.partition(".")[0]] in (*FACTORED, "dora", "full")
     }
     try:
-        Pack.from_files(base.parts, [held])
+        attachable(base, [(replace(file, tensors=held), 1.0)])
     except CheckpointError as error:
-        question = f"Is it of another base than {base.settings.path}?"
-        raise ExportError(f"{file.path}: {error}. {question} {GIVE_ITS_BASE}") from None
+        raise ExportError(str(error)) from None
 
 
 def _metadata(file: LoRAFile, how: How) -> dict[str, str]:
@@ -152,28 +143,8 @@ def _metadata(file: LoRAFile, how: How) -> dict[str, str]:
     return {**carried, "ss_training_comment": f"{how} for diffusers from {file.path.name}"}
 
 
-def _check(file: LoRAFile, written: Path, base: Base, how: How) -> Agreement:
-    """Compare the source's picture with the one that diffusers draws.
-
-    Raises ExportError where they must agree and don't: an approximation must still be read as it
-    was written.
-    """
-    with picture_check.quiet():
-        bare, after = picture_check.draw(base), _draw_written(file, written, base)
-        before = _draw(file, base)
-        agreement = picture_check.compare(before, after, bare, _tolerance(file))
-        must = agreement
-        if how == "approximated":
-            itself = _draw(read_lora_file.read(written, base), base)
-            must = picture_check.compare(itself, after, bare, _tolerance(file))
-    if not must.holds:
-        raise ExportError(f"{file.path}: {must.line('diffusers')} Nothing was written; {REMEDY}")
-    return agreement
-
-
 def _draw(file: LoRAFile, base: Base) -> Image.Image:
-    pack = Pack.from_files(base.parts, [file.tensors])
-    return picture_check.draw(base, [(pack, 1.0)])
+    return picture_check.draw(base, attachable(base, [(file, 1.0)]))
 
 
 def _draw_written(file: LoRAFile, path: Path, base: Base) -> Image.Image:

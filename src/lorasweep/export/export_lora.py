@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lorasweep.export import merge
-from lorasweep.export.diffusers_lora import only_one, write_for_diffusers
+from lorasweep.export.diffusers_lora import write_for_diffusers
 from lorasweep.export.exported import Exported, ExportError, is_file
 from lorasweep.export.find_lora import FoundLoRA
 from lorasweep.export.generic_diffusion_feature import offline_lora
@@ -48,7 +48,7 @@ def export(
         )
     if not is_file(target):
         raise ExportError(f"--out {target}: a LoRA file's name ends in .safetensors")
-    return write_for_diffusers(lora.model, only_one(loras), target, rank, overwrite=overwrite)
+    return write_for_diffusers(lora.model, loras, target, rank, overwrite=overwrite)
 
 
 def _weighted(text: str) -> tuple[Path, float]:

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING
 from lorasweep import __version__
 from lorasweep.adapters.adapter import Site
 from lorasweep.adapters.kohya_names import PRESETS, every_site, sites
+from lorasweep.adapters.unet_blocks import MAX_RANK
 from lorasweep.core.atomic_write import staged
-from lorasweep.export import picture_check, svd
-from lorasweep.export.diffusers_lora import approximation
+from lorasweep.export import diffusers_lora, picture_check, svd
 from lorasweep.lora_files import checkpoint, read_lora_file
-from lorasweep.lora_files.read_lora_file import MAX_RANK
 from lorasweep.models.base_model import BaseModel
 from lorasweep.models.model_files import ModelError
 
@@ -71,7 +70,7 @@ def extract_and_draw(
     with picture_check.quiet(), staged(target, overwrite) as place:
         tuned, base = (model.load() for model in models)
         result = extract(tuned, base, place, rank, conv_rank, targets)
-        told = approximation(picture_check.draw(tuned), base, place)
+        told = diffusers_lora.compare(picture_check.draw(tuned), base, place)
     for line in (*replace(result, path=target).lines(), told):
         say(line)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lorasweep.export import diffusers_folder
 from lorasweep.export.attach_loras import Loras
-from lorasweep.export.diffusers_lora import only_one, write_for_diffusers
+from lorasweep.export.diffusers_lora import write_for_diffusers
 from lorasweep.export.exported import Exported, is_file
 from lorasweep.export.merge import merged
 from lorasweep.models.base_model import Precision
@@ -70,7 +70,7 @@ def offline_lora(
     is_sdxl = diffusers_folder.is_sdxl(base.path, base.revision)
     loader = SDXL if is_sdxl else SD15
     if is_file(target):
-        written = write_for_diffusers(base, only_one(loras), target, rank, overwrite=overwrite)
+        written = write_for_diffusers(base, loras, target, rank, overwrite=overwrite)
         folder, name = str(target.absolute().parent), target.name
         arguments = f"offline_lora={folder!r}, offline_lora_filename={name!r}"
         note = (

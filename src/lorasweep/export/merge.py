@@ -60,21 +60,15 @@ def merged(
         adapters = attachable(base, files)
         bare, before = picture_check.draw(base), picture_check.draw(base, adapters)
         result = merge(base, model, files, precision)
-        canvas, schedule = Canvas.of(base), read_back.schedule(base, place)
-        predicts_v = base.prediction_type == "v_prediction"
+        canvas, predicts_v = Canvas.of(base), base.prediction_type == "v_prediction"
         del base, adapters, files  # a large model doesn't fit twice
 
         result.write(place, settings.prediction_type)
-        usual = "AutoPipelineForText2Image" if model.layout.is_sdxl else read_back.TEXT_TO_IMAGE
-        loader = pipeline_class or usual
-        written = read_back.load(place, result.configs, loader)
-        same_tensors = read_back.require_weights(written, result.weights)
-        after = picture_check.draw_with(written, canvas, scheduler_config=schedule)
-        tolerance = canvas.tolerance(result.precision)
-        agreement = picture_check.compare(before, after, bare, tolerance)
-        lines = [same_tensors, picture_check.require(agreement, read_back.call(place, loader))]
+        after, lines = read_back.check(
+            place, result, canvas, before, bare, pipeline_class=pipeline_class
+        )
         if fp16_variant:
-            lines += _add_variant(place, result, loader, canvas, before)
+            lines += _add_variant(place, result, pipeline_class, canvas, before)
     picture = target.with_name(f"{target.name}-check.png")
     picture_check.side_by_side(picture, bare, before, after)
     notes = (*model.notes, *([V_NOTE] if predicts_v and is_file(target) else []))
@@ -112,7 +106,7 @@ def merge(
 
 
 def _add_variant(
-    place: Path, result: WholeModel, loader: str, canvas: Canvas, before: Image
+    place: Path, result: WholeModel, pipeline_class: str | None, canvas: Canvas, before: Image
 ) -> list[str]:
     """Write SDXL's variant fp16 into the folder, read back and drawn as the plain weights were."""
     weights = diffusers_folder.write_variant(place, result.weights)
@@ -123,10 +117,9 @@ def _add_variant(
                     f"the {part}'s {name} is too large for the variant fp16, which generic"
                     " diffusion feature loads: it can't have this model as a folder"
                 )
-    written = read_back.load(place, result.configs, loader, VARIANT)
-    same_tensors = read_back.require_weights(written, weights)
-    after = picture_check.draw_with(written, canvas)
+    rounded = replace(result, weights=weights)
     # no part of the LoRA can be missing, for the tensors are the plain ones, rounded
-    agreement = picture_check.compare(before, after, tolerance=canvas.tolerance(VARIANT))
-    same_picture = picture_check.require(agreement, read_back.call(place, loader, VARIANT))
+    _, (same_tensors, same_picture) = read_back.check(
+        place, rounded, canvas, before, pipeline_class=pipeline_class, variant=VARIANT
+    )
     return [f"Variant fp16: {same_tensors}", same_picture]

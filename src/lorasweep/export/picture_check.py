@@ -106,6 +106,8 @@ class Canvas:
     side: int
     """Pixels."""
     clip_skip: int
+    scheduler_config: Mapping[str, Any]
+    """The base's noise schedule."""
     sdxl_zeros: bool | None
     """SDXL's force_zeros_for_empty_prompt; None: it is Stable Diffusion 1.x."""
 
@@ -118,7 +120,7 @@ class Canvas:
         if isinstance(base, SDXLModel):
             zeros = bool(base.pipeline.config.force_zeros_for_empty_prompt)
         side = max(step, min(own, MAX_SIDE) // step * step)
-        return cls(side, base.settings.clip_skip, zeros)
+        return cls(side, base.settings.clip_skip, dict(base.scheduler_config), zeros)
 
     def tolerance(self, precision: Precision) -> Tolerance:
         """How far a picture may be off that is drawn with weights rounded to a precision."""
@@ -136,17 +138,14 @@ class Canvas:
         )
 
 
-def draw(base: Base, adapters: Weighted = (), prompt: str = PROMPT) -> Image.Image:
+def draw(base: Base, adapters: Weighted = ()) -> Image.Image:
     """The picture of our own adapters, at their weights, on the base; of the bare base without."""
     with attached(adapters):
-        return draw_with(pipeline_of(base), Canvas.of(base), prompt)
+        return draw_with(pipeline_of(base), Canvas.of(base))
 
 
 def draw_with(
-    pipeline: Any,
-    canvas: Canvas,
-    prompt: str = PROMPT,
-    scheduler_config: Mapping[str, Any] | None = None,
+    pipeline: Any, canvas: Canvas, scheduler_config: Mapping[str, Any] | None = None
 ) -> Image.Image:
     """The same picture from the parts of any pipeline of diffusers, however it was loaded.
 
@@ -163,7 +162,7 @@ def draw_with(
     pipeline.set_progress_bar_config(disable=True)
     side, skip = canvas.side, canvas.clip_skip
     drawn = pipeline(
-        prompt,
+        PROMPT,
         width=side,
         height=side,
         num_inference_steps=NUM_STEPS,
@@ -202,13 +201,10 @@ def require(agreement: Agreement, reader: str) -> str:
     return line
 
 
-def side_by_side(
-    path: Path, bare: Image.Image, before: Image.Image, after: Image.Image, prompt: str = PROMPT
-) -> Path:
+def side_by_side(path: Path, bare: Image.Image, before: Image.Image, after: Image.Image) -> None:
     """Write the three pictures beside each other, for a person to look at."""
     columns = ["base model", "LoRA attached", "as exported"]
-    contact_sheet.contact_sheet([(prompt[:24], [bare, before, after])], columns).save(path)
-    return path
+    contact_sheet.contact_sheet([(PROMPT[:24], [bare, before, after])], columns).save(path)
 
 
 @contextmanager
@@ -221,21 +217,22 @@ def quiet() -> Iterator[None]:
 
 def pipeline_of(base: Base) -> Any:
     """diffusers' own pipeline over the base's modules, not copies of them."""
-    from diffusers import DDPMScheduler, StableDiffusionPipeline
+    from diffusers import DDPMScheduler
 
     if isinstance(base, SDXLModel):
         schedule = DDPMScheduler.from_config(dict(base.scheduler_config))
-        return Canvas.of(base).pipeline({**base.pipeline.components, "scheduler": schedule})
-    return StableDiffusionPipeline(
-        vae=base.vae,
-        text_encoder=base.text_encoder,
-        tokenizer=base.tokenizer,
-        unet=base.unet,
-        scheduler=base.noise_schedule.scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+        parts = {**base.pipeline.components, "scheduler": schedule}
+    else:
+        parts = {
+            "vae": base.vae,
+            "text_encoder": base.text_encoder,
+            "tokenizer": base.tokenizer,
+            "unet": base.unet,
+            "scheduler": base.noise_schedule.scheduler,
+            "safety_checker": None,
+            "feature_extractor": None,
+        }
+    return Canvas.of(base).pipeline(parts)
 
 
 def _image(pixels: Any) -> Image.Image:

@@ -1,27 +1,56 @@
-"""What was written, loaded by diffusers as its user loads it: every tensor must be there again."""
+"""What was written, loaded by diffusers as its user loads it: the tensors and the picture again."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorasweep.export import picture_check
 from lorasweep.export.exported import ExportError, is_file
+from lorasweep.export.picture_check import Canvas, Tolerance
 from lorasweep.export.single_file_names import Weights, prefixed
+from lorasweep.export.whole_model import WholeModel
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from lorasweep.models.sdxl import Base
-
-TEXT_TO_IMAGE = "StableDiffusionPipeline"
+    from PIL.Image import Image
 
 
-def load(
-    place: Path, configs: Path, pipeline_class: str = TEXT_TO_IMAGE, variant: str | None = None
-) -> Any:
+def check(
+    place: Path,
+    model: WholeModel,
+    canvas: Canvas,
+    before: Image,
+    bare: Image | None = None,
+    *,
+    tolerance: Tolerance | None = None,
+    pipeline_class: str | None = None,
+    variant: str | None = None,
+) -> tuple[Image, list[str]]:
+    """The picture that diffusers draws of `model` as it was written, and the lines for a person.
+
+    Raises ExportError unless it reads every tensor bit by bit and draws `before`, as
+    `picture_check.compare` has it; without a `tolerance`, within that of the tensors' precision.
+    Be `quiet` (picture_check).
+    """
+    usual = "AutoPipelineForText2Image" if model.layout.is_sdxl else "StableDiffusionPipeline"
+    name = pipeline_class or usual
+    pipeline = load(place, model.configs, name, variant)
+    same_tensors = _require_weights(pipeline, model.weights)
+    # a file holds no noise schedule: its user gives it
+    schedule = canvas.scheduler_config if is_file(place) else None
+    after = picture_check.draw_with(pipeline, canvas, scheduler_config=schedule)
+    allowed = tolerance or canvas.tolerance(model.precision)
+    agreement = picture_check.compare(before, after, bare, allowed)
+    call = "from_single_file" if is_file(place) else "from_pretrained"
+    with_variant = f" with variant={variant!r}" if variant else ""
+    reader = f"diffusers' {name}.{call}{with_variant}"
+    return after, [same_tensors, picture_check.require(agreement, reader)]
+
+
+def load(place: Path, configs: Path, pipeline_class: str, variant: str | None = None) -> Any:
     """diffusers' pipeline of a written folder or file, as one loads it who asks for no type: fp32.
 
-    A file is loaded with the configs of a diffusers folder. Be `quiet` (picture_check).
+    A file is loaded with the configs of a diffusers folder.
     """
     import diffusers
     import torch
@@ -41,7 +70,7 @@ def load(
     )
 
 
-def require_weights(pipeline: Any, weights: Weights) -> str:
+def _require_weights(pipeline: Any, weights: Weights) -> str:
     """The line for a person. Raises ExportError unless the pipeline holds just these tensors.
 
     Pictures can't see everything: the VAE's encoder draws none of them.
@@ -58,15 +87,3 @@ def require_weights(pipeline: Any, weights: Weights) -> str:
                     " was kept; please report this"
                 )
     return f"diffusers read back all {sum(map(len, weights.values()))} tensors, bit by bit."
-
-
-def schedule(base: Base, place: Path) -> Mapping[str, Any] | None:
-    """The noise schedule to draw with: a file has none, and its user gives it."""
-    return base.scheduler_config if is_file(place) else None
-
-
-def call(place: Path, pipeline_class: str = TEXT_TO_IMAGE, variant: str | None = None) -> str:
-    """What loaded it, in words."""
-    name = "from_single_file" if is_file(place) else "from_pretrained"
-    with_variant = f" with variant={variant!r}" if variant else ""
-    return f"diffusers' {pipeline_class}.{name}{with_variant}"

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorasweep import __version__
+from lorasweep.adapters.unet_blocks import MAX_RANK
 from lorasweep.config.compose import compose_without_images
 from lorasweep.core.atomic_write import staged
 from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.core.settings import SettingsError
-from lorasweep.export import diffusers_folder, find_lora, picture_check, svd
+from lorasweep.export import diffusers_folder, diffusers_lora, find_lora, picture_check, svd
 from lorasweep.export.attach_loras import attachable
-from lorasweep.export.diffusers_lora import approximation
 from lorasweep.export.whole_model import base_for_loras
 from lorasweep.lora_files import checkpoint, read_lora_file
-from lorasweep.lora_files.read_lora_file import FACTORED, MAX_RANK, LoRAFile
+from lorasweep.lora_files.read_lora_file import FACTORED, LoRAFile
 from lorasweep.models.model_files import ModelError
 from lorasweep.tracking import TrackingError
 
@@ -78,18 +78,13 @@ def resize_and_draw(
         if isinstance(before, str):
             told = f"Not checked by a picture: {before}"
         else:
-            told = approximation(*before, place)
+            told = diffusers_lora.compare(*before, place)
     for line in (*replace(result, path=target).lines(), told):
         say(line)
 
 
 def resize(
-    source: Path,
-    target: Path,
-    rank: int | None = None,
-    energy: float | None = None,
-    *,
-    overwrite: bool = False,
+    source: Path, target: Path, rank: int | None = None, energy: float | None = None
 ) -> Resized:
     """Write `source` as a LoRA of one `rank`, or of each module's least rank that keeps `energy`.
 
@@ -97,7 +92,7 @@ def resize(
     whose change is no sum with the weight (OFT, IA3, …), TargetError for a taken target.
     """
     check(rank, energy)
-    read_lora_file.check_target(target, overwrite)
+    read_lora_file.check_target(target, overwrite=False)
     file = read_lora_file.read(source)
     unfit = {kind for kind in file.algorithms.values() if kind not in RESIZABLE}
     if unfit:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -13,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from lorasweep.adapters.weight_deltas import algorithm, frobenius_norm, rank_of
 from lorasweep.core.text import shown
 from lorasweep.lora_files import checkpoint, read_lora_file
-from lorasweep.lora_files.module_names import block_of, order_of, part_of, targets_of
 from lorasweep.lora_files.read_lora_file import FACTORED, LoRAFile
 
 if TYPE_CHECKING:
@@ -67,6 +67,10 @@ _BASES = {
     2048: "SDXL",
 }
 """By the width of what the UNet's cross attention reads: the text embeddings."""
+_BLOCK = re.compile(
+    r"_(down_blocks|up_blocks|mid_block|input_blocks|middle_block|output_blocks)_(\d+)"
+)
+_LDM_LAYERS = 3  # of the original layout's blocks, those that make up one of diffusers'
 
 
 @dataclass(frozen=True)
@@ -242,13 +246,65 @@ def _guess(file: LoRAFile) -> str:
     return "unknown" if width is None else _BASES.get(width, "unknown")
 
 
+def part_of(key: str) -> str:
+    """unet, text encoder, or text encoder 2, of a site's name in files."""
+    if key.startswith("lora_unet_"):
+        return "unet"
+    return "text encoder 2" if key.startswith("lora_te2_") else "text encoder"
+
+
+def block_of(key: str) -> str:
+    """text encoder, down 0-3, mid, up 0-3, or `in, out, time` for the UNet's outer modules."""
+    if part_of(key) != "unet":
+        return part_of(key)
+    if "_mid_block_" in key or "_middle_block_" in key:
+        return "mid"
+    match = _BLOCK.search(key)
+    if match is None:
+        return "in, out, time"
+    name, number = match[1], int(match[2])
+    if name == "input_blocks":  # the first is conv_in
+        return f"down {(number - 1) // _LDM_LAYERS}" if number else "in, out, time"
+    if name == "output_blocks":
+        return f"up {number // _LDM_LAYERS}"
+    return f"{name.removesuffix('_blocks')} {number}"
+
+
+def targets_of(sites: Iterable[str]) -> str:
+    """The preset that the names belong to, or what they are of."""
+    kinds = {_target_kind(key) for key in sites}
+    presets = {
+        frozenset({"text encoder", "transformer blocks"}): "attn-mlp",
+        frozenset({"transformer blocks"}): "unet-only",
+        frozenset({"text encoder", "transformer blocks", "convolutions"}): "conv",
+        frozenset({"text encoder", "transformer blocks", "convolutions", "outer modules"}): "full",
+    }
+    return presets.get(frozenset(kinds), " + ".join(sorted(kinds)))
+
+
+def _target_kind(key: str) -> str:
+    if part_of(key) != "unet":
+        return "text encoder"
+    if block_of(key) == "in, out, time":
+        return "outer modules"
+    if "_attentions_" in key or "transformer_blocks" in key or "_proj_" in key:
+        return "transformer blocks"
+    return "convolutions"
+
+
+def _order_of(block: str) -> tuple[int, str]:
+    """In the order in which the model computes them."""
+    order = ("text", "in,", "down", "mid", "up")
+    return order.index(block.split()[0]), block
+
+
 def _norms(file: LoRAFile) -> dict[str, float]:
     """Of the low-rank part; empty for types whose change depends on the base's weights."""
     squares: dict[str, float] = {}
     for key, site in file.sites.items():
         if (square := _square(site)) is not None:
             squares[block_of(key)] = squares.get(block_of(key), 0.0) + square
-    return {block: math.sqrt(squares[block]) for block in sorted(squares, key=order_of)}
+    return {block: math.sqrt(squares[block]) for block in sorted(squares, key=_order_of)}
 
 
 def _square(site: Tensors) -> float | None:

@@ -78,11 +78,11 @@ def from_peft(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dic
     config = _config(metadata)
     has_two = any(_without_wrapper(name).startswith("text_encoder_2.") for name in tensors)
     found: dict[str, Tensor] = {}
-    paths: dict[str, str] = {}
+    places: dict[str, _Place] = {}
     for name, tensor in tensors.items():
         place, below = _place(name)
         key = place.key(has_two)
-        paths[key] = place.full
+        places[key] = place
         if f"{key}.{below}" in found:
             raise CheckpointError(f"{shown(name)} is there twice, under two names")
         found[f"{key}.{below}"] = tensor
@@ -92,7 +92,7 @@ def from_peft(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dic
         down = site.get("lora_down.weight", site.get("hada_w1_b"))
         if "alpha" not in site and down is not None:
             rank = int(down.shape[0])
-            found[f"{key}.alpha"] = torch.tensor(config.scale(paths[key], rank) * rank)
+            found[f"{key}.alpha"] = torch.tensor(_scale(config, places[key], rank) * rank)
     return found
 
 
@@ -134,10 +134,6 @@ class _Place:
     """unet, text_encoder or text_encoder_2."""
     path: str
     """The module's dotted path in the part, text_model. left out."""
-
-    @property
-    def full(self) -> str:
-        return f"{self.part}.{self.path}"
 
     def key(self, has_two_text_encoders: bool) -> str:
         """kohya's name of the site."""
@@ -186,28 +182,24 @@ def _per_output(magnitude: Tensor, down: Tensor) -> Tensor:
     return magnitude.reshape(-1, *[1] * (down.dim() - 1))
 
 
-@dataclass(frozen=True)
-class _Config:
-    """PEFT's config, its keys with or without the part in front."""
+def _scale(config: Mapping[str, Any], place: _Place, rank: int) -> float:
+    """alpha / rank at a site; rsLoRA (arXiv 2312.03732) divides by the root of the rank.
 
-    values: Mapping[str, Any]
-
-    def scale(self, path: str, rank: int) -> float:
-        """alpha / rank at a site; rsLoRA (arXiv 2312.03732) divides by the root of the rank."""
-        part, _, inner = path.partition(".")
-        own = {
-            key.removeprefix(f"{part}."): value
-            for key, value in self.values.items()
-            if "." not in key or key.startswith(f"{part}.")
-        }
-        alpha = _number(own, "lora_alpha")
-        pattern = own.get("alpha_pattern")
-        if isinstance(pattern, dict):
-            matching = [k for k in pattern if _names(k, inner)]
-            alpha = _number(pattern, max(matching, key=len)) if matching else alpha
-        if alpha is None:
-            return 1.0
-        return alpha / (math.sqrt(rank) if own.get("use_rslora") is True else rank)
+    The keys of PEFT's config are with or without the part in front.
+    """
+    own = {
+        key.removeprefix(f"{place.part}."): value
+        for key, value in config.items()
+        if "." not in key or key.startswith(f"{place.part}.")
+    }
+    alpha = _number(own, "lora_alpha")
+    pattern = own.get("alpha_pattern")
+    if isinstance(pattern, dict):
+        matching = [k for k in pattern if _names(k, place.path)]
+        alpha = _number(pattern, max(matching, key=len)) if matching else alpha
+    if alpha is None:
+        return 1.0
+    return alpha / (math.sqrt(rank) if own.get("use_rslora") is True else rank)
 
 
 def _names(pattern: str, path: str) -> bool:
@@ -225,13 +217,13 @@ def _number(values: Mapping[str, Any], name: str) -> float | None:
     return float(value)
 
 
-def _config(metadata: Mapping[str, str]) -> _Config:
+def _config(metadata: Mapping[str, str]) -> dict[str, Any]:
     if METADATA_KEY not in metadata:
-        return _Config({})
+        return {}
     try:
         values = json.loads(metadata[METADATA_KEY])
     except (json.JSONDecodeError, RecursionError):
         raise CheckpointError(f"{METADATA_KEY} in the file's metadata is not JSON") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{METADATA_KEY} in the file's metadata is no JSON object")
-    return _Config(values)
+    return values

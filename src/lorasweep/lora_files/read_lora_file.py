@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lorasweep.adapters.kohya_names import by_site
-from lorasweep.adapters.unet_blocks import MAX_RANK as MAX_RANK
+from lorasweep.adapters.unet_blocks import MAX_RANK
 from lorasweep.adapters.weight_deltas import algorithm, has_magnitude, low_rank_delta, rank_of
 from lorasweep.core.atomic_write import TargetError, check_free
 from lorasweep.core.safetensors_header import CheckpointError
@@ -113,27 +113,6 @@ def check_target(target: Path, overwrite: bool) -> None:
     if target.suffix != ".safetensors":
         raise TargetError(f"{target}: give a name that ends in .safetensors")
     check_free(target, overwrite)
-
-
-def refuse_as_model(path: Path) -> None:
-    """Raise CheckpointError for a LoRA file given as a whole model, by the names of its tensors.
-
-    A file that can't be read is left for the model's loader to tell of. Whole models hold integers
-    too, which our own reader of headers takes for no weights.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    if path.suffix != ".safetensors" or not path.is_file():
-        return
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-    except SafetensorError:
-        return
-    if names and all(name.startswith("lora_") or ".lora_" in name for name in names):
-        raise CheckpointError(
-            f"{path} is a LoRA, not a whole model: give the model's file or folder"
-        )
 
 
 def read(path: Path, base: Base | None = None) -> LoRAFile:

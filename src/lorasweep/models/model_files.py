@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,16 +32,14 @@ PREDICTIONS = ("epsilon", "v_prediction")
 _VOCABULARY = ("tokenizer.json", "vocab.json")  # a tokenizer needs one of them
 
 _OTHERS = {
-    "conditioner.embedders.": "an SDXL checkpoint: single files of SDXL come later; exports know"
+    r"conditioner\.embedders\.": "an SDXL checkpoint: single files of SDXL come later; exports know"
     " diffusers folders of SDXL",
-    "cond_stage_model.model.": "a Stable Diffusion 2 checkpoint: only 1.x is supported",
-    "lora_unet_": "a LoRA, not a whole model",
-    "lora_te_": "a LoRA, not a whole model",
-    "double_blocks.": "a Flux checkpoint: only Stable Diffusion 1.x is supported",
-    "model.diffusion_model.double_blocks.": "a Flux checkpoint: only Stable Diffusion 1.x is"
-    " supported",
+    r"cond_stage_model\.model\.": "a Stable Diffusion 2 checkpoint: only 1.x is supported",
+    r"lora_|.+\.lora_": "a LoRA, not a whole model: give the model's file or folder",
+    r"(model\.diffusion_model\.)?double_blocks\.": "a Flux checkpoint: only Stable Diffusion 1.x"
+    " is supported",
 }
-"""Names of tensors that tell other models, and what is said of them."""
+"""Patterns of the tensors' names that tell other models, and what is said of them."""
 
 
 class ModelError(ValueError):
@@ -92,7 +91,7 @@ def refuse_others(name: str, tensors: Iterable[str]) -> None:
     """Raise ModelError where the names of a file's tensors are those of another kind of model."""
     for tensor in tensors:
         for mark, what in _OTHERS.items():
-            if tensor.startswith(mark):
+            if re.match(mark, tensor):
                 raise ModelError(f"{name} is {what}")
 
 
