@@ -8,11 +8,7 @@ from __future__ import annotations
 
 from lorasweep.tracking.store import MlflowStore, TrackingError
 
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between tries
-CLOSING_PAUSE = 2.0  # at most, once the end waits for it
 TRIES = 5  # of a write that fails while the store answers otherwise
-LINGER_SECONDS = 0.9  # that all ends of runs together wait for a store that may hang
-SILENCE = 4  # times the patience: the end of waiting for a call that never returns
 
 _NOT_NOW = frozenset({"TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED"})
 _NOT_YOU = frozenset({"UNAUTHENTICATED", "PERMISSION_DENIED", "CUSTOMER_UNAUTHORIZED"})

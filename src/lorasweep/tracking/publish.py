@@ -13,7 +13,7 @@ import math
 import re
 import tempfile
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -74,8 +74,8 @@ class RunDeletedError(ValueError):
     """Someone has deleted a run in MLflow of which more is to be sent."""
 
 
-def publish(records: RunRecords, store: MlflowStore, commit: Callable[[Ledger], None]) -> None:
-    """Send what the store lacks of a run, item by item; `commit` keeps each new ledger.
+def publish(records: RunRecords, store: MlflowStore) -> Iterator[Ledger]:
+    """Send what the store lacks of a run, item by item; yields each new ledger, to be written.
 
     What the store refuses is noted in the ledger, with a warning, and doesn't hold up the rest; of
     a run that it refuses to begin nothing is sent. Raises OutageError when the store is away.
@@ -93,7 +93,7 @@ def publish(records: RunRecords, store: MlflowStore, commit: Callable[[Ledger], 
         if item is None:
             return
         ledger = _sent_or_refused(sending, item, left[item], ledger)
-        commit(ledger)
+        yield ledger
 
 
 def _sent_or_refused(sending: _Sending, item: str, state: str, ledger: Ledger) -> Ledger:

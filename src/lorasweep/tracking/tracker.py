@@ -32,15 +32,16 @@ from lorasweep.tracking.sync import left_by_ended, was_reached
 
 log = logging.getLogger(__name__)
 
+BROKEN_SECONDS = 2.0  # that a sweep waits for a server which may hang, when a worker has died
 FLUSH_VALUES = 600  # step metrics held back at most, so that a long epoch shows while it runs
 
 
 class Tracker:
     """Writes the runs of this process into their folders, and publishes them behind the training.
 
-    No call waits for a server for long. What MLflow can't take now waits in each run's folder and
-    is published when it answers again, on leaving the `with` block, or by `lorasweep sync`. Leaving
-    it by an exception marks the runs that are still open as failed.
+    Only `ready` and `close` wait for a server, and not for long. What MLflow can't take now waits
+    in each run's folder and is published when it answers again, on leaving the `with` block, or by
+    `lorasweep sync`. Leaving it by an exception marks the runs that are still open as failed.
     """
 
     def __init__(self, settings: Tracking, output_root: Path) -> None:
@@ -94,7 +95,8 @@ class Tracker:
         self._thread.publish(records)
         self._runs.append(run_log)
         if len(self._runs) == 1:  # of runs of the sweep whose process was killed, say
-            self._thread.publish_leftovers(left_by_ended(run, records.output_dir))
+            for left in left_by_ended(run, records.output_dir):
+                self._thread.publish(left)
         return run_log
 
     def close(self) -> None:
@@ -228,7 +230,7 @@ class RunLog:
         self._write_run(replace(self._run, tags={**self._run.tags, key: value}))
 
     def finish(self, status: RunStatus, reason: str | None = None) -> None:
-        """End the run; a second call does nothing. Waits for MLflow only while it does well."""
+        """End the run; a second call does nothing."""
         self._end(RunEnd(time=now(), status=status, reason=reason))
 
     def suspend(self, reason: str) -> None:
@@ -241,7 +243,6 @@ class RunLog:
         self.is_finished = True
         self._flush()
         self._write_run(replace(self._run, end=end))
-        self._thread.linger()
 
     def _write_run(self, run: RunRecord) -> None:
         if run != self._run:
@@ -285,9 +286,7 @@ class RunLog:
         return full.relative_to(self.output_dir) if inside else full
 
 
-def mark_broken(
-    settings: Tracking, output_root: Path, output_dir: Path, reason: str, at_most: float = 2.0
-) -> None:
+def mark_broken(settings: Tracking, output_root: Path, output_dir: Path, reason: str) -> None:
     """Close a run whose process died without saying so: failed, with the reason.
 
     Publishes what the process left, too; a store that doesn't answer gets it later.
@@ -305,4 +304,4 @@ def mark_broken(
             records.write_run(replace(run, end=end))
         thread = PublishThread(settings, output_root)
         thread.publish(records)
-        thread.close(at_most if thread.can_hang else None)
+        thread.close(at_most=BROKEN_SECONDS)
