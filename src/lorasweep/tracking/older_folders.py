@@ -29,20 +29,9 @@ from lorasweep.tracking.records import (
 WAITS, DONE, REFUSED = ".json", ".done", ".refused"
 
 
-def is_in(folder: Path) -> bool:
-    """Is there something of the older version in a `.tracking/`?"""
-    return bool(_files(folder))
-
-
 def has_unsent(folder: Path) -> bool:
-    """Is there something that MLflow doesn't have?"""
+    """Is there something of the older version in a `.tracking/` that MLflow doesn't have?"""
     return any(path.suffix != DONE for path in _files(folder))
-
-
-def name_of_run(folder: Path) -> str | None:
-    """The name of the run that the older version logged."""
-    entries = _readable(folder)
-    return str(entries[-1]["run"]["name"]) if entries else None
 
 
 def convert(records: RunRecords) -> None:

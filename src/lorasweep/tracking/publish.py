@@ -84,9 +84,7 @@ def publish(records: RunRecords, store: MlflowStore) -> Iterator[Ledger]:
     run = records.run()
     if run is None:
         return
-    ledger = read_ledger(records.output_dir, run)
-    if (ledger.uri, ledger.experiment) != (store.uri, store.experiment):
-        ledger = Ledger(uid=run.uid, uri=store.uri, experiment=store.experiment)
+    ledger = read_ledger(records.output_dir, run).of_store(store.uri, store.experiment)
     sending = _Sending(records, run, store)
     while RUN not in ledger.refused:
         left = missing(records, run, ledger)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ from lorasweep.tracking.records import (
     now,
 )
 from lorasweep.tracking.store import Tracking, TrackingError, public_uri
-from lorasweep.tracking.sync import left_by_ended, was_reached
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +58,11 @@ class Tracker:
         try:
             self._thread.ready()
         except TrackingError as error:
-            if not was_reached(output_dir.resolve(), sweep, self._settings):
+            place = (self._settings.public_uri, self._settings.experiment)
+            if not any(
+                read_ledger(records.output_dir, run).of_store(*place).sent
+                for records, run in _runs_of_sweep(output_dir.resolve(), sweep)
+            ):
                 self._thread.abandon()
                 raise
             log.warning("%s; work goes on, and what is logged waits on the disk", error)
@@ -94,10 +97,17 @@ class Tracker:
         run_log = RunLog(self._thread, records, run)
         self._thread.publish(records)
         self._runs.append(run_log)
-        if len(self._runs) == 1:  # of runs of the sweep whose process was killed, say
-            for left in left_by_ended(run, records.output_dir):
-                self._thread.publish(left)
+        if len(self._runs) == 1:
+            self._publish_leftovers(run, records.output_dir)
         return run_log
+
+    def _publish_leftovers(self, run: RunRecord, output_dir: Path) -> None:
+        """Publish what other runs of the sweep have left that have ended, but were killed, say."""
+        for records, other in _runs_of_sweep(output_dir, run.new.sweep):
+            same_store = (other.uri, other.experiment) == (run.uri, run.experiment)
+            is_left = other.end is not None and bool(unsent_items(records)[0])
+            if records.output_dir != output_dir and same_store and is_left:
+                self._thread.publish(records)
 
     def close(self) -> None:
         """Publish what still waits, as long as the store takes it, and end the thread."""
@@ -153,6 +163,15 @@ class Tracker:
             f"MLflow at {uri} did not take everything: {sum(counts)} writes of {runs}"
             f" run{'s' if runs != 1 else ''} wait on the disk; send them by `lorasweep sync`"
         )
+
+
+def _runs_of_sweep(output_dir: Path, sweep: str | None) -> Iterator[tuple[RunRecords, RunRecord]]:
+    """The run of an output folder, and those of its sweep in the folders beside it."""
+    for path in sorted(output_dir.parent.glob(f"*/{FOLDER}")):
+        records = RunRecords(path.parent)
+        run = records.run()
+        if run is not None and (records.output_dir == output_dir or run.new.sweep == sweep):
+            yield records, run
 
 
 class RunLog:
