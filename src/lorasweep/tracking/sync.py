@@ -66,23 +66,18 @@ def _publish_all(
     settings: Tracking, output_root: Path, chosen: Sequence[RunRecords]
 ) -> list[Synced]:
     thread = PublishThread(replace(settings, offline=False), output_root)
-    held: dict[Path, int] = {}
+    waiting: dict[Path, int] = {}
     try:
         thread.ready()
         for records in chosen:
-            try:
-                records.acquire(seconds=0)
-            except InUseError:
-                continue
-            held[records.output_dir] = _retry_refused(records, settings)
-            thread.publish(records)
+            with suppress(InUseError):
+                with records.held(seconds=0):
+                    waiting[records.output_dir] = _retry_refused(records, settings)
+                thread.publish(records)
         thread.close()
-        return [_result(records, held.get(records.output_dir)) for records in chosen]
     finally:
         thread.abandon()
-        for records in chosen:
-            if records.output_dir in held:
-                records.release()
+    return [_result(records, waiting.get(records.output_dir)) for records in chosen]
 
 
 def _retry_refused(records: RunRecords, settings: Tracking) -> int:

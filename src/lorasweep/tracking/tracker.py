@@ -123,13 +123,11 @@ class Tracker:
         return self
 
     def __exit__(self, _type: object, error: BaseException | None, _trace: object) -> None:
-        if error is None:
-            self.close()
-            return
         try:
-            self._finish_all(error)
-        except TrackingError as also:
-            error.add_note(str(also))  # the first error is the one to show
+            if error is not None:
+                self._finish_all(error)
+        finally:
+            self.close()
 
     def _finish_all(self, error: BaseException) -> None:
         stopped = isinstance(error, (KeyboardInterrupt, GeneratorExit))
@@ -137,8 +135,8 @@ class Tracker:
         try:
             for run in self._runs:
                 run.finish("KILLED" if stopped else "FAILED", reason)
-        finally:
-            self.close()
+        except TrackingError as also:
+            error.add_note(str(also))  # the first error is the one to show
 
     def _held_records(self, output_dir: Path) -> RunRecords:
         """The folder's records; a run of this process may have used them before."""
