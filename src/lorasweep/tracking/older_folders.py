@@ -70,11 +70,11 @@ def _convert(records: RunRecords, entries: Sequence[Mapping[str, Any]]) -> None:
         dataset_digest=json.loads(about["dataset"].get("profile", '{"digest": ""}'))["digest"],
         tags=about["tags"],
     )
-    ended = None if state["is_open"] else RunEnd(time=0, status="KILLED")
-    end = ended
-    if ended and closes:
+    end = None
+    if not state["is_open"]:
+        close = closes[-1] if closes else {"time": 0, "status": "KILLED"}  # MLflow has its end
         keys = ("time", "status", "reason", "suspended")
-        end = RunEnd(**{key: closes[-1].get(key) for key in keys})
+        end = RunEnd(**{key: close.get(key) for key in keys})
     artifacts = {one["path"]: one["artifact_dir"] for one in files}
     if manifest := about["files"].get("manifest.json"):
         write_atomically(records.output_dir / "manifest.json", manifest.encode())
@@ -97,7 +97,7 @@ def _convert(records: RunRecords, entries: Sequence[Mapping[str, Any]]) -> None:
         sent[STEPS] = str(max(state["steps"].values(), default=-1))
     if all(one["goes_on"] for one in opens):
         sent[RUN] = "0" if not opens else "to be opened"
-    if ended and not closes:
+    if end is not None and not closes:
         sent[END] = "0"
     write_ledger(records.output_dir, Ledger(**place, sent=sent))
     records.write_run(run)

@@ -25,6 +25,7 @@ from lorasweep.tracking.store import (
     quieten_mlflow,
     short_reason,
     sqlite_path,
+    unreachable,
 )
 
 log = logging.getLogger(__name__)
@@ -83,11 +84,8 @@ class PublishThread:
             trouble = self._trouble
         if isinstance(trouble, TrackingError):
             raise trouble
-        reason = short_reason(trouble) if trouble else f"no answer in {self._patience:g} s"
-        raise TrackingError(
-            f"tracking.uri={self._place} can't be opened: {reason}; start the server, or give "
-            "tracking.offline=true to send everything later"
-        ) from trouble
+        late = TimeoutError(f"no answer in {self._patience:g} s")
+        raise unreachable(self._place, trouble or late) from trouble
 
     def close(self, at_most: float = math.inf) -> None:
         """Send what still waits and end the thread.

@@ -185,7 +185,7 @@ def client_of(uri: str) -> MlflowClient:
     try:
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
     except (MlflowException, SQLAlchemyError) as error:
-        raise _unreachable(uri, error) from error
+        raise unreachable(uri, error) from error
 
 
 def explain(error: Exception) -> str | None:
@@ -308,10 +308,11 @@ def _ensure_experiment(uri: str, name: str, artifacts: Path | None) -> str:
     except MlflowException as error:
         if error.error_code == "RESOURCE_ALREADY_EXISTS":  # made by another process just now
             return str(client.get_experiment_by_name(name).experiment_id)
-        raise _unreachable(uri, error) from error
+        raise unreachable(uri, error) from error
 
 
-def _unreachable(uri: str, error: Exception) -> TrackingError:
+def unreachable(uri: str, error: BaseException) -> TrackingError:
+    """What is said of a store that can't be opened, in one line."""
     advice = "start the server" if is_server(uri) else "give another"
     return TrackingError(
         f"tracking.uri={public_uri(uri)} can't be opened: {short_reason(error)}; {advice}, or"
