@@ -130,7 +130,7 @@ def quick_stores(request: pytest.FixtureRequest) -> Iterator[None]:
         write_atomically(database, empty.read_bytes())
 
     with pytest.MonkeyPatch.context() as patch:
-        if "tracking" not in request.path.parts:
+        if request.path.parent.name != "tracking":
             patch.setattr(store, "_create_database", copied)
         yield
 

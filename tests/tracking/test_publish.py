@@ -29,7 +29,7 @@ from mlflow.protos.databricks_pb2 import (
 from logged import SETTINGS, finish, log_epochs, new_run, picture, run_id, snapshot
 from lorasweep import tracking
 from lorasweep.cli import main
-from lorasweep.tracking import Tracker, TrackingError, outage, publish_thread, records, store
+from lorasweep.tracking import Tracker, TrackingError, outage, publish_thread, records
 from lorasweep.tracking.ledger import unsent_items
 from lorasweep.tracking.sync import unsent
 from lorasweep.tracking.tracker import mark_broken
@@ -39,26 +39,17 @@ CALLS = """search_runs create_run log_batch log_inputs log_artifacts log_artifac
     update_run search_logged_models"""
 
 
-@pytest.fixture(scope="module")
-def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty store, to copy: making one takes a second."""
-    database = tmp_path_factory.mktemp("tables") / "mlflow.db"
-    store.quieten_mlflow()
-    store._create_database(database)
-    return database
-
-
 @pytest.fixture
-def root(tmp_path: Path, tables: Path) -> Path:
-    shutil.copy(tables, tmp_path / "mlflow.db")
+def root(tmp_path: Path, empty_store: Path) -> Path:
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
     return tmp_path
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory, tables: Path) -> list[dict[str, Any]]:
+def unbroken(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> list[dict[str, Any]]:
     """What MLflow has of a run that nothing disturbed."""
     root = tmp_path_factory.mktemp("unbroken")
-    shutil.copy(tables, root / "mlflow.db")
+    shutil.copy(empty_store, root / "mlflow.db")
     train(root)
     return snapshot(SETTINGS.resolve(root))
 
@@ -118,13 +109,13 @@ def test_a_process_killed_after_any_call_loses_nothing_and_repeats_nothing(
     first: int,
     stride: int,
     tmp_path: Path,
-    tables: Path,
+    empty_store: Path,
     unbroken: list[dict[str, Any]],
 ) -> None:
     for call in range(first, 1000, stride):
         root = tmp_path / str(call)
         root.mkdir()
-        shutil.copy(tables, root / "mlflow.db")
+        shutil.copy(empty_store, root / "mlflow.db")
         if not die_in(train, root, call=call, patched=patched):
             break
         assert is_begun_and_whole(logged_offline(root))
