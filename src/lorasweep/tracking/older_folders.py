@@ -70,11 +70,10 @@ def _convert(records: RunRecords, entries: Sequence[Mapping[str, Any]]) -> None:
         dataset_digest=json.loads(about["dataset"].get("profile", '{"digest": ""}'))["digest"],
         tags=about["tags"],
     )
-    end = None
-    if not state["is_open"]:
-        close = closes[-1] if closes else {"time": 0, "status": "KILLED"}  # MLflow has its end
+    end = None if state["is_open"] else RunEnd(time=0, status="KILLED")  # MLflow has its end
+    if end is not None and closes:
         keys = ("time", "status", "reason", "suspended")
-        end = RunEnd(**{key: close.get(key) for key in keys})
+        end = RunEnd(**{key: closes[-1].get(key) for key in keys})
     artifacts = {one["path"]: one["artifact_dir"] for one in files}
     if manifest := about["files"].get("manifest.json"):
         write_atomically(records.output_dir / "manifest.json", manifest.encode())
