@@ -19,7 +19,7 @@ from lorasweep.config.compose import compose
 from lorasweep.config.run import Run
 from lorasweep.data import kohya_folders, latents
 from lorasweep.models.base_model import BaseModel
-from lorasweep.runs.session import write_folders
+from lorasweep.runs.prepare import write_folders
 from lorasweep.training.native_trainer import NativeTraining
 from lorasweep.training.training_run import TrainingData
 

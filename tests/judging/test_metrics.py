@@ -9,7 +9,7 @@ from adapter_packs import trained
 from lorasweep.data import kohya_folders, latents
 from lorasweep.judging.metrics.held_out_loss import tuples
 from lorasweep.judging.metrics.metric import Images
-from lorasweep.runs.session import write_folders
+from lorasweep.runs.prepare import write_folders
 
 
 @pytest.fixture

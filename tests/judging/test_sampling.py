@@ -6,8 +6,8 @@ import pytest
 from adapter_packs import trained
 from lorasweep.core.settings import SettingsError
 from lorasweep.judging import sampling
+from lorasweep.judging.judge import load_pack
 from lorasweep.lora_files import checkpoint
-from lorasweep.runs.session import load_pack
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from lorasweep.adapters.pack import computing_with
 from lorasweep.cli import main
 from lorasweep.core import safetensors_header
 from lorasweep.core.safetensors_header import CheckpointError
+from lorasweep.judging.judge import load_pack
 from lorasweep.lora_files import checkpoint, peft_names, read_lora_file
-from lorasweep.runs.session import load_pack
 
 KEY = "lora_unet_down_blocks_0_attentions_0_proj_in"
 DOWN, UP, ALPHA = f"{KEY}.lora_down.weight", f"{KEY}.lora_up.weight", f"{KEY}.alpha"

@@ -27,6 +27,7 @@ from lorasweep.reproduce import (
 from lorasweep.reproduce.compare import ROUNDING, by_module, compare
 from lorasweep.reproduce.original_run import ReproduceError, find_original
 from lorasweep.reproduce.reproduce_run import Options
+from lorasweep.runs import prepare as preparation
 from lorasweep.runs import provenance
 from lorasweep.runs import session as runs
 from lorasweep.tracking.history import Log
@@ -50,7 +51,7 @@ def trained(tmp_path_factory, cache_dir):
     root = tmp_path_factory.mktemp("trained")
     options = ("dataset.log_images=true", "tracking.upload=none")
     pack = [build(root, cache_dir, n, *of, *options) for n, of in enumerate(PACK)]
-    folder = runs.write_folders(pack[0]) / "train" / "1_wd"
+    folder = preparation.write_folders(pack[0]) / "train" / "1_wd"
     edited = min(folder.glob("*.txt"))
     edited.write_text("a caption of my own\n")
     left_out = max(folder.glob("*.png"))
@@ -177,13 +178,9 @@ def test_weights_whose_file_is_gone_are_not_called_equal(trained, alone):
 
 
 def test_a_variation_follows_confs_rules_and_names_its_parent(trained, places, capsys):
-    request = reproduce.Request(
-        word="demo-1",
-        uri=trained.log.uri,
-        experiment="lorasweep",
-        options=Options(places=places, overrides=["adapter.rank=8", "trainer.max_train_epochs=1"]),
-    )
-    assert reproduce.execute(request, Console(width=200)) == 0
+    options = Options(places=places, overrides=["adapter.rank=8", "trainer.max_train_epochs=1"])
+    console = Console(width=200)
+    assert reproduce.execute("demo-1", trained.log.uri, "lorasweep", options, console) == 0
     said = capsys.readouterr().out
     assert "adapter.alpha follows: 4.0" in said
     assert "val/loss_rel" in said
@@ -209,7 +206,7 @@ def test_as_config_writes_a_folder_that_trains_the_same(trained, places, tmp_pat
         logged.optimizer,
         logged.sampling,
     )
-    texts = json.loads(runs.captions_used(run, runs.write_folders(run)))
+    texts = json.loads(preparation.captions_used(run, preparation.write_folders(run)))
     assert texts["train"]["1_wd"][f"{trained.edited}.png"] == "a caption of my own"
 
 
@@ -223,16 +220,10 @@ def test_a_config_holds_no_secret_of_the_tracking_uri(trained, places, tmp_path,
 
 
 def test_strict_stops_at_a_difference_before_anything_is_trained(trained, places, capsys):
-    request = reproduce.Request(
-        word="demo-0",
-        uri=trained.log.uri,
-        experiment="lorasweep",
-        options=Options(places=places),
-        strict=True,
-    )
+    options = Options(places=places, strict=True)
     before = len(trained.log.names()), sorted(trained.root.glob("*-reproduced/*"))
     with pytest.raises(ReproduceError, match="--strict: "):
-        reproduce.execute(request, Console(width=200))
+        reproduce.execute("demo-0", trained.log.uri, "lorasweep", options, Console(width=200))
     assert "trained together with demo-1" in capsys.readouterr().out
     assert (len(trained.log.names()), sorted(trained.root.glob("*-reproduced/*"))) == before
 

@@ -11,7 +11,8 @@ import torch
 from conftest import FEW
 from lorasweep import tracking
 from lorasweep.runs import session as run_module
-from lorasweep.runs.session import EpochReport, Failure, Finished, Session, run_pack, write_folders
+from lorasweep.runs.prepare import write_folders
+from lorasweep.runs.session import EpochReport, Failure, Finished, Session, run_pack
 from lorasweep.training.native_trainer import NativeTraining
 from small_training import reports
 

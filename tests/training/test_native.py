@@ -267,7 +267,7 @@ def test_options_train_and_change_the_result(overrides, make_run, base, data, pl
 def test_weight_norms_are_kept_below_the_limit(make_run, base, data):
     run = make_run("adapter.rank=4", "adapter.scale_weight_norms=0.01")
     _, last, _ = train(base, data, run)
-    from lorasweep.runs.session import load_pack
+    from lorasweep.judging.judge import load_pack
 
     pack = load_pack(base, [last[run.name].path])
     assert max(float(delta.norm()) for _, delta in pack.delta_weights(0)) <= 0.01 * (1 + 1e-5)

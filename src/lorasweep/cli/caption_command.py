@@ -26,7 +26,7 @@ def _caption(arguments: argparse.Namespace) -> int:
             raise SettingsError(f"{arguments.word} and {given[0]}: give one folder of images")
         overrides = [*overrides, f"dataset.image_dir={quoted(arguments.word)}"]
     run = build_run(compose(overrides, arguments.config_dir), output_dir=Path())
-    from lorasweep.runs.session import write_folders
+    from lorasweep.runs.prepare import write_folders
 
     say_lines(
         [

@@ -7,6 +7,7 @@ if it had been given on the command line.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,36 +22,32 @@ class ContinueBrokenOff(Callback):
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Choose the folder of a single run."""
         from lorasweep.config.settings_digest import run_digest
-        from lorasweep.runs.resume import find_run
+        from lorasweep.runs.run_folder import RECORD
 
-        if (parent := _parent(config, "hydra.run.dir")) is not None:
-            _go_on_in(config, "hydra.run.dir", find_run(parent, run_digest(config)))
+        _choose(config, "hydra.run.dir", RECORD, run_digest)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Choose the folder of a multirun."""
         from lorasweep.config.settings_digest import sweep_digest
-        from lorasweep.runs.resume import find_sweep
+        from lorasweep.runs.run_folder import SWEEP_RECORD
 
-        if (parent := _parent(config, "hydra.sweep.dir")) is not None:
-            _go_on_in(config, "hydra.sweep.dir", find_sweep(parent, sweep_digest(config)))
+        _choose(config, "hydra.sweep.dir", SWEEP_RECORD, sweep_digest)
 
 
-def _parent(config: DictConfig, key: str) -> Path | None:
-    """Where the command's folders are; None if it names its folder itself, or has no good name."""
+def _choose(config: DictConfig, key: str, record: str, digest: Callable[[DictConfig], str]) -> None:
+    """Put the folder in which the command was broken off at `key`, unless it names one itself."""
+    from lorasweep.config.compose import quoted
+    from lorasweep.runs.resume import find_broken_off
+
     given = [str(one).lstrip("+") for one in config.hydra.overrides.hydra]
     if any(one.startswith(f"{key}=") for one in given):
-        return None
-    try:
-        return Path(str(OmegaConf.select(config, key))).parent
-    except OmegaConfBaseException:  # Hydra meets it too, when it makes the folder
-        return None
-
-
-def _go_on_in(config: DictConfig, key: str, folder: Path | None) -> None:
-    from lorasweep.config.compose import quoted
-
-    if folder is None:
         return
-    with open_dict(config):
-        OmegaConf.update(config, key, str(folder))
-        config.hydra.overrides.hydra.append(f"{key}={quoted(str(folder))}")  # jobs compose anew
+    try:
+        parent = Path(str(OmegaConf.select(config, key))).parent
+    except OmegaConfBaseException:  # no good name: Hydra meets it too, when it makes the folder
+        return
+    folder = find_broken_off(parent, record, digest(config))
+    if folder is not None:
+        with open_dict(config):
+            OmegaConf.update(config, key, str(folder))
+            config.hydra.overrides.hydra.append(f"{key}={quoted(str(folder))}")  # for the jobs

@@ -37,17 +37,13 @@ def _reproduce(arguments: argparse.Namespace) -> int:
     from lorasweep.reproduce.reproduce_run import Options
 
     _, settings, output_root = tracking_settings(arguments)
-    request = reproduce.Request(
-        word=arguments.word,
-        uri=settings.resolve(output_root),
-        experiment=settings.experiment,
-        options=Options(
-            places=arguments.overrides,
-            overrides=arguments.variation,
-            same_pack=arguments.same_pack,
-            recaption=arguments.recaption,
-        ),
+    options = Options(
+        places=arguments.overrides,
+        overrides=arguments.variation,
+        same_pack=arguments.same_pack,
+        recaption=arguments.recaption,
         strict=arguments.strict,
         as_config=arguments.as_config,
     )
-    return reproduce.execute(request, Console())
+    uri = settings.resolve(output_root)
+    return reproduce.execute(arguments.word, uri, settings.experiment, options, Console())

@@ -23,8 +23,8 @@ def _resume(arguments: argparse.Namespace) -> int:
     from lorasweep.runs import resume
 
     _, _, output_root = tracking_settings(arguments)
-    command = begun_by(resume.find(arguments.word, output_root))
-    os.chdir(command.cwd)
-    say_lines([f"lorasweep train {shlex.join(command.argv)}"])
-    train_by_hydra(command.argv)
+    argv, cwd = begun_by(resume.find(arguments.word, output_root))
+    os.chdir(cwd)
+    say_lines([f"lorasweep train {shlex.join(argv)}"])
+    train_by_hydra(argv)
     return 0

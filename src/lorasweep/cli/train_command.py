@@ -105,7 +105,7 @@ def _train_job(cfg: Any, hydra_cfg: Any) -> None:
             from lorasweep.core.failures import RunError
 
             raise RunError("it failed before")
-        print(f"{run.name} has ended in {run_folder.shown(run.output_dir)}: nothing to train")
+        print(f"{run.name} has ended in {run_folder.as_typed(run.output_dir)}: nothing to train")
         return
     dataset.find(run.dataset)
     run.check()

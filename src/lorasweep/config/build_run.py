@@ -13,7 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lorasweep.config.checks import CHECKS, Check
-from lorasweep.config.compose import flat, plain_values
+from lorasweep.config.compose import compose_without_images, flat, plain_values
+from lorasweep.config.conf_folder import groups
 from lorasweep.config.hydra_messages import cannot_be_removed, missing_value
 from lorasweep.config.resolvers import register_resolvers
 from lorasweep.config.run import COMPONENTS, KEYS, NEEDED, Run
@@ -110,6 +111,18 @@ def saved_model(config_file: Path, *, trusted: bool) -> Model:
     if not trusted:
         node["allow_pickle"] = False
     return build_class(Model, node, "model")  # type: ignore[no-any-return, arg-type]
+
+
+def model_named(name: str) -> tuple[str, Model] | None:
+    """The option of conf/model whose model has this path, or this last part of it; its model too.
+
+    Of programs that log a model's name alone.
+    """
+    for option in groups()["model"] if name else ():
+        model = build(compose_without_images([f"model={option}"]).model, "model")
+        if name in (model.path, Path(model.path).name):
+            return option, model
+    return None
 
 
 def absolute_folder(value: object, key: str) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,6 @@ from omegaconf.errors import OmegaConfBaseException
 from lorasweep.config.conf_folder import conf_dir
 from lorasweep.config.resolvers import register_resolvers
 from lorasweep.core.settings import SettingsError
-
-NO_IMAGES = "dataset.image_dir=lorasweep"
-"""Stands for the folder of images, which has no default, where nothing is read from it."""
 
 
 def compose(overrides: Sequence[str], config_dir: Path | None = None) -> DictConfig:
@@ -35,7 +31,7 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> DictCon
 
 def compose_without_images(overrides: Sequence[str], config_dir: Path | None = None) -> DictConfig:
     """The same for a command that reads no images: their folder need not be given."""
-    return compose([NO_IMAGES, *overrides], config_dir)
+    return compose(["dataset.image_dir=lorasweep", *overrides], config_dir)
 
 
 def plain_values(cfg: DictConfig) -> dict[str, Any]:
@@ -60,18 +56,11 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-@dataclass(frozen=True)
-class Command:
-    """A `lorasweep train` that can be given again: its words, and the folder it was given in."""
+def begun_by(folder: Path) -> tuple[list[str], Path]:
+    """How to go on in a run's or a multirun's folder: the words after `lorasweep train`, and where.
 
-    argv: list[str]
-    cwd: Path
-
-
-def begun_by(folder: Path) -> Command:
-    """The command by which a run's or a multirun's folder was begun, to go on there.
-
-    Raises SettingsError where Hydra's files of it are missing.
+    They are given in the folder in which it was begun. Raises SettingsError where Hydra's files of
+    it are missing.
     """
     multirun = folder / "multirun.yaml"
     file = multirun if multirun.is_file() else folder / ".hydra" / "hydra.yaml"
@@ -88,7 +77,7 @@ def begun_by(folder: Path) -> Command:
     overrides = [one for one in given if not one.startswith(("hydra.mode=", f"{key}="))]
     folders = [word for path in sources for word in ("--config-dir", str(path))]
     flags = ["-m"] if multirun.is_file() else []
-    return Command([*flags, *folders, *overrides, f"{key}={quoted(str(folder))}"], cwd)
+    return [*flags, *folders, *overrides, f"{key}={quoted(str(folder))}"], cwd
 
 
 def quoted(text: str) -> str:

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasweep import tracking
-from lorasweep.config.build_run import absolute_folder, saved_model
+from lorasweep.config.build_run import absolute_folder, model_named, saved_model
 from lorasweep.config.compose import compose_without_images
-from lorasweep.config.conf_folder import groups
 from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.core.settings import SettingsError, build
 from lorasweep.core.text import shown
@@ -122,11 +121,9 @@ def trained_on(path: Path, cfg: Any) -> tuple[Model, str] | None:
         if file.is_file():
             model = saved_model(file, trusted=False)
             return model, f"Base model, of {file}: {model.path}"
-    named = metadata.get("ss_sd_model_name", "")
-    for option in groups()["model"]:
-        model = build(compose_without_images([f"model={option}"]).model, "model")
-        if named and named in (model.path, Path(model.path).name):
-            return model, f"Base model, by its metadata: {model.path} (model={option})"
+    if named := model_named(metadata.get("ss_sd_model_name", "")):
+        option, model = named
+        return model, f"Base model, by its metadata: {model.path} (model={option})"
     return _by_hash(metadata.get("sshs_model_hash"), cfg)
 
 

@@ -6,7 +6,7 @@ import hashlib
 import math
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -51,10 +51,6 @@ class Comparison:
             return _worst((weights, losses))
         known = [verdict for verdict in found.values() if verdict != "not known"]
         return _worst(("within rounding", *known)) if known else "not known"
-
-    def as_json(self) -> dict[str, Any]:
-        """For reproduction.json."""
-        return {"verdict": self.verdict, "rows": [asdict(row) for row in self.rows]}
 
 
 def compare(

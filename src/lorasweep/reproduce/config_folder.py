@@ -8,8 +8,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-COMPONENTS = ("model", "dataset", "adapter", "optimizer", "lr_scheduler", "trainer", "sampling")
-"""The groups of which a run has one option each."""
+from lorasweep.config.run import COMPONENTS
+
+TRAINED_GROUPS = tuple(group for group in COMPONENTS if group != "tracking")
+"""The groups of which a run has one option each, but for the tracking store."""
 
 
 def write_config_folder(
@@ -20,7 +22,7 @@ def write_config_folder(
     Places of a machine and the tracking store, which may hold a password, are left out.
     """
     defaults: list[Any] = []
-    for group in COMPONENTS:
+    for group in TRAINED_GROUPS:
         _write(folder / group / f"{name}.yaml", dict(values[group]))
         defaults.append({f"override /{group}": name})
     for group in ("captions", "metrics"):

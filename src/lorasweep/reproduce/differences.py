@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.config.run import Run
-from lorasweep.core.settings import SettingsError
+from lorasweep.core.settings import SettingsError, build
 from lorasweep.core.text import listed
 from lorasweep.data.captions import caption_images
-from lorasweep.data.captions.caption_images import Captioner
 from lorasweep.models.devices import resolve_device
 from lorasweep.reproduce.original_images import CaptionTexts, FoundImages
 from lorasweep.runs import provenance
@@ -43,17 +42,18 @@ def from_origin(origin: Mapping[str, Any] | None, run: Run) -> list[Difference]:
 
 
 def recaption(
-    captioners: Mapping[str, Captioner],
+    arms: Mapping[str, Mapping[str, Any]],
     found: FoundImages,
     logged: CaptionTexts,
     cache_dir: Path,
 ) -> tuple[CaptionTexts, list[Difference]]:
-    """The captions that the arms' captioners give today, and where they differ from the log's.
+    """The captions that the captioners give today, and where they differ from the log's.
 
-    An arm that can't be made again keeps the log's.
+    `arms` are the captioners' settings by arm. An arm that can't be made again keeps the log's.
     """
     texts = {name: dict(of) for name, of in logged.items()}
     differences = []
+    captioners = {arm: build(node, f"captions.{arm}") for arm, node in arms.items()}
     for arm, captioner in captioners.items():
         try:
             new = caption_images.caption_images(captioner, found.images, cache_dir, arm=arm)

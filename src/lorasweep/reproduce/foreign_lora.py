@@ -14,10 +14,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from lorasweep.config.build_run import build_run
+from lorasweep.config.build_run import build_run, model_named
 from lorasweep.config.compose import compose_without_images, plain_values
 from lorasweep.config.conf_folder import groups
-from lorasweep.core.settings import build
 from lorasweep.lora_files import checkpoint, info
 from lorasweep.lora_files.info import Info
 from lorasweep.reproduce import kohya_options as kohya
@@ -284,14 +283,10 @@ def _model(found: FoundSettings, metadata: Metadata) -> None:
     """The base model, by its name; its hash is kohya's and of a file."""
     name, digest = metadata.get("ss_sd_model_name", ""), metadata.get("ss_new_sd_model_hash", "")
     version = metadata.get("ss_base_model_version")
-    found.choose("model", "sd15", f"ss_base_model_version={version}")
-    for option in groups()["model"]:
-        cfg = compose_without_images([f"model={option}"])
-        path = build(cfg.model, "model").path
-        if name and name in (path, Path(path).name):
-            found.choose("model", option, f"ss_sd_model_name={name}")
-            break
+    if named := model_named(name):
+        found.choose("model", named[0], f"ss_sd_model_name={name}")
     else:
+        found.choose("model", "sd15", f"ss_base_model_version={version}")
         sha = f", sha256 {digest[:16]}…" if len(digest) == 64 else ""
         found.unknown.append(
             (

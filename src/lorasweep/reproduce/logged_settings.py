@@ -18,8 +18,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lorasweep.config.compose import compose, plain_values, quoted
 from lorasweep.config.conf_folder import PACKAGE, conf_dir
+from lorasweep.config.run import COMPONENTS
 from lorasweep.core.components import short_name
-from lorasweep.reproduce.config_folder import COMPONENTS, write_config_folder
+from lorasweep.reproduce.config_folder import TRAINED_GROUPS, write_config_folder
 from lorasweep.reproduce.original_run import ReproduceError
 
 PLACES = (
@@ -94,7 +95,7 @@ def rebuild(
         filled={f"{group}.{key}": new[group][key] for group, key in filled},
         followed={
             f"{group}.{key}": value
-            for group in COMPONENTS
+            for group in TRAINED_GROUPS
             for key, value in new[group].items()
             if value != values[group].get(key, value)
             and not any(f"{group}.{key}".startswith(one) for one in [*fixed, *moved])
@@ -141,7 +142,7 @@ def _read(logged: str) -> dict[str, Any]:
         raise ReproduceError(
             f"its config.yaml can't be read: {str(error).splitlines()[0]}"
         ) from None
-    for group in (*COMPONENTS, "tracking"):
+    for group in COMPONENTS:
         if not isinstance(values.get(group), dict):
             raise ReproduceError(f"its config.yaml has no {group}: it is not a run of lorasweep's")
     for node, key in ((values["model"], "path"), (values["dataset"], "image_dir")):
@@ -154,7 +155,7 @@ def _read(logged: str) -> dict[str, Any]:
 def _fill_in(values: dict[str, Any]) -> list[tuple[str, str]]:
     """Add the settings that came with a later lorasweep; their groups and keys."""
     filled = []
-    for group in (*COMPONENTS, "tracking"):
+    for group in COMPONENTS:
         for key, value in _option(group, values[group]).items():
             if key not in values[group]:
                 values[group][key] = value
@@ -174,7 +175,7 @@ def _option(group: str, node: Mapping[str, Any]) -> dict[str, Any]:
 def _with_rules(values: Mapping[str, Any], fixed: Sequence[str]) -> dict[str, Any]:
     """Put conf/'s own rules (`${half:${.rank}}`) back in where they give what was logged."""
     new = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
-    for group in COMPONENTS:
+    for group in TRAINED_GROUPS:
         for key, rule in _option(group, values[group]).items():
             if not (isinstance(rule, str) and "${." in rule) or f"{group}.{key}" in fixed:
                 continue

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,46 +30,35 @@ _COLOURS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What was asked for on the command line."""
+def execute(word: str, uri: str, experiment: str, options: Options, console: Console) -> int:
+    """Make the run of a word again, or write its config; 0 unless the verdict is `different` (1).
 
-    word: str
-    """A run's name or id, or a LoRA file."""
-    uri: str
-    experiment: str
-    options: Options
-    strict: bool = False
-    """Stop at a difference."""
-    as_config: Path | None = None
-    """Only write a config folder there."""
-
-
-def execute(request: Request, console: Console) -> int:
-    """Make the run again, or write its config; 0 unless the verdict is `different` (1)."""
+    `word` is a run's name or MLflow id, or a LoRA file; `uri` and `experiment` say where it is
+    logged.
+    """
     try:
-        original = find_original(request.word, Log(request.uri, request.experiment))
+        original = find_original(word, Log(uri, experiment))
     except TrackingError:
-        if not Path(request.word).is_file():
+        if not Path(word).is_file():
             raise
         original = None  # nothing is logged here, so the file was made elsewhere
     if original is None:
-        return _reproduce_foreign(request, console)
+        return _reproduce_foreign(Path(word), options, console)
     name = original.run.name
     _say(console, [f"{name} of {original.run.sweep}, MLflow run {original.run.run_id}"])
-    if request.as_config is not None:
-        file, notes = reproduce_run.write_config(original, request.options, request.as_config)
+    if options.as_config is not None:
+        file, notes = reproduce_run.write_config(original, options, options.as_config)
         _say(console, notes)
-        _say_config(console, file, request.as_config)
+        _say_config(console, file, options.as_config)
         return 0
-    plan = reproduce_run.prepare(original, request.options)
+    plan = reproduce_run.prepare(original, options)
     _say(console, plan.notes)
     if plan.differences:
         rows = ((one.what, one.then, one.now) for one in plan.differences)
         console.print(_table("Not as it was", ("what", "then", "now"), rows))
     else:
         console.print("Everything is as it was.")
-    if plan.differences and request.strict:
+    if plan.differences and options.strict:
         shutil.rmtree(plan.home)
         raise ReproduceError(
             f"--strict: {len(plan.differences)} differences, and nothing was trained"
@@ -85,17 +73,16 @@ def execute(request: Request, console: Console) -> int:
     return 1 if result.verdict == "different" else 0
 
 
-def _reproduce_foreign(request: Request, console: Console) -> int:
+def _reproduce_foreign(path: Path, options: Options, console: Console) -> int:
     """The nearest config of a LoRA file that no run here has made."""
-    path = Path(request.word)
-    folder = request.as_config or Path(f"{path.stem}-config")
+    folder = options.as_config or Path(f"{path.stem}-config")
     found = foreign_lora.read_settings(path)
-    file = foreign_lora.write_config(found, folder, request.options.overrides)
+    file = foreign_lora.write_config(found, folder, options.overrides)
     _say(console, [f"No run in this log has made {path}; by what the file says:"])
     unknown = [(what, "not known", instead) for what, instead in found.unknown]
     columns = ("setting", "value", "from the file, or instead")
     console.print(_table(found.name, columns, [*found.rows(), *unknown]))
-    _say_config(console, file, folder, request.options.places or ["dataset.image_dir=FOLDER"])
+    _say_config(console, file, folder, options.places or ["dataset.image_dir=FOLDER"])
     return 0
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from omegaconf import OmegaConf
 from lorasweep.config.build_run import build_run
 from lorasweep.config.run import Run
 from lorasweep.core.failures import RunError
-from lorasweep.core.settings import build
 from lorasweep.core.text import listed
 from lorasweep.data import dataset, kohya_folders
 from lorasweep.models.devices import resolve_device
@@ -33,10 +32,11 @@ from lorasweep.reproduce.logged_settings import (
     rebuild,
     with_captions,
 )
-from lorasweep.reproduce.original_images import CaptionTexts, FoundImages, LoggedCaptions
+from lorasweep.reproduce.original_images import FoundImages, LoggedCaptions
 from lorasweep.reproduce.original_run import OriginalRun, ReproduceError
 from lorasweep.reproduce.same_pack import Schedule
 from lorasweep.runs.prepare import write_folders
+from lorasweep.runs.run_folder import sweep_name
 from lorasweep.tracking.history import Log, LoggedRun
 
 REPRODUCES_TAG = "lorasweep.reproduces"
@@ -56,6 +56,10 @@ class Options:
     same_pack: bool = False
     recaption: bool = False
     """Make the captions again, instead of taking the log's."""
+    strict: bool = False
+    """Stop at a difference."""
+    as_config: Path | None = None
+    """Only write a config folder there."""
 
     @property
     def kind(self) -> str:
@@ -102,7 +106,9 @@ def prepare(original: OriginalRun, options: Options) -> Plan:
     ]
     texts = captions.texts
     if options.recaption:
-        texts, other_captions = _recaption(settings, found, texts)
+        cache_dir = Path(str(settings.values["cache_dir"])).expanduser()
+        arms = settings.values["captions"]
+        texts, other_captions = differences.recaption(arms, found, texts, cache_dir)
         not_as_then += other_captions
         notes.append("captions: made again")
     if captions.added:
@@ -114,7 +120,9 @@ def prepare(original: OriginalRun, options: Options) -> Plan:
         notes += [f"pack: {', '.join(schedule.names)}", *schedule.caveats]
     runs = {name: _run(original, name, settings, options, home, data) for name in schedule.names}
     run = runs[original.run.name]
-    _check_pack(run, runs.values())
+    for companion in runs.values():
+        if not companion.can_share_pack(run):
+            raise ReproduceError(f"{companion.name} can't share a pack with the changed {run.name}")
     if not options.overrides:
         _check_draw(run, original.manifest)
     not_as_then += differences.from_origin(original.origin, run)
@@ -155,7 +163,8 @@ def judge(plan: Plan) -> tuple[LoggedRun, Comparison]:
     report = {
         "original": {"run": original.run.name, "run_id": original.run.run_id},
         "differences": [vars(one) for one in plan.differences],
-        **result.as_json(),
+        "verdict": result.verdict,
+        "rows": [asdict(row) for row in result.rows],
     }
     log.add_text(new, REPORT, json.dumps(report, indent=1))
     if not plan.is_variation:
@@ -211,16 +220,6 @@ def _find_images(original: OriginalRun, settings: LoggedSettings, folder: Path) 
         return original_images.find_images(original.manifest, image_dir, archive, folder / "images")
 
 
-def _recaption(
-    settings: LoggedSettings, found: FoundImages, logged: CaptionTexts
-) -> tuple[CaptionTexts, list[Difference]]:
-    captioners = {
-        arm: build(node, f"captions.{arm}") for arm, node in settings.values["captions"].items()
-    }
-    cache_dir = Path(str(settings.values["cache_dir"])).expanduser()
-    return differences.recaption(captioners, found, logged, cache_dir)
-
-
 def _schedule(original: OriginalRun, options: Options, settings: LoggedSettings) -> Schedule:
     run, epochs, pack = original.run, original.last_epoch, original.pack
     if not options.same_pack:
@@ -252,20 +251,10 @@ def _run(
         (logged, *_) = original.log.named(name, logged.sweep)
         settings = _settings(original, logged, options.places)
     values = {**with_captions(settings.values, *data), "name": f"{name}-{options.kind}"}
-    run = build_run(
-        OmegaConf.create(values),
-        output_dir=home / name,
-        sweep=f"{home.parent.name}-{home.name}",
-    )
+    run = build_run(OmegaConf.create(values), output_dir=home / name, sweep=sweep_name(home))
     run.check()
     tag = PARENT_TAG if options.overrides else REPRODUCES_TAG
     return replace(run, tags={tag: logged.run_id})
-
-
-def _check_pack(run: Run, runs: Iterable[Run]) -> None:
-    for companion in runs:
-        if not companion.can_share_pack(run):
-            raise ReproduceError(f"{companion.name} can't share a pack with the changed {run.name}")
 
 
 def _check_draw(run: Run, manifest: Mapping[str, Any]) -> None:

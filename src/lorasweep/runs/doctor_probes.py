@@ -28,6 +28,7 @@ from lorasweep.core.settings import SettingsError
 from lorasweep.data import dataset
 from lorasweep.models.base_model import PRECISIONS, Precision, torch_dtype
 from lorasweep.models.devices import choose_devices, resolve_device
+from lorasweep.runs.provenance import hub_copy
 from lorasweep.tracking.store import public_uri, sqlite_path
 
 if TYPE_CHECKING:
@@ -37,13 +38,13 @@ Level = Literal["OK", "warning", "problem"]
 
 LIBRARIES = ("torch", "diffusers", "transformers", "safetensors", "onnxruntime", "mlflow")
 OPTIONAL = {
-    "bitsandbytes": ("bitsandbytes", "optimizer=adamw8bit"),
-    "lion_pytorch": ("lion-pytorch", "optimizer=lion"),
-    "prodigyopt": ("prodigyopt", "optimizer=prodigy"),
-    "peft": ("peft", "loading LoRA files in diffusers"),
-    "hydra_plugins.hydra_joblib_launcher": ("hydra-joblib-launcher", "hydra/launcher=joblib"),
+    "bitsandbytes": "optimizer=adamw8bit",
+    "lion-pytorch": "optimizer=lion",
+    "prodigyopt": "optimizer=prodigy",
+    "peft": "loading LoRA files in diffusers",
+    "hydra-joblib-launcher": "hydra/launcher=joblib",
 }
-"""Module -> its package and what wants it."""
+"""Package -> what wants it."""
 GB = 1e9
 LOW_DISK, NO_DISK = 10 * GB, 1 * GB  # the guide's recipe writes 15 GB of checkpoints
 TIMEOUT = 2  # seconds that a server has to answer
@@ -228,17 +229,11 @@ class Hub:
 
     def folder(self, path: str, revision: str | None) -> Path | None:
         """The folder `path`, or the copy in the cache of the hub's `path`; None if not here."""
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
         if Path(path).is_dir():
             return Path(path)
         repo_id, subfolder = "/".join(path.split("/")[:2]), path.split("/")[2:]
-        try:
-            copied = snapshot_download(repo_id, revision=revision, local_files_only=True)
-        except (LocalEntryNotFoundError, HFValidationError):
-            return None
-        return Path(copied, *subfolder)
+        copied = hub_copy(repo_id, revision)
+        return None if copied is None else Path(copied, *subfolder)
 
     def absent(self, key: str, path: str, lacks: str) -> Finding:
         """What to say of a hub id whose files are not all here."""
@@ -395,16 +390,9 @@ def _answer(url: str) -> int | str:
 
 def optional_packages() -> Iterator[Finding]:
     """Packages that some options need."""
-    for module, (package, purpose) in OPTIONAL.items():
-        version = _version(package) if _is_there(module) else None
+    for package, purpose in OPTIONAL.items():
+        version = _version(package)
         if version is None:
             yield Finding(package, f"not installed; for {purpose}", "OK", f"pip install {package}")
         else:
             yield Finding(package, f"{version}; for {purpose}")
-
-
-def _is_there(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:  # the package above it isn't there either
-        return False

@@ -17,16 +17,23 @@ TABLE_LIMIT = 15
 
 
 def table(result: Pick, limit: int = TABLE_LIMIT) -> Table:
-    """The candidates, best first; `≈` marks those that tie with the smallest score."""
+    """The first `limit` candidates, best first, and the chosen one wherever it stands.
+
+    `≈` marks those that tie with the smallest score.
+    """
     from rich.table import Table
 
     score = result.by.rpartition("/")[2]
-    shown = Table(title=_title(result), caption=_caption(result, limit), caption_justify="left")
+    chosen = "own choice" if result.chosen_by == "person" else "picked"
+    title = f"{result.winner.sweep}: {chosen} {result.winner.name}"
+    shown = Table(title=title, caption=_caption(result, limit), caption_justify="left")
     for header in ("rank", "run", "epoch", f"{score} [lo, hi]", "gap", "drift"):
         shown.add_column(header, justify="left" if header == "run" else "right", overflow="fold")
-    for number, candidate in _rows(result, limit):
+    for number, candidate in enumerate(result.ranked, start=1):
         is_winner = candidate.model_id == result.winner.model_id
-        shown.add_row(*_cells(result, number, candidate), style="bold green" if is_winner else None)
+        if number <= limit or is_winner:
+            cells = _cells(result, number, candidate)
+            shown.add_row(*cells, style="bold green" if is_winner else None)
     return shown
 
 
@@ -42,22 +49,11 @@ def summary(result: Pick) -> list[str]:
     ]
 
 
-def _title(result: Pick) -> str:
-    chosen = "own choice" if result.chosen_by == "person" else "picked"
-    return f"{result.winner.sweep}: {chosen} {result.winner.name}"
-
-
 def _caption(result: Pick, limit: int) -> str:
     lines = ["≈ can't be told from the smallest score; of these, the least drift wins."]
     if len(result.ranked) > limit:
         lines.append(f"{len(result.ranked) - limit} more are in MLflow (`lorasweep ui`).")
     return "\n".join([*lines, *result.left_out])
-
-
-def _rows(result: Pick, limit: int) -> list[tuple[int, Candidate]]:
-    """The first `limit` with their ranks, and the chosen one wherever it stands."""
-    rows = list(enumerate(result.ranked, start=1))
-    return [row for row in rows if row[0] <= limit or row[1].model_id == result.winner.model_id]
 
 
 def _cells(result: Pick, number: int, candidate: Candidate) -> list[str]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 from filelock import FileLock
@@ -28,24 +27,17 @@ def check_inputs(runs: Iterable[Run]) -> None:
     not made here.
     """
     runs = list(runs)
-    with _without_warnings():  # each run gives them
+    was, dataset.logger.disabled = dataset.logger.disabled, True  # each run gives its warnings
+    try:
         found = {one: dataset.select(one) for one in dict.fromkeys(run.dataset for run in runs)}
+    finally:
+        dataset.logger.disabled = was
     arms = dict.fromkeys((run.dataset, *arm) for run in runs for arm in run.captions.items())
     for images, arm, captioner in arms:
         if not captioner.cached:
             caption_images.caption_images(
                 captioner, found[images].images, runs[0].cache_dir, arm=arm
             )
-
-
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    logger, was = dataset.logger, dataset.logger.disabled
-    logger.disabled = True
-    try:
-        yield
-    finally:
-        logger.disabled = was
 
 
 def write_folders(run: Run) -> Path:

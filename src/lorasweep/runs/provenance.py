@@ -11,7 +11,7 @@ import logging
 import platform
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -159,9 +159,7 @@ def identity(model: Model, cache_dir: Path) -> dict[str, Any]:
 
     A file is hashed once and found again by path, size and time of change.
     """
-    hashes = _Hashes(cache_dir / "file_hashes.json")
-    files = {name: hashes.of(path) for name, path in sorted(_files(model).items())}
-    hashes.save()
+    files = _hashes(dict(sorted(_files(model).items())), cache_dir / "file_hashes.json")
     lines = "".join(f"{name} {digest}\n" for name, digest in files.items())
     return {
         "path": model.path,
@@ -175,7 +173,7 @@ def _files(model: Model) -> dict[str, Path]:
     path = Path(model.path).expanduser()
     if path.is_file():
         return {"file": path}
-    folder = path if path.is_dir() else _of_hub(model)
+    folder = path if path.is_dir() else hub_copy(model.path, model.revision)
     if folder is None:
         return {}
     found = {
@@ -192,44 +190,38 @@ def _files(model: Model) -> dict[str, Path]:
     }
 
 
-def _of_hub(model: Model) -> Path | None:
-    """The hub's copy of the model in the local cache, where it is by now."""
+def hub_copy(repo_id: str, revision: str | None) -> Path | None:
+    """The hub's copy of a model in the local cache; None where there is none."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model.path, revision=model.revision, local_files_only=True))
+        return Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
     except (HFValidationError, LocalEntryNotFoundError):
         return None
 
 
-class _Hashes:
-    """sha256 of large files, cached by path, size and time of change."""
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-        self._is_new = False
-        try:
-            loaded = json.loads(file.read_text())
-        except (OSError, ValueError):
-            loaded = {}
-        self._known: dict[str, Any] = loaded if isinstance(loaded, dict) else {}
-
-    def of(self, path: Path) -> str:
+def _hashes(files: Mapping[str, Path], cache: Path) -> dict[str, str]:
+    """sha256 of large files, by their keys; noted in `cache` by path, size and time of change."""
+    try:
+        loaded = json.loads(cache.read_text())
+    except (OSError, ValueError):
+        loaded = {}
+    before: dict[str, Any] = loaded if isinstance(loaded, dict) else {}
+    noted, found = dict(before), {}
+    for key, path in files.items():
         place, state = str(path.resolve()), path.stat()
         stamp = [state.st_size, state.st_mtime_ns]
-        match self._known.get(place):
+        match noted.get(place):
             case [size, changed, str(digest)] if [size, changed] == stamp:
-                return digest
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        self._known[place] = [*stamp, digest]
-        self._is_new = True
-        return digest
-
-    def save(self) -> None:
-        if self._is_new:
-            write_atomically(self._file, json.dumps(self._known, indent=1).encode())
+                found[key] = digest
+            case _:
+                with path.open("rb") as file:
+                    found[key] = hashlib.file_digest(file, "sha256").hexdigest()
+                noted[place] = [*stamp, found[key]]
+    if noted != before:
+        write_atomically(cache, json.dumps(noted, indent=1).encode())
+    return found
 
 
 def note_companions(

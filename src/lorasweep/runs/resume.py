@@ -10,24 +10,23 @@ import json
 from pathlib import Path
 
 from lorasweep.core.settings import SettingsError
-from lorasweep.runs.run_folder import (
-    MULTIRUN,
-    RECORD,
-    SWEEP_RECORD,
-    is_free,
-    read_record,
-    sweep_name,
-)
+from lorasweep.runs.run_folder import MULTIRUN, RECORD, is_free, read_record, sweep_name
 
 
-def find_run(parent: Path, settings: str) -> Path | None:
-    """The newest folder in which a run of these settings was broken off."""
-    return _newest(parent, RECORD, settings)
+def find_broken_off(parent: Path, record: str, settings: str) -> Path | None:
+    """The newest folder in which a run or a multirun of these settings was broken off.
 
-
-def find_sweep(parent: Path, settings: str) -> Path | None:
-    """The newest folder in which a multirun of these settings was broken off."""
-    return _newest(parent, SWEEP_RECORD, settings)
+    `record` is the name of its record, RECORD or SWEEP_RECORD; `settings` their digest.
+    """
+    for path in sorted(parent.glob(f"*/{record}"), reverse=True):
+        try:
+            found = json.loads(path.read_text())
+            wanted = found["status"] == "unfinished" and found["settings"] == settings
+        except (ValueError, KeyError, TypeError, OSError):
+            continue  # not ours, or torn: whoever trains there says so
+        if wanted and is_free(path.parent):
+            return path.parent
+    return None
 
 
 def find(target: str, output_root: Path) -> Path:
@@ -44,18 +43,6 @@ def find(target: str, output_root: Path) -> Path:
     if (folder / MULTIRUN).is_file() or (folder / RECORD).is_file():
         return folder.absolute()
     raise SettingsError(f"{target} is no folder of a run or of a sweep: nothing was begun there")
-
-
-def _newest(parent: Path, name: str, settings: str) -> Path | None:
-    for path in sorted(parent.glob(f"*/{name}"), reverse=True):
-        try:
-            found = json.loads(path.read_text())
-            wanted = found["status"] == "unfinished" and found["settings"] == settings
-        except (ValueError, KeyError, TypeError, OSError):
-            continue  # not ours, or torn: whoever trains there says so
-        if wanted and is_free(path.parent):
-            return path.parent
-    return None
 
 
 def _named(name: str, output_root: Path) -> Path:

@@ -39,7 +39,7 @@ class TakenError(SettingsError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Record:
+class RunJson:
     """What a folder's `run.json` says."""
 
     name: str
@@ -62,16 +62,16 @@ class RunFolder:
         self.path = run.output_dir
         self._lock = lock(self.path)
         settings = settings_digest(run.params)
-        self._record = Record(name=run.name, status="unfinished", settings=settings, data=data)
+        self._record = RunJson(name=run.name, status="unfinished", settings=settings, data=data)
         try:
-            self.goes_on, self.ended = self._found()
+            self.found = self._found()
         except BaseException:
             self._lock.release()
             raise
-        if self.ended is not None:
+        if self.found in ("finished", "dropped"):
             saved_states.delete(self.path)  # a kill may have come between the record and that
             return
-        if not self.goes_on:
+        if self.found is None:
             saved_states.delete(self.path)
             forget_run(self.path)
             for path in (self.path / OLD_SCORES).glob("*.json"):
@@ -80,16 +80,15 @@ class RunFolder:
         for folder in (self.path, saved_states.folder_of(self.path), self.path / "samples"):
             delete_temporaries(folder)
 
-    def _found(self) -> tuple[bool, Status | None]:
-        """Was this run begun here, and not ended? Or how did it end: finished or dropped?"""
+    def _found(self) -> Status | None:
+        """What is here of this very run: unfinished, finished or dropped; None: it begins anew."""
         ours, found = self._record, read_record(self.path)
         if found is None or found.status == "failed":
-            return False, None
-        same = replace(found, status=ours.status) == ours
-        if found.status in ("finished", "dropped"):
-            return False, found.status if same else None
-        if same:
-            return True, None
+            return None
+        if replace(found, status=ours.status) == ours:
+            return found.status
+        if found.status != "unfinished":
+            return None
         if replace(found, status=ours.status, data=ours.data) == ours:
             raise SettingsError(
                 f"{self.path}: the images or captions have changed since {ours.name} was begun;"
@@ -110,10 +109,6 @@ class RunFolder:
         """Let others have the folder."""
         self._lock.release()
 
-    def scores(self, epoch: int) -> tuple[Scores, Terms] | None:
-        """What the checkpoint of an epoch scored, if it has been."""
-        return read_scores(self.path, epoch)
-
     def _write(self, status: Status) -> None:
         values = {**vars(self._record), "status": status}
         write_atomically(self.path / RECORD, json.dumps(values, indent=1).encode())
@@ -126,13 +121,12 @@ def stoppable(folder: Path) -> Iterator[Interrupts]:
         try:
             yield interrupts
         except KeyboardInterrupt:
-            print(
-                f"lorasweep: stopped. Go on with: lorasweep resume {shown(folder)}", file=sys.stderr
-            )
+            again = f"lorasweep resume {as_typed(folder)}"
+            print(f"lorasweep: stopped. Go on with: {again}", file=sys.stderr)
             raise
 
 
-def shown(folder: Path) -> str:
+def as_typed(folder: Path) -> str:
     """The folder as a person at the prompt would write it."""
     path = folder.absolute()
     here = Path.cwd()
@@ -180,10 +174,10 @@ def write_sweep(folder: Path, settings: str, status: Status) -> None:
     write_atomically(folder / SWEEP_RECORD, json.dumps(content, indent=1).encode())
 
 
-def read_record(folder: Path) -> Record | None:
+def read_record(folder: Path) -> RunJson | None:
     """What was begun in a folder; None where nothing was."""
     try:
-        return Record(**json.loads((folder / RECORD).read_text()))
+        return RunJson(**json.loads((folder / RECORD).read_text()))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, TypeError) as error:
@@ -228,21 +222,19 @@ def ended(run: Run) -> Status | None:
 
     States that a kill left of one that has ended are deleted.
     """
-    record = read_record(run.output_dir)
-    if record is None or record.status in ("unfinished", "dropped"):
-        return None
-    if record.settings != settings_digest(run.params):
+    status = status_of(run)
+    if status not in ("finished", "failed"):
         return None
     saved_states.delete(run.output_dir)
-    return record.status
+    return status
 
 
-def was_dropped(run: Run) -> bool:
-    """Did a sweep drop the run in its folder?"""
+def status_of(run: Run) -> Status | None:
+    """What became of this very run in its folder; None where it was never begun there."""
     record = read_record(run.output_dir)
-    if record is None or record.status != "dropped":
-        return False
-    return record.settings == settings_digest(run.params)
+    if record is None or record.settings != settings_digest(run.params):
+        return None
+    return record.status
 
 
 def forget_drop(folder: Path) -> None:

@@ -21,7 +21,7 @@ from lorasweep.core.interrupts import Interrupts
 from lorasweep.core.progress import Screen, Show
 from lorasweep.core.settings import SettingsError
 from lorasweep.data import kohya_folders
-from lorasweep.judging.judge import Judge, load_pack
+from lorasweep.judging.judge import Judge
 from lorasweep.judging.metrics.metric import Scores, Terms
 from lorasweep.lora_files.checkpoint import Checkpoint, checkpoint_path
 from lorasweep.models.base_model import BaseModel
@@ -29,7 +29,13 @@ from lorasweep.models.devices import resolve_device
 from lorasweep.models.gpu_memory import memory_for
 from lorasweep.runs import provenance
 from lorasweep.runs.prepare import captions_used, encoded_images, new_run, write_folders
-from lorasweep.runs.run_folder import RunFolder, TakenError, forget_drop
+from lorasweep.runs.run_folder import (
+    RunFolder,
+    TakenError,
+    forget_drop,
+    read_scores,
+    scored_checkpoints,
+)
 from lorasweep.tracking import Tracker, TrackingError
 from lorasweep.tracking.records import InUseError
 from lorasweep.tracking.store import PRUNED_TAG
@@ -38,20 +44,6 @@ from lorasweep.training import saved_states
 from lorasweep.training.native_trainer import NativeTraining
 from lorasweep.training.saved_states import SavedState
 from lorasweep.training.training_run import Stopped, TrainedEpoch, TrainingData
-
-__all__ = [
-    "EpochReport",
-    "Failure",
-    "Finished",
-    "Report",
-    "Session",
-    "Started",
-    "captions_used",
-    "failure_kind",
-    "load_pack",
-    "run_pack",
-    "write_folders",
-]
 
 log = logging.getLogger(__name__)
 
@@ -156,10 +148,9 @@ class Session:
             self.device = resolve_device(first.trainer.device)
             self._folder = write_folders(first)
         self._captions = captions_used(first, self._folder)
-        self._judge: Judge | None = None
-        self._runs: dict[str, _Member] = {}  # those that train
-        self._waiting: list[Run] = []
-        self._joined: dict[str, dict[str, float]] = {}  # the clock as it was when a run came
+        self._is_prepared = False
+        self._runs: dict[str, _OpenRun] = {}  # those that train
+        self._waiting: dict[str, tuple[Run, dict[str, float]]] = {}  # and the clock as they came
         self._tracker = Tracker(first.tracking, first.output_root)
 
     def __enter__(self) -> Session:
@@ -189,39 +180,38 @@ class Session:
         """
         for run in runs:
             self.join(run)
-        if self._judge is None:
+        if not self._is_prepared:
             self._prepare()
         trainer = self.first.trainer
         self._training: NativeTraining = trainer.start(self._base, [], self._data, self._show)
         epochs = iter(self._training)
         while True:
-            while started := self._admit():
+            while started := self._admit():  # those that wait, while there is room
                 yield started
             with self.clock("train"), self._interrupts.calling(self._training.stop):
-                epoch = next(epochs, None)
+                epoch = next(epochs, None)  # its checkpoints and states are written
             if self._interrupts.asked:
                 raise Stopped("stopped at the end of an epoch")
             if epoch is None:
                 return
-            yield self._reports(epoch)
+            yield self._judge_epoch(epoch)  # scored, drawn and logged
 
     def join(self, run: Run) -> None:
         """Train `run` too, from the next epoch on or once there is room."""
-        self._waiting.append(run)
-        self._joined[run.name] = dict(self.clock.seconds)
+        self._waiting[run.name] = (run, dict(self.clock.seconds))
 
     def drop(self, name: str) -> Finished:
         """Let a run leave after the epoch it has finished; its checkpoints stand."""
         if name in self._runs:
             self._training.drop(name)
             return self._finish(self._runs[name], dropped=True)
-        self._waiting = [run for run in self._waiting if run.name != name]
+        self._waiting.pop(name, None)
         return Finished(run=name, dropped=True)
 
     @property
     def names(self) -> list[str]:
         """The runs that train or wait to."""
-        return [*self._runs, *(run.name for run in self._waiting)]
+        return [*self._runs, *self._waiting]
 
     @property
     def max_runs(self) -> int | None:
@@ -230,13 +220,14 @@ class Session:
         return min((number for number in known if number is not None), default=None)
 
     def _prepare(self) -> None:
+        """Load the base model, encode the images, and score the bare base."""
+        first = self.first
         with self.clock("prepare"):
-            self._base = self._load(self.first, self.device)
+            self._base = self._load(first, self.device)
             # a store that can't be written ends here, before any training
-            self._tracker.ready(self.first.output_dir, self.first.sweep)
-            images = encoded_images(self._base, self.first, self._folder)
-            self._data = TrainingData(images.train, self.first.dataset)
-            first = self.first
+            self._tracker.ready(first.output_dir, first.sweep)
+            images = encoded_images(self._base, first, self._folder)
+            self._data = TrainingData(images.train, first.dataset)
             self._judge = Judge(
                 self._base,
                 images,
@@ -246,12 +237,13 @@ class Session:
                 self.clock,
             )
             self._fitting = self._measure()
+        self._is_prepared = True
 
     def _measure(self) -> int | None:
         """Runs that fit into the device's memory; what a step takes grows with K x B."""
 
         def step() -> None:
-            for run in self._waiting:
+            for run, _ in self._waiting.values():
                 with suppress(ValueError):  # a run that can't start will say so itself
                     self.first.trainer.start(self._base, [run], self._data).probe()
                     return
@@ -264,77 +256,62 @@ class Session:
     def _admit(self) -> list[Report]:
         """Take in runs that wait, while there is room; what became of each."""
         room = None if self.max_runs is None else max(0, self.max_runs - len(self._runs))
-        coming, self._waiting = self._waiting[:room], self._waiting[len(self._waiting[:room]) :]
-        members, reports = self._open(coming)
-        begun = {one.run.name: one.run.output_dir for one in members if one.folder.goes_on}
-        found = saved_states.together(begun)
-        fresh = [one.run.name for one in members if one.run.name not in found]
-        if fresh:
-            log.info("training %s", ", ".join(fresh))
-        on_the_way: list[_Begun] = []
-        for member in members:
-            state = found.get(member.run.name)
-            report = self._start(member, state)
-            reports.append(report)
-            if state is not None and isinstance(report, Started):
-                on_the_way.append((member, state))
-        return [*reports, *self._behind(on_the_way)]
-
-    def _open(self, runs: Sequence[Run]) -> tuple[list[_Member], list[Report]]:
-        """Take the folders of runs and begin their logs; what is said of those that won't train."""
-        members: list[_Member] = []
         reports: list[Report] = []
-        for run in runs:
-            new = new_run(run, self._folder, self._captions)
-            try:
-                folder = RunFolder(run, new.dataset_digest)
-            except ValueError as error:  # another's, or begun otherwise
-                kind = FailureKind.RETRY if isinstance(error, TakenError) else FailureKind.OWN
-                reports.append(Failure(run=run.name, reason=str(error), kind=kind))
-                continue
-            if folder.ended is not None:
-                reports += self._ended_before(run, folder)
-                continue
-            try:
-                run_log = self._tracker.open_run(new, goes_on=folder.goes_on)
-            except InUseError as error:
-                folder.release()
-                reports.append(Failure(run=run.name, reason=str(error), kind=FailureKind.RETRY))
-                continue
-            run_log.log_file(run.output_dir / "manifest.json")
-            members.append(_Member(run, folder, run_log, self._joined[run.name]))
-        return members, reports
+        opened: list[_OpenRun] = []
+        for name in list(self._waiting)[:room]:
+            found = self._open(*self._waiting.pop(name))
+            if isinstance(found, _OpenRun):
+                opened.append(found)
+            else:
+                reports += found
+        begun = {
+            one.run.name: one.run.output_dir for one in opened if one.folder.found == "unfinished"
+        }
+        states = saved_states.together(begun)
+        if fresh := [one.run.name for one in opened if one.run.name not in states]:
+            log.info("training %s", ", ".join(fresh))
+        reports += [self._start(one, states.get(one.run.name)) for one in opened]
+        resumed = [(self._runs[name], states[name]) for name in self._runs if name in states]
+        return [*reports, *self._epochs_behind(resumed)]
+
+    def _open(self, run: Run, begun: dict[str, float]) -> _OpenRun | list[Report]:
+        """Take a run's folder and begin its log; or what is said of a run that won't train."""
+        new = new_run(run, self._folder, self._captions)
+        try:
+            folder = RunFolder(run, new.dataset_digest)
+        except ValueError as error:  # another's, or begun otherwise
+            kind = FailureKind.RETRY if isinstance(error, TakenError) else FailureKind.OWN
+            return [Failure(run=run.name, reason=str(error), kind=kind)]
+        if folder.found in ("finished", "dropped"):
+            return self._ended_before(run, folder)
+        try:
+            run_log = self._tracker.open_run(new, goes_on=folder.found == "unfinished")
+        except InUseError as error:
+            folder.release()
+            return [Failure(run=run.name, reason=str(error), kind=FailureKind.RETRY)]
+        run_log.log_file(run.output_dir / "manifest.json")
+        return _OpenRun(run, folder, run_log, begun)
 
     def _ended_before(self, run: Run, folder: RunFolder) -> list[Report]:
         """Reports of a run that came to its end or was dropped, for a driver not told yet."""
         folder.release()
-        dropped = folder.ended == "dropped"
+        dropped = folder.found == "dropped"
         how = "dropped" if dropped else "trained"
         log.info("%s was %s before, in %s", run.name, how, run.output_dir)
-        epochs = range(1, run.max_train_epochs + 1)
-        found = [self._known(run, epoch, folder.scores(epoch)) for epoch in epochs]
-        ended = Finished(run=run.name, dropped=dropped)
-        return [
-            Started(run=run.name, device=self.device),
-            *[one for one in found if one is not None],
-            ended,
+        epochs = [
+            EpochReport(
+                run=run.name,
+                checkpoint=self._checkpoint(run, one.epoch),
+                scores=one.scores,
+                terms=one.terms,
+            )
+            for one in scored_checkpoints(run)
         ]
+        ended = Finished(run=run.name, dropped=dropped)
+        return [Started(run=run.name, device=self.device), *epochs, ended]
 
-    def _known(self, run: Run, epoch: int, found: tuple[Scores, Terms] | None) -> Report | None:
-        if found is None:
-            return None
-        scores, terms = found
-        one = self._checkpoint(run, epoch)
-        return EpochReport(run=run.name, checkpoint=one, scores=scores, terms=terms)
-
-    def _checkpoint(self, run: Run, epoch: int) -> Checkpoint:
-        path = checkpoint_path(run.output_dir, run.name, epoch)
-        step = epoch * self._training.steps_per_epoch
-        return Checkpoint(path=path, run=run.name, epoch=epoch, step=step)
-
-    def _start(self, member: _Member, state: SavedState | None) -> Started | Failure:
+    def _start(self, member: _OpenRun, state: SavedState | None) -> Started | Failure:
         """Let a run train, from its beginning or from a state."""
-        assert self._judge is not None
         run, epochs = member.run, 0 if state is None else state.snapshot.num_epochs
         self._runs[run.name] = member
         try:
@@ -362,45 +339,39 @@ class Session:
                 " free some, or try trainer.save_dtype=fp16, fewer epochs, or another output_root"
             )
 
-    def _behind(self, begun: Sequence[_Begun]) -> list[Report]:
-        """Reports of the epochs that runs have behind them; what wasn't logged is logged now."""
-        for member, state in begun:
+    def _epochs_behind(self, resumed: Sequence[tuple[_OpenRun, SavedState]]) -> list[Report]:
+        """Reports of the epochs that runs have behind them; what wasn't logged is logged now.
+
+        Checkpoints of one epoch without scores are scored together, as they would have been.
+        """
+        for member, state in resumed:
             if state.snapshot.num_batches == 0:
                 self._note_companions(member, [(name, n) for name, n, _ in state.pack], {})
                 for step, values in state.snapshot.records:
                     member.log.log_step(step, values)
-        last = max((state.snapshot.num_epochs for _, state in begun), default=0)
+        last = max((state.snapshot.num_epochs for _, state in resumed), default=0)
         reports: list[Report] = []
         for epoch in range(1, last + 1):
-            members = [member for member, state in begun if epoch <= state.snapshot.num_epochs]
-            reports += self._again(members, epoch)
-        for member, state in begun:
-            if state.snapshot.num_epochs == member.run.max_train_epochs:
-                reports.append(self._finish(member, dropped=False))
-        return reports
+            unscored: list[Checkpoint] = []
+            for member, state in resumed:
+                if epoch > state.snapshot.num_epochs:
+                    continue
+                name, one = member.run.name, self._checkpoint(member.run, epoch)
+                known = read_scores(member.run.output_dir, epoch)
+                if known is not None and epoch in member.log.logged_epochs:
+                    scores, terms = known
+                    reports.append(
+                        EpochReport(run=name, checkpoint=one, scores=scores, terms=terms)
+                    )
+                elif one.path.is_file():
+                    unscored.append(one)
+                else:
+                    log.warning("%s is missing and can't be scored", one.path)
+            reports += self._judge_checkpoints(unscored)
+        ended = [m for m, state in resumed if state.snapshot.num_epochs == m.run.max_train_epochs]
+        return [*reports, *(self._finish(member, dropped=False) for member in ended)]
 
-    def _again(self, members: Sequence[_Member], epoch: int) -> list[Report]:
-        """Reports of one epoch that runs have behind them; those not logged are scored together."""
-        reports: list[Report] = []
-        left: list[Checkpoint] = []
-        for member in members:
-            known = member.folder.scores(epoch) if epoch in member.log.logged_epochs else None
-            report = self._known(member.run, epoch, known)
-            if report is not None:
-                reports.append(report)
-            elif (one := self._checkpoint(member.run, epoch)).path.is_file():
-                left.append(one)
-            else:
-                log.warning("%s is missing and can't be scored", one.path)
-        return [*reports, *self._scored(left)]
-
-    def _fail(self, member: _Member, reason: str) -> Failure:
-        del self._runs[member.run.name]
-        member.log.finish("FAILED", reason)
-        member.folder.end("failed")
-        return Failure(run=member.run.name, reason=reason)
-
-    def _log_origin(self, member: _Member) -> None:
+    def _log_origin(self, member: _OpenRun) -> None:
         """Log what the run is made with; its images too, if they are to be kept in MLflow."""
         run = member.run
         made_with = provenance.record(run.output_dir, run.model, run.cache_dir, self.device)
@@ -411,13 +382,14 @@ class Session:
             member.log.log_file(file)
 
     def _note_companions(
-        self, member: _Member, pack: Sequence[tuple[str, int]], failures: Mapping[str, str]
+        self, member: _OpenRun, pack: Sequence[tuple[str, int]], failures: Mapping[str, str]
     ) -> None:
         """Log with whom a run has trained an epoch, by (run, its epoch)."""
         folder, name = member.run.output_dir, member.run.name
         member.log.log_file(provenance.note_companions(folder, name, pack, failures))
 
-    def _reports(self, epoch: TrainedEpoch) -> list[Report]:
+    def _judge_epoch(self, epoch: TrainedEpoch) -> list[Report]:
+        """Log an epoch and score its checkpoints; runs that failed or are done leave."""
         pack = [(one.run, one.epoch) for one in epoch.checkpoints]
         for name, _ in pack:
             self._note_companions(self._runs[name], pack, epoch.failures)
@@ -427,31 +399,36 @@ class Session:
         reports: list[Report] = []
         for name, reason in epoch.failures.items():
             reports.append(self._fail(self._runs[name], reason))
-        reports += self._scored(epoch.checkpoints)
+        reports += self._judge_checkpoints(epoch.checkpoints)
         for one in epoch.checkpoints:
             member = self._runs[one.run]
             if one.epoch == member.run.max_train_epochs:
                 reports.append(self._finish(member, dropped=False))
         return reports
 
-    def _scored(self, checkpoints: Sequence[Checkpoint]) -> list[Report]:
+    def _judge_checkpoints(self, checkpoints: Sequence[Checkpoint]) -> list[Report]:
         """Score and draw the checkpoints of an epoch, all at once, and log them."""
         if not checkpoints:
             return []
-        assert self._judge is not None
         judged = self._judge.checkpoints(checkpoints)
         reports: list[Report] = []
         for one, (scored, pictures) in zip(checkpoints, judged, strict=True):
             member = self._runs[one.run]
             # scores that an older version kept before it logged the epoch stay as they are
-            scores, terms = member.folder.scores(one.epoch) or (scored.scores, scored.terms)
+            kept = read_scores(member.run.output_dir, one.epoch)
+            scores, terms = kept or (scored.scores, scored.terms)
             member.log.log_epoch(one, scores, pictures, terms)
             reports.append(EpochReport(run=one.run, checkpoint=one, scores=scores, terms=terms))
         _say(reports)
         return reports
 
-    def _finish(self, member: _Member, *, dropped: bool) -> Finished:
-        assert self._judge is not None
+    def _fail(self, member: _OpenRun, reason: str) -> Failure:
+        del self._runs[member.run.name]
+        member.log.finish("FAILED", reason)
+        member.folder.end("failed")
+        return Failure(run=member.run.name, reason=reason)
+
+    def _finish(self, member: _OpenRun, *, dropped: bool) -> Finished:
         run, run_log = member.run, member.log
         self._runs.pop(run.name, None)
         sheet = self._judge.contact_sheet(run.output_dir, run.name)
@@ -468,18 +445,20 @@ class Session:
         member.folder.end("dropped" if dropped else "finished")
         return Finished(run=run.name, dropped=dropped)
 
+    def _checkpoint(self, run: Run, epoch: int) -> Checkpoint:
+        path = checkpoint_path(run.output_dir, run.name, epoch)
+        step = epoch * self._training.steps_per_epoch
+        return Checkpoint(path=path, run=run.name, epoch=epoch, step=step)
+
 
 @dataclass(frozen=True)
-class _Member:
-    """A run of a session, with its log and the session's clock as it was when the run came."""
+class _OpenRun:
+    """A run whose folder is taken and whose log is open, and the clock as it was when it came."""
 
     run: Run
     folder: RunFolder
     log: RunLog
     begun: dict[str, float]
-
-
-_Begun = tuple[_Member, SavedState]
 
 
 def load_base(run: Run, device: str) -> BaseModel:

@@ -156,7 +156,7 @@ class TrialsInBatches(_Trials):
                 break
             trial, run = asked
             self._runs[trial.number] = run
-            if run_folder.was_dropped(run):  # a job would train it to its end
+            if run_folder.status_of(run) == "dropped":  # a job would train it to its end
                 say_pruned(trial)
                 trial.mark_pruned()
                 self._complete(trial)
