@@ -92,7 +92,7 @@ def wait_for_trouble(tracker: Tracker) -> None:
     """Until a write has failed, which is what the test is about."""
     thread = tracker._thread
     with thread._change:
-        assert thread._change.wait_for(lambda: thread.trouble is not None, timeout=60)
+        assert thread._change.wait_for(lambda: thread._trouble is not None, timeout=60)
 
 
 def test_a_server_that_dies_hangs_and_comes_back_gets_everything_once(

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorasweep.lora_files import checkpoint
-from lorasweep.tracking.history import Log, LoggedCheckpoint, LoggedRun
+from lorasweep.tracking.history import Log, LoggedRun
+from lorasweep.tracking.read_candidates import Candidate, checkpoint_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -106,8 +107,8 @@ def _digest(values: Iterable[float]) -> str:
 
 def _weights(
     log: Log,
-    old: Mapping[int, LoggedCheckpoint],
-    new: Mapping[int, LoggedCheckpoint],
+    old: Mapping[int, Candidate],
+    new: Mapping[int, Candidate],
     file: Path | None,
     until: int | None,
 ) -> ComparedRow:
@@ -119,7 +120,7 @@ def _weights(
     if len(equal) == len(epochs):
         return ComparedRow("weights", "bit-equal", f"{len(epochs)} checkpoints, by their hashes")
     then, now, share = old[epochs[-1]], new[epochs[-1]], f"{len(equal)}/{len(epochs)} checkpoints"
-    with log.weights(then) as logged, log.weights(now) as ours:
+    with checkpoint_file(log.uri, then) as logged, checkpoint_file(log.uri, now) as ours:
         theirs = file or logged
         if theirs is None or ours is None:
             gone = then if theirs is None else now
@@ -127,7 +128,7 @@ def _weights(
             return ComparedRow(
                 "weights",
                 "not known",
-                f"{known}; {gone.candidate.name}'s file is gone, so how far it differs can't be"
+                f"{known}; {gone.name}'s file is gone, so how far it differs can't be"
                 " said (tracking.upload=all keeps them)",
             )
         modules, total = by_module(checkpoint.read(theirs)[0], checkpoint.read(ours)[0])

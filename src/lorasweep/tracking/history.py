@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
-from lorasweep.tracking.read_candidates import Candidate, candidate_of, download, search_models
-from lorasweep.tracking.records import hash_of
+from lorasweep.tracking.read_candidates import Candidate, download, search_candidates
 from lorasweep.tracking.store import (
-    CHECKPOINT_TAG,
     HASH_TAG,
     RUN_TAG,
     SWEEP_TAG,
     open_experiment,
-    pages,
-    quoted,
+    search_runs,
+    tagged,
 )
 
 if TYPE_CHECKING:
@@ -43,19 +41,6 @@ class LoggedRun:
     """Milliseconds since 1970."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoggedCheckpoint:
-    """A checkpoint of a run, with the hash of its data if that was logged."""
-
-    candidate: Candidate
-    hash: str | None
-
-    @property
-    def epoch(self) -> int:
-        """After how many epochs it was written."""
-        return self.candidate.epoch
-
-
 class Log:
     """The runs of one experiment of a store."""
 
@@ -66,10 +51,7 @@ class Log:
 
     def named(self, name: str, sweep: str | None = None) -> list[LoggedRun]:
         """The runs of that name, newest first; of one sweep if that is given."""
-        where = f"tags.`{RUN_TAG}` = {quoted(name)}"
-        if sweep is not None:
-            where += f" AND tags.`{SWEEP_TAG}` = {quoted(sweep)}"
-        return self._search(where)
+        return self._search(tagged({RUN_TAG: name, SWEEP_TAG: sweep}))
 
     def names(self) -> list[str]:
         """The names of all runs, newest first."""
@@ -86,23 +68,20 @@ class Log:
         ours = found.info.experiment_id == self._experiment_id and RUN_TAG in found.data.tags
         return _logged(found) if ours and found.info.lifecycle_stage == "active" else None
 
-    def by_hash(self, digest: str) -> tuple[LoggedRun, LoggedCheckpoint] | None:
+    def by_hash(self, digest: str) -> tuple[LoggedRun, Candidate] | None:
         """The run and the checkpoint whose data has this hash, the first if several have."""
-        query = f"tags.`{HASH_TAG}` = {quoted(digest)}"
-        found = sorted(self._checkpoints(query), key=lambda one: one.candidate.created)
-        for one in found:
-            run = self.by_id(one.candidate.run_id)
+        where = tagged({HASH_TAG: digest})
+        for one in search_candidates(self._client, self._experiment_id, where):
+            run = self.by_id(one.run_id)
             if run is not None:
                 return run, one
         return None
 
-    def checkpoints(self, run: LoggedRun) -> dict[int, LoggedCheckpoint]:
+    def checkpoints(self, run: LoggedRun) -> dict[int, Candidate]:
         """The run's checkpoints by epoch."""
-        query = (
-            f"tags.`{SWEEP_TAG}` = {quoted(run.sweep)} AND tags.`{RUN_TAG}` = {quoted(run.name)}"
-        )
-        found = self._checkpoints(query)
-        return {one.epoch: one for one in found if one.candidate.run_id == run.run_id}
+        where = tagged({SWEEP_TAG: run.sweep, RUN_TAG: run.name})
+        found = search_candidates(self._client, self._experiment_id, where)
+        return {one.epoch: one for one in found if one.run_id == run.run_id}
 
     def text(self, run: LoggedRun, name: str) -> str | None:
         """A text among the run's artifacts, None if there is none."""
@@ -147,26 +126,6 @@ class Log:
         ):
             return image.convert("RGB")
 
-    @contextmanager
-    def weights(self, one: LoggedCheckpoint) -> Iterator[Path | None]:
-        """A checkpoint's file where it was written, else MLflow's copy, else None."""
-        path = one.candidate.path
-        if path.is_file() and (one.hash is None or hash_of(path) == one.hash):
-            yield path
-            return
-        model_id = one.candidate.model_id
-        stored = {file.path for file in self._client.list_logged_model_artifacts(model_id)}
-        fitting = next(
-            (name for name in (path.name, f"{one.candidate.name}.safetensors") if name in stored),
-            None,
-        )
-        with tempfile.TemporaryDirectory() as folder:
-            if fitting is None:
-                yield None
-                return
-            location = self._client.get_logged_model(model_id).artifact_location
-            yield download(self.uri, f"{location}/{fitting}", folder)
-
     def tag(self, run: LoggedRun, tags: Mapping[str, str]) -> None:
         """Set tags of a run that may have ended."""
         for key, value in tags.items():
@@ -180,22 +139,8 @@ class Log:
             self._client.log_artifact(run.run_id, str(path))
 
     def _search(self, where: str) -> list[LoggedRun]:
-        found = pages(
-            lambda token: self._client.search_runs(
-                [self._experiment_id],
-                where,
-                order_by=["attributes.start_time DESC"],
-                page_token=token,
-            )
-        )
+        found = search_runs(self._client, self._experiment_id, where)
         return [_logged(run) for run in found if RUN_TAG in run.data.tags]
-
-    def _checkpoints(self, query: str) -> Sequence[LoggedCheckpoint]:
-        return [
-            LoggedCheckpoint(candidate=candidate_of(model), hash=model.tags.get(HASH_TAG))
-            for model in search_models(self._client, self._experiment_id, query)
-            if CHECKPOINT_TAG in model.tags and str(model.status) == "READY"
-        ]
 
 
 def _logged(run: MlflowRun) -> LoggedRun:

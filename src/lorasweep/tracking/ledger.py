@@ -38,6 +38,12 @@ class Ledger(JsonRecord):
     refused: Mapping[str, str] = field(default_factory=dict)
     """Items that it did not take, and why; `lorasweep sync` tries them again."""
 
+    def of_store(self, uri: str | None, experiment: str) -> Ledger:
+        """This one if it is of that store; else an empty one."""
+        if (self.uri, self.experiment) == (uri, experiment):
+            return self
+        return Ledger(uid=self.uid, uri=uri, experiment=experiment)
+
 
 def read_ledger(output_dir: Path, run: RunRecord) -> Ledger:
     """The folder's ledger; an empty one if it is of another run, or damaged."""

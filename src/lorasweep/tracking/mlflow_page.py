@@ -35,10 +35,11 @@ MAX_COLUMNS = 8
 
 def experiment_page(uri: str, experiment: str, port: int = DEFAULT_PORT) -> str:
     """Address of the experiment's runs, with their curves and pictures as they are now."""
-    _, experiment_id = open_experiment(uri, experiment)
+    client, experiment_id = open_experiment(uri, experiment)
     root = _server(uri, port)
     address = f"{root}/#/experiments/{experiment_id}/runs?{TRAINING_VIEW}&compareRunsMode=CHART"
-    return f"{address}&viewStateShareKey={VIEW_KEY}" if save_view(uri, experiment) else address
+    is_saved = _save_view(client, experiment_id)
+    return f"{address}&viewStateShareKey={VIEW_KEY}" if is_saved else address
 
 
 def page(uri: str, candidate: Candidate, port: int = DEFAULT_PORT) -> str:
@@ -54,9 +55,8 @@ def _server(uri: str, port: int) -> str:
     return re.sub(r"//[^/@]*@", "//", uri).rstrip("/") if is_server(uri) else local
 
 
-def save_view(uri: str, experiment: str) -> bool:
+def _save_view(client: MlflowClient, experiment_id: str) -> bool:
     """Fit the view to what is logged now; False when there is nothing to show yet."""
-    client, experiment_id = open_experiment(uri, experiment)
     runs = client.search_runs([experiment_id], max_results=MAX_RUNS)
     if not runs:
         return False

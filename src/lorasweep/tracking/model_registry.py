@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from lorasweep.tracking.read_candidates import Candidate, search_models
+from lorasweep.tracking.read_candidates import Candidate
 from lorasweep.tracking.store import (
     CHECKPOINT_TAG,
     CHOSEN_BY_TAG,
@@ -16,6 +16,9 @@ from lorasweep.tracking.store import (
     Tracking,
     client_of,
     quoted,
+    search_models,
+    search_runs,
+    tagged,
 )
 
 if TYPE_CHECKING:
@@ -49,11 +52,11 @@ def record_choice(
 
 
 def _forget_choice(client: MlflowClient, candidate: Candidate) -> None:
-    query = f"tags.`{SWEEP_TAG}` = {quoted(candidate.sweep)} AND tags.`{PICKED_TAG}` != ''"
-    for run in client.search_runs([candidate.experiment_id], query):
+    where = f"{tagged({SWEEP_TAG: candidate.sweep})} AND tags.`{PICKED_TAG}` != ''"
+    for run in search_runs(client, candidate.experiment_id, where):
         for tag in (PICKED_TAG, CHOSEN_BY_TAG):
             client.delete_tag(run.info.run_id, tag)
-    for model in search_models(client, candidate.experiment_id, query):
+    for model in search_models(client, candidate.experiment_id, where):
         for tag in (PICKED_TAG, CHOSEN_BY_TAG):
             client.delete_logged_model_tag(model.model_id, tag)
 

@@ -29,20 +29,9 @@ from lorasweep.tracking.records import (
 WAITS, DONE, REFUSED = ".json", ".done", ".refused"
 
 
-def is_in(folder: Path) -> bool:
-    """Is there something of the older version in a `.tracking/`?"""
-    return bool(_files(folder))
-
-
 def has_unsent(folder: Path) -> bool:
-    """Is there something that MLflow doesn't have?"""
+    """Is there something of the older version in a `.tracking/` that MLflow doesn't have?"""
     return any(path.suffix != DONE for path in _files(folder))
-
-
-def name_of_run(folder: Path) -> str | None:
-    """The name of the run that the older version logged."""
-    entries = _readable(folder)
-    return str(entries[-1]["run"]["name"]) if entries else None
 
 
 def convert(records: RunRecords) -> None:
@@ -81,9 +70,8 @@ def _convert(records: RunRecords, entries: Sequence[Mapping[str, Any]]) -> None:
         dataset_digest=json.loads(about["dataset"].get("profile", '{"digest": ""}'))["digest"],
         tags=about["tags"],
     )
-    ended = None if state["is_open"] else RunEnd(time=0, status="KILLED")
-    end = ended
-    if ended and closes:
+    end = None if state["is_open"] else RunEnd(time=0, status="KILLED")  # MLflow has its end
+    if end is not None and closes:
         keys = ("time", "status", "reason", "suspended")
         end = RunEnd(**{key: closes[-1].get(key) for key in keys})
     artifacts = {one["path"]: one["artifact_dir"] for one in files}
@@ -108,7 +96,7 @@ def _convert(records: RunRecords, entries: Sequence[Mapping[str, Any]]) -> None:
         sent[STEPS] = str(max(state["steps"].values(), default=-1))
     if all(one["goes_on"] for one in opens):
         sent[RUN] = "0" if not opens else "to be opened"
-    if ended and not closes:
+    if end is not None and not closes:
         sent[END] = "0"
     write_ledger(records.output_dir, Ledger(**place, sent=sent))
     records.write_run(run)

@@ -8,14 +8,8 @@ from __future__ import annotations
 
 from lorasweep.tracking.store import MlflowStore, TrackingError
 
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between tries
-CLOSING_PAUSE = 2.0  # at most, once the end waits for it
 TRIES = 5  # of a write that fails while the store answers otherwise
-LINGER_SECONDS = 0.9  # that all ends of runs together wait for a store that may hang
-SILENCE = 4  # times the patience: the end of waiting for a call that never returns
 
-_NOT_NOW = frozenset({"TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED"})
-_NOT_YOU = frozenset({"UNAUTHENTICATED", "PERMISSION_DENIED", "CUSTOMER_UNAUTHORIZED"})
 _TRY_LATER = frozenset({401, 403, 407, 408, 429})
 
 
@@ -47,8 +41,7 @@ def is_of_store(error: BaseException) -> bool:
     if isinstance(error, HTTPError) and error.response is not None:
         return _is_transient(error.response.status_code)
     if isinstance(error, MlflowException):
-        known = error.error_code in _NOT_NOW | _NOT_YOU
-        return known or _is_transient(error.get_http_status_code())
+        return _is_transient(error.get_http_status_code())
     return isinstance(error, RequestException | OperationalError | OSError | TrackingError)
 
 

@@ -13,7 +13,7 @@ import math
 import re
 import tempfile
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,11 +46,12 @@ from lorasweep.tracking.store import (
     TERMS_TAG,
     UID_TAG,
     MlflowStore,
-    pages,
     quoted,
     safe_key,
-    same_run,
+    search_models,
+    search_runs,
     short_reason,
+    tagged,
 )
 
 if TYPE_CHECKING:
@@ -74,8 +75,8 @@ class RunDeletedError(ValueError):
     """Someone has deleted a run in MLflow of which more is to be sent."""
 
 
-def publish(records: RunRecords, store: MlflowStore, commit: Callable[[Ledger], None]) -> None:
-    """Send what the store lacks of a run, item by item; `commit` keeps each new ledger.
+def publish(records: RunRecords, store: MlflowStore) -> Iterator[Ledger]:
+    """Send what the store lacks of a run, item by item; yields each new ledger, to be written.
 
     What the store refuses is noted in the ledger, with a warning, and doesn't hold up the rest; of
     a run that it refuses to begin nothing is sent. Raises OutageError when the store is away.
@@ -83,9 +84,7 @@ def publish(records: RunRecords, store: MlflowStore, commit: Callable[[Ledger], 
     run = records.run()
     if run is None:
         return
-    ledger = read_ledger(records.output_dir, run)
-    if (ledger.uri, ledger.experiment) != (store.uri, store.experiment):
-        ledger = Ledger(uid=run.uid, uri=store.uri, experiment=store.experiment)
+    ledger = read_ledger(records.output_dir, run).of_store(store.uri, store.experiment)
     sending = _Sending(records, run, store)
     while RUN not in ledger.refused:
         left = missing(records, run, ledger)
@@ -93,7 +92,7 @@ def publish(records: RunRecords, store: MlflowStore, commit: Callable[[Ledger], 
         if item is None:
             return
         ledger = _sent_or_refused(sending, item, left[item], ledger)
-        commit(ledger)
+        yield ledger
 
 
 def _sent_or_refused(sending: _Sending, item: str, state: str, ledger: Ledger) -> Ledger:
@@ -178,11 +177,14 @@ class _Sending:
 
         A server that hung answers late to what was given up meanwhile, and so may make it twice.
         """
-        runs = self.store.search(f"tags.`{UID_TAG}` = {quoted(self.run.uid)}")
+        runs = self._search_runs({UID_TAG: self.run.uid})
         runs.sort(key=lambda run: len(run.data.metrics) + len(run.data.params), reverse=True)
         for late in runs[1:]:
             self.store.client.delete_run(late.info.run_id)
         return runs[0] if runs else None
+
+    def _search_runs(self, tags: Mapping[str, str]) -> list[MlflowRun]:
+        return search_runs(self.store.client, self.store.experiment_id, tagged(tags))
 
     def _create_run(self) -> str:
         new = self.run.new
@@ -226,16 +228,16 @@ class _Sending:
             client.log_artifacts(run_id, name)
 
     def _delete_earlier_attempt(self) -> None:
-        where = same_run(self.run.new.sweep_or_name, self.run.new.name)
-        found = self.store.search(where)
+        found = self._search_runs(self._run_tags)
         earlier = {r.info.run_id for r in found if r.data.tags.get(UID_TAG) != self.run.uid}
         if not earlier:
             return
-        for model in self._search_models(where):
+        client, experiment_id = self.store.client, self.store.experiment_id
+        for model in search_models(client, experiment_id, tagged(self._run_tags)):
             if model.source_run_id in earlier:
-                self.store.client.delete_logged_model(model.model_id)
+                client.delete_logged_model(model.model_id)
         for run_id in earlier:  # last, for by them the models are found
-            self.store.client.delete_run(run_id)
+            client.delete_run(run_id)
 
     def _send_epoch(self, number: int) -> None:
         record = self.records.epoch(number)
@@ -255,7 +257,7 @@ class _Sending:
         from mlflow.entities import LoggedModelOutput
 
         client = self.store.client
-        found = self._models(f"tags.`{CHECKPOINT_TAG}` = {quoted(checkpoint.name)}")
+        found = self._models(checkpoint.name)
         model_id = found[0].model_id if found else self._create_model(record.epoch, checkpoint)
         if not found or model_id not in _outputs(client.get_run(self._run_id)):
             client.log_outputs(self._run_id, [LoggedModelOutput(model_id, record.epoch)])
@@ -290,23 +292,16 @@ class _Sending:
         )
         return str(created.model_id)
 
-    def _models(self, where: str | None = None) -> list[LoggedModel]:
-        """The run's models; the one that was linked first comes first."""
-        of_run = f"source_run_id = {quoted(self._run_id)}"
-        found = self._search_models(" AND ".join(filter(None, [of_run, where])))
+    def _models(self, checkpoint: str | None = None) -> list[LoggedModel]:
+        """The run's models, or those of one checkpoint; a model that is linked comes first."""
+        where = f"source_run_id = {quoted(self._run_id)}"
+        if checkpoint is not None:
+            where += f" AND {tagged({CHECKPOINT_TAG: checkpoint})}"
+        found = search_models(self.store.client, self.store.experiment_id, where)
         if len(found) < 2:
             return found
         linked = _outputs(self.store.client.get_run(self._run_id))
         return sorted(found, key=lambda one: (one.model_id not in linked, one.creation_timestamp))
-
-    def _search_models(self, where: str) -> list[LoggedModel]:
-        return list(
-            pages(
-                lambda token: self.store.client.search_logged_models(
-                    [self.store.experiment_id], filter_string=where, page_token=token
-                )
-            )
-        )
 
     def _upload(self, checkpoint: CheckpointRecord, model_id: str) -> None:
         path = (self.records.output_dir / checkpoint.file).resolve()

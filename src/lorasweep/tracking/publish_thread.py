@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from lorasweep.core.atomic_write import DiskFullError
-from lorasweep.tracking.ledger import Ledger, write_ledger
-from lorasweep.tracking.outage import (
-    CLOSING_PAUSE,
-    FIRST_PAUSE,
-    LINGER_SECONDS,
-    LONGEST_PAUSE,
-    SILENCE,
-    OutageError,
-)
+from lorasweep.tracking.ledger import write_ledger
+from lorasweep.tracking.outage import OutageError
 from lorasweep.tracking.publish import publish
 from lorasweep.tracking.records import InUseError, RunRecords
 from lorasweep.tracking.store import (
@@ -30,34 +25,33 @@ from lorasweep.tracking.store import (
     quieten_mlflow,
     short_reason,
     sqlite_path,
+    unreachable,
 )
 
 log = logging.getLogger(__name__)
 
-
-class _AbandonedError(RuntimeError):
-    """Nothing more is to be written: the folder may be another process's by now."""
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between tries
+CLOSING_PAUSE = 2.0  # at most, once the end waits for it
+SILENCE = 4  # times the patience: the end of waiting for a call that never returns
 
 
 class PublishThread:
     """Publishes runs whose records have changed, one after the other; nothing if offline.
 
     While the store is away everything waits and is tried again, with growing pauses. No call waits
-    for the store, but for `ready`, `linger` and `close`, each for a bounded time.
+    for the store, but for `ready` and `close`, each for a bounded time.
     """
 
     def __init__(self, settings: Tracking, output_root: Path) -> None:
         uri = settings.resolve(output_root)
         self._settings, self._output_root = settings, output_root
         self._place, self._patience = public_uri(uri), settings.max_wait_seconds
-        self.can_hang = sqlite_path(uri) is None
-        self._linger = LINGER_SECONDS if self.can_hang else None
+        self._can_hang = sqlite_path(uri) is None
         self._due: dict[Path, RunRecords] = {}
-        self._leftovers: list[RunRecords] = []
         self._change = threading.Condition()
         self._store: MlflowStore | None = None
-        self._trouble: Exception | None = None
-        self._is_loaded = self._is_busy = self._closing = self._hurried = self._stopped = False
+        self._trouble: BaseException | None = None  # what keeps the store from taking anything now
+        self._is_loaded = self._closing = self._stopped = False
         self._ended = settings.offline
         self._progress = time.monotonic()
         # A daemon: an interpreter that exits without close() must not hang on a dead server.
@@ -66,17 +60,14 @@ class PublishThread:
             self._thread.start()
 
     def publish(self, records: RunRecords) -> None:
-        """Publish a run whose records this process holds, soon; again after each change."""
+        """Publish a run soon; again after each change.
+
+        A run whose records this process doesn't hold comes after those that it does, and is held no
+        longer than sending it takes, if no other process has it.
+        """
         with self._change:
             if not self._ended:
                 self._due[records.output_dir] = records
-                self._change.notify_all()
-
-    def publish_leftovers(self, found: Sequence[RunRecords]) -> None:
-        """Publish what others have left, once there is time; each is held no longer than that."""
-        with self._change:
-            if not self._ended:
-                self._leftovers += found
                 self._change.notify_all()
 
     def ready(self) -> None:
@@ -86,48 +77,34 @@ class PublishThread:
             self._change.wait_for(lambda: self._is_loaded or self._ended)
             self._change.wait_for(
                 lambda: bool(self._store or self._trouble or self._ended),
-                timeout=self._patience if self.can_hang else None,
+                timeout=self._patience if self._can_hang else None,
             )
             if self._store or self._settings.offline:
                 return
             trouble = self._trouble
         if isinstance(trouble, TrackingError):
             raise trouble
-        reason = short_reason(trouble) if trouble else f"no answer in {self._patience:g} s"
-        raise TrackingError(
-            f"tracking.uri={self._place} can't be opened: {reason}; start the server, or give "
-            "tracking.offline=true to send everything later"
-        ) from trouble
+        late = TimeoutError(f"no answer in {self._patience:g} s")
+        raise unreachable(self._place, trouble or late) from trouble
 
-    def linger(self) -> None:
-        """Wait until everything is sent, while the store does well; within a second in all if it
-        can hang."""
-        if self._linger is not None and self._linger <= 0:
-            return
-        begun = time.monotonic()
-        with self._change:
-            self._change.wait_for(
-                lambda: not self._has_work() or bool(self._trouble) or self._ended, self._linger
-            )
-        if self._linger is not None:
-            self._linger -= time.monotonic() - begun
-
-    def close(self, at_most: float | None = None) -> None:
+    def close(self, at_most: float = math.inf) -> None:
         """Send what still waits and end the thread.
 
-        It gives up once the store was away for its patience, or after `at_most` seconds.
+        It gives up once the store was away for its patience; after `at_most` seconds in all if it
+        can hang.
         """
         begun = time.monotonic()
         with self._change:
             self._closing = True
+            self._stopped |= self._store is None and not self._due  # nothing to open it for
             self._change.notify_all()
             while not self._ended:
-                left = self._seconds_left(max(begun, self._progress))
-                if at_most is not None:
-                    left = min(left, begun + at_most - time.monotonic())
-                if left <= 0:
+                patience = self._patience if self._trouble else SILENCE * self._patience
+                until = max(begun, self._progress) + patience
+                if self._can_hang:
+                    until = min(until, begun + at_most)
+                if not self._change.wait(timeout=until - time.monotonic()):
                     break
-                self._change.wait(timeout=left)
         self.abandon()
 
     def abandon(self) -> None:
@@ -136,33 +113,12 @@ class PublishThread:
             self._stopped = True
             self._change.notify_all()
 
-    @property
-    def trouble(self) -> Exception | None:
-        """What keeps the store from taking anything now."""
-        return self._trouble
-
-    def _seconds_left(self, since: float) -> float:
-        """Until the end gives up."""
-        patience = self._patience if self._trouble else SILENCE * self._patience
-        return since + patience - time.monotonic()
-
-    def _has_work(self) -> bool:
-        return bool(self._due or self._leftovers or self._is_busy)
-
     def _work(self) -> None:
-        pause = FIRST_PAUSE
         try:
             self._load()
-            while not self._is_done():
-                trouble = self._open() if self._store is None else self._publish_next(self._store)
-                if trouble is None:
-                    pause = FIRST_PAUSE
-                    continue
-                self._note_trouble(trouble)
-                self._rest(pause)
-                pause = min(2 * pause, LONGEST_PAUSE)
-        except _AbandonedError:
-            pass
+            self._retry(self._open)
+            while (records := self._next_due()) is not None:
+                self._retry(partial(self._publish, records))
         except Exception as error:  # the folders' disk fails, say; what waits is safe there
             log.exception("what is logged is no longer sent to MLflow")
             self._note_trouble(error)
@@ -180,59 +136,53 @@ class PublishThread:
             self._is_loaded = True
             self._change.notify_all()
 
-    def _is_done(self) -> bool:
-        with self._change:
-            return self._stopped or (self._closing and not self._has_work())
+    def _retry(self, action: Callable[[], None]) -> None:
+        """Do it, again and again while the store is away, until nothing more is to be sent."""
+        pause = FIRST_PAUSE
+        while not self._stopped:
+            try:
+                action()
+                return
+            except OutageError as outage:
+                self._note_trouble(outage.__cause__ or outage)
+            except DiskFullError as error:
+                self._note_trouble(error)
+            self._rest(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
 
-    def _open(self) -> Exception | None:
+    def _open(self) -> None:
         try:
             store = open_store(self._settings, self._output_root)
         except Exception as error:  # MLflow raises what its plug-ins and drivers raise
-            return error
+            raise OutageError from error
         with self._change:
             self._store = store
             self._note_progress()
-        return None
 
-    def _publish_next(self, store: MlflowStore) -> Exception | None:
-        """Publish the next run; what keeps the store from it, if anything."""
+    def _next_due(self) -> RunRecords | None:
+        """The next run to publish, those of this process first; None at the end."""
         with self._change:
-            self._change.wait_for(lambda: self._has_work() or self._closing or self._stopped)
-            if self._stopped or not self._has_work():
+            self._change.wait_for(lambda: bool(self._due) or self._closing or self._stopped)
+            if self._stopped or not self._due:
                 return None
-            is_own = bool(self._due)  # those of this process first
-            records = self._due.pop(next(iter(self._due))) if is_own else self._leftovers.pop()
-            self._is_busy = True
-        try:
-            if is_own:
-                self._publish(records, store)
-            else:
-                with suppress(InUseError), records.held(seconds=0):
-                    self._publish(records, store)
-        except (OutageError, DiskFullError) as error:
-            with self._change:
-                if is_own:
-                    self._due = {records.output_dir: records, **self._due}
-                else:
-                    self._leftovers.append(records)
-            return error if isinstance(error, DiskFullError) else _cause(error)
-        finally:
-            with self._change:
-                self._is_busy = False
-                self._change.notify_all()
-        with self._change:
-            self._note_progress()
-        return None
+            first = min(self._due.values(), key=lambda records: not records.is_held)
+            return self._due.pop(first.output_dir)
 
-    def _publish(self, records: RunRecords, store: MlflowStore) -> None:
-        def commit(ledger: Ledger) -> None:
+    def _publish(self, records: RunRecords) -> None:
+        if records.is_held:
+            self._send(records)
+            return
+        with suppress(InUseError), records.held(seconds=0):
+            self._send(records)
+
+    def _send(self, records: RunRecords) -> None:
+        assert self._store is not None
+        for ledger in publish(records, self._store):
             with self._change:
-                if self._stopped:
-                    raise _AbandonedError
+                if self._stopped:  # the folder may be another process's by now
+                    return
                 write_ledger(records.output_dir, ledger)
                 self._note_progress()
-
-        publish(records, store, commit)
 
     def _note_progress(self) -> None:
         if self._trouble is not None:
@@ -240,7 +190,7 @@ class PublishThread:
         self._trouble, self._progress = None, time.monotonic()
         self._change.notify_all()
 
-    def _note_trouble(self, trouble: Exception) -> None:
+    def _note_trouble(self, trouble: BaseException) -> None:
         with self._change:
             is_new = self._trouble is None
             self._trouble = trouble
@@ -254,15 +204,10 @@ class PublishThread:
             )
 
     def _rest(self, seconds: float) -> None:
+        """Between two tries; the end, when it comes, wants one at once."""
         with self._change:
-            if self._closing and self._hurried:
-                seconds = min(seconds, CLOSING_PAUSE)
+            was_closing = self._closing
             self._change.wait_for(
-                lambda: self._stopped or (self._closing and not self._hurried), timeout=seconds
+                lambda: self._stopped or self._closing != was_closing,
+                timeout=min(seconds, CLOSING_PAUSE) if was_closing else seconds,
             )
-            self._hurried = self._closing
-
-
-def _cause(outage: OutageError) -> Exception:
-    assert isinstance(outage.__cause__, Exception)
-    return outage.__cause__

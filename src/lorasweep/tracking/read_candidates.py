@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorasweep.core.atomic_write import write_atomically
+from lorasweep.tracking.records import hash_of
 from lorasweep.tracking.store import (
     CHECKPOINT_TAG,
     EPOCH_TAG,
+    HASH_TAG,
     PATH_TAG,
     RUN_TAG,
     SWEEP_TAG,
@@ -20,9 +23,10 @@ from lorasweep.tracking.store import (
     TrackingError,
     client_of,
     open_experiment,
-    pages,
     quieten_mlflow,
-    quoted,
+    search_models,
+    search_runs,
+    tagged,
 )
 
 if TYPE_CHECKING:
@@ -47,16 +51,14 @@ class Candidate:
     experiment_id: str
     created: int
     """Milliseconds since 1970."""
+    hash: str | None = None
+    """sha256 of its data (kohya's sshs_model_hash), if that was logged."""
 
 
 def sweeps(uri: str, experiment: str) -> list[str]:
     """Names of the sweeps, newest first. A run outside any sweep is one under its own name."""
     client, experiment_id = open_experiment(uri, experiment)
-    runs = pages(
-        lambda token: client.search_runs(
-            [experiment_id], order_by=["attributes.start_time DESC"], page_token=token
-        )
-    )
+    runs = search_runs(client, experiment_id)
     tags = (run.data.tags.get(SWEEP_TAG) for run in runs)
     return list(dict.fromkeys(tag for tag in tags if tag))  # each once, in order
 
@@ -66,11 +68,14 @@ def candidates(
 ) -> list[Candidate]:
     """All scored checkpoints of the experiment, or of one sweep or run, in the order written."""
     client, experiment_id = open_experiment(uri, experiment)
-    wanted = [(SWEEP_TAG, sweep), (RUN_TAG, run)]
-    query = " AND ".join(f"tags.`{tag}` = {quoted(name)}" for tag, name in wanted if name)
+    return search_candidates(client, experiment_id, tagged({SWEEP_TAG: sweep, RUN_TAG: run}))
+
+
+def search_candidates(client: MlflowClient, experiment_id: str, where: str) -> list[Candidate]:
+    """The scored checkpoints that fit MLflow's filter, in the order written."""
     found = [
-        candidate_of(model)
-        for model in search_models(client, experiment_id, query)
+        _candidate(model)
+        for model in search_models(client, experiment_id, where)
         if CHECKPOINT_TAG in model.tags and str(model.status) == "READY"
     ]
     return sorted(found, key=lambda one: one.created)
@@ -83,29 +88,35 @@ def config_of(uri: str, candidate: Candidate) -> str:
 
 
 def fetch_file(uri: str, candidate: Candidate, target: Path) -> None:
-    """Copy the candidate's file to `target`: from where it was written, else from MLflow."""
-    if candidate.path.is_file():
-        write_atomically(target, candidate.path.read_bytes())
+    """Copy the candidate's file to `target`. Raises TrackingError where it is gone."""
+    with checkpoint_file(uri, candidate) as path:
+        if path is None:
+            raise TrackingError(
+                f"{candidate.path} is gone and MLflow has no copy; set tracking.upload=all to keep"
+                " them"
+            )
+        write_atomically(target, path.read_bytes())
+
+
+@contextmanager
+def checkpoint_file(uri: str, candidate: Candidate) -> Iterator[Path | None]:
+    """A candidate's file where it was written, else MLflow's copy, else None.
+
+    What lies there now with another hash is another attempt's.
+    """
+    path = candidate.path
+    if path.is_file() and (candidate.hash is None or hash_of(path) == candidate.hash):
+        yield path
         return
-    client, name = client_of(uri), candidate.path.name
-    stored = [file.path for file in client.list_logged_model_artifacts(candidate.model_id)]
-    if name not in stored:
-        raise TrackingError(
-            f"{candidate.path} is gone and MLflow has no copy; set tracking.upload=all to keep them"
-        )
+    client = client_of(uri)
+    stored = {file.path for file in client.list_logged_model_artifacts(candidate.model_id)}
+    fitting = {path.name, f"{candidate.name}.safetensors"} & stored  # a picked one has this name
+    if not fitting:
+        yield None
+        return
+    location = client.get_logged_model(candidate.model_id).artifact_location
     with tempfile.TemporaryDirectory() as folder:
-        location = client.get_logged_model(candidate.model_id).artifact_location
-        found = download(uri, f"{location}/{name}", folder)
-        write_atomically(target, found.read_bytes())
-
-
-def search_models(client: MlflowClient, experiment_id: str, query: str) -> Iterator[LoggedModel]:
-    """The models (checkpoints) of an experiment that fit a query; all of them if it is empty."""
-    return pages(
-        lambda token: client.search_logged_models(
-            [experiment_id], filter_string=query or None, page_token=token
-        )
-    )
+        yield download(uri, f"{location}/{min(fitting)}", folder)
 
 
 def download(uri: str, artifact_uri: str, folder: str) -> Path:
@@ -116,7 +127,7 @@ def download(uri: str, artifact_uri: str, folder: str) -> Path:
     return Path(download_artifacts(artifact_uri, dst_path=folder, tracking_uri=uri))
 
 
-def candidate_of(model: LoggedModel) -> Candidate:
+def _candidate(model: LoggedModel) -> Candidate:
     """The checkpoint that a model of MLflow's is."""
     return Candidate(
         name=model.tags[CHECKPOINT_TAG],
@@ -130,4 +141,5 @@ def candidate_of(model: LoggedModel) -> Candidate:
         model_id=model.model_id,
         experiment_id=model.experiment_id,
         created=model.creation_timestamp,
+        hash=model.tags.get(HASH_TAG),
     )

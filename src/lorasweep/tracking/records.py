@@ -186,6 +186,11 @@ class RunRecords:
         """Let other processes have them."""
         self._lock.release()
 
+    @property
+    def is_held(self) -> bool:
+        """Does this process have them?"""
+        return self._lock.is_locked
+
     @contextmanager
     def held(self, seconds: float | None = None) -> Iterator[RunRecords]:
         """The records, taken and released."""

@@ -7,7 +7,7 @@ import os
 import re
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from lorasweep.core.settings import Settings
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
     from mlflow.entities import Run as MlflowRun
 
 
@@ -94,8 +95,7 @@ class Tracking(Settings):
 
     def artifacts(self, output_root: Path) -> Path | None:
         """Where pictures and files go; a server (None) decides that itself."""
-        on_server = urlsplit(self.uri or "").scheme in ("http", "https")
-        return None if on_server else output_root.resolve() / "mlartifacts"
+        return None if is_server(self.uri or "") else output_root.resolve() / "mlartifacts"
 
 
 @dataclass
@@ -111,10 +111,6 @@ class MlflowStore:
     """MLflow's ids of the runs that were found or begun, by our uids."""
     failures: Counter[str] = field(default_factory=Counter)
     """How often an item could not be sent while the store answered otherwise."""
-
-    def search(self, where: str) -> list[MlflowRun]:
-        """The runs that MLflow has."""
-        return list(self.client.search_runs([self.experiment_id], where))
 
 
 def open_store(settings: Tracking, output_root: Path) -> MlflowStore:
@@ -189,7 +185,7 @@ def client_of(uri: str) -> MlflowClient:
     try:
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
     except (MlflowException, SQLAlchemyError) as error:
-        raise _unreachable(uri, error) from error
+        raise unreachable(uri, error) from error
 
 
 def explain(error: Exception) -> str | None:
@@ -226,10 +222,10 @@ def short_reason(error: BaseException) -> str:
     return public_uri(text.partition("\n")[0])[:300] or type(error).__name__
 
 
-def same_run(sweep: str, name: str) -> str:
-    """MLflow's filter for what belongs to the run `name` of a sweep."""
+def tagged(tags: Mapping[str, str | None]) -> str:
+    """MLflow's filter for what has these tags; None leaves one out."""
     return " AND ".join(
-        f"tags.`{tag}` = {quoted(value)}" for tag, value in ((SWEEP_TAG, sweep), (RUN_TAG, name))
+        f"tags.`{tag}` = {quoted(value)}" for tag, value in tags.items() if value is not None
     )
 
 
@@ -243,13 +239,31 @@ def safe_key(key: str) -> str:
     return re.sub(r"[^\w\-. /]", "_", key).strip("/")[:MAX_KEY]
 
 
-def pages(search: Callable[[str | None], Any]) -> Iterator[Any]:
-    """All that a search of MLflow's finds, which it gives page by page."""
+def search_runs(client: MlflowClient, experiment_id: str, where: str = "") -> list[MlflowRun]:
+    """The runs of an experiment that fit MLflow's filter, newest first; all if it is empty."""
+    return _all_pages(
+        lambda token: client.search_runs(
+            [experiment_id], where, order_by=["attributes.start_time DESC"], page_token=token
+        )
+    )
+
+
+def search_models(client: MlflowClient, experiment_id: str, where: str = "") -> list[LoggedModel]:
+    """The models (checkpoints) of an experiment that fit MLflow's filter; all if it is empty."""
+    return _all_pages(
+        lambda token: client.search_logged_models(
+            [experiment_id], filter_string=where or None, page_token=token
+        )
+    )
+
+
+def _all_pages(search: Callable[[str | None], Any]) -> list[Any]:
     page = search(None)
-    yield from page
+    found = list(page)
     while page.token:
         page = search(page.token)
-        yield from page
+        found += page
+    return found
 
 
 def quieten_mlflow() -> None:
@@ -294,10 +308,11 @@ def _ensure_experiment(uri: str, name: str, artifacts: Path | None) -> str:
     except MlflowException as error:
         if error.error_code == "RESOURCE_ALREADY_EXISTS":  # made by another process just now
             return str(client.get_experiment_by_name(name).experiment_id)
-        raise _unreachable(uri, error) from error
+        raise unreachable(uri, error) from error
 
 
-def _unreachable(uri: str, error: Exception) -> TrackingError:
+def unreachable(uri: str, error: BaseException) -> TrackingError:
+    """What is said of a store that can't be opened, in one line."""
     advice = "start the server" if is_server(uri) else "give another"
     return TrackingError(
         f"tracking.uri={public_uri(uri)} can't be opened: {short_reason(error)}; {advice}, or"

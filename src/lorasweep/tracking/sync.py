@@ -1,20 +1,15 @@
-"""Publishing what is left in folders: `lorasweep sync`, and the runs beside one that starts."""
+"""`lorasweep sync`: publishing what is left in folders, once their processes are gone."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lorasweep.tracking import older_folders
-from lorasweep.tracking.ledger import (
-    Ledger,
-    missing,
-    read_ledger,
-    unsent_items,
-    write_ledger,
-)
+from lorasweep.tracking.ledger import missing, read_ledger, unsent_items, write_ledger
 from lorasweep.tracking.publish_thread import PublishThread
 from lorasweep.tracking.records import FOLDER, InUseError, RunRecord, RunRecords
 from lorasweep.tracking.store import Tracking, TrackingError
@@ -60,68 +55,29 @@ def sync(
     A run goes to the store that it was begun for, unless `uri_is_given`. Raises TrackingError for
     a store that can't be opened and for a name that nothing has.
     """
-    chosen = [RunRecords(folder) for folder in _chosen(output_root, only)]
-    for records in chosen:
-        _convert_old(records)
     results = []
+    chosen = _chosen(output_root, only)
     for place, group in _by_store(chosen, settings, uri_is_given).items():
         results += _publish_all(place, output_root, group)
     return results
-
-
-def was_reached(output_dir: Path, sweep: str | None, settings: Tracking) -> bool:
-    """Did the store take anything of the folder's run, or of others of its sweep, before?"""
-    place = (settings.public_uri, settings.experiment)
-    for records in [RunRecords(output_dir), *_beside(output_dir)]:
-        run = records.run()
-        if run is None or (records.output_dir != output_dir and run.new.sweep != sweep):
-            continue
-        ledger = read_ledger(records.output_dir, run)
-        if ledger.sent and (ledger.uri, ledger.experiment) == place:
-            return True
-    return False
-
-
-def left_by_ended(run: RunRecord, output_dir: Path) -> list[RunRecords]:
-    """Runs of the same sweep and store that have ended, and that MLflow doesn't have whole."""
-    return [
-        records
-        for records in _beside(output_dir)
-        if (other := records.run()) is not None
-        and other.end is not None
-        and (other.new.sweep, other.uri, other.experiment)
-        == (run.new.sweep, run.uri, run.experiment)
-        and unsent_items(records)[0]
-    ]
-
-
-def _beside(output_dir: Path) -> list[RunRecords]:
-    """The other runs in the folder where this one's lies, as those of a sweep do."""
-    folders = sorted(path.parent for path in output_dir.parent.glob(f"*/{FOLDER}"))
-    return [RunRecords(folder) for folder in folders if folder != output_dir]
 
 
 def _publish_all(
     settings: Tracking, output_root: Path, chosen: Sequence[RunRecords]
 ) -> list[Synced]:
     thread = PublishThread(replace(settings, offline=False), output_root)
-    held: dict[Path, int] = {}
+    waiting: dict[Path, int] = {}
     try:
         thread.ready()
         for records in chosen:
-            try:
-                records.acquire(seconds=0)
-            except InUseError:
-                continue
-            held[records.output_dir] = _retry_refused(records, settings)
-            thread.publish(records)
+            with suppress(InUseError):
+                with records.held(seconds=0):
+                    waiting[records.output_dir] = _retry_refused(records, settings)
+                thread.publish(records)
         thread.close()
-        return [_result(records, held.get(records.output_dir)) for records in chosen]
     finally:
         thread.abandon()
-        for records in chosen:
-            if records.output_dir in held:
-                records.release()
+    return [_result(records, waiting.get(records.output_dir)) for records in chosen]
 
 
 def _retry_refused(records: RunRecords, settings: Tracking) -> int:
@@ -129,10 +85,8 @@ def _retry_refused(records: RunRecords, settings: Tracking) -> int:
     run = records.run()
     if run is None:
         return 0
-    ledger = read_ledger(records.output_dir, run)
-    place = (settings.public_uri, settings.experiment)
-    sent = ledger.sent if (ledger.uri, ledger.experiment) == place else {}
-    ledger = Ledger(uid=run.uid, uri=place[0], experiment=place[1], sent=sent)
+    known = read_ledger(records.output_dir, run)
+    ledger = replace(known.of_store(settings.public_uri, settings.experiment), refused={})
     write_ledger(records.output_dir, ledger)
     return len(missing(records, run, ledger))
 
@@ -151,32 +105,26 @@ def _result(records: RunRecords, before: int | None) -> Synced:
     )
 
 
-def _chosen(output_root: Path, only: str | None) -> list[Path]:
-    if only is None:
-        return unsent(output_root)
-    if Path(only).is_dir():
-        return unsent(Path(only).resolve())
-    named = [folder for folder in _folders(output_root) if _name(folder) == only]
-    if not named:
-        raise TrackingError(f"{only}: there is no such folder, and no such run in {output_root}")
-    return [folder for folder in named if _has_unsent(RunRecords(folder))]
-
-
-def _name(folder: Path) -> str | None:
-    run = RunRecords(folder).run()
-    return run.new.name if run else older_folders.name_of_run(folder / FOLDER)
+def _chosen(output_root: Path, only: str | None) -> list[RunRecords]:
+    """What is to be sent, once what an older version left is read."""
+    root = Path(only).resolve() if only is not None and Path(only).is_dir() else None
+    found = [RunRecords(folder) for folder in _folders(root or output_root)]
+    for records in found:
+        _convert_old(records)
+    if only is not None and root is None:
+        found = [one for one in found if (run := one.run()) is not None and run.new.name == only]
+        if not found:
+            raise TrackingError(
+                f"{only}: there is no such folder, and no such run in {output_root}"
+            )
+    return sorted((one for one in found if _has_unsent(one)), key=lambda one: one.output_dir)
 
 
 def _convert_old(records: RunRecords) -> None:
     """Read what an older version left; a folder in use is another's to read."""
-    if not older_folders.is_in(records.folder):
-        return
-    try:
-        records.acquire(seconds=0)
-    except InUseError:
-        return
-    older_folders.convert(records)
-    records.release()
+    if older_folders.has_unsent(records.folder):
+        with suppress(InUseError), records.held(seconds=0):
+            older_folders.convert(records)
 
 
 def _by_store(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,19 +28,19 @@ from lorasweep.tracking.records import (
     now,
 )
 from lorasweep.tracking.store import Tracking, TrackingError, public_uri
-from lorasweep.tracking.sync import left_by_ended, was_reached
 
 log = logging.getLogger(__name__)
 
+BROKEN_SECONDS = 2.0  # that a sweep waits for a server which may hang, when a worker has died
 FLUSH_VALUES = 600  # step metrics held back at most, so that a long epoch shows while it runs
 
 
 class Tracker:
     """Writes the runs of this process into their folders, and publishes them behind the training.
 
-    No call waits for a server for long. What MLflow can't take now waits in each run's folder and
-    is published when it answers again, on leaving the `with` block, or by `lorasweep sync`. Leaving
-    it by an exception marks the runs that are still open as failed.
+    Only `ready` and `close` wait for a server, and not for long. What MLflow can't take now waits
+    in each run's folder and is published when it answers again, on leaving the `with` block, or by
+    `lorasweep sync`. Leaving it by an exception marks the runs that are still open as failed.
     """
 
     def __init__(self, settings: Tracking, output_root: Path) -> None:
@@ -58,7 +58,11 @@ class Tracker:
         try:
             self._thread.ready()
         except TrackingError as error:
-            if not was_reached(output_dir.resolve(), sweep, self._settings):
+            place = (self._settings.public_uri, self._settings.experiment)
+            if not any(
+                read_ledger(records.output_dir, run).of_store(*place).sent
+                for records, run in _runs_of_sweep(output_dir.resolve(), sweep)
+            ):
                 self._thread.abandon()
                 raise
             log.warning("%s; work goes on, and what is logged waits on the disk", error)
@@ -93,9 +97,17 @@ class Tracker:
         run_log = RunLog(self._thread, records, run)
         self._thread.publish(records)
         self._runs.append(run_log)
-        if len(self._runs) == 1:  # of runs of the sweep whose process was killed, say
-            self._thread.publish_leftovers(left_by_ended(run, records.output_dir))
+        if len(self._runs) == 1:
+            self._publish_leftovers(run, records.output_dir)
         return run_log
+
+    def _publish_leftovers(self, run: RunRecord, output_dir: Path) -> None:
+        """Publish what other runs of the sweep have left that have ended, but were killed, say."""
+        for records, other in _runs_of_sweep(output_dir, run.new.sweep):
+            same_store = (other.uri, other.experiment) == (run.uri, run.experiment)
+            is_left = other.end is not None and bool(unsent_items(records)[0])
+            if records.output_dir != output_dir and same_store and is_left:
+                self._thread.publish(records)
 
     def close(self) -> None:
         """Publish what still waits, as long as the store takes it, and end the thread."""
@@ -111,13 +123,11 @@ class Tracker:
         return self
 
     def __exit__(self, _type: object, error: BaseException | None, _trace: object) -> None:
-        if error is None:
-            self.close()
-            return
         try:
-            self._finish_all(error)
-        except TrackingError as also:
-            error.add_note(str(also))  # the first error is the one to show
+            if error is not None:
+                self._finish_all(error)
+        finally:
+            self.close()
 
     def _finish_all(self, error: BaseException) -> None:
         stopped = isinstance(error, (KeyboardInterrupt, GeneratorExit))
@@ -125,8 +135,8 @@ class Tracker:
         try:
             for run in self._runs:
                 run.finish("KILLED" if stopped else "FAILED", reason)
-        finally:
-            self.close()
+        except TrackingError as also:
+            error.add_note(str(also))  # the first error is the one to show
 
     def _held_records(self, output_dir: Path) -> RunRecords:
         """The folder's records; a run of this process may have used them before."""
@@ -151,6 +161,15 @@ class Tracker:
             f"MLflow at {uri} did not take everything: {sum(counts)} writes of {runs}"
             f" run{'s' if runs != 1 else ''} wait on the disk; send them by `lorasweep sync`"
         )
+
+
+def _runs_of_sweep(output_dir: Path, sweep: str | None) -> Iterator[tuple[RunRecords, RunRecord]]:
+    """The run of an output folder, and those of its sweep in the folders beside it."""
+    for path in sorted(output_dir.parent.glob(f"*/{FOLDER}")):
+        records = RunRecords(path.parent)
+        run = records.run()
+        if run is not None and (records.output_dir == output_dir or run.new.sweep == sweep):
+            yield records, run
 
 
 class RunLog:
@@ -228,7 +247,7 @@ class RunLog:
         self._write_run(replace(self._run, tags={**self._run.tags, key: value}))
 
     def finish(self, status: RunStatus, reason: str | None = None) -> None:
-        """End the run; a second call does nothing. Waits for MLflow only while it does well."""
+        """End the run; a second call does nothing."""
         self._end(RunEnd(time=now(), status=status, reason=reason))
 
     def suspend(self, reason: str) -> None:
@@ -241,7 +260,6 @@ class RunLog:
         self.is_finished = True
         self._flush()
         self._write_run(replace(self._run, end=end))
-        self._thread.linger()
 
     def _write_run(self, run: RunRecord) -> None:
         if run != self._run:
@@ -285,9 +303,7 @@ class RunLog:
         return full.relative_to(self.output_dir) if inside else full
 
 
-def mark_broken(
-    settings: Tracking, output_root: Path, output_dir: Path, reason: str, at_most: float = 2.0
-) -> None:
+def mark_broken(settings: Tracking, output_root: Path, output_dir: Path, reason: str) -> None:
     """Close a run whose process died without saying so: failed, with the reason.
 
     Publishes what the process left, too; a store that doesn't answer gets it later.
@@ -305,4 +321,4 @@ def mark_broken(
             records.write_run(replace(run, end=end))
         thread = PublishThread(settings, output_root)
         thread.publish(records)
-        thread.close(at_most if thread.can_hang else None)
+        thread.close(at_most=BROKEN_SECONDS)
