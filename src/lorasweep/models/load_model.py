@@ -42,7 +42,6 @@ class Model(ModelSettings):
                 read = _from_file if self.is_single_file else _from_folder
                 components = read(self, dtype)
             base = frozen(self, components, device, precision)
-            base.noise_schedule.scheduler  # noqa: B018  # its config is read here, and may be wrong
         except (ModelError, SettingsError):
             raise
         except load_errors() as error:
@@ -158,13 +157,15 @@ def frozen(
     schedule = dict(components["scheduler"])
     if settings.prediction_type is not None:
         schedule["prediction_type"] = settings.prediction_type
+    noise_schedule = NoiseSchedule(schedule)
+    noise_schedule.scheduler  # noqa: B018  # its config is read here, and may be wrong
     return BaseModel(
         settings=settings,
         tokenizer=components["tokenizer"],
         text_encoder=components["text_encoder"],
         unet=components["unet"],
         vae=components["vae"],
-        noise_schedule=NoiseSchedule(schedule),
+        noise_schedule=noise_schedule,
         device=device,
         precision=precision,
     )
