@@ -23,6 +23,7 @@ recorded/ holds what other programs have written.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -89,6 +90,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def options(group: str) -> list[str]:
     """Names of all options of a config group."""
     return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def no_log_file_of_an_earlier_test() -> None:
+    """Hydra gives the root logger a file for each command line that runs in this process."""
+    root = logging.getLogger()
+    root.handlers[:] = [one for one in root.handlers if type(one) is not logging.FileHandler]
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,7 @@ from lorasweep import tracking
 from lorasweep.cli import main
 from lorasweep.tracking import Tracker, TrackingError, outage, publish_thread, records
 from lorasweep.tracking.ledger import unsent_items
-from lorasweep.tracking.sync import unsent
+from lorasweep.tracking.sync import publish_left, unsent
 from lorasweep.tracking.tracker import mark_broken
 
 CALLS = """search_runs create_run log_batch log_inputs log_artifacts log_artifact set_tag delete_tag
@@ -196,6 +196,19 @@ def test_offline_runs_are_sent_by_sync_as_if_they_had_been_online(
     assert "a: 8 writes sent" in said
     assert "MLflow has everything" in said
     assert snapshot(SETTINGS.resolve(root)) == unbroken
+
+
+def test_what_a_run_that_ended_left_is_sent_when_its_command_is_given_again(
+    root: Path, unbroken: list[dict[str, Any]]
+) -> None:
+    with Tracker(replace(SETTINGS, offline=True), root) as tracker:  # as if killed before sending
+        log = tracker.open_run(new_run(root))
+        log_epochs(log, root / "a")
+        finish(log)
+    publish_left(SETTINGS, root, [root / "a", root / "b"])
+    assert snapshot(SETTINGS.resolve(root)) == unbroken
+    assert unsent(root) == []
+    publish_left(SETTINGS, root, [root / "a"])  # there is nothing left, and nothing is asked
 
 
 def main_code(argv: list[str]) -> int:

@@ -98,9 +98,11 @@ def _train_job(cfg: Any, hydra_cfg: Any) -> None:
     from lorasweep.config.build_run import build_run, job_identity
     from lorasweep.data import dataset
     from lorasweep.runs import run_folder
+    from lorasweep.tracking.sync import publish_left
 
     run = build_run(cfg, **job_identity(hydra_cfg))
     if status := run_folder.ended(run):
+        publish_left(run.tracking, run.output_root, [run.output_dir])
         if status == "failed" and run.number is not None:  # a job: whoever gave it counts on it
             from lorasweep.core.failures import RunError
 

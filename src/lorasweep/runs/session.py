@@ -294,6 +294,7 @@ class Session:
     def _ended_before(self, run: Run, folder: RunFolder) -> list[Report]:
         """Reports of a run that came to its end or was dropped, for a driver not told yet."""
         folder.release()
+        self._tracker.publish_left(run.output_dir)
         dropped = folder.found == "dropped"
         how = "dropped" if dropped else "trained"
         log.info("%s was %s before, in %s", run.name, how, run.output_dir)

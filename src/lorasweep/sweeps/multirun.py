@@ -26,6 +26,7 @@ from lorasweep.sweeps.read_yaml_once import read_yaml_once
 from lorasweep.sweeps.slurm_ray_joblib import Engine, train_by_jobs
 from lorasweep.sweeps.trial_job import JobsStudy
 from lorasweep.sweeps.worker_pool import WorkerPool
+from lorasweep.tracking.sync import publish_left
 
 if TYPE_CHECKING:
     from hydra.core.utils import JobReturn
@@ -110,6 +111,12 @@ def _launch(
     todo = [job for job in jobs if ended[job.run.name] is None]
     if done := [name for name, status in ended.items() if status is not None]:
         log.info("%s have ended before and stay as they are", ", ".join(done))
+        first = jobs[0].run
+        publish_left(
+            first.tracking,
+            first.output_root,
+            [job.run.output_dir for job in jobs if job.run.name in done],
+        )
     # a study can be stopped, and tries again, itself
     stoppable = nullcontext() if study else run_folder.stoppable(folder)
     with run_folder.taken(folder), stoppable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -13,6 +14,8 @@ from lorasweep.tracking.ledger import missing, read_ledger, unsent_items, write_
 from lorasweep.tracking.publish_thread import PublishThread
 from lorasweep.tracking.records import FOLDER, InUseError, RunRecord, RunRecords
 from lorasweep.tracking.store import Tracking, TrackingError
+
+log = logging.getLogger(__name__)
 
 _NO_RUNS = frozenset({"mlartifacts", "datasets", "picked", "samples", "export"})
 
@@ -60,6 +63,17 @@ def sync(
     for place, group in _by_store(chosen, settings, uri_is_given).items():
         results += _publish_all(place, output_root, group)
     return results
+
+
+def publish_left(settings: Tracking, output_root: Path, folders: Sequence[Path]) -> None:
+    """Publish what runs that ended before have left, because their process was killed, say."""
+    left = [records for records in map(RunRecords, folders) if _has_unsent(records)]
+    if not left or settings.offline:
+        return
+    try:
+        _publish_all(settings, output_root, left)
+    except TrackingError as error:
+        log.warning("%s; `lorasweep sync` sends later what MLflow lacks", error)
 
 
 def _publish_all(

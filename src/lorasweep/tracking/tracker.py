@@ -101,6 +101,12 @@ class Tracker:
             self._publish_leftovers(run, records.output_dir)
         return run_log
 
+    def publish_left(self, output_dir: Path) -> None:
+        """Publish what a run that ended before has left: its process was killed, say."""
+        records = RunRecords(output_dir.resolve())
+        if unsent_items(records)[0]:
+            self._thread.publish(records)
+
     def _publish_leftovers(self, run: RunRecord, output_dir: Path) -> None:
         """Publish what other runs of the sweep have left that have ended, but were killed, say."""
         for records, other in _runs_of_sweep(output_dir, run.new.sweep):
