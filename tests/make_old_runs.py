@@ -220,7 +220,7 @@ def without_places(content: bytes, name: str) -> bytes:
         if bytes(place) in content:
             assert b"\0" not in content, f"{name} is no text, and holds {place}"
             content = content.replace(bytes(place), old_runs.PLACES[key])
-    others = [b"lorasweep-old/", b"lorasweep-code", b"/tmp/", b"/home/", b"/root", b"/work/"]
+    others = [b"lorasweep-old/", b"lorasweep-code", b"/tmp/", b"/home/", b"/root"]
     others += [sys.prefix.encode(), str(Path(tempfile.gettempdir())).encode()]
     if re.fullmatch(r"\w{6,}", socket.gethostname()):
         others.append(socket.gethostname().encode())
