@@ -15,7 +15,7 @@ def conf_dir() -> Path:
 
 
 def sweeps_dir() -> Path:
-    """The folder of the sweeps that ship, likewise."""
+    """The folder of the sweeps that ship: inside the installed package, or the checkout's."""
     return _root() / "sweeps"
 
 

@@ -61,7 +61,7 @@ _CAPTIONER_FILES = {
     "WD14": (("model.onnx", "model_optimized.onnx"), ("selected_tags.csv", "tag_mapping.json")),
     "Kosmos2": (("*.safetensors",), ("*.json",)),
 }
-"""Likewise of captioners: a file of each kind."""
+"""Files that a captioner needs: one of each kind."""
 
 
 @dataclass(frozen=True)

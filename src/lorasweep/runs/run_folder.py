@@ -81,7 +81,7 @@ class RunFolder:
             delete_temporaries(folder)
 
     def _found(self) -> Status | None:
-        """What is here of this very run: unfinished, finished or dropped; None: it begins anew."""
+        """This run's state in the folder: unfinished, finished or dropped; None for a new run."""
         ours, found = self._record, read_record(self.path)
         if found is None or found.status == "failed":
             return None
@@ -238,7 +238,7 @@ def status_of(run: Run) -> Status | None:
 
 
 def forget_drop(folder: Path) -> None:
-    """Let a run that a sweep dropped in the folder be trained anew, to its end."""
+    """Let a run that a sweep dropped in the folder be trained again, to its end."""
     record = read_record(folder)
     if record is not None and record.status == "dropped":
         (folder / RECORD).unlink()

@@ -114,7 +114,7 @@ def run_pack(runs: Sequence[Run], interrupts: Interrupts | None = None) -> Itera
     A run that was begun in its folder and broken off goes on there; the reports of the epochs that
     it has behind it come again. Raises ValueError for what the user must mend (images, captions,
     model, resolution), before any training; a run that fails alone is a Failure, the others go on.
-    Runs that a sweep dropped are trained anew, to their ends.
+    Runs that a sweep dropped are trained again from the start, to their ends.
     """
     for run in runs:
         forget_drop(run.output_dir)
@@ -140,7 +140,7 @@ class Session:
         show: Show | None = None,
         interrupts: Interrupts | None = None,
     ) -> None:
-        """Draw, caption and write the images of `first`, whose like will be trained."""
+        """Draw, caption and write the images of `first`; what can share its pack trains here."""
         self.first, self.clock, self.max_pack = first, Clock(), max_pack
         self._interrupts = interrupts or Interrupts()
         self._load, self._show = load or load_base, show

@@ -169,7 +169,7 @@ class Worker:
         self.runs: dict[str, Run] = {}  # that train or will from the next epoch on
         self.process: SpawnProcess | None = None
         self._joining: list[Run] = []  # of the runs those that the process has not been told of
-        self._dropping: set[str] = set()  # likewise those that are to leave
+        self._dropping: set[str] = set()  # names of runs that leave at the end of the epoch
         self._has_options = False
         self._is_waiting = False  # for its next instruction
         self._has_begun = False

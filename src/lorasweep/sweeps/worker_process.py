@@ -188,7 +188,7 @@ class WorkerProcess:
         return EpochEnd(reports=failures, max_runs=fewer, last=one_line(error) is None)
 
     def _session(self, run: Run) -> Session:
-        """The session of runs like this one, kept or new; its base model is kept likewise."""
+        """The session of runs that share a pack with this one, kept or new, with its base model."""
         run = self._here(run)
         for session in self._sessions:
             if session.first.can_share_pack(run):

@@ -47,7 +47,7 @@ _RANDOM_DRAWS = 1000
 
 
 def make_sampler(settings: StudySettings, space: Space, number: int) -> BaseSampler:
-    """The sampler of the trial `number`, with randomness of its own: a resumed sweep goes on alike.
+    """The sampler of the trial `number`, with its own seed: a resumed sweep draws the same.
 
     Raises SettingsError for an option that the sampler doesn't have.
     """
