@@ -68,6 +68,8 @@ class RunFolder:
         except BaseException:
             self._lock.release()
             raise
+        for folder in (self.path, saved_states.folder_of(self.path), self.path / "samples"):
+            delete_temporaries(folder)
         if self.found in ("finished", "dropped"):
             saved_states.delete(self.path)  # a kill may have come between the record and that
             return
@@ -77,8 +79,6 @@ class RunFolder:
             for path in (self.path / OLD_SCORES).glob("*.json"):
                 path.unlink()
             self._write("unfinished")
-        for folder in (self.path, saved_states.folder_of(self.path), self.path / "samples"):
-            delete_temporaries(folder)
 
     def _found(self) -> Status | None:
         """This run's state in the folder: unfinished, finished or dropped; None for a new run."""
