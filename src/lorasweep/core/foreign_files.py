@@ -1,0 +1,113 @@
+"""Reading what somebody else may have written: bounded, of the right shape, inside its folder.
+
+Whatever comes from outside (a run's folder, a tracking store, a config folder, a data set) is
+parsed by these functions. Each raises ForeignFileError, whose message is one line that names the
+file, in place of the many errors of the parsers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from lorasweep.core.text import shown
+
+MAX_BYTES = 64_000_000  # of a JSON text; captions of 100,000 images take a third of it
+MAX_YAML_BYTES = 4_000_000
+MAX_YAML_NODES = 200_000  # after aliases are expanded; a composed config has about 300
+_MAX_DEPTH = 60
+
+
+class ForeignFileError(ValueError):
+    """A file that is too large, not what its name says, or not where it should be."""
+
+
+def parse_json(text: str | bytes, where: str | Path, kind: type = dict) -> Any:
+    """The value of a JSON text, which must be a `kind`: dict or list. `where` names its source."""
+    if len(text) > MAX_BYTES:
+        raise ForeignFileError(f"{where} is {len(text) / 1e6:.0f} MB: too large to be read")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ForeignFileError(f"{where} is not JSON: {_one_line(error)}") from None
+    return _of_kind(value, where, kind)
+
+
+def parse_yaml(text: str | bytes, where: str | Path, kind: type = dict) -> Any:
+    """The value of a YAML text of plain values, which must be a `kind`: dict or list.
+
+    Aliases are counted as often as they are used, so that a few lines can't fill the memory.
+    """
+    check_yaml(text, where)
+    try:
+        value = yaml.load(text, Loader=_LOADER)
+    except (yaml.YAMLError, ValueError) as error:  # a date in month 13, a tag of Python's
+        raise ForeignFileError(f"{where} is not YAML of plain values: {_one_line(error)}") from None
+    return _of_kind(value, where, kind)
+
+
+def check_yaml(text: str | bytes, where: str | Path) -> None:
+    """Raise ForeignFileError if a YAML text is damaged, or large once its aliases are expanded."""
+    if len(text) > MAX_YAML_BYTES:
+        raise ForeignFileError(f"{where} is {len(text) / 1e6:.0f} MB: too large for a YAML file")
+    try:
+        root = yaml.compose(text, Loader=_LOADER)
+        nodes = 0 if root is None else _nodes(root, {}, 0)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ForeignFileError(f"{where} is not YAML of plain values: {_one_line(error)}") from None
+    if nodes > MAX_YAML_NODES:
+        raise ForeignFileError(f"{where} has {nodes:.0e} values once its aliases are expanded")
+
+
+def read_json(path: Path, kind: type = dict) -> Any:
+    """The value of a JSON file; see `parse_json`. Raises also OSError, if there is no such file."""
+    return parse_json(_bounded(path, MAX_BYTES), path, kind)
+
+
+def read_yaml(path: Path, kind: type = dict) -> Any:
+    """The value of a YAML file; see `parse_yaml`. Raises also OSError, if there is no such file."""
+    return parse_yaml(_bounded(path, MAX_YAML_BYTES), path, kind)
+
+
+def inside(folder: Path, path: str | Path) -> Path:
+    """`path`, relative to `folder` or absolute, with all links followed, if it lies in `folder`."""
+    full = Path(os.path.realpath(folder / path))
+    if not full.is_relative_to(os.path.realpath(folder)):
+        raise ForeignFileError(f"{path} lies outside {folder}: it is not read")
+    return full
+
+
+def _bounded(path: Path, limit: int) -> bytes:
+    with path.open("rb") as file:
+        return file.read(limit + 1)
+
+
+def _of_kind(value: Any, where: str | Path, kind: type) -> Any:
+    if not isinstance(value, kind):
+        found = "empty" if value is None else f"a {type(value).__name__}"
+        raise ForeignFileError(f"{where} should hold a {kind.__name__}, but is {found}")
+    return value
+
+
+def _nodes(node: yaml.Node, seen: dict[int, int], depth: int) -> int:
+    if depth > _MAX_DEPTH:
+        raise ValueError(f"values within values, over {_MAX_DEPTH} deep")
+    if id(node) not in seen:
+        children: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            children = [one for pair in node.value for one in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            children = node.value
+        seen[id(node)] = 1 + sum(_nodes(one, seen, depth + 1) for one in children)
+    return seen[id(node)]
+
+
+def _one_line(error: BaseException) -> str:
+    return shown(" ".join(str(error).split()), 200)
+
+
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
