@@ -21,6 +21,7 @@ from PIL import Image
 
 from logged import run_id
 from lorasweep import tracking
+from lorasweep.core.settings import SettingsError
 from lorasweep.lora_files.checkpoint import Checkpoint
 from lorasweep.tracking import (
     NewRun,
@@ -341,7 +342,7 @@ def test_a_port_in_use_is_refused_in_one_line(tmp_path: Path) -> None:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(TrackingError, match=f"port {port} is in use") as error:
+        with pytest.raises(SettingsError, match=f"port {port} is in use") as error:
             ui_server.serve(SETTINGS.resolve(tmp_path), "e", tmp_path, port)
     assert "\n" not in str(error.value)
 

@@ -44,7 +44,7 @@ def parse_yaml(text: str | bytes, where: str | Path, kind: type = dict) -> Any:
     """
     check_yaml(text, where)
     try:
-        value = yaml.load(text, Loader=_LOADER)
+        value = _LOADER(text).get_single_data()
     except (yaml.YAMLError, ValueError) as error:  # a date in month 13, a tag of Python's
         raise ForeignFileError(f"{where} is not YAML of plain values: {_one_line(error)}") from None
     return _of_kind(value, where, kind)
