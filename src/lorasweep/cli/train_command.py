@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from lorasweep.cli.command_line import Commands, OneLineParser, add_command, end_with
@@ -91,6 +92,11 @@ def _job(cfg: Any) -> None:
     except Exception as error:
         if hydra_cfg.mode == RunMode.MULTIRUN:  # Hydra reports it; the other jobs go on
             raise
+        from lorasweep.config.error_messages import one_line
+        from lorasweep.runs.run_folder import delete_if_nothing_began
+
+        if one_line(error) is not None:  # the command is refused
+            delete_if_nothing_began(Path(hydra_cfg.runtime.output_dir), Path(str(cfg.output_root)))
         end_with(error)
 
 

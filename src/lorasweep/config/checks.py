@@ -7,7 +7,9 @@ doctor` run all of them.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorasweep.config.run import COMPONENTS
@@ -43,6 +45,57 @@ def adapted_parts_are_trained(run: Run) -> Iterator[str]:
             f"optimizer.{part}_lr has no effect: adapter.targets={run.adapter.targets} has no"
             " adapters there"
         )
+
+
+def the_model_computes_the_resolution(run: Run) -> None:
+    """Width and height, and every bucket's, as far as the model's configs are on this machine."""
+    from lorasweep.data.buckets import buckets, check_size
+    from lorasweep.models.model_files import read_sizes
+
+    sizes = read_sizes(run.model)
+    if run.dataset.enable_bucket:
+        buckets(run.dataset)  # there is one
+    if sizes is None:
+        return
+    check_size(sizes, run.dataset.size)
+    step, multiple = run.dataset.bucket_reso_steps, sizes.vae_scale_factor
+    if run.dataset.enable_bucket and step % multiple:
+        raise SettingsError(
+            f"dataset.bucket_reso_steps={step}: this model needs multiples of {multiple} pixels"
+        )
+
+
+def the_text_encoder_has_the_layer(run: Run) -> None:
+    """clip_skip counts layers, as far as the model's configs are on this machine."""
+    from lorasweep.models.load_model import check_clip_skip
+    from lorasweep.models.model_files import read_sizes
+
+    sizes = read_sizes(run.model)
+    if sizes is not None:
+        check_clip_skip(run.model, sizes.num_text_layers)
+
+
+def places_can_be_written(run: Run) -> None:
+    """Where files go is a folder, or can become one."""
+    from lorasweep.tracking.store import sqlite_path
+
+    check_place("output_root", run.output_root)
+    check_place("cache_dir", run.cache_dir)
+    database = sqlite_path(run.tracking.resolve(run.output_root))
+    if database is not None:
+        check_place("tracking.uri", database.parent)
+
+
+def check_place(key: str, folder: Path) -> None:
+    """Raise SettingsError unless the folder of a setting can be written or made."""
+    there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    if not there.is_dir():
+        problem = f"{there} is no folder"
+    elif not os.access(there, os.W_OK | os.X_OK):
+        problem = f"{there} can't be written"
+    else:
+        return
+    raise SettingsError(f"{key}={folder}: {problem}; give a folder that you can write to")
 
 
 def overrides_choose_one_option(run: Run) -> None:
@@ -93,7 +146,10 @@ def saved_factors_are_exact(run: Run) -> Iterator[str]:
 
 
 CHECKS: tuple[Check, ...] = (
+    places_can_be_written,
     output_root_is_outside_the_images,
+    the_model_computes_the_resolution,
+    the_text_encoder_has_the_layer,
     adapted_parts_are_trained,
     overrides_choose_one_option,
     overrides_have_an_effect,

@@ -20,6 +20,8 @@ from lorasweep.core.text import shown
 
 Probability = Annotated[float, Field(ge=0, lt=1)]
 """A share of the time, from 0 up to but not including 1."""
+Count = Annotated[int, Field(gt=0, le=10_000)]
+"""How many of something; a larger number is a typing error that would show after hours."""
 MAX_NAME = 100  # bytes of a name; file systems allow 255, and numbers and endings are added
 
 

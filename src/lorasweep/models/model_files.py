@@ -12,11 +12,12 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasweep.core.text import shown
-from lorasweep.models.model_settings import PICKLED
+from lorasweep.models.model_settings import PICKLED, ModelSettings
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +45,51 @@ _OTHERS = {
 
 class ModelError(ValueError):
     """The base model can't be used; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """What a model's configs say of it before it is loaded; `BaseModel` has the same names."""
+
+    vae_scale_factor: int
+    """Pixels a side of one latent."""
+    size_multiple: int
+    """Pixels that a side has at least."""
+    num_text_layers: int
+    """Layers of the text encoder."""
+
+
+def read_sizes(settings: ModelSettings) -> ModelSizes | None:
+    """The sizes of a model, if its configs are on this machine and say them."""
+    folder = _configs_here(settings)
+    if folder is None:
+        return None
+    try:
+        unet, vae, text = (
+            read_object(folder / part / CONFIGS[part], "")
+            for part in ("unet", "vae", "text_encoder")
+        )
+        vae_scale = 2 ** (len(vae["block_out_channels"]) - 1)
+        multiple = vae_scale * 2 ** (len(unet["block_out_channels"]) - 1)
+        return ModelSizes(vae_scale, multiple, int(text["num_hidden_layers"]))
+    except (ModelError, KeyError, TypeError, ValueError):
+        return None  # whoever loads the model says what is wrong with it
+
+
+def _configs_here(settings: ModelSettings) -> Path | None:
+    """The diffusers folder with a model's configs, given or in the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    is_file = settings.is_single_file
+    where, revision = (settings.config, None) if is_file else (settings.path, settings.revision)
+    if where is None or Path(where).is_dir():
+        return None if where is None else Path(where)
+    try:
+        found = try_to_load_from_cache(where, "unet/config.json", revision=revision)
+    except HFValidationError:
+        return None
+    return Path(found).parents[1] if isinstance(found, str) else None
 
 
 def check_folder(folder: Path, name: str, *, allow_pickle: bool) -> None:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from pydantic import PositiveInt
 
-from lorasweep.core.settings import Settings, SettingsError
+from lorasweep.core.settings import Count, Settings, SettingsError
 from lorasweep.core.text import shown
 from lorasweep.data.captions.caption_images import CaptionerError, Device, Repeats, in_batches
 from lorasweep.data.captions.captioner_weights import Weights, find_weights, not_found
@@ -34,7 +34,7 @@ class Kosmos2(Settings):
     revision: str | None
     prompt: str
     """What the answer goes on from; it is not part of the caption."""
-    max_new_tokens: PositiveInt
+    max_new_tokens: Count
     dtype: Precision
     batch_size: PositiveInt
     device: Device
