@@ -73,6 +73,23 @@ def read_yaml(path: Path, kind: type = dict) -> Any:
     return parse_yaml(_bounded(path, MAX_YAML_BYTES), path, kind)
 
 
+def read_text(path: Path, limit: int = MAX_BYTES) -> str:
+    """The text of a UTF-8 file of at most `limit` bytes. Raises also OSError."""
+    content = _bounded(path, limit)
+    if len(content) > limit:
+        raise ForeignFileError(f"{path} has more than {limit / 1e6:g} MB: too large to be read")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ForeignFileError(f"{path} is not UTF-8 text") from None
+
+
+def check_no_pipe(path: Path) -> None:
+    """Raise ForeignFileError for a pipe, a socket or a device: reading it may never end."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ForeignFileError(f"{path} is a device or a pipe, not a file")
+
+
 def inside(folder: Path, path: str | Path) -> Path:
     """`path`, relative to `folder` or absolute, with all links followed, if it lies in `folder`."""
     full = Path(os.path.realpath(folder / path))
@@ -82,6 +99,7 @@ def inside(folder: Path, path: str | Path) -> Path:
 
 
 def _bounded(path: Path, limit: int) -> bytes:
+    check_no_pipe(path)
     with path.open("rb") as file:
         return file.read(limit + 1)
 

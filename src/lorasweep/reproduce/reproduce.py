@@ -39,7 +39,7 @@ def execute(word: str, uri: str, experiment: str, options: Options, console: Con
     try:
         original = find_original(word, Log(uri, experiment))
     except TrackingError:
-        if not Path(word).is_file():
+        if not Path(word).exists() or Path(word).is_dir():
             raise
         original = None  # nothing is logged here, so the file was made elsewhere
     if original is None:

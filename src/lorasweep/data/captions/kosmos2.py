@@ -17,6 +17,7 @@ from lorasweep.data.dataset import ImageFile
 from lorasweep.data.image_files import open_image
 from lorasweep.models.base_model import Precision, torch_dtype
 from lorasweep.models.devices import resolve_device
+from lorasweep.models.model_files import check_parts
 
 _FILES = ("*.safetensors", "*.json", "*.model")
 _NEEDED = "the .safetensors and .json files"
@@ -86,6 +87,7 @@ class Kosmos2(Settings):
         from safetensors import SafetensorError
 
         try:
+            check_parts(weights.folder, "it", [""])
             return _load_processor(weights), self._load_model(weights, device)
         except CaptionerError:
             raise

@@ -147,6 +147,8 @@ def _journal(path: Path) -> BaseStorage:
     from optuna.storages.journal import JournalFileBackend
 
     path = path.absolute()
+    if path.exists() and not path.is_file():
+        raise SettingsError(f"{path} is not a file; give another study.storage")
     path.parent.mkdir(parents=True, exist_ok=True)
     # flock instead of Optuna's own file: a killed process leaves nothing to wait for
     lock = FileLock(path.with_name(f".{path.name}.lock"))
