@@ -226,9 +226,9 @@ CAPTIONS = [
 ]  # fmt: skip
 
 PLACES = [
-    Case("output_root is a file", EMPTY, "a file is where a folder is needed", both(photos(), file("out", "x"))),
+    Case("output_root is a file", EMPTY, "out is no folder", both(photos(), file("out", "x"))),
     Case("a file in the way below output_root", EMPTY, "a file is where a folder is needed", both(photos(), file("out/datasets", "x"))),
-    Case("cache_dir is a file", f"{WD} captions.wd.model=wd cache_dir=c", "a file is where a folder is needed", both(photos(), file("c", "x"), file("wd/model.onnx", "x"), file("wd/selected_tags.csv", "tag_id,name,category\n"))),
+    Case("cache_dir is a file", f"{WD} captions.wd.model=wd cache_dir=c", "c is no folder; give a folder that you can write to", both(photos(), file("c", "x"), file("wd/model.onnx", "x"), file("wd/selected_tags.csv", "tag_id,name,category\n"))),
     Case("output_root where nothing can be", f"{EMPTY} output_root=/proc/nope", "/proc/nope: No such file"),
     Case("output_root of 300 letters", f"{EMPTY} output_root={'x' * 300}", "File name too long"),
     Case("output_root inside the images", f"{EMPTY} output_root=photos/out", "lies inside dataset.image_dir"),

@@ -119,13 +119,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     if path.suffix != ".safetensors":
         raise ModelError(f"{path}: only .safetensors files are read, for others can run any code")
+    if not path.exists():
+        raise ModelError(f"{path} is missing: give a whole diffusers folder")
     try:
         check_length(path)
         return load_file(path)
     except CheckpointError as error:
         raise ModelError(str(error)) from None
-    except FileNotFoundError:
-        raise ModelError(f"{path} is missing: give a whole diffusers folder") from None
     except SafetensorError as error:
         raise ModelError(f"{path} is not a whole safetensors file: {error}") from None
 
