@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -78,14 +78,16 @@ class TrainingData:
     settings: Dataset
 
 
+OnStep = Callable[[str, int, Mapping[str, float]], None]
+"""Is told of each optimizer step of a run as it is done: run, step, train/loss, train/lr_unet, …"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainedEpoch:
     """What an epoch of a pack brought."""
 
     checkpoints: Sequence[Checkpoint]
     """The file of every run that finished the epoch, in the pack's order."""
-    steps: Mapping[str, Sequence[tuple[int, Mapping[str, float]]]]
-    """Run -> (optimizer step, train/loss, train/lr_unet, …) of the epoch."""
     failures: Mapping[str, str] = field(default_factory=dict)
     """Run -> why it stopped in this epoch; its earlier checkpoints stand."""
 
