@@ -82,6 +82,21 @@ def begun_by(folder: Path) -> tuple[list[str], Path]:
 
 def quoted(text: str) -> str:
     """A value for Hydra's grammar, whatever characters it has."""
-    literal = text.replace("${", "\\${")  # no interpolation of OmegaConf's
-    escaped = re.sub(r"\\+(?='|$)", lambda found: found[0] * 2, literal).replace("'", "\\'")
+    escaped = re.sub(r"\\+(?='|$)", lambda found: found[0] * 2, literal(text)).replace("'", "\\'")
     return f"'{escaped}'"
+
+
+def literal(value: Any) -> Any:
+    """A value, or values within values, that OmegaConf resolves to just this: `${` in it is text.
+
+    So are written values that are resolved already, as those of a log are.
+    """
+    match value:
+        case str():
+            return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + "\\${", value)
+        case Mapping():
+            return {key: literal(one) for key, one in value.items()}
+        case list() | tuple():
+            return [literal(one) for one in value]
+        case _:
+            return value
