@@ -23,7 +23,7 @@ def _resume(arguments: argparse.Namespace) -> int:
     from lorasweep.runs import resume
 
     _, _, output_root = tracking_settings(arguments)
-    argv, cwd = begun_by(resume.find(arguments.word, output_root))
+    argv, cwd = begun_by(resume.find(arguments.word, output_root), arguments.overrides)
     os.chdir(cwd)
     say_lines([f"lorasweep train {shlex.join(argv)}"])
     train_by_hydra(argv)
