@@ -71,7 +71,8 @@ def launch(
     """
     check_job(config, config.hydra)
     if not job_overrides:
-        raise SettingsError(f"{' '.join(config.hydra.overrides.task)}: a range is empty")
+        swept = [word for word in config.hydra.overrides.task if "range(" in word]
+        raise SettingsError(f"{' '.join(swept)}: the range is empty")
     read_yaml_once(config_loader)
     pool = open_pool(settings, config.trainer.device)
     with pool.ready(len(job_overrides)) if pool else nullcontext():
