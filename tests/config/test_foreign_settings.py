@@ -137,7 +137,21 @@ def test_what_is_said_again_holds_and_nothing_else_does():
     argv, cwd = begun_by(folder, [server, launcher])
     assert (argv[:-1], cwd) == ([launcher, "experiment=demo", server], Path.cwd())
     with pytest.raises(SettingsError, match="partition=gpu"):
-        begun_by(folder, [server, "hydra.launcher.partition=other"])
+        begun_by(folder, [server])
+    with pytest.raises(SettingsError, match=r"rank=8: .* was not begun with it"):
+        begun_by(folder, [server, launcher, "adapter.rank=8"])
+
+
+def test_a_password_in_a_word_is_not_shown(capsys):
+    folder = broken_off("experiment=demo", "tracking.uri=http://me:hunter2@mine.example")
+    assert "http://***@mine.example" in refused(capsys, "resume", str(folder))
+
+
+def test_resume_itself_takes_what_is_said_again(capsys):
+    launcher = "hydra.launcher.partition=gpu"  # of a launcher that isn't chosen here
+    folder = broken_off("experiment=x", "model.allow_pickle=true", hydra=[launcher])
+    told = refused(capsys, "resume", str(folder), launcher, "model.allow_pickle=true")
+    assert "experiment=x: there is no such option" in told or "partition" in told
 
 
 PLAIN_WORDS = [

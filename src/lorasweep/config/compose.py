@@ -17,6 +17,7 @@ from lorasweep.config.resolvers import register_resolvers
 from lorasweep.core.foreign_files import ForeignFileError, read_yaml
 from lorasweep.core.settings import SettingsError
 from lorasweep.core.text import shown
+from lorasweep.tracking.store import public_uri
 
 
 def compose(overrides: Sequence[str], config_dir: Path | None = None) -> DictConfig:
@@ -86,11 +87,13 @@ def begun_by(folder: Path, said: Sequence[str] = ()) -> tuple[list[str], Path]:
     if not all(isinstance(word, str) for word in given) or not cwd.is_dir():
         raise SettingsError(f"{file}: can't tell how it was begun, in {shown(str(cwd))}")
     words = [one for one in given if one.lstrip("+").partition("=")[0] not in ("hydra.mode", key)]
+    if unknown := [word for word in said if word not in words]:
+        raise SettingsError(f"{unknown[0]}: {folder} was not begun with it; leave it out")
     if missing := [word for word in unsaid(words) if word not in said]:
+        again = shown(public_uri(shlex.join([str(folder), *said, *missing])), 500)
         raise SettingsError(
             f"{folder} was begun with what it can't decide for you: if you began it so, say it"
-            f" again: lorasweep resume {shlex.quote(str(folder))}"
-            f" {shown(shlex.join([*said, *missing]), 500)}"
+            f" again: lorasweep resume {again}"
         )
     flags = ["-m"] if multirun.is_file() else []
     options = [word for path in folders for word in ("--config-dir", path)]
