@@ -37,6 +37,25 @@ def parse_json(text: str | bytes, where: str | Path, kind: type = dict) -> Any:
     return _of_kind(value, where, kind)
 
 
+def parse_shaped(text: str | bytes, where: str | Path, shape: Any) -> Any:
+    """The value of a JSON text that has the shape of a type or a dataclass, as plain values.
+
+    Nothing is converted, but further keys may be there: a later lorasweep may write them.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    value = parse_json(text, where, object)
+    try:
+        TypeAdapter(shape).validate_json(text, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = "".join(f"[{part}]" for part in first["loc"])
+        raise ForeignFileError(
+            f"{where} is not as lorasweep writes it: {shown(place)} {_one_line(first['msg'])}"
+        ) from None
+    return value
+
+
 def parse_yaml(text: str | bytes, where: str | Path, kind: type = dict) -> Any:
     """The value of a YAML text of plain values, which must be a `kind`: dict or list.
 
@@ -73,17 +92,45 @@ def read_yaml(path: Path, kind: type = dict) -> Any:
     return parse_yaml(_bounded(path, MAX_YAML_BYTES), path, kind)
 
 
+def read_bytes(path: Path) -> bytes:
+    """A file of at most MAX_BYTES. Raises also OSError, if there is no such file."""
+    content = _bounded(path, MAX_BYTES)
+    if len(content) > MAX_BYTES:
+        raise ForeignFileError(f"{path} is larger than {MAX_BYTES / 1e6:.0f} MB: it is not read")
+    return content
+
+
 def inside(folder: Path, path: str | Path) -> Path:
     """`path`, relative to `folder` or absolute, with all links followed, if it lies in `folder`."""
     full = Path(os.path.realpath(folder / path))
-    if not full.is_relative_to(os.path.realpath(folder)):
+    if not _is_inside(folder, full):
         raise ForeignFileError(f"{path} lies outside {folder}: it is not read")
     return full
 
 
+def refuse_links_out(folder: Path) -> None:
+    """Raise ForeignFileError if a link below `folder`, to a file or a folder, leads out of it.
+
+    In the folder of a stranger, what we write there would land where the link says.
+    """
+    for place, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = Path(place, name)
+            if path.is_symlink() and not _is_inside(folder, path):
+                raise ForeignFileError(
+                    f"{path} is a link that leads out of {folder}; put what it names in its place"
+                )
+
+
 def _bounded(path: Path, limit: int) -> bytes:
+    if path.exists() and not path.is_file():  # a pipe would never end
+        raise ForeignFileError(f"{path} is not a file")
     with path.open("rb") as file:
         return file.read(limit + 1)
+
+
+def _is_inside(folder: Path, path: Path) -> bool:
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def _of_kind(value: Any, where: str | Path, kind: type) -> Any:
@@ -106,7 +153,7 @@ def _nodes(node: yaml.Node, seen: dict[int, int], depth: int) -> int:
     return seen[id(node)]
 
 
-def _one_line(error: BaseException) -> str:
+def _one_line(error: BaseException | str) -> str:
     return shown(" ".join(str(error).split()), 200)
 
 

@@ -13,12 +13,14 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from lorasweep.core.atomic_write import write_atomically
+from lorasweep.core.foreign_files import ForeignFileError, read_json
 from lorasweep.models.load_model import Model
 
 log = logging.getLogger(__name__)
@@ -214,11 +216,9 @@ def hub_copy(repo_id: str, revision: str | None) -> Path | None:
 
 def _hashes(files: Mapping[str, Path], cache: Path) -> dict[str, str]:
     """sha256 of large files, by their keys; noted in `cache` by path, size and time of change."""
-    try:
-        loaded = json.loads(cache.read_text())
-    except (OSError, ValueError):
-        loaded = {}
-    before: dict[str, Any] = loaded if isinstance(loaded, dict) else {}
+    before: dict[str, Any] = {}
+    with suppress(OSError, ForeignFileError):
+        before = read_json(cache)
     noted, found = dict(before), {}
     for key, path in files.items():
         place, state = str(path.resolve()), path.stat()
@@ -231,6 +231,7 @@ def _hashes(files: Mapping[str, Path], cache: Path) -> dict[str, str]:
                     found[key] = hashlib.file_digest(file, "sha256").hexdigest()
                 noted[place] = [*stamp, found[key]]
     if noted != before:
+        cache.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(cache, json.dumps(noted, indent=1).encode())
     return found
 
@@ -243,7 +244,11 @@ def note_companions(
     `members` are (run, its own epoch) in the pack's order, `failed` the runs that failed in it.
     """
     path, epoch = folder / PACK, dict(members)[name]
-    epochs = read_pack(path.read_text() if path.is_file() else None)
+    try:
+        epochs = read_pack(path.read_text() if path.is_file() else None)
+    except ValueError as error:  # somebody has changed it
+        log.warning("%s: %s; it is begun anew", path, error)
+        epochs = {}
     kept = {number: of for number, of in epochs.items() if number < epoch}
     kept[epoch] = {"members": [list(member) for member in members], "failed": sorted(failed)}
     write_atomically(path, json.dumps(kept).encode())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field, PositiveInt
 
+from lorasweep.core.foreign_files import read_json
 from lorasweep.core.settings import Settings
 from lorasweep.data.captions.caption_images import CaptionerError, Device, Repeats, in_batches
 from lorasweep.data.captions.captioner_weights import Weights, find_weights, not_found
@@ -220,7 +220,7 @@ def read_labels(path: Path) -> list[Label]:
                     (row["name"], _KINDS.get(row["category"], "")) for row in csv.DictReader(file)
                 ]
         else:
-            mapping = json.loads(path.read_text(encoding="utf-8"))
+            mapping = read_json(path)
             entries = [mapping[str(index)] for index in range(len(mapping))]
             rows = [(entry["tag"], entry["category"].lower()) for entry in entries]
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
