@@ -63,7 +63,7 @@ def parse_yaml(text: str | bytes, where: str | Path, kind: type = dict) -> Any:
     """
     check_yaml(text, where)
     try:
-        value = yaml.load(text, Loader=_LOADER)
+        value = _LOADER(text).get_single_data()
     except (yaml.YAMLError, ValueError) as error:  # a date in month 13, a tag of Python's
         raise ForeignFileError(f"{where} is not YAML of plain values: {_one_line(error)}") from None
     return _of_kind(value, where, kind)
@@ -92,12 +92,26 @@ def read_yaml(path: Path, kind: type = dict) -> Any:
     return parse_yaml(_bounded(path, MAX_YAML_BYTES), path, kind)
 
 
-def read_bytes(path: Path) -> bytes:
-    """A file of at most MAX_BYTES. Raises also OSError, if there is no such file."""
-    content = _bounded(path, MAX_BYTES)
-    if len(content) > MAX_BYTES:
-        raise ForeignFileError(f"{path} is larger than {MAX_BYTES / 1e6:.0f} MB: it is not read")
+def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
+    """A file of at most `limit` bytes. Raises also OSError, if there is no such file."""
+    content = _bounded(path, limit)
+    if len(content) > limit:
+        raise ForeignFileError(f"{path} has more than {limit / 1e6:g} MB: too large to be read")
     return content
+
+
+def read_text(path: Path, limit: int = MAX_BYTES) -> str:
+    """The text of a UTF-8 file of at most `limit` bytes. Raises also OSError."""
+    try:
+        return read_bytes(path, limit).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ForeignFileError(f"{path} is not UTF-8 text") from None
+
+
+def check_no_pipe(path: Path) -> None:
+    """Raise ForeignFileError for a pipe, a socket or a device: reading it may never end."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ForeignFileError(f"{path} is a device or a pipe, not a file")
 
 
 def inside(folder: Path, path: str | Path) -> Path:
@@ -123,8 +137,7 @@ def refuse_links_out(folder: Path) -> None:
 
 
 def _bounded(path: Path, limit: int) -> bytes:
-    if path.exists() and not path.is_file():  # a pipe would never end
-        raise ForeignFileError(f"{path} is not a file")
+    check_no_pipe(path)
     with path.open("rb") as file:
         return file.read(limit + 1)
 

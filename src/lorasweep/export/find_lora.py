@@ -49,7 +49,7 @@ def find(word: str, overrides: Sequence[str], config_dir: Path | None = None) ->
     """
     cfg = compose_without_images(overrides, config_dir)
     lines: list[str] = []
-    if word.endswith(".safetensors") or Path(word).is_file():
+    if word.endswith(".safetensors") or (Path(word).exists() and not Path(word).is_dir()):
         path, model = Path(word), None
     else:
         path, model, lines = _of_run(word, cfg)

@@ -14,13 +14,16 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, PositiveInt
 
 from lorasweep.core.atomic_write import write_atomically
-from lorasweep.core.foreign_files import ForeignFileError, read_json
+from lorasweep.core.foreign_files import ForeignFileError, parse_shaped, read_json, read_text
 from lorasweep.models.load_model import Model
 
 log = logging.getLogger(__name__)
@@ -46,6 +49,8 @@ TAGGED = ("lorasweep", "torch", "diffusers", "transformers", "safetensors", "mlf
 """Of these, those whose versions are tags of a run."""
 MAX_DIFF = 1_000_000
 """Bytes of uncommitted changes that are kept."""
+MAX_EPOCH = 1_000_000
+"""Of a companion; more is no epoch, and the schedule of its pack would not end."""
 _PARTS = ("unet", "text_encoder", "vae", "tokenizer", "scheduler")
 _WEIGHTS = re.compile(r"(diffusion_pytorch_model|model)(-\d+-of-\d+)?\.(safetensors|bin)")
 _OTHERS = {".json", ".txt", ".model"}  # configs, and a tokenizer's vocabulary
@@ -245,9 +250,11 @@ def note_companions(
     """
     path, epoch = folder / PACK, dict(members)[name]
     try:
-        epochs = read_pack(path.read_text() if path.is_file() else None)
-    except ValueError as error:  # somebody has changed it
-        log.warning("%s: %s; it is begun anew", path, error)
+        epochs = read_pack(read_text(path), path)
+    except FileNotFoundError:
+        epochs = {}
+    except ForeignFileError as error:  # somebody has changed it
+        log.warning("%s; it is begun anew", error)
         epochs = {}
     kept = {number: of for number, of in epochs.items() if number < epoch}
     kept[epoch] = {"members": [list(member) for member in members], "failed": sorted(failed)}
@@ -255,6 +262,18 @@ def note_companions(
     return path
 
 
-def read_pack(text: str | None) -> dict[int, dict[str, Any]]:
-    """pack.json: epoch of the run -> members, [name, epoch] in the pack's order, and failed."""
-    return {int(epoch): of for epoch, of in json.loads(text or "{}").items()}
+def read_pack(text: str | None, where: str | Path = PACK) -> dict[int, dict[str, Any]]:
+    """pack.json: epoch of the run -> members, [name, epoch] in the pack's order, and failed.
+
+    Raises ForeignFileError, which names it `where`, for a text of another shape.
+    """
+    found = parse_shaped(text or "{}", where, dict[PositiveInt, _PackEpoch])
+    return {int(epoch): of for epoch, of in found.items()}
+
+
+@dataclass(frozen=True)
+class _PackEpoch:
+    """The shape of an epoch in pack.json."""
+
+    members: list[tuple[str, Annotated[int, Field(ge=1, le=MAX_EPOCH)]]]
+    failed: list[str]

@@ -7,7 +7,7 @@ import logging
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import groupby
 from types import TracebackType
@@ -147,12 +147,18 @@ class Session:
         self._load, self._show = load or load_base, show
         with self.clock("prepare"):
             self.device = resolve_device(first.trainer.device)
-            self._folder = write_folders(first)
+            with ExitStack() as if_refused:
+                if first.tracking.is_remote:  # does it answer? Captions may take hours
+                    self._open_tracker().ready(first.output_dir, first.sweep)
+                    if_refused.callback(self._tracker.close)
+                self._folder = write_folders(first)
+                if_refused.pop_all()
         self._captions = captions_used(first, self._folder)
         self._is_prepared = False
         self._runs: dict[str, _OpenRun] = {}  # those that train
         self._waiting: dict[str, tuple[Run, dict[str, float]]] = {}  # and the clock as they came
-        self._tracker = Tracker(first.tracking, first.output_root)
+        if not first.tracking.is_remote:  # a file is made once the images are known to be good
+            self._open_tracker()
 
     def __enter__(self) -> Session:
         return self
@@ -221,13 +227,17 @@ class Session:
         known = (self.max_pack, self._fitting, self._training.max_runs)
         return min((number for number in known if number is not None), default=None)
 
+    def _open_tracker(self) -> Tracker:
+        self._tracker = Tracker(self.first.tracking, self.first.output_root)
+        return self._tracker
+
     def _prepare(self) -> None:
         """Load the base model, encode the images, and score the bare base."""
         first = self.first
         with self.clock("prepare"):
             self._base = self._load(first, self.device)
-            # a store that can't be written ends here, before any training
-            self._tracker.ready(first.output_dir, first.sweep)
+            if not first.tracking.is_remote:  # a store that can't be written ends it here
+                self._tracker.ready(first.output_dir, first.sweep)
             images = encoded_images(self._base, first, self._folder)
             self._data = TrainingData(images.train, first.dataset)
             self._judge = Judge(

@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from lorasweep.adapters.adapter import Adapter
-from lorasweep.core.settings import Settings, SettingsError
+from lorasweep.core.settings import Count, Settings, SettingsError
 from lorasweep.data.dataset import Dataset
 from lorasweep.data.latents import Item
 from lorasweep.lora_files.checkpoint import Checkpoint
@@ -30,8 +30,8 @@ class NativeTrainer(Settings):
     Those under `trainer` that are a run's own are `RunTraining`.
     """
 
-    batch_size: PositiveInt
-    gradient_accumulation_steps: PositiveInt
+    batch_size: Count
+    gradient_accumulation_steps: Count
     precision: Precision
     save_dtype: Precision
     gradient_checkpointing: bool
@@ -53,7 +53,7 @@ class NativeTrainer(Settings):
 class RunTraining(Settings):
     """Settings under `trainer` that are a run's own: runs that differ in them can share a pack."""
 
-    max_train_epochs: PositiveInt
+    max_train_epochs: Count
     noise_offset: NonNegativeFloat
     min_snr_gamma: PositiveFloat | None
 
