@@ -157,7 +157,26 @@ def test_metadata_is_carried_and_corrected(tmp_path):
     assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("2", "2.0")
     assert (metadata["ss_seed"], metadata["modelspec.title"]) == ("7", "cat")
     assert metadata["sshs_model_hash"] == checkpoint.data_hash(done.path)
-    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+    assert {tensor.dtype for name, tensor in tensors.items() if "alpha" not in name} == {
+        torch.float16
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16])
+def test_alpha_is_the_rank_whatever_the_weights_type_can_hold(dtype, tmp_path):
+    """In e4m3fn 17 is 16, in bf16 257 is 256: the LoRA would be too weak."""
+    site = {
+        "lora_down.weight": normal(300, 320).to(dtype),
+        "lora_up.weight": (0.1 * normal(310, 300)).to(dtype),
+        "alpha": torch.tensor(300.0),
+    }
+    source = written(tmp_path / "a.safetensors", (LINEAR, site))
+    for rank in (17, 257):
+        done = resize.resize(source, tmp_path / f"{rank}.safetensors", rank=rank)
+        tensors, _ = checkpoint.read(done.path)
+        assert tensors[f"{LINEAR}.alpha"].dtype == torch.float32
+        assert float(tensors[f"{LINEAR}.alpha"]) == rank
+        assert tensors[f"{LINEAR}.lora_up.weight"].dtype == dtype
 
 
 @pytest.mark.parametrize(

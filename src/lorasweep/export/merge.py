@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from lorasweep.adapters.kohya_names import every_site
 from lorasweep.adapters.pack import file_delta
 from lorasweep.core.atomic_write import staged
-from lorasweep.export import diffusers_folder, picture_check, read_back, whole_model
+from lorasweep.export import diffusers_folder, module_check, picture_check, read_back, whole_model
 from lorasweep.export.attach_loras import Loras, attachable
 from lorasweep.export.diffusers_folder import VARIANT
 from lorasweep.export.exported import Exported, ExportError, is_file
@@ -59,13 +59,14 @@ def merged(
         files = [(read_lora_file.read(path, base), weight) for path, weight in loras]
         adapters = attachable(base, files)
         bare, before = picture_check.draw(base), picture_check.draw(base, adapters)
+        outputs = module_check.outputs_with(base, adapters)
         result = merge(base, model, files, precision)
         canvas, predicts_v = Canvas.of(base), base.prediction_type == "v_prediction"
         del base, adapters, files  # a large model doesn't fit twice
 
         result.write(place, settings.prediction_type)
         after, lines = read_back.check(
-            place, result, canvas, before, bare, pipeline_class=pipeline_class
+            place, result, canvas, before, bare, pipeline_class=pipeline_class, outputs=outputs
         )
         if fp16_variant:
             lines += _add_variant(place, result, pipeline_class, canvas, before)

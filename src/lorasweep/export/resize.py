@@ -107,7 +107,6 @@ def resize(
         own = _own_rank(found, rank, energy)
         dtype = svd.dtype_of(site)
         new = found.as_lora(own, file.shape(key), dtype, pad=energy is None)
-        new["alpha"] = new["alpha"].to(dtype)
         new |= {name: site[name] for name in site if name == "dora_scale"}
         tensors |= {f"{key}.{name}": tensor for name, tensor in new.items()}
         ranks[new["lora_down.weight"].shape[0]] += 1
