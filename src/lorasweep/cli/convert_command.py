@@ -34,6 +34,7 @@ def _convert(arguments: argparse.Namespace) -> int:
         model_path(source),
         Path(target),
         config=model_path(arguments.config) if arguments.config else cfg.model.config,
+        prediction_type=cfg.model.prediction_type,
         precision=arguments.dtype,
         overwrite=arguments.overwrite,
     )

@@ -27,11 +27,6 @@ if TYPE_CHECKING:
 
     from lorasweep.export.whole_model import WholeModel
 
-V_NOTE = (
-    "The model predicts v, which a single file can't say: tell your program (A1111: a .yaml beside"
-    " it; ComfyUI: the node ModelSamplingDiscrete; kohya: --v_parameterization)"
-)
-
 
 def merged(
     settings: Model,
@@ -54,17 +49,23 @@ def merged(
     if is_file(target) and diffusers_folder.is_sdxl(settings.path, settings.revision):
         raise ExportError(f"{target}: SDXL as a single file comes later; give a folder's name")
     with picture_check.quiet(), staged(target, overwrite) as place:
-        model = whole_model.read(settings.path, settings.config, settings.revision, sdxl=True)
+        model = whole_model.read(
+            settings.path,
+            settings.config,
+            settings.revision,
+            sdxl=True,
+            prediction_type=settings.prediction_type,
+        )
         base = whole_model.as_base(settings, model)
         files = [(read_lora_file.read(path, base), weight) for path, weight in loras]
         adapters = attachable(base, files)
         bare, before = picture_check.draw(base), picture_check.draw(base, adapters)
         outputs = module_check.outputs_with(base, adapters)
         result = merge(base, model, files, precision)
-        canvas, predicts_v = Canvas.of(base), base.prediction_type == "v_prediction"
+        canvas = Canvas.of(base)
         del base, adapters, files  # a large model doesn't fit twice
 
-        result.write(place, settings.prediction_type)
+        result.write(place)
         after, lines = read_back.check(
             place, result, canvas, before, bare, pipeline_class=pipeline_class, outputs=outputs
         )
@@ -72,8 +73,7 @@ def merged(
             lines += _add_variant(place, result, pipeline_class, canvas, before)
     picture = target.with_name(f"{target.name}-check.png")
     picture_check.side_by_side(picture, bare, before, after)
-    notes = (*model.notes, *([V_NOTE] if predicts_v and is_file(target) else []))
-    return Exported(target, (*notes, *lines, f"Side by side: {picture}"))
+    return Exported(target, (*model.notes_of(target), *lines, f"Side by side: {picture}"))
 
 
 def merge(

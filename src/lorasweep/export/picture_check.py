@@ -154,8 +154,8 @@ def draw_with(
 ) -> Image.Image:
     """The same picture from the parts of any pipeline of diffusers, however it was loaded.
 
-    The noise schedule is the pipeline's own, or `scheduler_config` where what was written can't
-    hold one (a single file). Sampled by DDIM (arXiv 2010.02502), which adds no noise of its own.
+    The noise schedule is the pipeline's own, or `scheduler_config` for a single file, which holds
+    no whole one. Sampled by DDIM (arXiv 2010.02502), which adds no noise of its own.
     """
     import torch
     from diffusers import DDIMScheduler

@@ -12,6 +12,7 @@ from lorasweep.export.exported import ExportError, is_file
 from lorasweep.export.picture_check import Canvas, Tolerance
 from lorasweep.export.single_file_names import Weights, prefixed
 from lorasweep.export.whole_model import WholeModel
+from lorasweep.models import file_schedule
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -42,8 +43,7 @@ def check(
     name = pipeline_class or usual
     pipeline = load(place, model.configs, name, variant)
     same_tensors = _require_weights(pipeline, model.weights)
-    # a file holds no noise schedule: its user gives it
-    schedule = canvas.scheduler_config if is_file(place) else None
+    schedule = _said_schedule(place, canvas) if is_file(place) else None
     draw = partial(picture_check.draw_with, pipeline, canvas, scheduler_config=schedule)
     after = draw()
     allowed = tolerance or canvas.tolerance(model.precision)
@@ -86,6 +86,12 @@ def load(place: Path, configs: Path, pipeline_class: str, variant: str | None = 
         feature_extractor=None,
         torch_dtype=torch.float32,
     )
+
+
+def _said_schedule(place: Path, canvas: Canvas) -> dict[str, Any]:
+    """The schedule of those who know no more of a file than it says, but the model's betas."""
+    plain = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
+    return {**canvas.scheduler_config, **plain, **file_schedule.of_file(place)}
 
 
 def _module(pipeline: Any, name: str) -> Module:
