@@ -15,7 +15,6 @@ from lorasweep.export.attach_loras import Loras, attachable
 from lorasweep.export.diffusers_folder import VARIANT
 from lorasweep.export.exported import Exported, ExportError, is_file
 from lorasweep.export.picture_check import Canvas
-from lorasweep.export.single_file_names import prefixed
 from lorasweep.lora_files import read_lora_file
 from lorasweep.lora_files.read_lora_file import LoRAFile
 from lorasweep.models.base_model import Precision
@@ -90,9 +89,8 @@ def merge(
     weights = {part: dict(tensors) for part, tensors in result.weights.items()}
     changed = {key: known[key] for file, _ in files for key in file.sites}
     for key, site in changed.items():
-        path = prefixed(site.path) if site.part == "text_encoder" else site.path
-        name = f"{path}.weight"
-        total = model.weights[site.part][name].float()
+        name = whole_model.weight_name(site)
+        total = model.weight_of(site).float()
         for file, weight in files:
             if key in file.sites:
                 total = total + weight * file_delta(site, file.sites[key])

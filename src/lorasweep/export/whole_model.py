@@ -26,6 +26,7 @@ from lorasweep.export.single_file_names import (
     ModelLayout,
     Weights,
     modern_name,
+    prefixed,
 )
 from lorasweep.models import file_schedule
 from lorasweep.models.base_model import Precision, torch_dtype
@@ -46,6 +47,8 @@ from lorasweep.models.sdxl import Base, SDXLModel
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
+
+    from lorasweep.adapters.adapter import Site
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +94,10 @@ class WholeModel:
         order: tuple[Precision, ...] = ("bf16", "fp16", "fp32")
         return next((name for name in order if torch_dtype(name) in found), "fp32")
 
+    def weight_of(self, site: Site) -> Tensor:
+        """The weight that an adapter of this site changes, as the files hold it."""
+        return self.weights[site.part][weight_name(site)]
+
     @cached_property
     def schedule(self) -> dict[str, Any]:
         """Its noise schedule, as a scheduler_config.json holds it."""
@@ -126,6 +133,11 @@ class WholeModel:
         if betas := file_schedule.untold(self.schedule):
             lines.append(f"No file can say the model's {', '.join(betas)}: tell your program")
         return lines
+
+
+def weight_name(site: Site) -> str:
+    """The name of a site's weight among its part's tensors."""
+    return f"{prefixed(site.path) if site.part == 'text_encoder' else site.path}.weight"
 
 
 def read(
