@@ -125,8 +125,92 @@ def test_a_file_without_its_vae_is_refused(embedded, single, tmp_path):
     tensors = load_file(single)
     kept = {name: t for name, t in tensors.items() if not name.startswith("first_stage_model")}
     save_file(kept, tmp_path / "cut.safetensors")
-    with pytest.raises(ModelError, match="156 of the vae's 156 tensors are missing"):
+    with pytest.raises(ModelError, match=r"holds no VAE: .* take one by --vae"):
         whole_model.read(str(tmp_path / "cut.safetensors"), embedded)
+
+
+@pytest.fixture(scope="module")
+def without_vae(single, tmp_path_factory):
+    """The single file without its VAE."""
+    file = tmp_path_factory.mktemp("cut") / "model.safetensors"
+    kept = {n: t for n, t in load_file(single).items() if not n.startswith("first_stage_model")}
+    save_file(kept, file, {"modelspec.prediction_type": "v"})
+    return file
+
+
+def vae_under(names, single, embedded, tmp_path):
+    """The embedded model's VAE as it is given by --vae."""
+    prefix = "first_stage_model."
+    original = {n: t for n, t in load_file(single).items() if n.startswith(prefix)}
+    ours = Path(embedded) / "vae"
+    if names == "a model's file":
+        return single
+    if names == "a model's folder":
+        return embedded
+    if names == "its folder":
+        return ours
+    if names == "diffusers' file":
+        return ours / "diffusion_pytorch_model.safetensors"
+    bare = {name.removeprefix(prefix): tensor for name, tensor in original.items()}
+    save_file(bare | {"loss.logvar": torch.ones(1)}, tmp_path / "vae.safetensors")
+    return tmp_path / "vae.safetensors"
+
+
+@pytest.mark.parametrize(
+    "names",
+    ["a model's file", "a model's folder", "its folder", "diffusers' file", "the original file"],
+)
+def test_a_vae_is_given_to_a_file_without_one(names, without_vae, single, embedded, tmp_path):
+    vae = vae_under(names, single, embedded, tmp_path)
+    read = whole_model.read(str(without_vae), embedded, vae=str(vae))
+    whole = whole_model.read(embedded)
+    assert all(same(whole.weights[part], read.weights[part]) for part in whole.weights)
+    assert any(line.startswith("VAE: of") for line in read.notes)
+
+
+def test_another_vae_takes_the_place_of_a_models_own(embedded, tmp_path):
+    vae = tmp_path / "vae"
+    shutil.copytree(Path(embedded) / "vae", vae)
+    file = vae / "diffusion_pytorch_model.safetensors"
+    tensors = {name: 1.25 * tensor for name, tensor in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
+    target = tmp_path / "model.safetensors"
+    convert(embedded, target, config=None, vae=str(vae))
+    read = whole_model.read(str(target), embedded)
+    assert same(read.weights["vae"], whole_model.read(embedded, vae=str(file)).weights["vae"])
+    assert not same(read.weights["vae"], whole_model.read(embedded).weights["vae"])
+
+
+def test_what_is_no_vae_of_this_model_is_refused(embedded, single, tmp_path):
+    shutil.copytree(Path(embedded) / "vae", tmp_path / "xl")
+    config = json.loads((tmp_path / "xl" / "config.json").read_text())
+    (tmp_path / "xl" / "config.json").write_text(json.dumps({**config, "scaling_factor": 0.13025}))
+    save_file({"x": torch.ones(1)}, tmp_path / "x.safetensors")
+    for vae, says in {
+        "xl": "scaling_factor is 0.13025",
+        "x.safetensors": "156 of a VAE's 156 tensors are missing",
+        "nowhere": "no such file or folder",
+    }.items():
+        with pytest.raises(ModelError, match=says):
+            whole_model.read(str(single), embedded, vae=str(tmp_path / vae))
+
+
+def test_a_file_with_nais_names_of_the_text_encoder_is_read_everywhere(
+    single, embedded, base, make_run, tmp_path
+):
+    """NAI and what was merged with it lack a level of the names, and hold the position ids."""
+    level = "cond_stage_model.transformer."
+    tensors = {n.replace(f"{level}text_model.", level): t for n, t in load_file(single).items()}
+    tensors[f"{level}embeddings.position_ids"] = torch.arange(77)[None]
+    file = tmp_path / "nai.safetensors"
+    save_file(tensors, file)
+    done = convert(str(file), tmp_path / "model", config=embedded)
+    assert "pictures before and after agree" in done.lines[-1]
+    settings = make_run(f"model.path={file}", f"model.config={embedded}").model
+    loaded = whole_model.base_for_loras(settings)
+    assert torch.equal(predict(loaded, None), predict(base, None))
+    with pytest.raises(ModelError, match="NAI"):
+        settings.load()
 
 
 @pytest.mark.parametrize(

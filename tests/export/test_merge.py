@@ -167,6 +167,7 @@ def test_a_larger_rank_is_advised_only_where_it_is_needed():
         ("diffusers-lora", ["--dtype=fp16"], "--dtype has no effect"),
         ("diffusers-lora", ["--out=folder"], r"ends in \.safetensors"),
         ("offline-lora", ["--rank=4"], "--rank has no effect"),
+        ("diffusers-lora", ["--vae=v.safetensors"], "--vae has no effect"),
     ],
 )
 def test_what_has_no_effect_is_refused(to, words, says, lora, capsys):

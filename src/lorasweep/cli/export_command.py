@@ -35,6 +35,7 @@ def add_parser(commands: Commands) -> None:
     )
     export.add_argument("--rank", type=int, help="of the approximation, where one is needed")
     export.add_argument("--dtype", choices=PRECISIONS, help="precision (default: the base's)")
+    export.add_argument("--vae", help="a VAE's file or folder, for a base without one or instead")
     export.add_argument("--overwrite", action="store_true", help="replace what is there")
 
 
@@ -51,6 +52,7 @@ def _export(arguments: argparse.Namespace) -> int:
         others=arguments.others,
         rank=arguments.rank,
         precision=arguments.dtype,
+        vae=arguments.vae,
         overwrite=arguments.overwrite,
     )
     say_lines([f"Written: {done.path}", *done.lines])

@@ -18,16 +18,17 @@ def convert(
     *,
     config: str | None,
     prediction_type: str | None = None,
+    vae: str | None = None,
     precision: Precision | None = None,
     overwrite: bool = False,
 ) -> Exported:
     """Write a single file as a diffusers folder, or a folder (or hub id) as a single file.
 
     A `target` ending in .safetensors is a file. `config` is the diffusers folder or hub id whose
-    configs and tokenizer a single file is read with. The noise schedule is the one that the source
-    says, unless a `prediction_type` is given. Each tensor keeps its bits unless a `precision` is.
-    What was written is loaded by diffusers and must draw the source's picture. Raises ExportError
-    otherwise, ModelError for what can't be read, TargetError.
+    configs and tokenizer a single file is read with. Noise schedule and VAE are the source's
+    unless a `prediction_type` or a `vae` is given, and each tensor keeps its bits unless a
+    `precision` is. What was written is loaded by diffusers and must draw the source's picture.
+    Raises ExportError otherwise, ModelError for what can't be read, TargetError.
     """
     if (Path(source).is_file() or is_file(Path(source))) == is_file(target):
         kind = "a single file" if is_file(target) else "a folder"
@@ -36,7 +37,9 @@ def convert(
         )
     with picture_check.quiet(), staged(target, overwrite) as place:
         names = ("SOURCE", "--config")
-        model = whole_model.read(source, config, names=names, prediction_type=prediction_type)
+        model = whole_model.read(
+            source, config, names=names, prediction_type=prediction_type, vae=vae
+        )
         base = whole_model.as_base(_settings(source), model)
         before = picture_check.draw(base)
         result = model.cast(precision)

@@ -23,6 +23,7 @@ def export(
     others: Sequence[str] = (),
     rank: int | None = None,
     precision: Precision | None = None,
+    vae: str | None = None,
     overwrite: bool = False,
 ) -> Exported:
     """Export a LoRA `to` merged, diffusers-lora or offline-lora, as the command line asks.
@@ -38,13 +39,23 @@ def export(
     is_whole_model = to == "merged" or (to == "offline-lora" and not is_file(target))
     if rank is not None and is_whole_model:
         raise ExportError("--rank has no effect: a whole model is exact and has no rank")
+    if vae is not None and not is_whole_model:
+        raise ExportError("--vae has no effect on a LoRA file: only a whole model has one")
     if to == "merged":
-        return merge.merged(lora.model, loras, target, precision=precision, overwrite=overwrite)
+        return merge.merged(
+            lora.model, loras, target, precision=precision, vae=vae, overwrite=overwrite
+        )
     if precision is not None and is_file(target):
         raise ExportError("--dtype has no effect on a LoRA file: it keeps the checkpoint's")
     if to == "offline-lora":
         return offline_lora(
-            lora.model, loras, target, rank=rank, precision=precision, overwrite=overwrite
+            lora.model,
+            loras,
+            target,
+            rank=rank,
+            precision=precision,
+            vae=vae,
+            overwrite=overwrite,
         )
     if not is_file(target):
         raise ExportError(f"--out {target}: a LoRA file's name ends in .safetensors")

@@ -58,6 +58,7 @@ def offline_lora(
     *,
     rank: int | None = None,
     precision: Precision | None = None,
+    vae: str | None = None,
     overwrite: bool = False,
 ) -> Exported:
     """Write what generic diffusion feature loads, with the lines to paste.
@@ -85,6 +86,7 @@ def offline_lora(
             loras,
             target,
             precision=precision,
+            vae=vae,
             overwrite=overwrite,
             pipeline_class=loader.pipeline,
             fp16_variant=is_sdxl,

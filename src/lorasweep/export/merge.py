@@ -33,6 +33,7 @@ def merged(
     target: Path,
     *,
     precision: Precision | None = None,
+    vae: str | None = None,
     overwrite: bool = False,
     pipeline_class: str | None = None,
     fp16_variant: bool = False,
@@ -41,7 +42,8 @@ def merged(
 
     A `target` ending in .safetensors is a single file in the original layout, any other a diffusers
     folder. Tensors keep the base's type unless a `precision` is given. Every delta is that of the
-    bare weights, so the order of several LoRAs doesn't matter. The picture of what was written,
+    bare weights, so the order of several LoRAs doesn't matter. `vae` is as `whole_model.read` has
+    it. The picture of what was written,
     loaded by diffusers' `pipeline_class`, must be that of the attached LoRAs; raises ExportError
     otherwise, TargetError for a taken target. `fp16_variant` adds SDXL's variant to a folder.
     """
@@ -54,6 +56,7 @@ def merged(
             settings.revision,
             sdxl=True,
             prediction_type=settings.prediction_type,
+            vae=vae,
         )
         base = whole_model.as_base(settings, model)
         files = [(read_lora_file.read(path, base), weight) for path, weight in loras]

@@ -21,6 +21,7 @@ from lorasweep.core.text import shown
 from lorasweep.export import diffusers_folder
 from lorasweep.export.diffusers_folder import SDXL
 from lorasweep.export.exported import is_file
+from lorasweep.export.other_vae import read_vae
 from lorasweep.export.single_file_names import (
     PREFIXES,
     ModelLayout,
@@ -148,11 +149,13 @@ def read(
     *,
     sdxl: bool = False,
     prediction_type: str | None = None,
+    vae: str | None = None,
 ) -> WholeModel:
     """Read a diffusers folder, a hub id, or a single file with `config`'s configs (folder or id).
 
     Messages call `source` and `config` by these names. With `sdxl` a folder may be of SDXL too.
-    A `prediction_type` stands above what the model itself says of its noise schedule.
+    A `prediction_type` stands above what the model itself says of its noise schedule. A `vae`, a
+    file or folder (`read_vae`), takes the place of the model's own, which may lack then.
 
     Raises ModelError in one line for another architecture, a missing or misshapen tensor, a pickle.
     Tensors that no part of the model needs are left out, with a warning unless they are known.
@@ -160,19 +163,23 @@ def read(
     path = Path(source).expanduser()
     told = {"prediction_type": prediction_type} if prediction_type else {}
     if path.is_file():
-        return _read_file(path, config, names[1], told)
+        return _read_file(path, config, names[1], told, vae)
     folder = diffusers_folder.find_folder(source, revision, names[0], weights=True)
     layout = _layout(folder, sdxl)
     weights: dict[str, dict[str, Tensor]] = {}
     leftover: list[str] = []
     for part, shapes in layout.shapes.items():
+        if part == "vae" and vae is not None:
+            weights[part] = dict(read_vae(vae, layout, folder))
+            continue
         tensors = diffusers_folder.read_part(folder, part)
         found = {modern_name(part, name): tensor for name, tensor in tensors.items()}
         weights[part] = {name: found[name] for name in shapes if name in found}
         leftover += [f"{part}/{name}" for name in found if name not in shapes]
     layout.check(weights)
     own = file_schedule.changes(diffusers_folder.read_schedule(folder), told)
-    return WholeModel(weights, folder, layout, own, _leftover_notes(folder, leftover))
+    notes = (*_leftover_notes(folder, leftover), *_vae_notes(vae))
+    return WholeModel(weights, folder, layout, own, notes)
 
 
 def as_base(settings: Model, model: WholeModel) -> Base:
@@ -191,12 +198,15 @@ def as_base(settings: Model, model: WholeModel) -> Base:
 
 def base_for_loras(settings: Model) -> Base:
     """The model that LoRA files are drawn with, whatever its architecture. Raises ModelError."""
-    if not diffusers_folder.is_sdxl(settings.path, settings.revision):
+    is_readable = settings.is_single_file and Path(settings.path).suffix == ".safetensors"
+    if not is_readable and not diffusers_folder.is_sdxl(settings.path, settings.revision):
         return settings.load()
-    return as_base(settings, read(settings.path, None, settings.revision, sdxl=True))
+    return as_base(settings, read(settings.path, settings.config, settings.revision, sdxl=True))
 
 
-def _read_file(path: Path, config: str | None, key: str, told: Mapping[str, Any]) -> WholeModel:
+def _read_file(
+    path: Path, config: str | None, key: str, told: Mapping[str, Any], vae: str | None
+) -> WholeModel:
     if config is None:
         raise ModelError(
             f"{path} is a single file, which holds no configs and no tokenizer: give the folder or"
@@ -209,6 +219,12 @@ def _read_file(path: Path, config: str | None, key: str, told: Mapping[str, Any]
     configs = diffusers_folder.find_folder(config, None, key, weights=False)
     layout = _layout(configs, sdxl=False)
     weights, leftover = layout.to_diffusers(tensors)
+    if vae is not None:
+        weights = {**weights, "vae": read_vae(vae, layout, configs)}
+    elif not weights["vae"]:
+        raise ModelError(
+            f"{path} holds no VAE: `lorasweep convert` and `export --to merged` take one by --vae"
+        )
     layout.check(weights)
     said = file_schedule.of_file(path)
     notes = list(_leftover_notes(path, [n for n in leftover if n not in (V_PRED, ZTSNR)]))
@@ -217,8 +233,13 @@ def _read_file(path: Path, config: str | None, key: str, told: Mapping[str, Any]
             f"The file doesn't say what it predicts, so what {key} says is taken;"
             " model.prediction_type=v_prediction (or epsilon) says otherwise"
         )
+    notes += _vae_notes(vae)
     own = file_schedule.changes(diffusers_folder.read_schedule(configs), {**said, **told})
     return WholeModel(weights, configs, layout, own, tuple(notes))
+
+
+def _vae_notes(vae: str | None) -> list[str]:
+    return [] if vae is None else [f"VAE: of {vae}"]
 
 
 def _layout(folder: Path, sdxl: bool) -> ModelLayout:

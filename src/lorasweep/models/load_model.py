@@ -148,7 +148,8 @@ def _from_file(settings: ModelSettings, dtype: torch.dtype) -> dict[str, Any]:
     except (SafetensorError, SingleFileComponentError, ValueError, RuntimeError) as error:
         first = str(error).splitlines()[0]
         raise ModelError(
-            f"model.path={path} is not a whole Stable Diffusion 1.x checkpoint: {first}"
+            f"model.path={path} is not a whole Stable Diffusion 1.x checkpoint: {first} `lorasweep"
+            " convert` makes a folder of files without a VAE (--vae) or of NAI's names"
         ) from None
     pipeline.unet.to(dtype)
     pipeline.text_encoder.to(dtype)
