@@ -102,6 +102,20 @@ def test_a_taken_target_is_kept_unless_it_is_to_be_overwritten(embedded, single,
     assert sorted(path.name for path in folder.parent.iterdir()) == ["model"]
 
 
+def test_a_tokenizer_of_one_file_becomes_three_for_older_transformers(embedded, tmp_path):
+    source = tmp_path / "new"
+    shutil.copytree(embedded, source)
+    for name in ("vocab.json", "merges.txt"):
+        (source / "tokenizer" / name).unlink()
+    weights = whole_model.read(str(source)).weights
+    diffusers_folder.write_folder(tmp_path / "out", weights, source, {})
+    ours, theirs = tmp_path / "out" / "tokenizer", Path(embedded) / "tokenizer"
+    read = [json.loads((folder / "vocab.json").read_text()) for folder in (ours, theirs)]
+    assert read[0] == read[1]
+    lines = [(folder / "merges.txt").read_text().split() for folder in (ours, theirs)]
+    assert lines[0] == lines[1]
+
+
 def test_what_real_files_hold_besides_is_counted_and_the_unknown_named(
     embedded, single, tmp_path, caplog
 ):

@@ -133,6 +133,7 @@ def test_offline_lora_as_a_file_names_folder_and_file(base, lora, tmp_path):
     ending = f"offline_lora={str(tmp_path / 'x')!r}, offline_lora_filename='my.safetensors')"
     assert done.lines[-1].endswith(ending)
     assert any("holds its own base" in line for line in done.lines)  # this one's isn't SD1.5
+    assert any("needs peft: pip install peft" in line for line in done.lines)
 
 
 def test_equal_pictures_agree_and_a_lost_lora_does_not(base, lora):

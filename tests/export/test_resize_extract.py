@@ -12,7 +12,7 @@ from lorasweep.core.atomic_write import TargetError
 from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.export import extract, resize, svd, whole_model
 from lorasweep.export.exported import ExportError
-from lorasweep.export.ranks import Ranks
+from lorasweep.export.svd_ranks import SvdRanks
 from lorasweep.lora_files import checkpoint, read_lora_file
 from lorasweep.models.model_files import ModelError
 
@@ -111,7 +111,7 @@ def written(path, *named, metadata=None):
 
 def test_a_larger_or_equal_rank_keeps_everything(tmp_path):
     source = written(tmp_path / "a.safetensors", (LINEAR, lora()), (CONV, KINDS["locon"]))
-    done = resize.resize(source, tmp_path / "b.safetensors", Ranks(8))
+    done = resize.resize(source, tmp_path / "b.safetensors", SvdRanks(8))
     assert done.kept.total == pytest.approx(1.0)
     before, after = read_lora_file.read(source), read_lora_file.read(done.path)
     for key, site in after.sites.items():
@@ -122,7 +122,7 @@ def test_a_larger_or_equal_rank_keeps_everything(tmp_path):
 
 def test_a_smaller_rank_is_the_best_there_is_and_says_what_it_kept(tmp_path):
     source = written(tmp_path / "a.safetensors", (LINEAR, lora()), (CONV, KINDS["locon"]))
-    done = resize.resize(source, tmp_path / "b.safetensors", Ranks(2))
+    done = resize.resize(source, tmp_path / "b.safetensors", SvdRanks(2))
     before, after = read_lora_file.read(source), read_lora_file.read(done.path)
     shares = {}
     for key, site in after.sites.items():
@@ -140,7 +140,7 @@ def test_energy_gives_each_module_its_own_rank(tmp_path):
     weak = lora()
     weak["lora_up.weight"] = weak["lora_up.weight"] * torch.tensor([1.0, *[1e-3] * 5])
     source = written(tmp_path / "a.safetensors", (LINEAR, weak), (CONV, KINDS["locon"]))
-    done = resize.resize(source, tmp_path / "b.safetensors", Ranks(energy=0.95))
+    done = resize.resize(source, tmp_path / "b.safetensors", SvdRanks(energy=0.95))
     after = read_lora_file.read(done.path)
     assert after.sites[LINEAR]["lora_down.weight"].shape[0] == 1
     assert after.sites[CONV]["lora_down.weight"].shape[0] > 1
@@ -154,7 +154,7 @@ def test_metadata_is_carried_and_corrected(tmp_path):
         (LINEAR, {name: tensor.half() for name, tensor in lora().items()}),
         metadata={"ss_network_dim": "6", "ss_seed": "7", "modelspec.title": "cat"},
     )
-    done = resize.resize(source, tmp_path / "b.safetensors", Ranks(2))
+    done = resize.resize(source, tmp_path / "b.safetensors", SvdRanks(2))
     tensors, metadata = checkpoint.read(done.path)
     assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("2", "2.0")
     assert (metadata["ss_seed"], metadata["modelspec.title"]) == ("7", "cat")
@@ -174,7 +174,7 @@ def test_alpha_is_the_rank_whatever_the_weights_type_can_hold(dtype, tmp_path):
     }
     source = written(tmp_path / "a.safetensors", (LINEAR, site))
     for rank in (17, 257):
-        done = resize.resize(source, tmp_path / f"{rank}.safetensors", Ranks(rank))
+        done = resize.resize(source, tmp_path / f"{rank}.safetensors", SvdRanks(rank))
         tensors, _ = checkpoint.read(done.path)
         assert tensors[f"{LINEAR}.alpha"].dtype == torch.float32
         assert float(tensors[f"{LINEAR}.alpha"]) == rank
@@ -202,14 +202,14 @@ def test_loha_becomes_a_lora_of_its_modules_shape(key, site, shape, tmp_path):
     }
     sd15 = {"lora_down.weight": normal(1, 768), "lora_up.weight": normal(4, 1)}
     source = written(tmp_path / "a.safetensors", (key, factors), (reader, sd15))
-    done = resize.resize(source, tmp_path / "b.safetensors", Ranks(2))
+    done = resize.resize(source, tmp_path / "b.safetensors", SvdRanks(2))
     assert read_lora_file.read(done.path).sites[key]["lora_down.weight"].shape == shape
 
 
 def test_dora_keeps_its_magnitudes(tmp_path):
     site = {**lora(), "dora_scale": normal(12, 1)}
     source = written(tmp_path / "a.safetensors", (LINEAR, site))
-    done = resize.resize(source, tmp_path / "b.safetensors", Ranks(2))
+    done = resize.resize(source, tmp_path / "b.safetensors", SvdRanks(2))
     assert torch.equal(
         read_lora_file.read(done.path).sites[LINEAR]["dora_scale"], site["dora_scale"]
     )
@@ -218,17 +218,17 @@ def test_dora_keeps_its_magnitudes(tmp_path):
 def test_what_has_no_rank_or_a_taken_target_is_refused(tmp_path):
     source = written(tmp_path / "a.safetensors", (LINEAR, {"oft_blocks": normal(2, 2, 2)}))
     with pytest.raises(CheckpointError, match="oft"):
-        resize.resize(source, tmp_path / "b.safetensors", Ranks(2))
+        resize.resize(source, tmp_path / "b.safetensors", SvdRanks(2))
     with pytest.raises(TargetError, match="exists already"):
-        resize.resize(source, source, Ranks(2))
+        resize.resize(source, source, SvdRanks(2))
     for given in ({}, {"rank": 0}, {"energy": 1.5}, {"rank": 4, "conv_rank": 0}, {"conv_rank": 4}):
         with pytest.raises(ExportError, match="--"):
-            Ranks(**given)
+            SvdRanks(**given)
 
 
 def test_convolutions_are_resized_to_their_own_rank(tmp_path):
     source = written(tmp_path / "a.safetensors", (LINEAR, lora()), (CONV, KINDS["locon"]))
-    done = resize.resize(source, tmp_path / "b.safetensors", Ranks(4, conv_rank=2))
+    done = resize.resize(source, tmp_path / "b.safetensors", SvdRanks(4, conv_rank=2))
     after = read_lora_file.read(done.path)
     ranks = {key: site["lora_down.weight"].shape[0] for key, site in after.sites.items()}
     assert ranks == {LINEAR: 4, CONV: 2}
@@ -262,7 +262,7 @@ def tuned(base, original, rank, also=""):
 
 def test_what_was_merged_is_extracted_again(base, original, tmp_path):
     model, deltas = tuned(base, original, rank=4)
-    done = extract.extract(model, original, base, tmp_path / "a.safetensors", Ranks(4))
+    done = extract.extract(model, original, base, tmp_path / "a.safetensors", SvdRanks(4))
     found = read_lora_file.read(done.path)
     assert set(found.sites) == set(deltas)
     for key, delta in deltas.items():
@@ -287,7 +287,7 @@ def test_a_tune_saved_in_another_type_than_its_base_differs_only_where_it_was_tu
     wide = replace(original, weights=weights)
     model, deltas = tuned(base, wide, rank=4)
     done = extract.extract(
-        model.cast(saved), wide.cast(given), base, tmp_path / "a.safetensors", Ranks(4)
+        model.cast(saved), wide.cast(given), base, tmp_path / "a.safetensors", SvdRanks(4)
     )
     assert set(read_lora_file.read(done.path).sites) == set(deltas)
     assert done.untouched == 0
@@ -304,7 +304,7 @@ def test_what_differs_by_more_than_rounding_is_extracted(base, original, tmp_pat
     model = replace(rounded, weights={**rounded.weights, site.part: part})
     for like in (original, rounded):
         done = extract.extract(
-            model, like, base, tmp_path / f"{like.precision}.safetensors", Ranks(1)
+            model, like, base, tmp_path / f"{like.precision}.safetensors", SvdRanks(1)
         )
         assert set(read_lora_file.read(done.path).sites) == {site.key}
 
@@ -312,7 +312,7 @@ def test_what_differs_by_more_than_rounding_is_extracted(base, original, tmp_pat
 def test_an_extracted_lora_has_the_energy_and_the_type_that_are_asked_for(base, original, tmp_path):
     model, _ = tuned(base, original, rank=8)
     out = tmp_path / "a.safetensors"
-    done = extract.extract(model, original, base, out, Ranks(6, energy=0.8), precision="fp16")
+    done = extract.extract(model, original, base, out, SvdRanks(6, energy=0.8), precision="fp16")
     tensors, metadata = checkpoint.read(out)
     ranks = {t.shape[0] for n, t in tensors.items() if n.endswith("lora_down.weight")}
     assert len(ranks) > 1 and max(ranks) <= 6
@@ -323,7 +323,7 @@ def test_an_extracted_lora_has_the_energy_and_the_type_that_are_asked_for(base, 
 
 def test_what_a_lora_cannot_hold_is_said(base, original, tmp_path):
     model, _ = tuned(base, original, rank=8, also="conv_in.bias")
-    done = extract.extract(model, original, base, tmp_path / "a.safetensors", Ranks(2))
+    done = extract.extract(model, original, base, tmp_path / "a.safetensors", SvdRanks(2))
     assert done.untouched == 1
     assert 0.2 < done.kept.worst < done.kept.total < 0.9
     assert f"{done.kept.total:.2%}" in "\n".join(done.lines())
@@ -332,7 +332,7 @@ def test_what_a_lora_cannot_hold_is_said(base, original, tmp_path):
 def test_convolutions_are_extracted_at_their_own_rank(base, original, tmp_path):
     model, _ = tuned(base, original, rank=2, also="conv_in.weight")
     out = tmp_path / "a.safetensors"
-    done = extract.extract(model, original, base, out, Ranks(3, conv_rank=1), targets="full")
+    done = extract.extract(model, original, base, out, SvdRanks(3, conv_rank=1), targets="full")
     found = read_lora_file.read(done.path)
     assert found.sites["lora_unet_conv_in"]["lora_down.weight"].shape == (1, 4, 3, 3)
     assert json.loads(found.metadata["ss_network_args"]) == {"conv_dim": "1", "conv_alpha": "1.0"}
@@ -342,8 +342,8 @@ def test_convolutions_are_extracted_at_their_own_rank(base, original, tmp_path):
 def test_models_that_do_not_fit_or_do_not_differ_are_refused(base, original, tmp_path):
     out = tmp_path / "a.safetensors"
     with pytest.raises(ModelError, match="same weights"):
-        extract.extract(original.cast("bf16"), original, base, out, Ranks(4))
+        extract.extract(original.cast("bf16"), original, base, out, SvdRanks(4))
     cut = {**original.weights, "unet": {"conv_in.bias": torch.ones(3)}}
     with pytest.raises(ModelError, match="different architectures"):
-        extract.extract(replace(original, weights=cut), original, base, out, Ranks(4))
+        extract.extract(replace(original, weights=cut), original, base, out, SvdRanks(4))
     assert not list(tmp_path.iterdir())

@@ -6,6 +6,7 @@ The model is a tiny SDXL of random weights; names and shapes are kohya's on SDXL
 import gzip
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ from lorasweep.export import (
 from lorasweep.export.attach_loras import attachable
 from lorasweep.export.diffusers_folder import FILES
 from lorasweep.export.exported import ExportError
-from lorasweep.export.generic_diffusion_feature import offline_lora
+from lorasweep.export.generic_diffusion_feature import loader_of, offline_lora
 from lorasweep.export.single_file_names import ModelLayout
 from lorasweep.lora_files import checkpoint, read_lora_file
 from lorasweep.models.load_model import Model
@@ -296,6 +297,13 @@ def test_offline_lora_holds_the_variant_fp16_too(settings, write, tmp_path):
         name.startswith("text_model.")
         for name in load_file(target / "text_encoder" / "model.safetensors")
     )
+
+
+def test_playground_is_printed_as_such(folder, settings, tmp_path):
+    place = tmp_path / "models--playgroundai--playground-v2-1024px-aesthetic"
+    place.symlink_to(folder)
+    assert loader_of(replace(settings, path=str(place))).version == "pgv2"
+    assert loader_of(settings).version == "xl"
 
 
 def test_plain_weights_in_fp16_are_stored_once(settings, write, tmp_path):

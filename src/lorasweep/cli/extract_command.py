@@ -33,13 +33,13 @@ def _extract(arguments: argparse.Namespace) -> int:
     from lorasweep.cli.model_argument import model_of
     from lorasweep.core.progress import say
     from lorasweep.export import extract
-    from lorasweep.export.ranks import Ranks
+    from lorasweep.export.svd_ranks import SvdRanks
 
     tuned, base = (model_of(path, arguments.config) for path in (arguments.tuned, arguments.base))
     extract.extract_and_draw(
         (tuned, base),
         arguments.out,
-        Ranks(arguments.rank, arguments.conv_rank, arguments.energy),
+        SvdRanks(arguments.rank, arguments.conv_rank, arguments.energy),
         arguments.targets,
         arguments.dtype,
         overwrite=arguments.overwrite,

@@ -30,13 +30,13 @@ def _resize(arguments: argparse.Namespace) -> int:
     from lorasweep.cli.model_argument import model_of
     from lorasweep.core.progress import say
     from lorasweep.export import resize
-    from lorasweep.export.ranks import Ranks
+    from lorasweep.export.svd_ranks import SvdRanks
 
     source: Path = arguments.file
     resize.resize_and_draw(
         source,
         arguments.out or source.with_name(f"{source.stem}-resized.safetensors"),
-        Ranks(arguments.rank, arguments.conv_rank, arguments.energy),
+        SvdRanks(arguments.rank, arguments.conv_rank, arguments.energy),
         model=model_of(arguments.model, arguments.config) if arguments.model else None,
         overwrite=arguments.overwrite,
         say=say,

@@ -154,6 +154,8 @@ def write_folder(
             if file.is_file():
                 _check_own(file, configs)
                 shutil.copyfile(file, folder / part / file.name)
+        if part.startswith("tokenizer"):
+            _add_slow_tokenizer(folder / part)
     if scheduler:
         _copy_json(configs / "scheduler" / CONFIGS["scheduler"], folder, scheduler)
     index = read_index(configs)
@@ -163,6 +165,21 @@ def write_folder(
     if "_class_name" in scheduler:
         changed["scheduler"] = ["diffusers", scheduler["_class_name"]]
     (folder / "model_index.json").write_text(json.dumps({**index, **changed}, indent=2) + "\n")
+
+
+def _add_slow_tokenizer(folder: Path) -> None:
+    """vocab.json and merges.txt of a tokenizer.json alone: transformers before 5 ask for them."""
+    if (folder / "vocab.json").exists() or not (folder / "tokenizer.json").exists():
+        return
+    model = read_object(folder / "tokenizer.json", str(folder)).get("model", {})
+    vocabulary, merges = model.get("vocab"), model.get("merges")
+    if not isinstance(vocabulary, dict) or not isinstance(merges, list):
+        return  # of another kind than CLIP's: there is no such form
+    lines = [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
+    text = json.dumps(vocabulary, ensure_ascii=False)
+    (folder / "vocab.json").write_text(text, encoding="utf-8")
+    # the first line is skipped by its readers
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *lines, ""]), encoding="utf-8")
 
 
 def write_variant(folder: Path, weights: Weights) -> Weights:

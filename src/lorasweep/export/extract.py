@@ -11,7 +11,7 @@ from lorasweep import __version__
 from lorasweep.adapters.kohya_names import PRESETS, sites
 from lorasweep.core.atomic_write import staged
 from lorasweep.export import diffusers_lora, picture_check, svd, whole_model
-from lorasweep.export.ranks import Ranks, has_kernel, metadata
+from lorasweep.export.svd_ranks import SvdRanks, has_kernel, metadata
 from lorasweep.export.whole_model import WholeModel, as_base, weight_name
 from lorasweep.lora_files import checkpoint, read_lora_file
 from lorasweep.models.base_model import BaseModel, Precision, torch_dtype
@@ -58,7 +58,7 @@ class Extracted:
 def extract_and_draw(
     models: tuple[Model, Model],
     target: Path,
-    ranks: Ranks,
+    ranks: SvdRanks,
     targets: str,
     precision: Precision = "fp32",
     *,
@@ -89,7 +89,7 @@ def extract(
     original: WholeModel,
     base: BaseModel,
     target: Path,
-    ranks: Ranks,
+    ranks: SvdRanks,
     targets: str = "attn-mlp",
     precision: Precision = "fp32",
     source: str = "a tuned model",

@@ -15,7 +15,7 @@ from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.core.settings import SettingsError
 from lorasweep.export import diffusers_folder, diffusers_lora, find_lora, picture_check, svd
 from lorasweep.export.attach_loras import attachable
-from lorasweep.export.ranks import Ranks, has_kernel, metadata
+from lorasweep.export.svd_ranks import SvdRanks, has_kernel, metadata
 from lorasweep.export.whole_model import base_for_loras
 from lorasweep.lora_files import checkpoint, read_lora_file
 from lorasweep.lora_files.read_lora_file import FACTORED, LoRAFile
@@ -57,7 +57,7 @@ class Resized:
 def resize_and_draw(
     source: Path,
     target: Path,
-    ranks: Ranks,
+    ranks: SvdRanks,
     *,
     model: Model | None,
     overwrite: bool,
@@ -81,7 +81,7 @@ def resize_and_draw(
         say(line)
 
 
-def resize(source: Path, target: Path, ranks: Ranks) -> Resized:
+def resize(source: Path, target: Path, ranks: SvdRanks) -> Resized:
     """Write `source` as a LoRA of these ranks.
 
     DoRA keeps its magnitudes. Raises CheckpointError for a type

@@ -12,7 +12,7 @@ from lorasweep.export.svd import Spectrum
 
 
 @dataclass(frozen=True)
-class Ranks:
+class SvdRanks:
     """One rank for all, or with `energy` each module's least that keeps this share, up to `rank`.
 
     Raises ExportError for what no LoRA can have.
