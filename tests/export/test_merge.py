@@ -164,7 +164,7 @@ def test_a_larger_rank_is_advised_only_where_it_is_needed():
     [
         ("merged", ["--rank=4"], "--rank has no effect"),
         ("merged", ["--with=b.safetensors"], "give FILE=WEIGHT"),
-        ("diffusers-lora", ["--strength=0.5"], "need a whole model"),
+        ("merged", ["--strength=much"], "give a number, or numbers by part"),
         ("diffusers-lora", ["--dtype=fp16"], "--dtype has no effect"),
         ("diffusers-lora", ["--out=folder"], r"ends in \.safetensors"),
         ("offline-lora", ["--rank=4"], "--rank has no effect"),

@@ -29,6 +29,7 @@ from lorasweep.export.attach_loras import attachable
 from lorasweep.export.diffusers_folder import FILES
 from lorasweep.export.exported import ExportError
 from lorasweep.export.generic_diffusion_feature import loader_of, offline_lora
+from lorasweep.export.kohya_lora import write_for_kohya
 from lorasweep.export.single_file_names import ModelLayout
 from lorasweep.lora_files import checkpoint, read_lora_file
 from lorasweep.models.load_model import Model
@@ -338,6 +339,17 @@ def test_diffusers_loads_every_module_of_the_lora_file(make, names, xl, settings
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_kohyas_file_has_the_names_of_the_original_layout(xl, settings, write, tmp_path):
+    """sd-scripts finds SDXL's modules by no other."""
+    path = write(lora, everywhere, names={})
+    target = tmp_path / "kohya.safetensors"
+    write_for_kohya(settings, [(path, 1.0)], target)
+    theirs = {name.partition(".")[0] for name in load_file(target)}
+    assert "lora_unet_input_blocks_4_1_proj_in" in theirs
+    assert not any("down_blocks" in key or "up_blocks" in key for key in theirs)
+    assert torch.equal(attached(xl, target), attached(xl, path))
+
+
 def test_diffusers_own_reading_loses_the_added_embedding(xl, write):
     """Why SDXL's files are always converted; when this fails diffusers has mended it."""
     path = write(lora, lambda site: "add_embedding" in site.path or is_attention(site), names={})

@@ -16,6 +16,7 @@ from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.core.text import shown
 from lorasweep.export import module_check, picture_check, svd, whole_model
 from lorasweep.export.attach_loras import Loras, attachable
+from lorasweep.export.combine_loras import combine
 from lorasweep.export.diffusers_lora_tensors import REMEDY, How, convert, diffusers_reads
 from lorasweep.export.exported import Exported, ExportError
 from lorasweep.export.picture_check import TOLERANCES, Canvas
@@ -39,17 +40,20 @@ def write_for_diffusers(
 ) -> Exported:
     """As `lora_for_diffusers`, on the base model that these settings name.
 
-    Raises ExportError for `loras` that no LoRA file can hold: several, or one of another strength.
+    Several LoRAs, or one of another strength, become one first (`combine`). Raises ExportError.
     """
-    (source, strength), *others = loras
-    if others or strength != 1:
-        raise ExportError(
-            "a LoRA file holds one LoRA, as trained: --strength and --with need a whole model"
-            " (--to merged, or --to offline-lora with --out FOLDER)"
-        )
     with picture_check.quiet():
         loaded = whole_model.base_for_loras(base)
-        return lora_for_diffusers(source, target, loaded, rank, overwrite=overwrite)
+        (source, weight), *others = loras
+        if not others and weight == 1:
+            return lora_for_diffusers(source, target, loaded, rank, overwrite=overwrite)
+        files = [(read_lora_file.read(path, loaded), weight) for path, weight in loras]
+        given = attachable(loaded, files)
+        combined = combine(loaded, files, rank)
+        told = combined.compare(loaded, given, combined.file)
+        left = rank if combined.loss is None else None
+        done = _write(combined.file, target, loaded, left, overwrite=overwrite)
+    return replace(done, lines=(combined.told, told, *done.lines))
 
 
 def lora_for_diffusers(
@@ -66,7 +70,13 @@ def lora_for_diffusers(
     Raises TargetError for a taken target, and ExportError, naming the remedy, for
     what can't be exported or is read otherwise by diffusers; nothing is written then.
     """
-    file = read_lora_file.read(source, base)
+    return _write(read_lora_file.read(source, base), target, base, rank, overwrite=overwrite)
+
+
+def _write(
+    file: LoRAFile, target: Path, base: Base, rank: int | None, *, overwrite: bool
+) -> Exported:
+    source = file.path
     with staged(target, overwrite) as place:
         _check_fit(file, base)
         try:

@@ -14,6 +14,7 @@ from lorasweep.export import diffusers_folder, module_check, picture_check, read
 from lorasweep.export.attach_loras import Loras, attachable
 from lorasweep.export.diffusers_folder import VARIANT
 from lorasweep.export.exported import Exported, ExportError, is_file
+from lorasweep.export.lora_weights import Weight, weight_at
 from lorasweep.export.picture_check import Canvas
 from lorasweep.lora_files import read_lora_file
 from lorasweep.lora_files.read_lora_file import LoRAFile
@@ -81,7 +82,7 @@ def merged(
 def merge(
     base: Base,
     model: WholeModel,
-    files: Sequence[tuple[LoRAFile, float]],
+    files: Sequence[tuple[LoRAFile, Weight]],
     precision: Precision | None = None,
 ) -> WholeModel:
     """The model's tensors with the sum of all weighted deltas added in fp32, rounded once.
@@ -96,7 +97,7 @@ def merge(
         total = model.weight_of(site).float()
         for file, weight in files:
             if key in file.sites:
-                total = total + weight * file_delta(site, file.sites[key])
+                total = total + weight_at(weight, site) * file_delta(site, file.sites[key])
         rounded = total.to(weights[site.part][name].dtype)
         if not bool(rounded.isfinite().all()):
             raise ExportError(

@@ -6,9 +6,10 @@ alone amplifies nothing, so what it makes of fixed inputs tells rounding from a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
+from lorasweep.adapters.kohya_names import every_site
 from lorasweep.core.rng import generator
 from lorasweep.core.text import shown
 from lorasweep.export import picture_check
@@ -46,9 +47,18 @@ def require_same(
     return picture_check.require(pictures, reader)
 
 
-def outputs_with(base: Base, adapters: Weighted) -> dict[str, Tensor]:
-    """`outputs` of the modules that the adapters change, with them, by part and dotted path."""
-    sites = [entry.site for pack, _ in adapters for entry in pack.entries]
+def outputs_with(
+    base: Base, adapters: Weighted, names: Collection[str] | None = None
+) -> dict[str, Tensor]:
+    """`outputs` of modules with the adapters, by part and dotted path.
+
+    Without `names` they are those that the adapters change.
+    """
+    if names is None:
+        sites = [entry.site for pack, _ in adapters for entry in pack.entries]
+    else:
+        known = every_site(base.parts).values()
+        sites = [site for site in known if f"{site.part}.{site.path}" in names]
     with attached(adapters):
         return outputs({f"{site.part}.{site.path}": site.module for site in sites})
 

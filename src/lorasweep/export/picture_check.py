@@ -140,10 +140,10 @@ class Canvas:
         )
 
 
-def draw(base: Base, adapters: Weighted = ()) -> Image.Image:
+def draw(base: Base, adapters: Weighted = (), guidance: float = GUIDANCE) -> Image.Image:
     """The picture of our own adapters, at their weights, on the base; of the bare base without."""
     with attached(adapters):
-        return draw_with(pipeline_of(base), Canvas.of(base))
+        return draw_with(pipeline_of(base), Canvas.of(base), guidance=guidance)
 
 
 def draw_with(
