@@ -9,13 +9,13 @@ from lorasweep.adapters.kohya_names import every_site
 from lorasweep.adapters.pack import file_delta
 from lorasweep.adapters.unet_blocks import block_index
 from lorasweep.cli.main import main
-from lorasweep.export import combine_loras, picture_check
+from lorasweep.export import combine_loras, merge, picture_check, whole_model
 from lorasweep.export.attach_loras import attachable
 from lorasweep.export.combine_loras import combine
 from lorasweep.export.diffusers_lora import write_for_diffusers
 from lorasweep.export.exported import ExportError
 from lorasweep.export.kohya_lora import write_for_kohya
-from lorasweep.export.lora_weights import PartWeights, parsed, unet_alone
+from lorasweep.export.lora_weights import PartWeights, parsed, unet_alone, weight_at
 from lorasweep.lora_files import checkpoint, peft_names, read_lora_file
 
 
@@ -117,12 +117,16 @@ def test_parts_and_blocks_have_weights_of_their_own(base, write):
     assert_same(deltas(base, (done.file, 1.0)), deltas(base, (file, by_hand)))
 
 
-def test_weights_of_parts_are_those_of_a_merged_model_too(base, write):
-    """Attached and merged are told the same numbers in other ways than a file is."""
+def test_weights_of_parts_hold_attached_and_merged_too(base, write):
     file = read(base, write(lora))
     weights = parsed("te:0.3,mid:0,down1:2", "--strength")
     given = attachable(base, [(file, weights)])
     one = attachable(base, [(combine(base, [(file, weights)]).file, 1.0)])
+    source = whole_model.read(base.settings.path)
+    merged = merge.merge(base, source, [(file, weights)], "fp32")
+    for key, delta in deltas(base, (file, lambda site: weight_at(weights, site))).items():
+        site = every_site(base.parts)[key]
+        assert torch.allclose(merged.weight_of(site), site.weight + delta, atol=1e-6)
     same = picture_check.compare(picture_check.draw(base, given), picture_check.draw(base, one))
     assert same.holds
     assert not picture_check.compare(
