@@ -54,7 +54,7 @@ def _export(arguments: argparse.Namespace) -> int:
         found,
         arguments.to,
         out=arguments.out,
-        strength=lora_weights.parsed(arguments.strength, "--strength"),
+        strength=lora_weights.parsed(arguments.strength, f"--strength {arguments.strength}"),
         others=arguments.others,
         unet_only=arguments.unet_only,
         rank=arguments.rank,

@@ -74,4 +74,4 @@ def _weighted(text: str) -> tuple[Path, Weight]:
     file, _, weight = text.rpartition("=")
     if not file:
         raise ExportError(f"--with {text}: give FILE=WEIGHT, e.g. other.safetensors=0.5")
-    return Path(file), parsed(weight, f"--with {file}")
+    return Path(file), parsed(weight, f"--with {text}")

@@ -45,20 +45,23 @@ def weight_at(weight: Weight, site: Site) -> float:
     return weight.at(site) if isinstance(weight, PartWeights) else weight
 
 
-def parsed(text: str, option: str) -> Weight:
-    """`0.8` or `unet:0.8,te:0,down4:0.5` of the command line's `option`. Raises ExportError."""
+def parsed(text: str, given: str) -> Weight:
+    """`0.8` or `unet:0.8,te:0,down4:0.5`; messages say the words that were `given`.
+
+    Raises ExportError.
+    """
     if ":" not in text:
-        return _number(text, option, text)
+        return _number(text, given)
     weights = PartWeights()
     for entry in text.split(","):
         name, _, value = entry.strip().partition(":")
-        number = _number(value, option, text)
+        number = _number(value, given)
         if name == "te":
             weights = replace(weights, te=number)
         elif name == "unet":
             weights = replace(weights, unet=number)
         else:
-            new = dict.fromkeys(_blocks(name, option, text), number)
+            new = dict.fromkeys(_blocks(name, given), number)
             weights = replace(weights, blocks={**weights.blocks, **new})
     return weights
 
@@ -69,7 +72,7 @@ def unet_alone(weight: Weight) -> PartWeights:
     return replace(own, te=0.0)
 
 
-def _blocks(name: str, option: str, text: str) -> list[int]:
+def _blocks(name: str, given: str) -> list[int]:
     ways = {
         "down": list(range(WAY)),
         "mid": [WAY],
@@ -79,15 +82,15 @@ def _blocks(name: str, option: str, text: str) -> list[int]:
         return ways[name]
     found = _BLOCK.fullmatch(name)
     if found is None or int(found[2]) >= WAY:
-        raise ExportError(f"{option} {text}: {name!r} is no part or block; {_FORM}")
+        raise ExportError(f"{given}: {name!r} is no part or block; {_FORM}")
     return [ways[found[1]][int(found[2])]]
 
 
-def _number(value: str, option: str, text: str) -> float:
+def _number(value: str, given: str) -> float:
     try:
         number = float(value)
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise ExportError(f"{option} {text}: {_FORM}")
+        raise ExportError(f"{given}: {_FORM}")
     return number
