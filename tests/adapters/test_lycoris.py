@@ -17,11 +17,13 @@ from conftest import options
 from lorasweep.adapters import lycoris_module as oracle
 from lorasweep.adapters.adapter import Site
 from lorasweep.adapters.dropout import Dropout
+from lorasweep.adapters.kohya_names import by_site
 from lorasweep.adapters.lokr import factorization
 from lorasweep.adapters.pack import check_fit, make_stack
 from lorasweep.config.compose import compose
 from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.core.settings import SettingsError, build
+from lorasweep.lora_files.kohya_form import kohya_form
 
 torch.manual_seed(0)
 SITES = {
@@ -348,11 +350,23 @@ def test_a_bias_in_a_file_is_refused():
         check_fit(site, tensors)
 
 
-def test_tucker_lokr_is_refused_as_lycoris_own_loader_does():
+@pytest.mark.parametrize("args", [{}, {"decompose_both": True}])
+def test_tucker_lokr_is_read_as_lycoris_trained_it(args):
+    """Its loader can't read it: the module that is trained is the oracle."""
     site = SITES["3x3"]
-    tensors = oracle.saved(oracle.new_module(site, "lokr", 2, 1.0, {"use_tucker": True}))
-    with pytest.raises(CheckpointError, match="LyCORIS can't load it"):
-        check_fit(site, tensors)
+    module = oracle.new_module(site, "lokr", 2, 1.0, {"use_tucker": True, **args})
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_()
+    file = {f"{site.key}.{name}": tensor for name, tensor in oracle.saved(module).items()}
+    tensors = by_site(kohya_form(file, {}).tensors)[site.key]
+    check_fit(site, tensors)
+    x, y = batch(site)
+    ours = make_stack(site, [(None, tensors)]).forward(x, y, None)
+    assert torch.allclose(ours, oracle.outcome(module, x, y), atol=1e-4)
+
+
+def test_tucker_lokr_is_not_trained_for_lycoris_can_not_reload_it():
     with pytest.raises(SettingsError, match="a 3x3 convolution: LyCORIS can't load it"):
         adapter("adapter=lycoris", "adapter.algo=lokr", "adapter.args={use_tucker: true}")
 

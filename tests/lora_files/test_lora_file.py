@@ -15,6 +15,9 @@ from lorasweep.core import safetensors_header
 from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.judging.judge import load_pack
 from lorasweep.lora_files import checkpoint, peft_names, read_lora_file
+from lorasweep.lora_files.kohya_form import kohya_form
+from lorasweep.lora_files.peft_config import METADATA_KEY
+from lorasweep.lora_files.site_names import parsed
 
 KEY = "lora_unet_down_blocks_0_attentions_0_proj_in"
 DOWN, UP, ALPHA = f"{KEY}.lora_down.weight", f"{KEY}.lora_up.weight", f"{KEY}.alpha"
@@ -67,8 +70,8 @@ HOSTILE = {
     "one offset": (content(changed(UP, data_offsets=[24]), DATA), "1 data_offsets"),
     "no dtype": (content({DOWN: {"shape": [1], "data_offsets": [0, 4]}}, b"1234"), "dtype"),
     "unknown type": (content(changed(DOWN, dtype="F31"), DATA), "F31"),
-    "weights of whole numbers": (content(changed(DOWN, dtype="I32"), DATA), "I32"),
-    "no values": (content({DOWN: entry([0, 3], 0, 0)}), "no values"),
+    "weights of whole numbers": (content(changed(DOWN, dtype="I32"), DATA), "whole numbers"),
+    "no values": (content({DOWN: entry([0, 3], 0, 0)}), "no names of a LoRA"),
     "a name without end": (content({"a" * 10**5: entry([1], 0, 4)}, b"1234"), "100000 characters"),
     "NaN": (content(WHOLE, NAN), "not finite"),
     "infinite": (content(WHOLE, INF), "not finite"),
@@ -89,9 +92,13 @@ HOSTILE = {
         ),
         "alpha must be one number",
     ),
-    "a strange neighbour": (
-        content({**WHOLE, f"{KEY}.evil": entry([1], 60, 64)}, DATA + DATA[:4]),
-        "evil belongs to no lora",
+    "a neighbour that changes what the others mean": (  # AdaLoRA's
+        content({**WHOLE, f"{KEY}.lora_E": entry([1], 60, 64)}, DATA + DATA[:4]),
+        "lora_E is of no type that is read",
+    ),
+    "a neighbour of another type": (
+        content({**WHOLE, f"{KEY}.hada_w1_a": entry([1], 60, 64)}, DATA + DATA[:4]),
+        "hada_w1_a belongs to no lora",
     ),
     "a delta larger than any module": (
         content(
@@ -207,12 +214,8 @@ FORMS = {
 
 @pytest.mark.parametrize(("theirs", "ours"), FORMS.items())
 def test_every_form_of_diffusers_names_becomes_kohyas(theirs, ours):
-    assert next(iter(peft_names.from_peft({theirs: torch.ones(2, 3)}, {}))) == ours
-
-
-def test_a_bias_of_peft_is_refused():
-    with pytest.raises(CheckpointError, match=r"lora_B\.bias"):
-        peft_names.from_peft({f"unet.{ATTN}.to_q.lora_B.bias": torch.ones(3)}, {})
+    found = parsed(theirs)
+    assert found is not None and f"{found.key()}.{found.role}" == ours
 
 
 def test_names_lead_back_to_the_modules_of_the_model(base):
@@ -233,7 +236,7 @@ def test_names_lead_back_to_the_modules_of_the_model(base):
 )
 def test_alpha_is_pefts(config, scale):
     names = {f"unet.{ATTN}.to_q.lora_A.weight": torch.ones(4, 3)}
-    found = peft_names.from_peft(names, {peft_names.METADATA_KEY: json.dumps(config)})
+    found = kohya_form(names, {METADATA_KEY: json.dumps(config)}).tensors
     assert float(found[f"{UNET}_to_q.alpha"]) / 4 == scale
 
 

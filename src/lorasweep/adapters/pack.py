@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _BY_LYCORIS = ("full", "oft", "glora", "ia3", "tlora")
-_FORMS_BY_LYCORIS = {"hada_t1", "lokr_t2"}
-"""LoHa and LoKr in Tucker form, which other programs make."""
+_FORM_BY_LYCORIS = "hada_t1"
+"""LoHa in Tucker form, which other programs make."""
 
 
 def _part(site: Site) -> str:
@@ -243,8 +243,7 @@ def _stack_type(
 ) -> tuple[type[FileStack], bool]:
     """The type by the names of a site's tensors, and whether DoRA's is put around it."""
     name = algorithm(tensors)
-    has_form = name in ("loha", "lokr") and not _FORMS_BY_LYCORIS.isdisjoint(tensors)
-    if isinstance(adapter, LyCORIS) or name in _BY_LYCORIS or has_form:
+    if isinstance(adapter, LyCORIS) or name in _BY_LYCORIS or _FORM_BY_LYCORIS in tensors:
         return LycorisStack, False  # it knows magnitudes itself
     plain = LoRAStack if site.is_pointwise else LoConStack
     kinds: dict[str, type[FileStack]] = {
