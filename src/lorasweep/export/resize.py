@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from lorasweep.models.sdxl import Base
 
 RESIZABLE = (*FACTORED, "dora", "full")
+CARRIED = ("norm", "bias")
+"""What has no rank, and goes into the new file as it is."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def resize(
     check(rank, energy)
     read_lora_file.check_target(target, overwrite=False)
     file = read_lora_file.read(source)
-    unfit = {kind for kind in file.algorithms.values() if kind not in RESIZABLE}
+    unfit = set(file.algorithms.values()) - {*RESIZABLE, *CARRIED}
     if unfit:
         raise CheckpointError(
             f"{source} is of {', '.join(sorted(unfit))}, which has no rank to change"
@@ -103,12 +105,15 @@ def resize(
     kept: dict[str, tuple[float, float]] = {}
     ranks: Counter[int] = Counter()
     for key, site in file.sites.items():
+        if file.algorithms[key] in CARRIED:
+            tensors |= {f"{key}.{name}": tensor for name, tensor in site.items()}
+            continue
         found = svd.spectrum(site)
         own = _own_rank(found, rank, energy)
         dtype = svd.dtype_of(site)
         new = found.as_lora(own, file.shape(key), dtype, pad=energy is None)
         new["alpha"] = new["alpha"].to(dtype)
-        new |= {name: site[name] for name in site if name == "dora_scale"}
+        new |= {name: site[name] for name in site if name in ("dora_scale", "diff_b")}
         tensors |= {f"{key}.{name}": tensor for name, tensor in new.items()}
         ranks[new["lora_down.weight"].shape[0]] += 1
         kept[key] = (found.squared(own), found.squared())

@@ -41,9 +41,9 @@ def kohya_form(
 ) -> KohyaForm:
     """A file's tensors under kohya's names; with a `base` under the keys of its sites.
 
-    Without a base the original layout is diffusers', as kohya has it for SD1.x, unless the file is
-    SDXL's. Raises CheckpointError for a name that would change what the others mean, for a PEFT
-    adapter that is no sum with the base's weights, and where no name is known.
+    Without a base the UNet's modules stay in the file's own layout. Raises CheckpointError for a
+    name that would change what the others mean, for a PEFT adapter that is no sum with the base's
+    weights, and where no name is known.
     """
     config = PEFTConfig(metadata)
     config.check()
@@ -96,11 +96,9 @@ def _meaning(name: str, family: str | None) -> Name | None:
 
 
 def _keys(known: Mapping[str, tuple[Name, Tensor]], base: Base | None) -> dict[str, str]:
-    """kohya's name of each tensor's site. Only SDXL keeps the UNet's original layout."""
+    """kohya's name of each tensor's site; SDXL's keep the original layout, which its base maps."""
     is_sdxl = isinstance(base, SDXLModel) if base is not None else _is_sdxl(known)
-    layers = None if is_sdxl else site_names.LAYERS
-    if base is not None and not is_sdxl:
-        layers = base.unet.config.layers_per_block
+    layers = None if base is None or is_sdxl else base.unet.config.layers_per_block
     return {
         name: meaning.key(is_sdxl=is_sdxl, layers=layers) for name, (meaning, _) in known.items()
     }

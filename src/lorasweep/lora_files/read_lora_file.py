@@ -36,7 +36,9 @@ MAX_WEIGHT = 2**27  # values of one delta; SDXL's largest weight has a tenth
 
 _LYCORIS_NAMES = re.compile(r"(_|^)(conv_in|conv_out|time_embedding_linear_[12])$")
 _DIFFUSERS = re.compile(r"_lora\.(down|up)\.|\.processor\.|\.lora_linear_layer\.")
-_READERS = ("attn2_to_k", "attn2_to_v")
+_READERS = re.compile(r"lora_unet_\w+_attn2_to_[kv]$")
+_TEXT_READERS = re.compile(r"lora_te1?_\w+_(q_proj|k_proj|v_proj|fc1)$")
+_SDXL = re.compile(r"lora_te2_|lora_unet_\w*(transformer_blocks_[1-9]|add_embedding|label_emb)")
 _KERNEL_3 = (
     *("_conv", "_conv1", "_conv2", "_conv_in", "_conv_out", "_op"),
     *("_in_layers_2", "_out_layers_3", "_input_blocks_0_0", "_unet_out_2"),  # the original names
@@ -75,16 +77,23 @@ class LoRAFile:
     def text_width(self) -> int | None:
         """Width of the text embeddings that the base's cross attention reads; None: can't tell.
 
-        768 is Stable Diffusion 1.x, 1024 2.x, 2048 SDXL, 128 the embedded model.
+        768 is Stable Diffusion 1.x, 1024 2.x, 2048 SDXL, 128 the embedded model. SDXL's own names
+        tell it too; of its first text encoder alone it is 768.
         """
-        if any(key.startswith(("lora_te1_", "lora_te2_")) for key in self.sites):
+        if self.family is not None:
+            return None
+        if any(_SDXL.match(key) for key in self.sites):
             return 2048
-        for key, site in self.sites.items():
-            is_cross = key.startswith("lora_unet_") and key.endswith(_READERS)
-            if is_cross or key.endswith("self_attn_k_proj"):
-                shape = weight_shape(site)
-                return None if shape is None else shape[1]
+        for readers in (_READERS, _TEXT_READERS):
+            for key, site in self.sites.items():
+                if readers.match(key) and (shape := weight_shape(site)) is not None:
+                    return shape[1]
         return None
+
+    @property
+    def is_text_only(self) -> bool:
+        """Does it adapt text encoders alone?"""
+        return not any(key.startswith("lora_unet_") for key in self.sites)
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of a site's weight; where the file keeps a kernel flat, by the module's name.

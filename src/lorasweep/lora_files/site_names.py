@@ -101,9 +101,6 @@ _ORIGINAL_RESNET = {
     "out_layers_3": "conv2",
     "skip_connection": "conv_shortcut",
 }
-LAYERS = 2
-"""Residual blocks of a level in all of Stable Diffusion."""
-
 _FAMILIES = (
     (r"token_refiner|double_blocks_\d+_(img|txt)_mlp_fc", "HunyuanVideo"),
     (r"distilled_guidance_layer", "Chroma"),
@@ -136,11 +133,11 @@ class Name:
     flat: str
     """The whole path with its beginning, flattened."""
 
-    def key(self, *, is_sdxl: bool = False, layers: int | None = LAYERS) -> str:
+    def key(self, *, is_sdxl: bool = False, layers: int | None = None) -> str:
         """kohya's name of the site.
 
-        The original layout's names become diffusers', for `layers` residual blocks a level; None
-        leaves them, as kohya does for SDXL.
+        Of the original layout it is diffusers', where the UNet's `layers`, its residual blocks of a
+        level, are given: kohya has that layout for SDXL alone.
         """
         if self.part is None:
             return self.flat if self.flat.startswith("lora_") else f"lora_{self.flat}"
