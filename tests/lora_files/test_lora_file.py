@@ -310,3 +310,52 @@ def test_what_diffusers_saves_is_read_with_its_alpha(base, tmp_path):
         module = merged.get_submodule(known[key].path)
         module.weight.data += read_lora_file.low_rank_delta(site, module.weight.shape)
     assert torch.allclose(theirs, predict(base, merged, embeds), atol=1e-4)
+
+
+FOREIGN = {
+    "bundle_emb.fox.clip_l": torch.ones(2, 768),
+    "bundle_emb.fox.clip_g": torch.ones(2, 768),
+    "lora_te_text_model_embeddings_token_embedding.diff": torch.ones(2, 3),
+    "lora_unet_something.new": torch.ones(3),
+    f"{KEY}.evil": torch.ones(1),
+    "position_ids": torch.arange(9)[None],
+    "nothing": torch.zeros(0, 3),
+    "lora_unet_alone.alpha": torch.tensor(1.0),
+}
+WHAT = (
+    "2 bundled embeddings, 5 tensors of unknown names, 1 changes of the text encoder's embeddings"
+)
+
+
+def test_what_is_not_known_is_left_out_by_count(tmp_path, caplog):
+    tensors = {DOWN: torch.ones(2, 3), UP: torch.ones(4, 2)}
+    save_file({**tensors, **FOREIGN}, tmp_path / "a.safetensors")
+    found = read_lora_file.read(tmp_path / "a.safetensors")
+    read_lora_file.read(tmp_path / "a.safetensors")
+    assert set(found.tensors) == {DOWN, UP, ALPHA}
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path / 'a.safetensors'}: left out: {WHAT}"
+    ]
+
+
+def test_modules_of_rank_0_change_nothing(tmp_path):
+    other = "lora_unet_conv_in"
+    tensors = {
+        DOWN: torch.ones(2, 3),
+        UP: torch.ones(4, 2),
+        f"{other}.lora_down.weight": torch.zeros(0, 3),
+        f"{other}.lora_up.weight": torch.zeros(4, 0),
+        f"{other}.alpha": torch.tensor(1.0),
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+    found = read_lora_file.read(tmp_path / "a.safetensors")
+    assert set(found.sites) == {KEY} and found.left_out == {"modules of rank 0": 1}
+
+
+def test_half_of_an_adapter_is_not_left_out(tmp_path):
+    save_file(
+        {DOWN: torch.ones(2, 3), UP: torch.ones(4, 2), f"{KEY}x.lora_up.weight": torch.ones(4, 2)},
+        tmp_path / "a.safetensors",
+    )
+    with pytest.raises(CheckpointError, match="is half of an adapter"):
+        read_lora_file.read(tmp_path / "a.safetensors")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lorasweep.adapters.differences import bias_delta
 from lorasweep.adapters.kohya_names import every_site
 from lorasweep.adapters.pack import check_fit, file_delta
 from lorasweep.core.safetensors_header import CheckpointError
@@ -26,9 +27,8 @@ PATTERNS = {
 
 
 def lora(**options):
-    return peft.LoraConfig(
-        r=4, lora_alpha=6, target_modules=TARGETS, init_lora_weights=False, **options
-    )
+    plain = {"r": 4, "lora_alpha": 6, "target_modules": TARGETS, "init_lora_weights": False}
+    return peft.LoraConfig(**{**plain, **options})
 
 
 def loha(**options):
@@ -41,6 +41,7 @@ def lokr(**options):
 
 CONFIGS = {
     "LoRA": lora(),
+    "LoRA with biases": lora(lora_bias=True, target_modules=["to_out.0", "proj_in", "conv1"]),
     "rsLoRA": lora(use_rslora=True),
     "DoRA": lora(use_dora=True),
     "LoRA with patterns": lora(alpha_pattern=PATTERNS, rank_pattern={"attn2.to_q": 3, "to_q": 2}),
@@ -83,6 +84,8 @@ def merged(base, path):
     for key, site in read_lora_file.read(path, base).sites.items():
         name = f"{known[key].path}.weight"
         weights[name] = weights[name] + file_delta(known[key], site)
+        if (bias := bias_delta(site)) is not None:
+            weights[f"{known[key].path}.bias"] = weights[f"{known[key].path}.bias"] + bias
     return weights
 
 

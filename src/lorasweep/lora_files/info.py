@@ -205,7 +205,8 @@ def _counted(values: Iterable[str]) -> dict[str, int]:
 def type_of(file: LoRAFile) -> str:
     """LoRA, DoRA, LoHa …, with what it has besides, for a person."""
     kinds = Counter(file.algorithms.values())
-    names = " and ".join(_TYPES[kind] for kind, _ in kinds.most_common())
+    listed = sorted((kind for kind, _ in kinds.most_common()), key=("norm", "bias").__contains__)
+    names = " and ".join(_TYPES[kind] for kind in listed)
     has_kernels = any(_has_kernel(site) for site in file.sites.values())
     convolutions = " with 3x3 convolutions (LoCon)" if has_kernels else ""
     magnitudes = any("dora_scale" in site for site in file.sites.values())
