@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from mlflow import MlflowClient
 from rich.console import Console
 
 from candidates import BY
 from lorasweep import tracking
+from lorasweep.lora_files import checkpoint
 from lorasweep.lora_files.checkpoint import Checkpoint
 from lorasweep.runs import pick_checkpoint, pick_table
 from lorasweep.tracking import NewRun, Tracker, Tracking
@@ -66,8 +68,7 @@ def fill(
     log = tracker.open_run(new_run(name, sweep, root))
     for epoch, (score, high, drift) in enumerate(scored, start=1):
         path = root / name / f"{name}-{epoch:06d}.safetensors"
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(f"{name} {epoch}".encode())
+        checkpoint.write(path, {"lora_unet_x.alpha": torch.tensor(score)}, {"ss_output_name": name})
         scores = {BY: score, f"{BY}_hi": high, "val/prior_drift": drift}
         log.log_epoch(Checkpoint(path=path, run=name, epoch=epoch, step=epoch), scores, {})
     log.finish("FINISHED")
@@ -96,7 +97,8 @@ def test_the_choice_by_rule_is_recorded_and_copied(store: Store) -> None:
     assert version.source == f"models:/{result.winner.model_id}"
     assert run.data.tags["lorasweep.picked"] == model.tags["lorasweep.picked"] == "one-e002"
     assert run.data.tags["lorasweep.chosen_by"] == "rule"
-    assert (result.folder / "one-e002.safetensors").read_bytes() == b"one 2"
+    trained = store.root / "one" / "one-000002.safetensors"
+    assert (result.folder / "one-e002.safetensors").read_bytes() == trained.read_bytes()
     assert (result.folder / "config.yaml").read_text() == CONFIG
     stored = {file.path for file in store.client.list_logged_model_artifacts(model.model_id)}
     assert stored == {"one-e002.safetensors", "config.yaml", "README.md"}

@@ -73,6 +73,17 @@ def read_yaml(path: Path, kind: type = dict) -> Any:
     return parse_yaml(_bounded(path, MAX_YAML_BYTES), path, kind)
 
 
+def read_text(path: Path) -> str:
+    """A text file of UTF-8, of at most MAX_BYTES. Raises also OSError, if there is no such file."""
+    content = _bounded(path, MAX_BYTES)
+    if len(content) > MAX_BYTES:
+        raise ForeignFileError(f"{path} is larger than {MAX_BYTES / 1e6:.0f} MB: it is not read")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise ForeignFileError(f"{path} is not UTF-8 text: {_one_line(error)}") from None
+
+
 def inside(folder: Path, path: str | Path) -> Path:
     """`path`, relative to `folder` or absolute, with all links followed, if it lies in `folder`."""
     full = Path(os.path.realpath(folder / path))
