@@ -45,7 +45,7 @@ NOTE_TAG = "mlflow.note.content"  # MLflow shows it above a run
 MAX_PARAM = 6000  # characters, MLflow's limits
 MAX_TAG = 8000
 MAX_KEY = 250
-MODELS_A_PAGE = 500  # MLflow's 100 take twice the time
+MODELS_A_PAGE = 800  # MLflow's 100 take twice the time
 
 _CAUSES = (
     "connection refused",
@@ -209,7 +209,10 @@ def sqlite_path(uri: str) -> Path | None:
 
 
 def _sqlite_uri(database: Path) -> str:
-    """With what would be taken as a part of the URI (`a%20b`, `a?b`) written as SQLAlchemy does."""
+    """With what would be taken as a part of the URI (`a%20b`, `a?b`) written as SQLAlchemy does.
+
+    MLflow makes an empty folder of that spelling (`a%2520b`) too.
+    """
     return f"sqlite:///{str(database).replace('%', '%25').replace('?', '%3F')}"
 
 
@@ -283,8 +286,9 @@ def _all_pages(search: Callable[[str | None], Any]) -> Iterator[Any]:
     while True:
         with _no_collector():
             page = search(token)
-        yield from page
         token = page.token
+        yield from page
+        del page  # before the next one is read
         if not token:
             return
 
