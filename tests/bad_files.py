@@ -9,6 +9,7 @@ import io
 import json
 import os
 import shutil
+import socket
 import struct
 import zlib
 from collections.abc import Callable, Mapping
@@ -66,6 +67,16 @@ def link(name: str, target: str) -> Maker:
 def fifo(name: str) -> Maker:
     """A pipe that nobody writes to: reading it would wait forever."""
     return lambda folder: os.mkfifo(folder / name)
+
+
+def socket_at(name: str) -> Maker:
+    """A socket where a file is expected."""
+
+    def make(folder: Path) -> None:
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind(str((folder / name).relative_to(Path.cwd())))
+
+    return make
 
 
 def closed(name: str) -> Maker:

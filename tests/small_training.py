@@ -18,14 +18,25 @@ def load(run, base):
 
 def train(base, data, *runs):
     """Train to the end: losses by run, the last checkpoint by run, failures by run."""
-    losses, last, failures = {}, {}, {}
-    training = NativeTraining(runs[0].trainer, base, runs, data)
+    losses, last, failures = Losses(), {}, {}
+    training = NativeTraining(runs[0].trainer, base, runs, data, on_step=losses.note)
     for epoch in training:
-        for name, steps in epoch.steps.items():
-            losses.setdefault(name, []).extend(values["train/loss"] for _, values in steps)
         last.update({one.run: one for one in epoch.checkpoints})
         failures.update(epoch.failures)
-    return losses, last, failures
+    return {run.name: losses[run.name] for run in runs}, last, failures
+
+
+class Losses:
+    """What a training says of its steps: the losses of a run in the order of its steps."""
+
+    def __init__(self):
+        self.by_step = {}
+
+    def note(self, run, step, values):
+        self.by_step.setdefault(run, {})[step] = values["train/loss"]
+
+    def __getitem__(self, run):
+        return [loss for _, loss in sorted(self.by_step[run].items())]
 
 
 def tensors(one):

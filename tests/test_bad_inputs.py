@@ -44,12 +44,14 @@ from bad_files import (
     png_of,
     replaced,
     safetensors,
+    socket_at,
     text_bomb,
     without,
 )
 from lorasweep.cli import main
 from lorasweep.data import kohya_folders
 from lorasweep.data.kohya_folders import FoldersError
+from lorasweep.runs import session
 
 PICKLE = b"\x80\x04cposix\nsystem\n(S'touch PWNED'\ntR."
 """A pickle that makes a file when it is loaded."""
@@ -215,14 +217,18 @@ CAPTIONS = [
     Case("a tagger at ../x", f"{WD} captions.wd.model=../x", "captions.wd.model=../x: no weights found"),
     Case("an empty tagger", f"{WD} captions.wd.model=wd", "onnxruntime cannot load model.onnx", both(photos(), file("wd/model.onnx"), file("wd/selected_tags.csv", "tag_id,name,category\n1,a,0\n"))),
     Case("a tagger's labels of another kind", f"{WD} captions.wd.model=wd", "is not a tagger's label file", both(photos(), file("wd/model.onnx", "x"), file("wd/tag_mapping.json", "[1]"))),
+    Case("a pipe for a tagger", f"{WD} captions.wd.model=wd", "model.onnx is not a file", both(photos(), directory("wd"), fifo("wd/model.onnx"))),
+    Case("a tagger's labels nested without end", f"{WD} captions.wd.model=wd", "is not a tagger's label file", both(photos(), file("wd/model.onnx", "x"), file("wd/tag_mapping.json", "[" * 100_000))),
+    Case("a tagger's label of 1 MB", f"{WD} captions.wd.model=wd", "is not a tagger's label file", both(photos(), file("wd/model.onnx", "x"), file("wd/selected_tags.csv", "name,category\n" + "x" * 1_000_000))),
+    Case("Kosmos-2 with a pipe", f"{KOSMOS} captions.kosmos.model=k", "is not a file", both(photos(), file("k/model.safetensors", "x"), fifo("k/config.json"))),
     Case("Kosmos-2 as a pickle alone", f"{KOSMOS} captions.kosmos.model=k", "no .safetensors file there", both(photos(), file("k/pytorch_model.bin", PICKLE), file("k/config.json", "{}"))),
     Case("Kosmos-2 without its files", f"{KOSMOS} captions.kosmos.model=k", "can't be loaded as Kosmos-2's", both(photos(), file("k/model.safetensors", "x"), file("k/config.json", "{"))),
 ]  # fmt: skip
 
 PLACES = [
-    Case("output_root is a file", EMPTY, "a file is where a folder is needed", both(photos(), file("out", "x"))),
+    Case("output_root is a file", EMPTY, "out is no folder", both(photos(), file("out", "x"))),
     Case("a file in the way below output_root", EMPTY, "a file is where a folder is needed", both(photos(), file("out/datasets", "x"))),
-    Case("cache_dir is a file", f"{WD} captions.wd.model=wd cache_dir=c", "a file is where a folder is needed", both(photos(), file("c", "x"), file("wd/model.onnx", "x"), file("wd/selected_tags.csv", "tag_id,name,category\n"))),
+    Case("cache_dir is a file", f"{WD} captions.wd.model=wd cache_dir=c", "c is no folder; give a folder that you can write to", both(photos(), file("c", "x"), file("wd/model.onnx", "x"), file("wd/selected_tags.csv", "tag_id,name,category\n"))),
     Case("output_root where nothing can be", f"{EMPTY} output_root=/proc/nope", "/proc/nope: No such file"),
     Case("output_root of 300 letters", f"{EMPTY} output_root={'x' * 300}", "File name too long"),
     Case("output_root inside the images", f"{EMPTY} output_root=photos/out", "lies inside dataset.image_dir"),
@@ -239,7 +245,7 @@ TRAIN = "train experiment=demo name=x output_root=out cache_dir=cache"
 
 
 def setting(override: str, says: str, name: str | None = None) -> Case:
-    return Case(name or override, f"{TRAIN} {override}", says, lambda _: None)
+    return Case(name or override, f"{TRAIN} {override}", says, directory("photos"))
 
 
 def option(name: str, says: str, yaml: str | bytes) -> Case:
@@ -252,7 +258,7 @@ def option(name: str, says: str, yaml: str | bytes) -> Case:
 SETTINGS = [
     setting("--nope", "unrecognized arguments: --nope"),
     setting("--cfg nope", "invalid choice: 'nope'"),
-    setting("--config-dir nope", "nope' not found"),
+    setting("--config-dir nope", "--config-dir nope: there is no such folder"),
     setting("adapter.rank=0", "adapter.rank=0: must be greater than 0"),
     setting("adapter.rank=1000000000", "must be less than or equal to 4096"),
     setting("adapter.rank=true", "adapter.rank=true: must be a number"),
@@ -276,21 +282,46 @@ SETTINGS = [
     setting("trainer.max_train_epochs=1.5", "trainer.max_train_epochs=1.5: must be a valid integer"),
     setting("seed=true", "seed=True: must be a whole number"),
     setting("dataset.resolution=100000", "at most 8192 a side"),
+    setting("dataset.resolution=63", "this model needs multiples of 4 of at least 32 pixels"),
+    setting("dataset.resolution=8", "this model needs multiples of 4 of at least 32 pixels"),
+    setting("dataset.enable_bucket=true dataset.bucket_reso_steps=7 dataset.min_bucket_reso=32", "dataset.bucket_reso_steps=7: this model needs multiples of 4"),
+    setting("dataset.enable_bucket=true dataset.max_bucket_reso=1000000000", "must be less than or equal to 8192"),
+    setting("model.clip_skip=100", "model.clip_skip=100: the text encoder has 2 layers"),
+    setting("trainer.max_train_epochs=1000000000", "must be less than or equal to 10000"),
+    setting("trainer.gradient_accumulation_steps=1000000000", "must be less than or equal to 10000"),
+    setting("metrics.validation.num_timesteps=1000000000", "must be less than or equal to 1000"),
+    setting("metrics.validation.num_bootstrap=1000000000", "must be less than or equal to 10000"),
+    setting("cache_dir=/dev/null", "cache_dir=/dev/null: /dev/null is no folder"),
+    setting("cache_dir=/dev/null/deeper", "/dev/null is no folder"),
+    setting("model.path=/dev/zero", "model.path=/dev/zero: /dev/zero is a device or a pipe"),
+    setting("model.path=photos", "can't be loaded: model_index.json", "a folder of anything for a model"),
+    setting("tracking.uri=ftp://x/y", "MLflow keeps nothing by ftp"),
+    setting("tracking.uri=http://", "tracking.uri=http://: names no place"),
+    setting("tracking.uri=http://127.0.0.1:999999", "is no address"),
+    setting("tracking.uri=http://me:secret@x:1:2", "tracking.uri=http://***@x:1:2: is no address"),
+    setting("tracking.uri=sqlite:////dev/null/x.db", "/dev/null is no folder"),
+    setting(f"tracking.experiment={'x' * 1000}", "use at most 500 letters", "an experiment of 1,000 letters"),
+    setting(f"tracking.registered_model={'x' * 1000}", "use at most 256 letters", "a registered model of 1,000 letters"),
+    setting("tracking.registered_model=a/b", "use no / and no : in it"),
     setting("dataset.num_holdout=-1", "dataset.num_holdout=-1: must be"),
     setting("sampling.prompts=['a --w 100000000']", "is more than 8192 pixels"),
     setting("sampling.prompts=['a --w x']", "wants a number", "a word for a width"),
     setting("sampling.scheduler=KarrasVeScheduler", "diffusers has no such scheduler"),
     setting("metrics=[nope]", "metrics=nope: there is no such option"),
     setting("tracking.uri=file:///x", "MLflow no longer keeps runs in plain files"),
+    setting("pick.by=nope", "pick.by=nope: no metric gives such a score; there are"),
     setting("name=..", "name=..: use letters"),
+    setting("name=-rf", "name=-rf: begin with a letter"),
+    setting("--config-dir /nonexistent", "--config-dir /nonexistent: there is no such folder"),
+    setting("--config-path /etc", "unrecognized arguments: --config-path"),
     setting("name=../../x", "name=../../x: use letters"),
     setting("'name=\"a/b\"'", "name=a/b: use letters", "a slash in a run's name"),
     setting("'name=a\nb'", "name=a?b: can't be read", "a line end in a run's name"),
     setting(f"name={'x' * 300}", "use at most 100 bytes", "a name of 300 letters"),
-    option("YAML that is none", "it is not YAML", "rank: [\n"),
+    option("YAML that is none", "is not YAML of plain values", "rank: [\n"),
     option("YAML of a list", "Cannot merge DictConfig with ListConfig", "[1,2]"),
     option("YAML that is not UTF-8", "is not UTF-8 text", b"\xff\xfe\x00"),
-    option("YAML that would run a command", "it is not YAML", "!!python/object/apply:os.system ['touch PWNED']\n"),
+    option("YAML that would run a command", "is not YAML of plain values", "!!python/object/apply:os.system ['touch PWNED']\n"),
     option("YAML that names a class of Python's", "is no class of settings", "_target_: subprocess.Popen\nargs: [touch, PWNED]\n"),
     option("YAML with half of the settings", "is missing: give it as", "_target_: lorasweep.adapters.lora.LoRA\nrank: 4\n"),
     option("YAML with a key twice", "duplicate key rank", "rank: 4\nrank: 5\n"),
@@ -301,9 +332,11 @@ SWEEPS = [
     Case("a sweep at ../x", "sweep ../x", "../x: a sweep's name comes first", lambda _: None),
     Case("a sweep's name left out", "sweep a=b", "a=b: a sweep's name comes first", lambda _: None),
     Case("an empty range", f"{TRAIN.replace('train', 'sweep rank_lr')} adapter.rank=range(4,2)", "the range is empty", lambda _: None),
+    Case("an empty range of a multirun", f"{TRAIN.replace('train', 'train -m')} adapter.rank=range(0,0)", "adapter.rank=range(0,0): the range is empty", lambda _: None),
     Case("a study out of the folder", f"{TRAIN.replace('train', 'sweep rank_lr')} study.name=../../x", "study.name=../../x: use letters", lambda _: None),
     Case("a setting no study has", f"{TRAIN.replace('train', 'sweep rank_lr')} study.nope=1", "study.nope: there is no such setting", lambda _: None),
     Case("a damaged journal", "ui --optuna x-s", "is damaged, or no journal of a study", file("outputs/x/s/study.journal", "{}\n")),
+    Case("a pipe for a study", f"{TRAIN.replace('train', 'sweep rank_lr')} study.storage=p captions=[empty]", "p is not a file", fifo("p")),
     Case("a journal that is not UTF-8", "ui --optuna x-s", "is damaged, or no journal", file("outputs/x/s/study.journal", b"\xff\xfe\n")),
     Case("a journal of the future", "ui --optuna x-s", "is damaged, or no journal", file("outputs/x/s/study.journal", '{"op_code":99,"worker_id":"a"}\n')),
     Case("one bad value of a grid", f"{TRAIN.replace('train', 'train -m')} adapter.rank=4,nope", "adapter.rank=nope: must be a valid integer", lambda _: None),
@@ -390,6 +423,25 @@ LORAS = [
     bad_lora("export of a pickle", "only .safetensors files are read", file("a.ckpt", PICKLE), "export a.ckpt --to diffusers-lora model=embedded"),
     bad_lora("a LoRA of another base, merged", "a.safetensors: lora_unet_down_blocks_0", lora(lora_tensors(size=320)), "export a.safetensors --to merged model=embedded --out e"),
     bad_lora("a LoRA of which half fits", "the base model has no such module", lora(lora_tensors() | OTHER), "export a.safetensors --to diffusers-lora model=embedded --out e.safetensors"),
+    bad_lora("a header of 75 MB", "header of 75 MB is longer than any model's", raw(b" " * 75_000_000)),
+    bad_lora("30,000 tensors", "it claims 30000 tensors", raw(header_of({f"x{n}": ([1], 4 * n, 4 * n + 4) for n in range(30_000)}), bytes(120_000))),
+    bad_lora("a socket for a LoRA", "is a device or a pipe", socket_at("a.safetensors")),
+    bad_lora("a device for a LoRA", "is a device or a pipe", link("a.safetensors", "/dev/zero")),
+    *(
+        bad_lora(f"a pipe: {command}", "is a device or a pipe", both(lora(), fifo("p.safetensors")), command)
+        for command in (
+            "resize p.safetensors --rank 1",
+            "resize a.safetensors --rank 1 --model p.safetensors --out r.safetensors",
+            "export p.safetensors --to merged model=embedded --out e",
+            "extract p.safetensors BASE --rank 2 --out x.safetensors",
+            "reproduce p.safetensors",
+        )
+    ),
+    bad_lora("a pipe among merged LoRAs", "is a device or a pipe", both(lora(), fifo("p.safetensors")), "export a.safetensors --to merged model=embedded --out e --with p.safetensors=1"),
+    bad_lora("a pipe of any name to export", "only .safetensors files are read", fifo("p"), "export p --to merged"),
+    bad_lora("a pipe of any name to extract", "p is a device or a pipe", fifo("p"), "extract BASE p --rank 2 --out x.safetensors"),
+    bad_lora("a folder to extract from", "model_index.json: No such file", directory("d"), "extract d BASE --rank 2 --out x.safetensors"),
+    bad_lora("PEFT's config of a number of 6,000 digits", "is not JSON", both(lora({f"unet.x.lora_{n}.weight": torch.zeros(2, 2) for n in "AB"}, "adapter_model.safetensors"), file("adapter_config.json", '{"r":' + "1" * 6000 + "}")), "info adapter_model.safetensors"),
     bad_lora("extract to rank 0", "--rank 0: give 1 to", lora(), "extract BASE BASE --rank 0 --out x.safetensors"),
     bad_lora("extract from a LoRA", "is a LoRA, not a whole model", lora(), "extract a.safetensors BASE --rank 2 --out x.safetensors"),
     bad_lora("extract from a pickle", "is a pickled checkpoint", file("a.ckpt", PICKLE), "extract a.ckpt BASE --rank 2 --out x.safetensors"),
@@ -440,13 +492,13 @@ MODELS = [
     model("an empty folder for a model", "no model_index.json", without("unet", "vae", "text_encoder", "tokenizer", "scheduler", "model_index.json")),
     model("an index that is not JSON", "model_index.json is not JSON", file("model_index.json", "{")),
     model("an index nested without end", "model_index.json is not JSON", file("model_index.json", "[" * 100_000)),
-    model("an index of a list", "is not a JSON object", file("model_index.json", "[]")),
+    model("an index of a list", "should hold a dict, but is a list", file("model_index.json", "[]")),
     model("an SDXL folder", "SDXL comes later", edited("model_index.json", _class_name="StableDiffusionXLPipeline")),
     model("a Flux folder", "is a FluxPipeline", edited("model_index.json", _class_name="FluxPipeline")),
     model("a terminal's code as a class", "is a ?[31mX", edited("model_index.json", _class_name="\x1b[31mX\n")),
     model("a UNet of SD2's width", "the configs say (32, 1024)", edited("unet/config.json", cross_attention_dim=1024)),
     model("a UNet for inpainting", "the configs say (32, 9, 3, 3)", edited("unet/config.json", in_channels=9)),
-    model("a UNet's config of a list", "is not a JSON object", file("unet/config.json", "[1]")),
+    model("a UNet's config of a list", "should hold a dict, but is a list", file("unet/config.json", "[1]")),
     model("a UNet's config of wrong types", "can't be loaded: Must provide", edited("unet/config.json", block_out_channels="x")),
     model("a VAE's scale that is no number", "scaling_factor is no number", edited("vae/config.json", scaling_factor="x")),
     model("a schedule that isn't there", "nope is not implemented", edited("scheduler/scheduler_config.json", beta_schedule="nope")),
@@ -467,6 +519,20 @@ MODELS = [
     model("half a text encoder", "18 of the text_encoder's 36 tensors are missing", damaged(TEXT, half)),
     model("NaN in the VAE", "the vae's decoder.conv_in.bias holds values that are not finite", damaged(VAE, with_nan)),
     Case("a hub id, offline", "convert nobody/nothing m.safetensors", "HF_HUB_OFFLINE is set, so nothing is downloaded", lambda _: None),
+    model("a pipe in a tokenizer", "tokenizer/merges.txt is a device or a pipe", without("tokenizer/merges.txt"), fifo("tokenizer/merges.txt")),
+    model("a pipe for a config", "unet/config.json is a device or a pipe", without("unet/config.json"), fifo("unet/config.json")),
+    model("a device for a vocabulary", "tokenizer/vocab.json is a device or a pipe", without("tokenizer/vocab.json"), link("tokenizer/vocab.json", "/dev/zero")),
+    model("a pipe for weights", "is a device or a pipe", without(UNET), fifo(UNET)),
+    model("a vocabulary nested without end", "tokenizer/vocab.json is not JSON", file("tokenizer/vocab.json", "[" * 100_000)),
+    model("a text encoder of a billion layers", "no model has num_hidden_layers of 1000000000", edited("text_encoder/config.json", num_hidden_layers=10**9)),
+    model("a UNet of a billion layers", "no model has layers_per_block of 1000000000", edited("unet/config.json", layers_per_block=[2, 10**9])),
+    model("weights with a header of 75 MB", "header of 75 MB is longer than any model's", replaced(UNET, safetensors(b" " * 75_000_000))),
+    Case("a secret of this machine in a tokenizer", "export a.safetensors --to merged model.path=model --out e", "lies outside model: it is not read", both(lora(), base(), file("secret.json", "{}"), link("model/tokenizer/more.json", "../../secret.json"))),
+    Case("a pipe for a model", "convert p m.safetensors", "SOURCE=p: p is a device or a pipe", fifo("p")),
+    Case("a pipe for a single file", "convert p.safetensors out --config BASE", "p.safetensors is a device or a pipe", fifo("p.safetensors")),
+    Case("a device for a model", "convert /dev/zero m.safetensors", "/dev/zero is a device or a pipe", lambda _: None),
+    Case("a pipe for the configs", "convert s.safetensors out --config p", "--config=p: p is a device or a pipe", both(file("s.safetensors", save({"model.diffusion_model.x": torch.zeros(2)})), fifo("p"))),
+    Case("a single file with a header of 75 MB", "convert s.safetensors out --config BASE", "header of 75 MB is longer than any model's", file("s.safetensors", safetensors(b" " * 75_000_000))),
     Case("a single file that isn't there", "convert s.safetensors out --config BASE", "SOURCE=s.safetensors: no such file", lambda _: None),
     Case("a single file of zero bytes", "convert s.safetensors out --config BASE", "is not a whole safetensors file", file("s.safetensors")),
     Case("a single file that is a LoRA", "convert s.safetensors out --config BASE", "is a LoRA, not a whole model", lora(name="s.safetensors")),
@@ -481,11 +547,18 @@ MODELS = [
     Case("convert to a type that isn't there", "convert BASE m.safetensors --dtype int8", "invalid choice: 'int8'", lambda _: None),
 ]  # fmt: skip
 
-CASES = [*IMAGES, *CAPTIONS, *PLACES, *SETTINGS, *SWEEPS, *COMMANDS, *LORAS, *MODELS]
+CASES = [*IMAGES, *CAPTIONS, *PLACES, *SWEEPS, *COMMANDS, *LORAS, *MODELS]
 
 
 def test_the_table_is_as_long_as_promised():
-    assert len(CASES) >= 120
+    assert len(CASES) + len(SETTINGS) >= 200
+
+
+@pytest.mark.parametrize("case", SETTINGS, ids=ids(SETTINGS))
+def test_a_setting_is_refused_before_any_work_and_leaves_no_folder(case, here, capsys, monkeypatch):
+    monkeypatch.setattr(session, "run_pack", lambda *_: pytest.fail("work was begun"))
+    refused(case, here, capsys)
+    assert not (here / "out").exists() and not (here / "cache").exists()
 
 
 @pytest.mark.parametrize("case", CASES, ids=ids(CASES))

@@ -6,12 +6,14 @@ import ast
 import subprocess
 import sys
 from pathlib import Path
+from wsgiref.util import setup_testing_defaults
 
 import pytest
 
 import lorasweep
 from bad_files import BASE, base, both, without
 from lorasweep.config.compose import compose
+from lorasweep.core import local_pages
 from lorasweep.core.settings import build
 from lorasweep.core.text import markdown
 from lorasweep.runs.picked_readme import readme
@@ -84,27 +86,100 @@ def test_with_hf_hub_offline_nothing_on_the_network_is_asked(tmp_path):
     assert asked == "[]"
 
 
-def test_mlflows_pages_are_served_to_this_machine_only(monkeypatch, tmp_path):
+@pytest.fixture
+def mlflows_command(monkeypatch, tmp_path):
+    """What `lorasweep ui` would become, and with which variables."""
     started = []
     monkeypatch.setattr(ui_server.os, "execve", lambda *arguments: started.append(arguments))
     ui_server._become_server("sqlite:///x.db", tmp_path, 5001)
     ((_, command, environment),) = started
+    return command, environment
+
+
+def test_mlflows_pages_are_served_to_this_machine_only(mlflows_command):
+    command, environment = mlflows_command
     assert command[command.index("--host") + 1] == "127.0.0.1"
     assert "x.db" not in " ".join(command)  # a URI may hold a password
     assert environment["MLFLOW_BACKEND_STORE_URI"] == "sqlite:///x.db"
 
 
-def test_the_dashboard_is_served_to_this_machine_only(monkeypatch, tmp_path):
-    import optuna_dashboard
+OTHER_HOSTS = (
+    *("10.evil.example", "192.168.evil.example", "evil.example", "127.0.0.1.evil.example:5001"),
+    *("10.0.0.1:5001", "localhost:5002", "localhost", "127.0.0.1", "[::1]:5001", "", "*"),
+)
+"""Names under which a website that its user visits might reach a server on this machine."""
+OWN_HOSTS = ("127.0.0.1:5001", "localhost:5001")
 
+
+def test_mlflow_answers_no_request_under_another_name(mlflows_command, monkeypatch):
+    """MLflow's own middleware, told what its command line is told, answers real requests."""
+    from flask import Flask
+    from mlflow.server.security import init_security_middleware
+
+    command, _ = mlflows_command
+    allowed = command[command.index("--allowed-hosts") + 1]
+    monkeypatch.setenv("MLFLOW_SERVER_ALLOWED_HOSTS", allowed)  # as its command line does
+    app = Flask("mlflow")
+    app.add_url_rule("/picture", view_func=lambda: "a picture")
+    init_security_middleware(app)
+    client = app.test_client()
+    for host in OTHER_HOSTS:
+        answer = client.get("/picture", headers={"Host": host})
+        assert (answer.status_code, b"picture" in answer.data) == (403, False), host
+    for host in OWN_HOSTS:
+        assert client.get("/picture", headers={"Host": host}).data == b"a picture"
+
+
+def test_the_dashboard_is_served_to_this_machine_only(monkeypatch, tmp_path):
+    served = []
+    monkeypatch.setattr(local_pages, "make_server", lambda *where: served.append(where) or Closed())
+    show_dashboard(tmp_path)
+    assert [where[:2] for where in served] == [("127.0.0.1", 5001)]
+
+
+def test_the_dashboard_answers_no_request_under_another_name_or_from_another_page(
+    monkeypatch, tmp_path
+):
+    served = []
+    monkeypatch.setattr(local_pages, "make_server", lambda *where: served.append(where) or Closed())
+    show_dashboard(tmp_path)
+    ((_, _, app),) = served
+
+    def status(**headers):
+        said = []
+        environ = {"PATH_INFO": "/api/studies", **headers}
+        setup_testing_defaults(environ)
+        body = b"".join(app(environ, lambda status, *_: said.append(status)))
+        assert (b"study_summaries" in body) == (said == ["200 OK"])
+        return said[0][:3]
+
+    assert {status(HTTP_HOST=host) for host in OTHER_HOSTS} == {"403"}
+    assert {status(HTTP_HOST=host) for host in OWN_HOSTS} == {"200"}
+    own = {"HTTP_HOST": "localhost:5001"}
+    for origin in ("http://evil.example", "null", "http://localhost:3000", "file://"):
+        assert status(**own, HTTP_ORIGIN=origin) == "403"
+    assert status(**own, HTTP_ORIGIN="http://localhost:5001") == "200"
+
+
+class Closed:
+    """A server that ends at once."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def serve_forever(self):
+        raise KeyboardInterrupt
+
+
+def show_dashboard(folder):
     from lorasweep.sweeps.study import study_storage
 
-    served = []
-    monkeypatch.setattr(optuna_dashboard, "run_server", lambda _, **where: served.append(where))
-    (tmp_path / "x" / "s").mkdir(parents=True)
-    (tmp_path / "x" / "s" / "study.journal").touch()
-    study_storage.show("x-s", None, tmp_path, 5001)
-    assert served == [{"host": "127.0.0.1", "port": 5001}]
+    (folder / "x" / "s").mkdir(parents=True)
+    (folder / "x" / "s" / "study.journal").touch()
+    study_storage.show("x-s", None, folder, 5001)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)

@@ -1,15 +1,18 @@
 """What others wrote is read within bounds, and refused in one line that names the file."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from lorasweep.core.foreign_files import (
     ForeignFileError,
+    check_no_pipe,
     inside,
     parse_json,
     parse_yaml,
     read_json,
+    read_text,
     read_yaml,
 )
 
@@ -50,6 +53,26 @@ _BOMB = "a0: &a0 [x, x]\n" + "".join(
 def test_yaml_that_is_large_or_of_another_shape_is_one_line(text: str) -> None:
     with pytest.raises(ForeignFileError, match=r"^[ -~]*some\.yaml[ -~]*$"):
         parse_yaml(text, "some.yaml")
+
+
+def test_what_may_be_read_without_end_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zeros").symlink_to("/dev/zero")
+    for name in ("pipe", "zeros"):
+        for read in (read_json, read_yaml, read_text, check_no_pipe):
+            with pytest.raises(ForeignFileError, match="is a device or a pipe"):
+                read(tmp_path / name)
+    check_no_pipe(tmp_path)
+    check_no_pipe(tmp_path / "gone")
+
+
+def test_a_text_is_read_within_its_bounds(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("\ufeffabc")
+    assert read_text(tmp_path / "a", 6) == "abc"
+    for content, said in ((b"x" * 7, "has more than"), (b"\xff\xfe", "is not UTF-8")):
+        (tmp_path / "a").write_bytes(content)
+        with pytest.raises(ForeignFileError, match=said):
+            read_text(tmp_path / "a", 6)
 
 
 def test_a_path_that_leads_out_of_its_folder_is_refused(tmp_path: Path) -> None:

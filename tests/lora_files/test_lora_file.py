@@ -124,8 +124,20 @@ def test_metadata_alone_is_refused_alike(name, tmp_path):
 def test_a_header_over_the_limit_is_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(safetensors_header, "MAX_HEADER", 10)
     (tmp_path / "a.safetensors").write_bytes(content(WHOLE, DATA))
-    with pytest.raises(CheckpointError, match="header claims"):
+    with pytest.raises(CheckpointError, match="longer than any model"):
         read_lora_file.read(tmp_path / "a.safetensors")
+
+
+def test_a_header_is_parsed_once_and_again_when_the_file_has_changed(tmp_path, monkeypatch):
+    parsed, parse = [], safetensors_header._parsed
+    monkeypatch.setattr(safetensors_header, "_parsed", lambda text: parsed.append(1) or parse(text))
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(content(WHOLE, DATA))
+    checkpoint.read_metadata(path)
+    read_lora_file.read(path)
+    assert len(parsed) == 1
+    path.write_bytes(content({**WHOLE, "__metadata__": {"new": "er"}}, DATA))
+    assert checkpoint.read_metadata(path) == {"new": "er"}
 
 
 def test_the_file_that_the_hostile_ones_are_made_from_is_read(tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from safetensors.torch import save
 
 from lorasweep.config.compose import compose
 from lorasweep.core.settings import SettingsError
@@ -144,7 +145,7 @@ def test_half_downloaded_model_says_what_it_lacks(examined: Examined, tmp_path: 
 
 
 def test_single_file_needs_its_config_too(examined: Examined, tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "model.safetensors").write_bytes(save({}))
     overrides = (DEMO, f"model.path={tmp_path / 'model.safetensors'}", "model.config=nobody/none")
     assert "nobody/none: not in the hub's cache" in examined.problems(*overrides)["model.path"].text
     folder = diffusers_folder(tmp_path / "config")
@@ -187,6 +188,21 @@ def test_the_checks_of_train_are_lines_of_the_table(examined: Examined, tmp_path
     assert "sampling" in examined.problems(DEMO, "sampling.scheduler=Euler")
     unread = ("sampling.every_n_epochs=0", "sampling.seed=4")
     assert examined.problems(DEMO, *unread)["sampling"].remedy == "set that or leave it out"
+
+
+@pytest.mark.parametrize(
+    ("override", "check"),
+    [
+        ("dataset.resolution=63", "dataset"),
+        ("model.clip_skip=100", "model"),
+        ("cache_dir=/dev/null", "cache_dir"),
+        ("model.path=.", "model"),
+    ],
+)
+def test_what_train_refuses_before_any_work_is_a_problem(
+    examined: Examined, override: str, check: str
+) -> None:
+    assert check in examined.problems(DEMO, override)
 
 
 def test_output_root_that_cannot_be_written_is_a_problem(

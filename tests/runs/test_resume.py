@@ -26,7 +26,7 @@ from lorasweep.core.settings import SettingsError
 from lorasweep.lora_files import checkpoint
 from lorasweep.runs import run_folder
 from lorasweep.runs.session import EpochReport, Failure, Finished, Session, run_pack
-from lorasweep.tracking import candidates, records
+from lorasweep.tracking import candidates, records, tracker
 from lorasweep.tracking.store import create_store
 from lorasweep.tracking.sync import unsent
 from lorasweep.training import saved_states
@@ -143,6 +143,12 @@ def logged(folder):
     return sorted(found, key=lambda one: one[0])
 
 
+def unfinished(run):
+    """The steps of the running epoch that are on the disk."""
+    path = run.output_dir / "epochs" / "unfinished.json"
+    return json.loads(path.read_text())["steps"] if path.is_file() else []
+
+
 def killed_at_random(unbroken, make_pack, base, tmp_path, kills):
     """Kill packs until all kills are made; each ends as the one that nobody killed."""
     expected, seconds = unbroken
@@ -206,6 +212,40 @@ def test_a_death_at_any_call_that_changes_the_disk_loses_nothing(
         ended = not os.WIFSIGNALED(status)
     assert status == 0
     assert outcome(tmp_path / "broken", runs) == unbroken[0]
+
+
+def test_a_death_between_the_scores_of_two_runs_changes_neither(
+    unbroken, make_pack, base, tmp_path, monkeypatch
+):
+    """What one has logged isn't lost, and the other is scored beside it, as it would have been."""
+    runs = make_pack(tmp_path / "broken")
+    write_epoch = records.RunRecords.write_epoch
+
+    def dying(of_run, record):
+        write_epoch(of_run, record)
+        if record.epoch == EPOCHS:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(records.RunRecords, "write_epoch", dying)
+    assert os.WIFSIGNALED(os.waitpid(in_a_process(lambda: train(runs, base)), 0)[1])
+    monkeypatch.undo()
+    assert os.waitpid(in_a_process(lambda: train(runs, base)), 0)[1] == 0
+    assert outcome(tmp_path / "broken", runs) == unbroken[0]
+
+
+def test_steps_are_logged_as_they_are_done(make_pack, base, tmp_path, monkeypatch):
+    """The curves of an epoch that takes an hour are seen while it runs."""
+    monkeypatch.setattr(tracker, "FLUSH_VALUES", 1)
+    runs, seen = make_pack(tmp_path), []
+    take_step = NativeTraining.step
+
+    def look(training, group):
+        seen.append([len(unfinished(run)) for run in runs])
+        return take_step(training, group)
+
+    monkeypatch.setattr(NativeTraining, "step", look)
+    train(runs, base)
+    assert seen == [[0, 0], [1, 1]] * EPOCHS
 
 
 class Signalled:

@@ -10,8 +10,10 @@ import torch
 
 from conftest import FEW
 from lorasweep import tracking
+from lorasweep.core.settings import SettingsError
 from lorasweep.runs import session as run_module
 from lorasweep.runs.prepare import write_folders
+from lorasweep.runs.run_folder import delete_if_nothing_began
 from lorasweep.runs.session import EpochReport, Failure, Finished, Session, run_pack
 from lorasweep.training.native_trainer import NativeTraining
 from small_training import reports
@@ -163,6 +165,38 @@ def test_another_attempt_at_a_run_takes_the_place_of_the_broken_one(make_run):
     found = tracking.candidates(run.tracking.resolve(run.output_root), "lorasweep")
     assert [one.epoch for one in found] == [1, 2]
     assert {one.run_id for one in found} == {logged["demo-0"].info.run_id}
+
+
+def test_a_dead_server_is_said_before_captions_are_made(make_run, monkeypatch):
+    run = make_run("tracking.uri=http://127.0.0.1:9", "tracking.max_wait_seconds=1")
+    monkeypatch.setattr(run_module, "write_folders", lambda _: pytest.fail("work was begun"))
+    with pytest.raises(tracking.TrackingError, match="connection refused"):
+        Session(run)
+    assert not list(run.output_root.glob("datasets"))
+
+
+def test_a_captioner_without_its_model_is_said_before_another_captions(make_run, monkeypatch):
+    run = make_run("captions=[sidecar,wd14]", "captions.wd.model=nowhere")
+    caption = "lorasweep.data.captions.caption_images.caption_images"
+    monkeypatch.setattr(caption, lambda *_, **__: pytest.fail("work was begun"))
+    with pytest.raises(SettingsError, match=r"captions\.wd\.model=nowhere: no weights found"):
+        write_folders(run)
+
+
+def test_a_folder_in_which_nothing_began_is_deleted_and_no_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path / "elsewhere" / "out"
+    hydras, ours = root / "x" / "1", root / "x" / "2"
+    for folder in (hydras, ours):
+        (folder / ".hydra").mkdir(parents=True)
+        (folder / "lorasweep.log").touch()
+    (ours / "picture.png").touch()
+    for folder in (hydras, ours, root / "x" / "3"):
+        delete_if_nothing_began(folder, root)
+    assert not hydras.exists() and (ours / ".hydra").exists()
+    (ours / "picture.png").unlink()
+    delete_if_nothing_began(ours, root)
+    assert not (tmp_path / "elsewhere").exists() and tmp_path.exists()
 
 
 def test_a_run_that_cannot_start_fails_alone(make_run, monkeypatch):

@@ -20,6 +20,7 @@ from fake_worker_pool import FakePool
 from lorasweep import tracking
 from lorasweep.cli import main
 from lorasweep.config.conf_folder import conf_dir
+from lorasweep.core import local_pages
 from lorasweep.core.failures import FailureKind
 from lorasweep.core.settings import SettingsError
 from lorasweep.runs import run_folder
@@ -426,23 +427,20 @@ def test_a_sweep_in_a_storage_is_not_warmed_by_itself(sweep, tmp_path, capsys):
 
 @pytest.fixture
 def dashboard(monkeypatch):
-    """What optuna-dashboard is given to show: names of studies, host and port."""
+    """What optuna-dashboard is given to show: names of studies, and the port."""
     module, shown = pytest.importorskip("optuna_dashboard"), []
-
-    def run_server(opened, host, port):
-        shown.append((optuna.get_all_study_names(opened), host, port))
-
-    monkeypatch.setattr(module, "run_server", run_server)
+    monkeypatch.setattr(module, "wsgi", optuna.get_all_study_names)
+    monkeypatch.setattr(local_pages, "serve", lambda names, port: shown.append((names, port)))
     return shown
 
 
-def test_the_dashboard_is_given_the_sweeps_study_on_this_machine_alone(sweep, tmp_path, dashboard):
+def test_the_dashboard_is_given_the_sweeps_study(sweep, tmp_path, dashboard):
     sweep("study.n_trials=2")
     places = [f"output_root={tmp_path}/outputs", "experiment=demo"]
     with pytest.raises(SystemExit) as ended:
         main.main(["ui", "--optuna", "demo-mine", "--port", "8123", *places])
     assert ended.value.code == 0
-    assert dashboard == [(["demo-mine"], "127.0.0.1", 8123)]
+    assert dashboard == [(["demo-mine"], 8123)]
 
 
 def test_a_setting_behind_the_dashboards_flag_is_no_sweeps_name(sweep, tmp_path, dashboard):
@@ -452,7 +450,7 @@ def test_a_setting_behind_the_dashboards_flag_is_no_sweeps_name(sweep, tmp_path,
     with pytest.raises(SystemExit) as ended:
         main.main(["ui", "--optuna", f"++study.storage={kept}", "experiment=demo"])
     assert ended.value.code == 0
-    assert [names for names, _, _ in dashboard] == [["demo-mine"]]
+    assert [names for names, _ in dashboard] == [["demo-mine"]]
 
 
 def test_what_a_killed_driver_left_goes_on_under_its_number(sweep, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import multiprocessing
 import re
 import socket
 import subprocess
@@ -22,6 +23,7 @@ from PIL import Image
 
 from logged import run_id
 from lorasweep import tracking
+from lorasweep.core.settings import SettingsError
 from lorasweep.lora_files import checkpoint as lora_checkpoint
 from lorasweep.lora_files.checkpoint import Checkpoint
 from lorasweep.tracking import (
@@ -44,15 +46,6 @@ SETTINGS = Tracking(
     max_wait_seconds=15,
 )
 SCORES = {"val/loss_rel": 0.8, "val/prior_drift": 0.1}
-
-ONE_OF_FOUR = """
-import sys
-from pathlib import Path
-from tracking.test_tracking import SETTINGS, log_small_run
-from lorasweep.tracking import Tracker
-with Tracker(SETTINGS, Path(sys.argv[1])) as tracker:
-    log_small_run(tracker, Path(sys.argv[1]), sys.argv[2])
-"""
 
 
 def new_run(root: Path, name: str, sweep: str | None = "grid") -> NewRun:
@@ -272,18 +265,24 @@ def test_what_mlflow_refuses_is_said_and_kept_and_the_rest_goes_on(
 
 
 def test_four_processes_may_open_a_fresh_store_at_once(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", ONE_OF_FOUR, str(tmp_path)]
-    root = Path(__file__).parents[1]
-    started = [
-        subprocess.Popen([*command, f"run{number}"], cwd=root, stderr=subprocess.PIPE, text=True)
-        for number in range(4)
+    forked = multiprocessing.get_context("fork")  # each has MLflow loaded: they begin as one
+    processes = [
+        forked.Process(target=_log_one_run, args=(tmp_path, f"run{number}")) for number in range(4)
     ]
-    errors = [process.communicate()[1] for process in started]
-    assert [process.returncode for process in started] == [0] * 4, errors
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
     found = tracking.candidates(SETTINGS.resolve(tmp_path), "e")
     assert sorted(one.name for one in found) == sorted(
         f"run{number}-e{epoch:03d}" for number in range(4) for epoch in (1, 2)
     )
+
+
+def _log_one_run(root: Path, name: str) -> None:
+    with Tracker(SETTINGS, root) as tracker:
+        log_small_run(tracker, root, name)
 
 
 def test_the_store_lies_under_output_root_wherever_the_process_runs(
@@ -342,7 +341,7 @@ def test_a_port_in_use_is_refused_in_one_line(tmp_path: Path) -> None:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(TrackingError, match=f"port {port} is in use") as error:
+        with pytest.raises(SettingsError, match=f"port {port} is in use") as error:
             ui_server.serve(SETTINGS.resolve(tmp_path), "e", tmp_path, port)
     assert "\n" not in str(error.value)
 

@@ -15,7 +15,7 @@ from lorasweep.training.pack_loss import PackLoss
 from lorasweep.training.training_batches import epoch_batches
 from lorasweep.training.training_captions import caption_of
 from lorasweep.training.training_run import TrainerError
-from small_training import load, relative_difference, tensors, train
+from small_training import Losses, load, relative_difference, tensors, train
 
 
 @pytest.fixture
@@ -86,16 +86,15 @@ def test_a_neighbour_that_leaves_early_changes_nothing(make_run, base, data):
     short = make_run("trainer.max_train_epochs=1", "adapter.rank=16", number=0)
     dropped = make_run("trainer.max_train_epochs=3", "adapter.rank=2", number=1)
     long = make_run("trainer.max_train_epochs=3", "adapter.rank=4", number=2)
-    training = NativeTraining(long.trainer, base, [short, dropped, long], data)
-    seen, losses = [], []
+    seen, losses = [], Losses()
+    training = NativeTraining(long.trainer, base, [short, dropped, long], data, on_step=losses.note)
     for epoch in training:
         seen.append([one.run for one in epoch.checkpoints])
-        losses += [values["train/loss"] for _, values in epoch.steps[long.name]]
         if len(seen) == 2:
             training.drop(dropped.name)
     assert [len(names) for names in seen] == [3, 2, 1]
     alone, _, _ = train(base, data, long)
-    assert losses == pytest.approx(alone[long.name], rel=1e-5)
+    assert losses[long.name] == pytest.approx(alone[long.name], rel=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("fp16", marks=pytest.mark.slow)])
@@ -354,11 +353,9 @@ def test_buckets_keep_their_order_from_epoch_to_epoch(data):
 def test_a_run_that_joins_later_is_the_run_alone(kind, make_run, base, data):
     first, second = (make_run(f"seed={n}", "adapter.rank=4", number=n) for n in range(2))
     late = make_run("seed=7", *kind, number=2)
-    training = NativeTraining(first.trainer, base, [first, second], data)
-    losses, last = {run.name: [] for run in (first, second, late)}, {}
+    losses, last = Losses(), {}
+    training = NativeTraining(first.trainer, base, [first, second], data, on_step=losses.note)
     for number, epoch in enumerate(training):
-        for name, steps in epoch.steps.items():
-            losses[name] += [values["train/loss"] for _, values in steps]
         last.update({one.run: one for one in epoch.checkpoints})
         if number == 0:
             training.join(late)

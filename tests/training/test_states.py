@@ -14,7 +14,7 @@ from lorasweep.training import saved_states, training_state
 from lorasweep.training.native_trainer import NativeTraining
 from lorasweep.training.saved_states import StateError
 from lorasweep.training.training_run import Stopped
-from small_training import load
+from small_training import Losses, load
 
 EPOCHS = 2
 KERNELS = FEW.replace("[", "[unet.*.resnets.0.conv?,")
@@ -34,7 +34,8 @@ def data(make_run, base):
 def train(base, data, runs, stop_at=None, resume=False):
     """Train, or go on; `stop_at` steps ask for an end. What was logged, by run and step."""
     found = saved_states.together({run.name: run.output_dir for run in runs}) if resume else {}
-    training = NativeTraining(runs[0].trainer, base, [], data)
+    told = Losses()
+    training = NativeTraining(runs[0].trainer, base, [], data, on_step=told.note)
     for run in runs:
         training.join(run, found.get(run.name))
     logged = {name: losses(state.snapshot.records) for name, state in found.items()}
@@ -48,11 +49,12 @@ def train(base, data, runs, stop_at=None, resume=False):
 
     training.step = step.__get__(training)
     try:
-        for epoch in training:
-            for name, steps in epoch.steps.items():
-                logged.setdefault(name, {}).update(losses(steps))
+        for _ in training:
+            pass
     except Stopped:
         assert stop_at is not None
+    for name, steps in told.by_step.items():
+        logged.setdefault(name, {}).update(steps)
     return logged
 
 

@@ -135,9 +135,9 @@ class Pack:
 
     def zero_gradients(self) -> None:
         """Start a new sum of gradients, in the same memory."""
-        import torch
-
-        torch._foreach_zero_([leaf.grad for leaf in self.leaves() if leaf.grad is not None])
+        for leaf in self.leaves():
+            if leaf.grad is not None:
+                leaf.grad.zero_()
 
     def adapts(self, part: str) -> bool:
         """Does any run adapt `part`?"""

@@ -155,7 +155,7 @@ def _several(nodes: Mapping[str, Any] | None, key: str) -> dict[str, Any]:
     if key == "captions" and not nodes:
         raise SettingsError("captions is empty: choose at least one arm, e.g. captions=[empty]")
     for name, node in (nodes or {}).items():
-        if not re.fullmatch(r"[\w-]+", name):
+        if not re.fullmatch(r"\w[\w-]*", name):
             raise SettingsError(f"{key}.{name}: use letters, digits, - and _ (it names a folder)")
         if not isinstance(node, Mapping):
             raise SettingsError(

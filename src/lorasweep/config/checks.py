@@ -7,11 +7,15 @@ doctor` run all of them.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorasweep.config.run import COMPONENTS
 from lorasweep.core.settings import SettingsError
+from lorasweep.core.text import listed
+from lorasweep.judging.metrics.metric import names
 
 if TYPE_CHECKING:
     from lorasweep.config.run import Run
@@ -45,6 +49,57 @@ def adapted_parts_are_trained(run: Run) -> Iterator[str]:
         )
 
 
+def the_model_computes_the_resolution(run: Run) -> None:
+    """Width and height, and every bucket's, as far as the model's configs are on this machine."""
+    from lorasweep.data.buckets import buckets, check_size
+    from lorasweep.models.model_files import read_sizes
+
+    sizes = read_sizes(run.model)
+    if run.dataset.enable_bucket:
+        buckets(run.dataset)  # there is one
+    if sizes is None:
+        return
+    check_size(sizes, run.dataset.size)
+    step, multiple = run.dataset.bucket_reso_steps, sizes.vae_scale_factor
+    if run.dataset.enable_bucket and step % multiple:
+        raise SettingsError(
+            f"dataset.bucket_reso_steps={step}: this model needs multiples of {multiple} pixels"
+        )
+
+
+def the_text_encoder_has_the_layer(run: Run) -> None:
+    """clip_skip counts layers, as far as the model's configs are on this machine."""
+    from lorasweep.models.load_model import check_clip_skip
+    from lorasweep.models.model_files import read_sizes
+
+    sizes = read_sizes(run.model)
+    if sizes is not None:
+        check_clip_skip(run.model, sizes.num_text_layers)
+
+
+def places_can_be_written(run: Run) -> None:
+    """Where files go is a folder, or can become one."""
+    from lorasweep.tracking.store import sqlite_path
+
+    check_place("output_root", run.output_root)
+    check_place("cache_dir", run.cache_dir)
+    database = sqlite_path(run.tracking.resolve(run.output_root))
+    if database is not None:
+        check_place("tracking.uri", database.parent)
+
+
+def check_place(key: str, folder: Path) -> None:
+    """Raise SettingsError unless the folder of a setting can be written or made."""
+    there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    if not there.is_dir():
+        problem = f"{there} is no folder"
+    elif not os.access(there, os.W_OK | os.X_OK):
+        problem = f"{there} can't be written"
+    else:
+        return
+    raise SettingsError(f"{key}={folder}: {problem}; give a folder that you can write to")
+
+
 def overrides_choose_one_option(run: Run) -> None:
     """`adapter=[lora,locon]` is no sweep."""
     for key, value in _overrides(run):
@@ -65,6 +120,17 @@ def overrides_have_an_effect(run: Run) -> None:
         if key in unused:
             raise SettingsError(
                 f"{key} has no effect without {unused[key]}; set that or leave it out"
+            )
+
+
+def pick_is_by_a_score(run: Run) -> None:
+    """What the command line wants to choose by is scored."""
+    scores = names(run.metrics.values(), run.captions, run.dataset.num_holdout)
+    for key, _ in _overrides(run):
+        by = run.params.get(key)
+        if key == "pick.by" and scores is not None and by not in scores:
+            raise SettingsError(
+                f"pick.by={by}: no metric gives such a score; there are {listed(sorted(scores))}"
             )
 
 
@@ -93,10 +159,14 @@ def saved_factors_are_exact(run: Run) -> Iterator[str]:
 
 
 CHECKS: tuple[Check, ...] = (
+    places_can_be_written,
     output_root_is_outside_the_images,
+    the_model_computes_the_resolution,
+    the_text_encoder_has_the_layer,
     adapted_parts_are_trained,
     overrides_choose_one_option,
     overrides_have_an_effect,
+    pick_is_by_a_score,
     alpha_is_at_most_the_rank,
     saved_factors_are_exact,
 )

@@ -64,7 +64,8 @@ class Run(PackSettings, TrainingRun):
     """Further tags in MLflow."""
 
     def check(self) -> None:
-        """Raise SettingsError for what the libraries refuse, before any work; imports torch."""
+        """Raise SettingsError or ModelError for what the libraries refuse, before any work."""
+        self.model.check()
         self.optimizer.check()
         self.sampling.check()
 

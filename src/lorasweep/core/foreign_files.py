@@ -37,6 +37,25 @@ def parse_json(text: str | bytes, where: str | Path, kind: type = dict) -> Any:
     return _of_kind(value, where, kind)
 
 
+def parse_shaped(text: str | bytes, where: str | Path, shape: Any) -> Any:
+    """The value of a JSON text that has the shape of a type or a dataclass, as plain values.
+
+    Nothing is converted, but further keys may be there: a later lorasweep may write them.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    value = parse_json(text, where, object)
+    try:
+        TypeAdapter(shape).validate_json(text, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = "".join(f"[{part}]" for part in first["loc"])
+        raise ForeignFileError(
+            f"{where} is not as lorasweep writes it: {shown(place)} {_one_line(first['msg'])}"
+        ) from None
+    return value
+
+
 def parse_yaml(text: str | bytes, where: str | Path, kind: type = dict) -> Any:
     """The value of a YAML text of plain values, which must be a `kind`: dict or list.
 
@@ -44,7 +63,7 @@ def parse_yaml(text: str | bytes, where: str | Path, kind: type = dict) -> Any:
     """
     check_yaml(text, where)
     try:
-        value = yaml.load(text, Loader=_LOADER)
+        value = _LOADER(text).get_single_data()
     except (yaml.YAMLError, ValueError) as error:  # a date in month 13, a tag of Python's
         raise ForeignFileError(f"{where} is not YAML of plain values: {_one_line(error)}") from None
     return _of_kind(value, where, kind)
@@ -73,15 +92,21 @@ def read_yaml(path: Path, kind: type = dict) -> Any:
     return parse_yaml(_bounded(path, MAX_YAML_BYTES), path, kind)
 
 
-def read_text(path: Path) -> str:
-    """A text file of UTF-8, of at most MAX_BYTES. Raises also OSError, if there is no such file."""
-    content = _bounded(path, MAX_BYTES)
-    if len(content) > MAX_BYTES:
-        raise ForeignFileError(f"{path} is larger than {MAX_BYTES / 1e6:.0f} MB: it is not read")
+def read_text(path: Path, limit: int = MAX_BYTES) -> str:
+    """The text of a UTF-8 file of at most `limit` bytes. Raises also OSError."""
+    content = _bounded(path, limit)
+    if len(content) > limit:
+        raise ForeignFileError(f"{path} has more than {limit / 1e6:g} MB: too large to be read")
     try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise ForeignFileError(f"{path} is not UTF-8 text: {_one_line(error)}") from None
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ForeignFileError(f"{path} is not UTF-8 text") from None
+
+
+def check_no_pipe(path: Path) -> None:
+    """Raise ForeignFileError for a pipe, a socket or a device: reading it may never end."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ForeignFileError(f"{path} is a device or a pipe, not a file")
 
 
 def inside(folder: Path, path: str | Path) -> Path:
@@ -93,6 +118,7 @@ def inside(folder: Path, path: str | Path) -> Path:
 
 
 def _bounded(path: Path, limit: int) -> bytes:
+    check_no_pipe(path)
     with path.open("rb") as file:
         return file.read(limit + 1)
 
@@ -117,7 +143,7 @@ def _nodes(node: yaml.Node, seen: dict[int, int], depth: int) -> int:
     return seen[id(node)]
 
 
-def _one_line(error: BaseException) -> str:
+def _one_line(error: BaseException | str) -> str:
     return shown(" ".join(str(error).split()), 200)
 
 

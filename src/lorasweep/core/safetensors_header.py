@@ -10,15 +10,18 @@ import json
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from lorasweep.core.foreign_files import ForeignFileError, check_no_pipe
 from lorasweep.core.text import shown
 
-MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
-MAX_TENSORS = 100_000  # SDXL's largest LoRAs have a tenth of that
+MAX_HEADER = 16_000_000  # bytes; a whole SDXL has 0.4 MB, tags of a large data set some more
+MAX_TENSORS = 20_000  # SDXL's largest LoRAs, and models with their EMA copies, have half of that
 MAX_DIMS = 8
 MAX_NAME = 500  # characters; the longest of SDXL's has 120
 
@@ -48,15 +51,36 @@ def read(path: Path) -> Header:
     """The header of a safetensors file of weights. Raises CheckpointError for a bad one."""
     if path.suffix != ".safetensors":
         raise CheckpointError(f"{path}: only .safetensors files are read; convert it first")
-    if path.exists() and not path.is_file() and not path.is_dir():
-        raise CheckpointError(f"{path} is a device or a pipe, not a file")  # reading may never end
+    with _explained(path):
+        check_no_pipe(path)
+        state = path.stat()
+        return _read(path, state.st_ino, state.st_size, state.st_mtime_ns)
+
+
+def check_length(path: Path) -> None:
+    """Raise CheckpointError for a header that is longer than any model's; it is not parsed."""
+    with _explained(path):
+        check_no_pipe(path)
+        with path.open("rb") as file:
+            _length(file)
+
+
+@lru_cache(maxsize=1)  # one command asks for a file's metadata, then for its tensors
+def _read(path: Path, *_state: int) -> Header:
+    text, data_size = _text(path)
+    return _checked(_parsed(text), data_size)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
     try:
-        text, data_size = _text(path)
-        return _checked(_parsed(text), data_size)
+        yield
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise CheckpointError(f"{path} is a folder; name the .safetensors file in it") from None
+    except ForeignFileError as error:
+        raise CheckpointError(str(error)) from None
     except _BadHeader as error:
         raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from None
 
@@ -64,13 +88,21 @@ def read(path: Path) -> Header:
 def _text(path: Path) -> tuple[bytes, int]:
     """The JSON of the header, and how many bytes of data follow."""
     with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size < 8:
-            raise _BadHeader(f"it has {size} bytes")
-        (length,) = struct.unpack("<Q", file.read(8))
-        if length > MAX_HEADER or length > size - 8:
-            raise _BadHeader(f"its header claims {length} bytes, the file has {size}")
+        length, size = _length(file)
         return file.read(length), size - 8 - length
+
+
+def _length(file: BinaryIO) -> tuple[int, int]:
+    """Bytes of the header, and of the file."""
+    size = os.fstat(file.fileno()).st_size
+    if size < 8:
+        raise _BadHeader(f"it has {size} bytes")
+    (length,) = struct.unpack("<Q", file.read(8))
+    if length > size - 8:
+        raise _BadHeader(f"its header claims {length} bytes, the file has {size}")
+    if length > MAX_HEADER:
+        raise _BadHeader(f"its header of {length / 1e6:.0f} MB is longer than any model's")
+    return length, size
 
 
 def _parsed(text: bytes) -> dict[str, Any]:

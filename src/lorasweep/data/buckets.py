@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from lorasweep.core.settings import SettingsError
 from lorasweep.data.dataset import Dataset
-from lorasweep.models.base_model import BaseModel
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -16,7 +15,19 @@ Size = tuple[int, int]
 """Width and height in pixels."""
 
 
-def check_size(base: BaseModel, size: Size) -> None:
+class HasSizes(Protocol):
+    """A loaded model, or what its configs say of it."""
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels a side of one latent."""
+
+    @property
+    def size_multiple(self) -> int:
+        """Pixels that a side has at least."""
+
+
+def check_size(base: HasSizes, size: Size) -> None:
     """Raise SettingsError unless the model can compute width and height exactly."""
     multiple = base.vae_scale_factor
     if any(side % multiple or side < base.size_multiple for side in size):

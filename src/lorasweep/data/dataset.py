@@ -13,7 +13,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import NonNegativeInt, PlainValidator, PositiveInt
+from pydantic import Field, NonNegativeInt, PlainValidator, PositiveInt
 
 from lorasweep.core.settings import Probability, Settings, SettingsError
 from lorasweep.core.text import listed, shown
@@ -52,6 +52,7 @@ def _resolution(value: object) -> int | tuple[int, int]:
     return sides[0] if len(sides) == 1 else (sides[0], sides[1])
 
 
+Side = Annotated[int, Field(gt=0, le=_MAX_SIDE)]
 Resolution = Annotated[int | tuple[int, int], PlainValidator(_resolution)]
 
 
@@ -74,9 +75,9 @@ class Dataset(Settings):
 
     resolution: Resolution
     enable_bucket: bool
-    min_bucket_reso: PositiveInt
-    max_bucket_reso: PositiveInt
-    bucket_reso_steps: PositiveInt
+    min_bucket_reso: Side
+    max_bucket_reso: Side
+    bucket_reso_steps: Side
     bucket_no_upscale: bool
     flip_aug: bool
     shuffle_caption: bool

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorasweep.core.foreign_files import ForeignFileError, check_no_pipe, inside, read_json
+from lorasweep.core.safetensors_header import CheckpointError, check_length
 from lorasweep.models.base_model import Precision, torch_dtype
 from lorasweep.models.model_files import ModelError, read_object
 
@@ -43,6 +45,10 @@ def find_folder(source: str, revision: str | None, key: str, *, weights: bool) -
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
+    try:
+        check_no_pipe(folder)
+    except ForeignFileError as error:
+        raise ModelError(f"{key}={source}: {error}") from None
     if folder.is_absolute() or source.startswith((".", "~")) or folder.suffix == ".safetensors":
         raise ModelError(f"{key}={source}: no such file or folder")
     from huggingface_hub import snapshot_download
@@ -113,10 +119,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     if path.suffix != ".safetensors":
         raise ModelError(f"{path}: only .safetensors files are read, for others can run any code")
+    if not path.exists():
+        raise ModelError(f"{path} is missing: give a whole diffusers folder")
     try:
+        check_length(path)
         return load_file(path)
-    except FileNotFoundError:
-        raise ModelError(f"{path} is missing: give a whole diffusers folder") from None
+    except CheckpointError as error:
+        raise ModelError(str(error)) from None
     except SafetensorError as error:
         raise ModelError(f"{path} is not a whole safetensors file: {error}") from None
 
@@ -137,7 +146,9 @@ def write_folder(
     for part in copied_parts(is_sdxl):
         (folder / part).mkdir(exist_ok=True)
         for file in sorted((configs / part).iterdir()):
-            shutil.copyfile(file, folder / part / file.name)
+            if file.is_file():
+                _check_own(file, configs)
+                shutil.copyfile(file, folder / part / file.name)
     if scheduler:
         _copy_json(configs / "scheduler" / "scheduler_config.json", folder, scheduler)
     index = read_index(configs)
@@ -193,16 +204,29 @@ def variant_of(path: Path) -> Path:
     return path.with_name(f"{path.stem}.{VARIANT}{path.suffix}")
 
 
+def _check_own(file: Path, configs: Path) -> None:
+    """Raise ModelError for a link to elsewhere on this machine: what is written is given to others.
+
+    In the hub's cache files are links to blobs beside the snapshots.
+    """
+    cached = configs.resolve().parents[1]
+    home = cached if (cached / "blobs").is_dir() else configs
+    try:
+        inside(home, file.absolute())
+    except ForeignFileError as error:
+        raise ModelError(f"{error}; copy the file in") from None
+
+
 def _pieces(path: Path) -> list[Path]:
     """The file, or the pieces that the index beside it names; none where there is neither."""
     if path.is_file():
         return [path]
     index = path.with_name(f"{path.name}.index.json")
     try:
-        names = set(json.loads(index.read_text())["weight_map"].values())
+        names = set(read_json(index)["weight_map"].values())
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ForeignFileError, KeyError, TypeError, AttributeError):
         raise ModelError(f"{index} can't be read: give a whole diffusers folder") from None
     if stray := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
         raise ModelError(f"{index} names {stray[0]!r}, which is no file beside it")
@@ -213,7 +237,7 @@ def _copy_json(
     source: Path, folder: Path, changes: Mapping[str, Any], drop: Iterable[str] = ()
 ) -> None:
     """Copy a part's config below `folder`, some of its entries changed."""
-    content = json.loads(source.read_text())
+    content = read_object(source, str(source.parent.parent))
     kept = {key: value for key, value in content.items() if not (changes and key in drop)}
     target = folder / source.parent.name / source.name
     target.write_text(json.dumps({**kept, **changes}, indent=2, sort_keys=True) + "\n")

@@ -51,7 +51,7 @@ def find(word: str, overrides: Sequence[str], config_dir: Path | None = None) ->
     cfg = compose_without_images(overrides, config_dir)
     given = build(cfg.model, "model") if _names_model(overrides) else None
     lines: list[str] = []
-    if word.endswith(".safetensors") or Path(word).is_file():
+    if word.endswith(".safetensors") or (Path(word).exists() and not Path(word).is_dir()):
         path = Path(word)
         found = trained_on(path, cfg) if given is None else None
     else:

@@ -31,6 +31,7 @@ from lorasweep.models.load_model import Model, frozen
 from lorasweep.models.model_files import (
     ModelError,
     check_folder,
+    check_parts,
     check_values,
     load_error,
     load_errors,
@@ -178,9 +179,11 @@ def _layout(folder: Path, sdxl: bool) -> ModelLayout:
             else "only StableDiffusionPipeline is read"
         )
         raise ModelError(f"{folder} is a {name}: {later}")
-    for part in diffusers_folder.copied_parts(is_sdxl):
+    copied = diffusers_folder.copied_parts(is_sdxl)
+    for part in copied:
         if not (folder / part).is_dir():
             raise ModelError(f"{folder} has no {part}: give a whole diffusers folder")
+    check_parts(folder, str(folder), (*copied, *diffusers_folder.FILES))
     try:
         return ModelLayout.from_modules(**_empty_modules(folder, is_sdxl))
     except ModelError:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasweep.adapters.weight_deltas import algorithm, frobenius_norm, rank_of
+from lorasweep.core.foreign_files import ForeignFileError, parse_json
 from lorasweep.core.text import shown
 from lorasweep.lora_files import checkpoint, read_lora_file
 from lorasweep.lora_files.read_lora_file import FACTORED, LoRAFile
@@ -328,7 +329,7 @@ def _datasets(metadata: Mapping[str, str]) -> dict[str, dict[str, int]]:
 
 def _object(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
     try:
-        value = json.loads(metadata.get(key, "{}"))
-    except (json.JSONDecodeError, RecursionError):
+        value: dict[str, Any] = parse_json(metadata.get(key, "{}"), key)
+    except ForeignFileError:
         return {}
-    return value if isinstance(value, dict) else {}
+    return value

@@ -11,7 +11,6 @@ differ.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorasweep.adapters.kohya_names import by_site
 from lorasweep.adapters.weight_deltas import scale_of
+from lorasweep.core.foreign_files import ForeignFileError, parse_json
 from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.core.text import shown
 
@@ -221,9 +221,9 @@ def _config(metadata: Mapping[str, str]) -> dict[str, Any]:
     if METADATA_KEY not in metadata:
         return {}
     try:
-        values = json.loads(metadata[METADATA_KEY])
-    except (json.JSONDecodeError, RecursionError):
-        raise CheckpointError(f"{METADATA_KEY} in the file's metadata is not JSON") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{METADATA_KEY} in the file's metadata is no JSON object")
-    return values
+        values: dict[str, Any] = parse_json(
+            metadata[METADATA_KEY], f"{METADATA_KEY} in the file's metadata"
+        )
+        return values
+    except ForeignFileError as error:
+        raise CheckpointError(str(error)) from None

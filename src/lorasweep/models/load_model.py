@@ -28,9 +28,26 @@ if TYPE_CHECKING:
     import torch
 
 
+_NO_CONFIG = (
+    "model.config is null, but a single file needs the configs and the tokenizer of a diffusers"
+    " model: give its hub id or folder"
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Model(ModelSettings):
     """Which base model, how it is read, and the way to load it."""
+
+    def check(self) -> None:
+        """Raise ModelError for what the files say without being loaded."""
+        name = f"model.path={self.path}"
+        if self.is_single_file:
+            if self.config is None:
+                raise ModelError(_NO_CONFIG)
+            if Path(self.path).suffix.lower() not in PICKLED:
+                check_file(Path(self.path), name)
+        elif Path(self.path).is_dir():
+            check_folder(Path(self.path), name, allow_pickle=self.allow_pickle)
 
     def load(self, device: str = "cpu", precision: Precision = "fp32") -> BaseModel:
         """Load the model, frozen, in evaluation mode. Raises ModelError with the remedy."""
@@ -113,10 +130,7 @@ def _from_file(settings: ModelSettings, dtype: torch.dtype) -> dict[str, Any]:
 
     path, config = settings.path, settings.config
     if config is None:
-        raise ModelError(
-            "model.config is null, but a single file needs the configs and the tokenizer of a"
-            " diffusers model: give its hub id or folder"
-        )
+        raise ModelError(_NO_CONFIG)
     if Path(path).suffix.lower() not in PICKLED:
         check_file(Path(path), f"model.path={path}")
     try:
@@ -149,11 +163,7 @@ def frozen(
     for name in ("text_encoder", "unet", "vae"):
         components[name].requires_grad_(False).eval().to(device)
     components["vae"].float()
-    layers = int(components["text_encoder"].config.num_hidden_layers)
-    if settings.clip_skip > layers:
-        raise SettingsError(
-            f"model.clip_skip={settings.clip_skip}: the text encoder has {layers} layers"
-        )
+    check_clip_skip(settings, int(components["text_encoder"].config.num_hidden_layers))
     schedule = dict(components["scheduler"])
     if settings.prediction_type is not None:
         schedule["prediction_type"] = settings.prediction_type
@@ -169,6 +179,15 @@ def frozen(
         device=device,
         precision=precision,
     )
+
+
+def check_clip_skip(settings: ModelSettings, num_layers: int) -> None:
+    """Raise SettingsError for more layers than the text encoder has."""
+    if settings.clip_skip > num_layers:
+        raise SettingsError(
+            f"model.clip_skip={settings.clip_skip}: the text encoder has {num_layers} layers; give"
+            f" at most {num_layers}"
+        )
 
 
 def hide_progress_bars() -> None:

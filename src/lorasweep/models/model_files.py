@@ -6,17 +6,19 @@ say so in a warning at most: such a model would be trained on for hours.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorasweep.core.foreign_files import MAX_BYTES, ForeignFileError, check_no_pipe, read_json
+from lorasweep.core.safetensors_header import CheckpointError, check_length
 from lorasweep.core.text import shown
-from lorasweep.models.model_settings import PICKLED
+from lorasweep.models.model_settings import PICKLED, ModelSettings
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +31,8 @@ CONFIGS = {
 }
 """By part of a diffusers folder."""
 PREDICTIONS = ("epsilon", "v_prediction")
+_COUNTS = ("num_hidden_layers", "layers_per_block", "transformer_layers_per_block")
+_MAX_COUNT = 1000  # of layers; the largest text encoders have a tenth
 _VOCABULARY = ("tokenizer.json", "vocab.json")  # a tokenizer needs one of them
 
 _OTHERS = {
@@ -46,19 +50,94 @@ class ModelError(ValueError):
     """The base model can't be used; the message says why and what to do."""
 
 
+@dataclass(frozen=True)
+class ModelSizes:
+    """What a model's configs say of it before it is loaded; `BaseModel` has the same names."""
+
+    vae_scale_factor: int
+    """Pixels a side of one latent."""
+    size_multiple: int
+    """Pixels that a side has at least."""
+    num_text_layers: int
+    """Layers of the text encoder."""
+
+
+def read_sizes(settings: ModelSettings) -> ModelSizes | None:
+    """The sizes of a model, if its configs are on this machine and say them."""
+    folder = _configs_here(settings)
+    if folder is None:
+        return None
+    try:
+        unet, vae, text = (
+            read_object(folder / part / CONFIGS[part], "")
+            for part in ("unet", "vae", "text_encoder")
+        )
+        vae_scale = 2 ** (len(vae["block_out_channels"]) - 1)
+        multiple = vae_scale * 2 ** (len(unet["block_out_channels"]) - 1)
+        return ModelSizes(vae_scale, multiple, int(text["num_hidden_layers"]))
+    except (ModelError, KeyError, TypeError, ValueError):
+        return None  # whoever loads the model says what is wrong with it
+
+
+def _configs_here(settings: ModelSettings) -> Path | None:
+    """The diffusers folder with a model's configs, given or in the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    is_file = settings.is_single_file
+    where, revision = (settings.config, None) if is_file else (settings.path, settings.revision)
+    if where is None or Path(where).is_dir():
+        return None if where is None else Path(where)
+    try:
+        found = try_to_load_from_cache(where, "unet/config.json", revision=revision)
+    except HFValidationError:
+        return None
+    return Path(found).parents[1] if isinstance(found, str) else None
+
+
 def check_folder(folder: Path, name: str, *, allow_pickle: bool) -> None:
     """Raise ModelError unless a diffusers folder has all parts of a Stable Diffusion 1.x model.
 
-    Messages call it `name`. Nothing but JSON is read.
+    Messages call it `name`. Nothing but JSON is read, all that the libraries will read too.
     """
     check_index(read_object(folder / "model_index.json", name), name)
     configs = {part: read_object(folder / part / file, name) for part, file in CONFIGS.items()}
+    check_parts(folder, name, (*CONFIGS, "tokenizer"))
     _check_fit(configs, name)
     if not any((folder / "tokenizer" / file).is_file() for file in _VOCABULARY):
         raise ModelError(f"{name} can't be loaded: no tokenizer in it; give a whole folder")
     if not allow_pickle:
         for part in ("unet", "vae", "text_encoder"):
             _refuse_pickles_alone(folder / part, name)
+
+
+def check_parts(folder: Path, name: str, parts: Iterable[str]) -> None:
+    """Raise ModelError for a file that a library might read without end, or build without end of.
+
+    JSON is parsed once within bounds. Of weights the header's length is looked at.
+    """
+    for path in sorted(path for part in parts for path in (folder / part).glob("*")):
+        try:
+            check_no_pipe(path)
+            if not path.is_file():
+                continue
+            if path.suffix == ".json":
+                _check_counts(read_json(path, object), path)
+            elif path.suffix == ".safetensors":
+                check_length(path)
+            elif path.suffix not in PICKLED and path.stat().st_size > MAX_BYTES:
+                raise ForeignFileError(f"{path} is too large to be a model's")
+        except (ForeignFileError, CheckpointError) as error:
+            raise ModelError(f"{name} can't be loaded: {error}; give a whole model") from None
+
+
+def _check_counts(values: Any, path: Path) -> None:
+    """A library would build as many layers as a config says, for hours."""
+    for key in _COUNTS if isinstance(values, dict) else ():
+        counts = values.get(key)
+        for count in counts if isinstance(counts, list) else [counts]:
+            if isinstance(count, int | float) and not count <= _MAX_COUNT:
+                raise ForeignFileError(f"{path}: no model has {key} of {shown(str(count), 20)}")
 
 
 def check_index(index: Mapping[str, Any], name: str) -> None:
@@ -79,11 +158,14 @@ def check_file(path: Path, name: str) -> None:
     from safetensors import SafetensorError, safe_open
 
     try:
+        check_length(path)
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
     except SafetensorError as error:
         reason = f"{path.name} is not a whole safetensors file: {error}"
         raise ModelError(f"{name} can't be loaded: {reason}; give an undamaged copy") from None
+    except CheckpointError as error:
+        raise ModelError(f"{name} can't be loaded: {error}; give an undamaged copy") from None
     refuse_others(name, names)
 
 
@@ -99,15 +181,12 @@ def read_object(path: Path, name: str) -> dict[str, Any]:
     """The JSON object of a model's config. Raises ModelError."""
     where = f"{path.parent.name}/{path.name}" if path.name != "model_index.json" else path.name
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = read_json(path)
+        return found
     except OSError as error:
         reason = f"{where}: {error.strerror}"
-    except (ValueError, RecursionError):
-        reason = f"{where} is not JSON"
-    else:
-        if isinstance(found, dict):
-            return found
-        reason = f"{where} is not a JSON object"
+    except ForeignFileError as error:
+        reason = str(error)
     raise ModelError(f"{name} can't be loaded: {reason}; give a whole diffusers folder")
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import PositiveInt
 
+from lorasweep.core.foreign_files import ForeignFileError, check_no_pipe
 from lorasweep.core.settings import Settings, SettingsError
 
 PICKLED = {".ckpt", ".pt", ".pth", ".bin"}
@@ -28,6 +29,11 @@ class ModelSettings(Settings):
         if not self.path.strip() or "\0" in self.path:
             raise SettingsError("model.path is empty: give a diffusers folder, a .safetensors file")
         file = Path(self.path)
+        for key, given in (("path", self.path), ("config", self.config or "")):
+            try:
+                check_no_pipe(Path(given).expanduser())
+            except ForeignFileError as error:
+                raise SettingsError(f"model.{key}={given}: {error}") from None
         pickled = file.suffix.lower() in PICKLED
         if file.is_file():  # anything but safetensors may be a pickle, whatever its name
             pickled = file.suffix.lower() != ".safetensors"

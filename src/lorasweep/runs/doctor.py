@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 from lorasweep import __version__
 from lorasweep.config.build_run import build_run
-from lorasweep.config.checks import CHECKS
+from lorasweep.config.checks import CHECKS, places_can_be_written
 from lorasweep.core.settings import SettingsError
 from lorasweep.core.text import harmless
+from lorasweep.models.model_files import ModelError
 from lorasweep.runs import doctor_probes
 from lorasweep.runs.doctor_probes import Finding, Level, problem_of
 
@@ -70,8 +71,10 @@ def findings(cfg: DictConfig, overrides: Sequence[str] = ()) -> list[Finding]:
 
 def _checked(run: Run) -> Iterator[Finding]:
     """A line for each check of `train` that finds something, under the group of its key."""
-    checks: list[Callable[[], Iterator[str] | None]] = [partial(check, run) for check in CHECKS]
-    checks += [run.optimizer.check, run.sampling.check]
+    # `disk` has lines of its own
+    of_settings = [check for check in CHECKS if check is not places_can_be_written]
+    checks: list[Callable[[], Iterator[str] | None]] = [partial(one, run) for one in of_settings]
+    checks += [run.model.check, run.optimizer.check, run.sampling.check]
     passed = 0
     for check in checks:
         try:
@@ -79,7 +82,7 @@ def _checked(run: Run) -> Iterator[Finding]:
                 text, _, remedy = warning.partition("; ")
                 yield Finding(_group(warning), text, "warning", remedy)
             passed += 1
-        except SettingsError as error:
+        except (SettingsError, ModelError) as error:
             yield problem_of(_group(str(error)), error)
     yield Finding("settings", f"{passed} of {len(checks)} checks passed")
 

@@ -23,6 +23,7 @@ from urllib.error import HTTPError
 from urllib.parse import urlsplit, urlunsplit
 from urllib.request import Request, urlopen
 
+from lorasweep.config.checks import check_place
 from lorasweep.config.run import Run
 from lorasweep.core.settings import SettingsError
 from lorasweep.data import dataset
@@ -188,10 +189,13 @@ def _computes(device: str, precision: Precision) -> bool:
 def disk(key: str, folder: Path) -> Finding:
     """Can the folder of a setting be written, and how much is free?"""
     try:
+        check_place(key, folder)
         parent = _existing(folder)
         free = shutil.disk_usage(parent).free
         with tempfile.TemporaryFile(dir=parent) as file:
             file.write(b"written")
+    except SettingsError as error:
+        return problem_of(key, error)
     except OSError as error:
         text = f"{folder} can't be written: {error.strerror}"
         return Finding(key, text, "problem", f"{key}=FOLDER that you can write to")

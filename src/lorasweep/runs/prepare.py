@@ -43,15 +43,17 @@ def check_inputs(runs: Iterable[Run]) -> None:
 def write_folders(run: Run) -> Path:
     """Draw, caption and write the images into kohya's folders; the same inputs share one place."""
     images = dataset.select(run.dataset)
+    captions = run.captions.items()
+    models = {arm: caption_images.identity(one, arm=arm) for arm, one in captions}  # all are here
     texts = {
         arm: kohya_folders.ArmCaptions(
             repeats=captioner.repeats,
             captions=tuple(
                 caption_images.caption_images(captioner, images.images, run.cache_dir, arm=arm)
             ),
-            captioner=captioner.identity(),
+            captioner=models[arm],
         )
-        for arm, captioner in run.captions.items()
+        for arm, captioner in captions
     }
     inputs = repr((images.digest, texts, run.dataset.caption_extension)).encode()
     name = f"{run.dataset.image_dir.resolve().name}-{hashlib.sha256(inputs).hexdigest()[:8]}"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -166,6 +167,23 @@ def is_free(folder: Path) -> bool:
     except TakenError:
         return False
     return True
+
+
+def delete_if_nothing_began(folder: Path, output_root: Path) -> None:
+    """Delete the folder that Hydra made for a command which was refused before any work.
+
+    Nothing goes on in such a folder; one that holds anything else stays. Folders above it that are
+    empty then are deleted too, as far as they lie below output_root or below where we are.
+    """
+    hydras = {".hydra", "lorasweep.log", MULTIRUN, LOCK}
+    if not folder.is_dir() or any(path.name not in hydras for path in folder.iterdir()):
+        return
+    shutil.rmtree(folder)
+    tops = (output_root.absolute(), Path.cwd())
+    with suppress(OSError):  # one that holds other things stays
+        for parent in folder.absolute().parents:
+            if any(parent != top and parent.is_relative_to(top) for top in tops):
+                parent.rmdir()
 
 
 def write_sweep(folder: Path, settings: str, status: Status) -> None:

@@ -7,7 +7,7 @@ import logging
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import groupby
 from types import TracebackType
@@ -146,12 +146,18 @@ class Session:
         self._load, self._show = load or load_base, show
         with self.clock("prepare"):
             self.device = resolve_device(first.trainer.device)
-            self._folder = write_folders(first)
+            with ExitStack() as if_refused:
+                if first.tracking.is_remote:  # does it answer? Captions may take hours
+                    self._open_tracker().ready(first.output_dir, first.sweep)
+                    if_refused.callback(self._tracker.close)
+                self._folder = write_folders(first)
+                if_refused.pop_all()
         self._captions = captions_used(first, self._folder)
         self._is_prepared = False
         self._runs: dict[str, _OpenRun] = {}  # those that train
         self._waiting: dict[str, tuple[Run, dict[str, float]]] = {}  # and the clock as they came
-        self._tracker = Tracker(first.tracking, first.output_root)
+        if not first.tracking.is_remote:  # a file is made once the images are known to be good
+            self._open_tracker()
 
     def __enter__(self) -> Session:
         return self
@@ -182,7 +188,9 @@ class Session:
             self.join(run)
         if not self._is_prepared:
             self._prepare()
-        self._training = NativeTraining(self.first.trainer, self._base, [], self._data, self._show)
+        self._training = NativeTraining(
+            self.first.trainer, self._base, [], self._data, self._show, self._log_step
+        )
         epochs = iter(self._training)
         while True:
             while started := self._admit():  # those that wait, while there is room
@@ -218,13 +226,17 @@ class Session:
         known = (self.max_pack, self._fitting, self._training.max_runs)
         return min((number for number in known if number is not None), default=None)
 
+    def _open_tracker(self) -> Tracker:
+        self._tracker = Tracker(self.first.tracking, self.first.output_root)
+        return self._tracker
+
     def _prepare(self) -> None:
         """Load the base model, encode the images, and score the bare base."""
         first = self.first
         with self.clock("prepare"):
             self._base = self._load(first, self.device)
-            # a store that can't be written ends here, before any training
-            self._tracker.ready(first.output_dir, first.sweep)
+            if not first.tracking.is_remote:  # a store that can't be written ends it here
+                self._tracker.ready(first.output_dir, first.sweep)
             images = encoded_images(self._base, first, self._folder)
             self._data = TrainingData(images.train, first.dataset)
             self._judge = Judge(
@@ -342,17 +354,19 @@ class Session:
     def _epochs_behind(self, resumed: Sequence[tuple[_OpenRun, SavedState]]) -> list[Report]:
         """Reports of the epochs that runs have behind them; what wasn't logged is logged now.
 
-        Checkpoints of one epoch without scores are scored together, as they would have been.
+        Checkpoints of one epoch are scored together, as they would have been, also with those of
+        them that were logged before the end: how many are scored at once changes the rounding.
         """
         for member, state in resumed:
             if state.snapshot.num_batches == 0:
                 self._note_companions(member, [(name, n) for name, n, _ in state.pack], {})
-                for step, values in state.snapshot.records:
-                    member.log.log_step(step, values)
+            for step, values in state.snapshot.records:
+                member.log.log_step(step, values)
         last = max((state.snapshot.num_epochs for _, state in resumed), default=0)
         reports: list[Report] = []
         for epoch in range(1, last + 1):
-            unscored: list[Checkpoint] = []
+            files: list[Checkpoint] = []
+            of_epoch: dict[str, EpochReport] = {}
             for member, state in resumed:
                 if epoch > state.snapshot.num_epochs:
                     continue
@@ -360,14 +374,16 @@ class Session:
                 known = read_scores(member.run.output_dir, epoch)
                 if known is not None and epoch in member.log.logged_epochs:
                     scores, terms = known
-                    reports.append(
-                        EpochReport(run=name, checkpoint=one, scores=scores, terms=terms)
+                    of_epoch[name] = EpochReport(
+                        run=name, checkpoint=one, scores=scores, terms=terms
                     )
-                elif one.path.is_file():
-                    unscored.append(one)
-                else:
+                if one.path.is_file():
+                    files.append(one)
+                elif name not in of_epoch:
                     log.warning("%s is missing and can't be scored", one.path)
-            reports += self._judge_checkpoints(unscored)
+            if any(one.run not in of_epoch for one in files):
+                of_epoch |= {report.run: report for report in self._judge_checkpoints(files)}
+            reports += of_epoch.values()
         ended = [m for m, state in resumed if state.snapshot.num_epochs == m.run.max_train_epochs]
         return [*reports, *(self._finish(member, dropped=False) for member in ended)]
 
@@ -388,14 +404,14 @@ class Session:
         folder, name = member.run.output_dir, member.run.name
         member.log.log_file(provenance.note_companions(folder, name, pack, failures))
 
+    def _log_step(self, run: str, step: int, values: Mapping[str, float]) -> None:
+        self._runs[run].log.log_step(step, values)
+
     def _judge_epoch(self, epoch: TrainedEpoch) -> list[Report]:
         """Log an epoch and score its checkpoints; runs that failed or are done leave."""
         pack = [(one.run, one.epoch) for one in epoch.checkpoints]
         for name, _ in pack:
             self._note_companions(self._runs[name], pack, epoch.failures)
-        for name, steps in epoch.steps.items():
-            for step, values in steps:
-                self._runs[name].log.log_step(step, values)
         reports: list[Report] = []
         for name, reason in epoch.failures.items():
             reports.append(self._fail(self._runs[name], reason))
@@ -406,15 +422,15 @@ class Session:
                 reports.append(self._finish(member, dropped=False))
         return reports
 
-    def _judge_checkpoints(self, checkpoints: Sequence[Checkpoint]) -> list[Report]:
+    def _judge_checkpoints(self, checkpoints: Sequence[Checkpoint]) -> list[EpochReport]:
         """Score and draw the checkpoints of an epoch, all at once, and log them."""
         if not checkpoints:
             return []
         judged = self._judge.checkpoints(checkpoints)
-        reports: list[Report] = []
+        reports: list[EpochReport] = []
         for one, (scored, pictures) in zip(checkpoints, judged, strict=True):
             member = self._runs[one.run]
-            # scores that an older version kept before it logged the epoch stay as they are
+            # scores that were logged, or that an older version kept before it did, stay
             kept = read_scores(member.run.output_dir, one.epoch)
             scores, terms = kept or (scored.scores, scored.terms)
             member.log.log_epoch(one, scores, pictures, terms)

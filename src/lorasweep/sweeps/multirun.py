@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 from pydantic import NonNegativeInt, PositiveInt
 
+from lorasweep.config.foreign_settings import check_job
 from lorasweep.config.run import Run
 from lorasweep.config.settings_digest import sweep_digest
 from lorasweep.core.failures import FailureKind, RunError
@@ -68,18 +69,28 @@ def launch(
     Every job's config is checked before the first trains. A job that fails is returned as failed,
     with its reason; the others stand.
     """
+    check_job(config, config.hydra)
+    if not job_overrides:
+        swept = [word for word in config.hydra.overrides.task if "range(" in word]
+        raise SettingsError(f"{' '.join(swept)}: the range is empty")
     read_yaml_once(config_loader)
     pool = open_pool(settings, config.trainer.device)
     with pool.ready(len(job_overrides)) if pool else nullcontext():
-        jobs = [
-            compose_job(config, config_loader, overrides, number)
-            for number, overrides in enumerate(job_overrides, start=initial_job_idx)
-        ]
-        study = JobsStudy.of(jobs[0].config, jobs[0].config.hydra)
-        if study is None:  # whose driver has looked through them once
-            check_inputs(job.run for job in jobs)
-        for job in jobs:
-            job.run.check()
+        try:
+            jobs = [
+                compose_job(config, config_loader, overrides, number)
+                for number, overrides in enumerate(job_overrides, start=initial_job_idx)
+            ]
+            study = JobsStudy.of(jobs[0].config, jobs[0].config.hydra)
+            if study is None:  # whose driver has looked through them once
+                check_inputs(job.run for job in jobs)
+            for job in jobs:
+                job.run.check()
+        except (ValueError, OSError):  # the command is refused
+            run_folder.delete_if_nothing_began(
+                Path(config.hydra.sweep.dir), Path(str(config.output_root))
+            )
+            raise
         failures = _launch(config, jobs, settings, pool, study)
     failed = {failure.run: failure for failure in failures}
     return [_returned(job, failed.get(job.run.name)) for job in jobs]

@@ -19,6 +19,7 @@ from pydantic import PositiveFloat
 
 from lorasweep.core.atomic_write import write_atomically
 from lorasweep.core.settings import Settings
+from lorasweep.core.text import shown
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -46,6 +47,8 @@ MAX_PARAM = 6000  # characters, MLflow's limits
 MAX_TAG = 8000
 MAX_KEY = 250
 MODELS_A_PAGE = 800  # MLflow's 100 take twice the time
+MAX_EXPERIMENT = 500
+MAX_REGISTERED_MODEL = 256
 
 _CAUSES = (
     "connection refused",
@@ -55,6 +58,7 @@ _CAUSES = (
     "network is unreachable",
     "connection reset",
 )
+_KINDS = {"sqlite", "postgresql", "mysql", "mssql", "http", "https"}  # MLflow's, before a +driver
 _SECRETS = "(?i:password|passwd|secret|token|credential|api_?key|access_?key)"  # in queries
 
 
@@ -74,14 +78,24 @@ class Tracking(Settings):
     max_wait_seconds: PositiveFloat
 
     def __post_init__(self) -> None:
-        if self.uri is not None and urlsplit(self.uri).scheme in ("", "file"):
-            raise ValueError(
-                f"tracking.uri={self.uri}: MLflow no longer keeps runs in plain files; give "
-                "sqlite:///PATH/mlflow.db, a server's http(s):// address, or null"
-            )
-        for key in ("experiment", "registered_model"):
-            if not getattr(self, key).strip():
+        if self.uri is not None:
+            _check_address(self.uri)
+        longest = {"experiment": MAX_EXPERIMENT, "registered_model": MAX_REGISTERED_MODEL}
+        for key, length in longest.items():
+            name = getattr(self, key)
+            if not name.strip():
                 raise ValueError(f"tracking.{key} is empty: give it a name")
+            if len(name) > length:
+                raise ValueError(f"tracking.{key}={shown(name, 20)}: use at most {length} letters")
+        if set(self.registered_model) & set("/:"):
+            raise ValueError(
+                f"tracking.registered_model={self.registered_model}: use no / and no : in it"
+            )
+
+    @property
+    def is_remote(self) -> bool:
+        """Is the store anything but a SQLite file?"""
+        return self.uri is not None and sqlite_path(self.uri) is None
 
     def resolve(self, output_root: Path) -> str:
         """The store's absolute URI; null is a SQLite file under `output_root`."""
@@ -116,6 +130,25 @@ class MlflowStore:
     """MLflow's ids of the runs that were found or begun, by our uids."""
     failures: Counter[str] = field(default_factory=Counter)
     """How often an item could not be sent while the store answered otherwise."""
+
+
+def _check_address(uri: str) -> None:
+    """Raise ValueError for what can't be an address of a store."""
+    told = "give sqlite:///PATH/mlflow.db, a server's http(s):// address, or null"
+    try:
+        parts = urlsplit(uri)
+        has_place = bool(parts.port or parts.hostname or parts.path.strip("/"))
+    except ValueError:  # a port of six digits, half of an IPv6 address
+        raise ValueError(f"tracking.uri={public_uri(uri)}: is no address; {told}") from None
+    kind = parts.scheme.partition("+")[0]
+    if kind in ("", "file"):
+        raise ValueError(
+            f"tracking.uri={public_uri(uri)}: MLflow no longer keeps runs in plain files; {told}"
+        )
+    if kind not in _KINDS:
+        raise ValueError(f"tracking.uri={public_uri(uri)}: MLflow keeps nothing by {kind}; {told}")
+    if not has_place or (is_server(uri) and not parts.hostname):
+        raise ValueError(f"tracking.uri={public_uri(uri)}: names no place; {told}")
 
 
 def open_store(settings: Tracking, output_root: Path) -> MlflowStore:

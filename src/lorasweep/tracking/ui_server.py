@@ -3,47 +3,36 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from pathlib import Path
 from typing import NoReturn
 
+from lorasweep.core.local_pages import HOST, allowed_hosts, check_port
 from lorasweep.tracking.mlflow_page import DEFAULT_PORT, experiment_page
-from lorasweep.tracking.store import TrackingError, create_store, is_server
+from lorasweep.tracking.store import create_store, is_server
 
 
 def serve(uri: str, experiment: str, artifacts: Path | None, port: int = DEFAULT_PORT) -> int:
     """Show the store in MLflow's own pages, on this machine only, until interrupted.
 
     This process becomes the server; it returns only when the store is behind one already. Raises
-    TrackingError when the port is taken.
+    SettingsError when the port is taken, TrackingError when the store can't be opened.
     """
     if is_server(uri):
         print(f"This project is tracked on a server: open {experiment_page(uri, experiment)}")
         return 0
-    _check_port(port)
+    check_port(port)
     create_store(uri, experiment, artifacts)
     print(f"MLflow starts, which takes some seconds: {experiment_page(uri, experiment, port)}")
     print("Stop it with Ctrl-C.", flush=True)
     return _become_server(uri, artifacts, port)
 
 
-def _check_port(port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            raise TrackingError(
-                f"port {port} is in use: stop what runs there (perhaps an earlier `lorasweep ui`) "
-                "or give another with --port"
-            ) from None
-
-
 def _become_server(uri: str, artifacts: Path | None, port: int) -> NoReturn:
     """Replace this process by MLflow's, so that signals reach it and nothing is left behind."""
-    command = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--workers", "1"]
+    command = [sys.executable, "-m", "mlflow", "ui", "--host", HOST, "--port", str(port)]
+    # MLflow's own list has every name that begins like a private address: 10.anything.example
+    command += ["--workers", "1", "--allowed-hosts", ",".join(allowed_hosts(port))]
     if artifacts is not None:
         command += ["--artifacts-destination", artifacts.as_uri()]
     ours = {

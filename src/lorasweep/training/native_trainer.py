@@ -25,6 +25,7 @@ from lorasweep.training.training_batches import Batch, epoch_batches, steps_per_
 from lorasweep.training.training_pack import TrainingPack
 from lorasweep.training.training_run import (
     NativeTrainer,
+    OnStep,
     Stopped,
     TrainedEpoch,
     TrainerError,
@@ -47,7 +48,8 @@ _LEFT = (
 class NativeTraining:
     """A training under way: iterate for its epochs; between two of them runs `join` and `drop`.
 
-    `show` takes what the progress bar is to say.
+    `show` takes what the progress bar is to say, `on_step` what is to be logged of a step. Steps
+    may come again, after a want of memory within an epoch.
     """
 
     def __init__(
@@ -57,7 +59,9 @@ class NativeTraining:
         runs: Sequence[TrainingRun],
         data: TrainingData,
         show: Show | None = None,
+        on_step: OnStep | None = None,
     ) -> None:
+        self._on_step = on_step or (lambda _run, _step, _values: None)
         self.settings, self.base, self.data = settings, base, data
         self.max_runs: int | None = None
         """Runs that fitted into memory when more did not."""
@@ -205,7 +209,7 @@ class NativeTraining:
         if not self._waiting:
             raise TrainerError(reason)
         self.drop(run.name)
-        return TrainedEpoch(checkpoints=[], steps={}, failures={run.name: reason})
+        return TrainedEpoch(checkpoints=[], failures={run.name: reason})
 
     def _epoch(self) -> TrainedEpoch:
         begun = self.pack.states
@@ -222,6 +226,7 @@ class NativeTraining:
             for state, record in zip(states, records, strict=True):
                 state.num_batches = micro_steps.stop
                 state.records.append((state.num_steps, record))
+                self._on_step(state.run.name, state.num_steps, record)
                 if not state.is_finite:
                     seen = [batches[state.run.name][i] for i in micro_steps]
                     failures[state.run.name] = self._not_finite(state, record, seen)
@@ -237,9 +242,7 @@ class NativeTraining:
         checkpoints, overflown = self._write_checkpoints()
         self._keep(lambda state: state.is_finite)
         self._save()
-        steps = {state.run.name: tuple(state.records) for state in begun}
-        failures.update(overflown)
-        return TrainedEpoch(checkpoints=checkpoints, steps=steps, failures=failures)
+        return TrainedEpoch(checkpoints=checkpoints, failures={**failures, **overflown})
 
     def _begin_epoch(self, states: Sequence[TrainingState], steps_done: int) -> None:
         for state in states:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from lorasweep.adapters.adapter import Adapter
-from lorasweep.core.settings import Settings, SettingsError
+from lorasweep.core.settings import Count, Settings, SettingsError
 from lorasweep.data.dataset import Dataset
 from lorasweep.data.latents import Item
 from lorasweep.lora_files.checkpoint import Checkpoint
@@ -30,8 +30,8 @@ class NativeTrainer(Settings):
     Those under `trainer` that are a run's own are `RunTraining`.
     """
 
-    batch_size: PositiveInt
-    gradient_accumulation_steps: PositiveInt
+    batch_size: Count
+    gradient_accumulation_steps: Count
     precision: Precision
     save_dtype: Precision
     gradient_checkpointing: bool
@@ -53,7 +53,7 @@ class NativeTrainer(Settings):
 class RunTraining(Settings):
     """Settings under `trainer` that are a run's own: runs that differ in them can share a pack."""
 
-    max_train_epochs: PositiveInt
+    max_train_epochs: Count
     noise_offset: NonNegativeFloat
     min_snr_gamma: PositiveFloat | None
 
@@ -78,14 +78,16 @@ class TrainingData:
     settings: Dataset
 
 
+OnStep = Callable[[str, int, Mapping[str, float]], None]
+"""Is told of each optimizer step of a run as it is done: run, step, train/loss, train/lr_unet, …"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainedEpoch:
     """What an epoch of a pack brought."""
 
     checkpoints: Sequence[Checkpoint]
     """The file of every run that finished the epoch, in the pack's order."""
-    steps: Mapping[str, Sequence[tuple[int, Mapping[str, float]]]]
-    """Run -> (optimizer step, train/loss, train/lr_unet, …) of the epoch."""
     failures: Mapping[str, str] = field(default_factory=dict)
     """Run -> why it stopped in this epoch; its earlier checkpoints stand."""
 

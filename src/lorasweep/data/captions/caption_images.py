@@ -63,6 +63,17 @@ def caption_images(
         raise SettingsError(f"captions.{arm}.{error}") from None
 
 
+def identity(captioner: Captioner, *, arm: str) -> str:
+    """What decides an arm's captions besides the images, its model found or downloaded.
+
+    Raises SettingsError in one line that begins with `captions.{arm}`.
+    """
+    try:
+        return captioner.identity()
+    except CaptionerError as error:
+        raise SettingsError(f"captions.{arm}.{error}") from None
+
+
 def in_batches(images: Sequence[ImageFile], size: int) -> Iterator[Sequence[ImageFile]]:
     """Consecutive runs of at most `size` images."""
     for start in range(0, len(images), size):

@@ -35,6 +35,8 @@ def find_weights(
         files = [path for path in folder.iterdir() if _matches(path.name, patterns)]
         if not files:
             raise not_found(model, needed, "none in that folder")
+        if odd := [path.name for path in files if not path.is_file()]:
+            raise not_found(model, needed, f"{odd[0]} is not a file")
         return Weights(folder, f"sha256:{_hash_files(files)}")
     hub_id = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/(.+))?", model)
     if hub_id is None:

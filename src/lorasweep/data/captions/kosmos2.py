@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from pydantic import PositiveInt
 
-from lorasweep.core.settings import Settings, SettingsError
+from lorasweep.core.settings import Count, Settings, SettingsError
 from lorasweep.core.text import shown
 from lorasweep.data.captions.caption_images import CaptionerError, Device, Repeats, in_batches
 from lorasweep.data.captions.captioner_weights import Weights, find_weights, not_found
@@ -17,6 +17,7 @@ from lorasweep.data.dataset import ImageFile
 from lorasweep.data.image_files import open_image
 from lorasweep.models.base_model import Precision, torch_dtype
 from lorasweep.models.devices import resolve_device
+from lorasweep.models.model_files import check_parts
 
 _FILES = ("*.safetensors", "*.json", "*.model")
 _NEEDED = "the .safetensors and .json files"
@@ -34,7 +35,7 @@ class Kosmos2(Settings):
     revision: str | None
     prompt: str
     """What the answer goes on from; it is not part of the caption."""
-    max_new_tokens: PositiveInt
+    max_new_tokens: Count
     dtype: Precision
     batch_size: PositiveInt
     device: Device
@@ -86,6 +87,7 @@ class Kosmos2(Settings):
         from safetensors import SafetensorError
 
         try:
+            check_parts(weights.folder, "it", [""])
             return _load_processor(weights), self._load_model(weights, device)
         except CaptionerError:
             raise

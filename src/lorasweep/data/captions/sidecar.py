@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
+from lorasweep.core.foreign_files import MAX_BYTES
 from lorasweep.core.settings import Settings
 from lorasweep.core.text import listed, shown
 from lorasweep.data.captions.caption_images import CaptionerError, Repeats
@@ -129,10 +130,11 @@ def _read(path: Path, field: str) -> str:
     try:
         if path.exists() and not path.is_file() and not path.is_dir():
             raise CaptionerError(f"{field}: {name} is a device or a pipe; give a file")
-        if field == "suffix" and path.stat().st_size > MAX_CAPTION:
+        what, limit = ("a caption", MAX_CAPTION) if field == "suffix" else ("a JSONL", MAX_BYTES)
+        if path.stat().st_size > limit:
             raise CaptionerError(
-                f"{field}: {name} has {path.stat().st_size} bytes, and a caption at most"
-                f" {MAX_CAPTION}; shorten it"
+                f"{field}: {name} has {path.stat().st_size} bytes, and {what} at most {limit};"
+                " shorten it"
             )
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

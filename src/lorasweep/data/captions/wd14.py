@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field, PositiveInt
 
+from lorasweep.core.foreign_files import read_json, read_text
 from lorasweep.core.settings import Settings
 from lorasweep.data.captions.caption_images import CaptionerError, Device, Repeats, in_batches
 from lorasweep.data.captions.captioner_weights import Weights, find_weights, not_found
@@ -215,15 +216,13 @@ def read_labels(path: Path) -> list[Label]:
     """
     try:
         if path.suffix == ".csv":
-            with path.open(encoding="utf-8", newline="") as file:
-                rows = [
-                    (row["name"], _KINDS.get(row["category"], "")) for row in csv.DictReader(file)
-                ]
+            lines = StringIO(read_text(path), newline="")
+            rows = [(row["name"], _KINDS.get(row["category"], "")) for row in csv.DictReader(lines)]
         else:
-            mapping = json.loads(path.read_text(encoding="utf-8"))
+            mapping = read_json(path)
             entries = [mapping[str(index)] for index in range(len(mapping))]
             rows = [(entry["tag"], entry["category"].lower()) for entry in entries]
-    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (csv.Error, KeyError, ValueError, TypeError, AttributeError) as error:
         raise CaptionerError(
             f"model: {path} is not a tagger's label file ({error!r}); download it again"
         ) from None

@@ -10,13 +10,13 @@ import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 
 from lorasweep.adapters.pack import Pack, computing_with
 from lorasweep.core import rng
-from lorasweep.core.settings import Settings
+from lorasweep.core.settings import Count, Settings
 from lorasweep.data.latents import Item
 from lorasweep.judging.metrics.metric import Images, Scored, Scorer, Scores
 from lorasweep.judging.sampling import equal_batches
@@ -33,11 +33,11 @@ log = logging.getLogger(__name__)
 class Validation(Settings):
     """val/loss, val/loss_rel with its interval and by arm, and val/gap."""
 
-    num_timesteps: PositiveInt
-    num_noises: PositiveInt
+    num_timesteps: Annotated[int, Field(gt=0, le=1000)]
+    num_noises: Count
     max_tuples: PositiveInt | None
     num_probe_images: PositiveInt
-    num_bootstrap: PositiveInt
+    num_bootstrap: Count
     seed: int
     batch_size: PositiveInt
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 
 from lorasweep.adapters.pack import Pack, computing_with
 from lorasweep.core import rng
@@ -20,7 +21,7 @@ class PriorDrift(Settings):
     """Mean squared distance to the base's predictions on points of its own denoising."""
 
     prompts: tuple[str, ...]
-    num_timesteps: PositiveInt
+    num_timesteps: Annotated[int, Field(gt=0, le=1000)]
     seed: int
     batch_size: PositiveInt
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
+from lorasweep.core import local_pages
 from lorasweep.core.settings import SettingsError
 from lorasweep.runs.run_folder import sweep_name
 
@@ -125,10 +126,10 @@ def find_journal(sweep: str | None, output_root: Path, but: Path | None = None) 
 def show(sweep: str | None, storage: str | None, output_root: Path, port: int) -> int:
     """Serve optuna-dashboard for a sweep's journal, or a database, on this machine only.
 
-    Returns when interrupted. Raises SettingsError if there is no such sweep.
+    Returns when interrupted. Raises SettingsError if there is no such sweep, or the port is taken.
     """
     try:
-        from optuna_dashboard import run_server
+        from optuna_dashboard import wsgi
     except ImportError:
         raise SettingsError(
             "optuna-dashboard is not installed: pip install 'lorasweep[dashboard]'"
@@ -136,8 +137,8 @@ def show(sweep: str | None, storage: str | None, output_root: Path, port: int) -
     where = storage if storage is not None else str(find_journal(sweep, output_root))
     opened = open_storage(where, output_root)
     print(f"optuna-dashboard shows {_safe(where) if '://' in where else where}")
-    print(f"http://127.0.0.1:{port}/  Stop it with Ctrl-C.", flush=True)
-    run_server(opened, host="127.0.0.1", port=port)
+    print(f"http://{local_pages.HOST}:{port}/  Stop it with Ctrl-C.", flush=True)
+    local_pages.serve(wsgi(opened), port)  # its own server answers to any name
     return 0
 
 
@@ -146,6 +147,8 @@ def _journal(path: Path) -> BaseStorage:
     from optuna.storages.journal import JournalFileBackend
 
     path = path.absolute()
+    if path.exists() and not path.is_file():
+        raise SettingsError(f"{path} is not a file; give another study.storage")
     path.parent.mkdir(parents=True, exist_ok=True)
     # flock instead of Optuna's own file: a killed process leaves nothing to wait for
     lock = FileLock(path.with_name(f".{path.name}.lock"))
