@@ -58,12 +58,9 @@ def test_the_base_that_the_metadata_names_draws_the_pictures(write, capsys):
 
 def test_a_copy_of_a_runs_file_is_found_by_its_hash(base, write, tmp_path, monkeypatch):
     mine = write({})
-    elsewhere = tmp_path / "run" / "fox-000003.safetensors"
-    elsewhere.parent.mkdir()
-    elsewhere.write_bytes(mine.read_bytes())
     (tmp_path / "outputs").mkdir()
     (tmp_path / "outputs" / "mlflow.db").touch()
-    found = [replace(candidate(3, loss_rel=0.4), path=elsewhere)]
+    found = [replace(candidate(3, loss_rel=0.4), hash=checkpoint.data_hash(mine))]
     rest = "revision: null, config: null, allow_pickle: false, clip_skip: 1, prediction_type: null"
     monkeypatch.setattr(find_lora.tracking, "candidates", lambda *_: found)
     monkeypatch.setattr(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from lorasweep import __version__
 from lorasweep.config.compose import compose_without_images
 from lorasweep.core.atomic_write import staged
+from lorasweep.core.foreign_files import ForeignFileError
 from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.core.settings import SettingsError
 from lorasweep.export import diffusers_folder, diffusers_lora, find_lora, picture_check, svd
@@ -140,7 +141,7 @@ def _drawn_on_its_base(source: Path, say: Callable[[str], None]) -> tuple[Image,
                 " --model PATH gives a copy"
             )
         return _drawn(source, base_for_loras(local))
-    except (SettingsError, ModelError, TrackingError, CheckpointError) as error:
+    except (SettingsError, ForeignFileError, ModelError, TrackingError, CheckpointError) as error:
         read_lora_file.read(source)  # is it the file itself? Then that is what must be said
         return f"{error}; --model PATH gives the base"
 
