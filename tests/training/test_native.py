@@ -199,6 +199,27 @@ def test_accumulated_gradients_are_averaged(make_run, base, data):
     assert relative_difference(doubled, ups) < 1e-3
 
 
+def test_a_short_last_group_is_the_mean_of_its_own_batches(make_run, base, data):
+    """3 batches make the same step as the whole of a group of 3 and as the rest of one of 4."""
+    settings = (
+        "trainer.batch_size=1",
+        "trainer.max_train_epochs=1",
+        "optimizer=sgd",
+        "optimizer.max_grad_norm=0",
+    )
+    three = replace(data, items=[replace(data.items[0], repeats=3)])
+    whole, rest = (
+        make_run(*settings, f"trainer.gradient_accumulation_steps={size}", number=size)
+        for size in (3, 4)
+    )
+    ups = [
+        {name: tensor for name, tensor in tensors(one).items() if "lora_up" in name}
+        for run in (whole, rest)
+        for one in train(base, three, run)[1].values()
+    ]
+    assert relative_difference(*ups) < 1e-6
+
+
 def test_gradient_checkpointing_changes_memory_not_results(make_run, base, data):
     options = ("adapter.rank=4", "adapter.rank_dropout=0.3", "trainer.max_train_epochs=1")
     plain, _, _ = train(base, data, make_run(*options))
@@ -371,10 +392,10 @@ def test_a_run_that_does_not_fit_alone_leaves_the_others(make_run, base, data, m
     runs = [make_run(f"seed={n}", f"name=r{n}") for n in range(2)]
     backward = PackLoss.backward
 
-    def limited(self, pack, states, batches):
+    def limited(self, pack, states, batches, num_micro_steps):
         if "r1" in [state.run.name for state in states]:
             raise torch.OutOfMemoryError("CUDA out of memory (made by the test)")
-        return backward(self, pack, states, batches)
+        return backward(self, pack, states, batches, num_micro_steps)
 
     monkeypatch.setattr(PackLoss, "backward", limited)
     training = NativeTraining(runs[0].trainer, base, runs, data)
@@ -392,10 +413,10 @@ def test_a_run_that_does_not_fit_alone_leaves_those_that_wait_for_the_end_of_its
     first, late = (make_run(f"seed={n}", f"name=r{n}") for n in range(2))
     backward = PackLoss.backward
 
-    def limited(self, pack, states, batches):
+    def limited(self, pack, states, batches, num_micro_steps):
         if first.name in [state.run.name for state in states]:
             raise torch.OutOfMemoryError("CUDA out of memory (made by the test)")
-        return backward(self, pack, states, batches)
+        return backward(self, pack, states, batches, num_micro_steps)
 
     monkeypatch.setattr(PackLoss, "backward", limited)
     training = NativeTraining(first.trainer, base, [first], data)

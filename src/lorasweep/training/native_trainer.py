@@ -73,7 +73,7 @@ class NativeTraining:
         """The runs that train now."""
         self._waiting: list[TrainingPack] = []
         self._bar = Bar(show)
-        self._loss = PackLoss(base, data, settings.gradient_accumulation_steps)
+        self._loss = PackLoss(base, data)
         self._stopping = False
         if settings.gradient_checkpointing:
             base.checkpoint_gradients()
@@ -148,7 +148,7 @@ class NativeTraining:
         batches = [self.batches(state) for state in states]
         sizes = [sum(items[index].latents.numel() for index in batch) for batch in batches[0]]
         largest = sizes.index(max(sizes))
-        self._loss.backward(self.pack.adapters, states, [cut[largest] for cut in batches])
+        self._loss.backward(self.pack.adapters, states, [cut[largest] for cut in batches], 1)
 
     def _gather(self) -> bool:
         """Let those who wait into the pack, as far as they fit; is there anyone to train?"""
@@ -269,7 +269,7 @@ class NativeTraining:
         adapters, states = self.pack.adapters, self.pack.states
         losses = [0.0] * len(states)
         for batches in micro_batches:
-            values = self._loss.backward(adapters, states, batches)
+            values = self._loss.backward(adapters, states, batches, len(micro_batches))
             shares = [value / len(micro_batches) for value in values]
             losses = [total + share for total, share in zip(losses, shares, strict=True)]
         records = []
