@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -486,7 +485,10 @@ def _say(reports: Sequence[Report]) -> None:
     found = [report for report in reports if isinstance(report, EpochReport)]
     found.sort(key=lambda report: report.checkpoint.epoch)  # runs that joined are behind
     for epoch, of_epoch in groupby(found, key=lambda report: report.checkpoint.epoch):
-        shown = ", ".join(
-            f"{report.run} {report.scores.get('val/loss_rel', math.nan):.3f}" for report in of_epoch
-        )
-        log.info("epoch %d, val/loss_rel: %s", epoch, shown)
+        reports_of = list(of_epoch)
+        scored = [one for one in reports_of if "val/loss_rel" in one.scores]
+        shown = [f"{one.run} {one.scores['val/loss_rel']:.3f}" for one in scored]
+        if scored:
+            log.info("epoch %d, val/loss_rel: %s", epoch, ", ".join(shown))
+        else:  # without held-out images or this metric there is none
+            log.info("epoch %d: %s", epoch, ", ".join(one.run for one in reports_of))
