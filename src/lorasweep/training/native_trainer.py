@@ -19,6 +19,7 @@ from lorasweep.models.base_model import BaseModel, torch_dtype
 from lorasweep.models.gpu_memory import halved, is_out_of_memory
 from lorasweep.training import saved_states
 from lorasweep.training.kohya_metadata import pack_metadata, run_metadata
+from lorasweep.training.optimizers import evaluated
 from lorasweep.training.pack_loss import PackLoss
 from lorasweep.training.saved_states import SavedState
 from lorasweep.training.training_batches import Batch, epoch_batches, steps_per_epoch
@@ -109,6 +110,13 @@ class NativeTraining:
         )
         views = adapters.views(0, optimizer.group_of)
         state = TrainingState(run, views, self.steps_per_epoch, self.base)
+        warmup = run.lr_scheduler.warmup_steps(state.max_train_steps)
+        if warmup >= state.max_train_steps:
+            log.warning(
+                "lr_scheduler.warmup=%d steps, and %s trains %d in all: the learning rate rises to"
+                " its full value only at the end or never; try lr_scheduler.warmup=0.1",
+                *(warmup, run.name, state.max_train_steps),
+            )
         if saved is not None:
             state.restore(saved.snapshot)
             state.started = saved.started
@@ -274,9 +282,7 @@ class NativeTraining:
             losses = [total + share for total, share in zip(losses, shares, strict=True)]
         records = []
         for index, state in enumerate(states):
-            rates = state.rates()
-            norm = state.step(losses[index])
-            records.append({"train/loss": losses[index], "train/grad_norm": norm, **rates})
+            records.append({"train/loss": losses[index], **state.step(losses[index])})
             if state.is_finite and state.run.adapter.scale_weight_norms is not None:
                 adapters.limit_norm(index, state.run.adapter.scale_weight_norms)
         adapters.zero_gradients()
@@ -300,7 +306,8 @@ class NativeTraining:
         shared = pack_metadata(self.settings, self.base, self.data)
         for index, state in enumerate(self.pack.states):
             run, epoch = state.run, state.num_epochs
-            tensors = self._file_tensors(index)
+            with evaluated(state.optimizer):
+                tensors = self._file_tensors(index)
             state.is_finite = all(bool(tensor.isfinite().all()) for tensor in tensors.values())
             if not state.is_finite:
                 overflown[run.name] = (
@@ -309,18 +316,19 @@ class NativeTraining:
                 )
                 continue
             path = checkpoint.checkpoint_path(run.output_dir, run.name, epoch)
-            on_cpu = {name: tensor.cpu() for name, tensor in tensors.items()}
-            checkpoint.write(path, on_cpu, {**shared, **run_metadata(state)})
+            checkpoint.write(path, tensors, {**shared, **run_metadata(state)})
             written.append(Checkpoint(path=path, run=run.name, epoch=epoch, step=state.num_steps))
         return written, overflown
 
     def _file_tensors(self, index: int) -> dict[str, Tensor]:
-        """DoRA's magnitudes stay fp32: as large as the base's norms, they'd round the change."""
+        """A copy in the computer's memory, as the file has it.
+
+        DoRA's magnitudes stay fp32: as large as the base's norms, they'd round the change.
+        """
         dtype = torch_dtype(self.settings.save_dtype)
-        tensors = self.pack.adapters.file_tensors(index)
         return {
-            name: tensor if name.endswith(".dora_scale") else tensor.to(dtype)
-            for name, tensor in tensors.items()
+            name: tensor.to("cpu", None if name.endswith(".dora_scale") else dtype, copy=True)
+            for name, tensor in self.pack.adapters.file_tensors(index).items()
         }
 
     def _save_within(self, steps_done: int) -> None:
