@@ -56,7 +56,7 @@ class BaseModel:
     @property
     def base_model_version(self) -> str:
         """kohya's ss_base_model_version."""
-        return "sd_v1"
+        return "sd_v1_v" if self.prediction_type == "v_prediction" else "sd_v1"
 
     @property
     def architecture(self) -> str:

@@ -87,6 +87,11 @@ class LRScheduler(Settings):
                 " 'lr_scheduler.step_rules=\"1:500,0.1:1000,0.01\"'"
             )
 
+    @property
+    def warmup_as_given(self) -> int | float:
+        """kohya's lr_warmup_steps: a whole number of steps, or a fraction of all."""
+        return self.warmup if 0 < self.warmup < 1 else int(self.warmup)
+
     def warmup_steps(self, num_steps: int) -> int:
         """Steps of warm-up in a run of `num_steps`."""
         return _steps(self.warmup, num_steps)
