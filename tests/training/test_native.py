@@ -13,7 +13,7 @@ from lorasweep.lora_files import checkpoint
 from lorasweep.training.native_trainer import NativeTraining
 from lorasweep.training.pack_loss import PackLoss
 from lorasweep.training.training_batches import epoch_batches
-from lorasweep.training.training_captions import caption_of
+from lorasweep.training.training_captions import caption_of, warn_of_cut_captions
 from lorasweep.training.training_run import TrainerError
 from small_training import Losses, load, relative_difference, tensors, train
 
@@ -425,3 +425,26 @@ def test_a_run_that_does_not_fit_alone_leaves_those_that_wait_for_the_end_of_its
     epochs = list(training)
     assert [list(epoch.failures) for epoch in epochs] == [["r0"], [], []]
     assert [one.run for epoch in epochs for one in epoch.checkpoints] == ["r1", "r1"]
+
+
+def test_captions_that_are_cut_are_one_warning_an_arm(base, data, caplog):
+    """The text encoder reads 75 tokens between the two that frame them: two ends are one input."""
+    room = base.tokenizer.model_max_length - 2
+    fitting, longer = " ".join(["cat"] * room), " ".join(["cat"] * room + ["dog"])
+    assert base.max_tokens == room
+    assert torch.equal(base.tokenize([fitting]), base.tokenize([longer]))
+    captions = {"wd": [longer, fitting, longer], "empty": ["", "", ""], "own": [fitting, longer]}
+    items = [
+        replace(
+            data.items[0], arm=arm, caption=caption, path=data.items[0].path.with_name(f"{n}.png")
+        )
+        for arm, of_arm in captions.items()
+        for n, caption in enumerate(of_arm)
+    ]
+    warn_of_cut_captions(base, items)
+    assert [one.split(" tokens")[0] for one in caplog.messages] == [
+        f"captions.wd: 2 of 3 captions are longer than the {room}",
+        f"captions.own: 1 of 2 captions are longer than the {room}",
+    ]
+    assert "such as that of 0.png" in caplog.messages[0]
+    assert "such as that of 1.png" in caplog.messages[1]

@@ -108,6 +108,18 @@ class BaseModel:
         ids: Tensor = tokens.input_ids.to(self.device)
         return ids
 
+    def too_long(self, prompts: Sequence[str]) -> list[str]:
+        """The prompts of which the text encoder reads no more than the first `max_tokens`."""
+        tokens = self.tokenizer(list(prompts), verbose=False).input_ids if prompts else []
+        return [
+            one for one, ids in zip(prompts, tokens, strict=True) if len(ids) > self._max_length
+        ]
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of a prompt that the text encoder reads, besides the two that frame it."""
+        return self._max_length - 2
+
     @property
     def _max_length(self) -> int:
         """Tokens of a prompt; a tokenizer without a limit of its own takes the text encoder's."""

@@ -42,6 +42,7 @@ from lorasweep.tracking.tracker import RunLog
 from lorasweep.training import saved_states
 from lorasweep.training.native_trainer import NativeTraining
 from lorasweep.training.saved_states import SavedState
+from lorasweep.training.training_captions import warn_of_cut_captions
 from lorasweep.training.training_run import Stopped, TrainedEpoch, TrainingData
 
 log = logging.getLogger(__name__)
@@ -237,6 +238,7 @@ class Session:
             if not first.tracking.is_remote:  # a store that can't be written ends it here
                 self._tracker.ready(first.output_dir, first.sweep)
             images = encoded_images(self._base, first, self._folder)
+            warn_of_cut_captions(self._base, [*images.train, *images.holdout])
             self._data = TrainingData(images.train, first.dataset)
             self._judge = Judge(
                 self._base,
