@@ -126,7 +126,7 @@ def test_an_honest_log_is_made_ready(store, here):
 
 def leaking(config):
     config["sampling"]["prompts"] = [LEAK, f"\\{LEAK}", f"a\\\\{LEAK} ${{name}}"]
-    config["tracking"]["registered_model"] = f"\\{LEAK}"
+    config["tracking"]["registered_model"] = "\\${name}"
     config["optimizer"]["args"]["note"] = {"deep": [LEAK]}
     config["dataset"]["image_dir"] = LEAK
 
@@ -156,7 +156,7 @@ def test_what_looks_like_a_variable_is_text_wherever_it_is_logged(store, here):
     wanted = yaml.safe_load(plan.run.config_yaml)
     assert wanted["sampling"]["prompts"] == [LEAK, f"\\{LEAK}", f"a\\\\{LEAK} ${{name}}"]
     assert plan.run.sampling.prompts[0] == LEAK
-    assert plan.run.tracking.registered_model == f"\\{LEAK}"
+    assert plan.run.tracking.registered_model == "\\${name}"
     assert SECRET not in repr(plan) + texts(here.tmp)
     assert LEAK in (plan.home / "captions.jsonl").read_text()
 
