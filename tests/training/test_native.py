@@ -82,6 +82,37 @@ def test_weights_that_no_file_can_hold_stop_their_run_alone(overrides, make_run,
     assert list(last) == [healthy.name]
 
 
+def test_a_run_of_so_many_steps_ends_within_an_epoch_and_its_schedule_with_it(
+    make_run, base, data, caplog
+):
+    """4 steps an epoch: 6 end in the second one, beside a run that goes on to its third."""
+    epochs = ("trainer.max_train_epochs=3", "lr_scheduler=linear")
+    short = make_run("trainer.max_train_steps=6", *epochs, number=0)
+    long = make_run("trainer.max_train_steps=100", *epochs, number=1)
+    steps = []
+    training = NativeTraining(
+        short.trainer, base, [short, long], data, on_step=lambda *one: steps.append(one)
+    )
+    assert "trainer.max_train_steps=100 has no effect on demo-1" in caplog.text
+    epochs = list(training)
+    files = [[(one.run, one.epoch, one.step) for one in epoch.checkpoints] for epoch in epochs]
+    assert files == [
+        [("demo-0", 1, 4), ("demo-1", 1, 4)],
+        [("demo-0", 2, 6), ("demo-1", 2, 8)],
+        [("demo-1", 3, 12)],
+    ]
+    rates = [values["train/lr_unet"] for run, _, values in steps if run == "demo-0"]
+    whole = short.optimizer.unet_lr
+    assert rates == pytest.approx([whole * (1 - step / 6) for step in range(6)])
+    last = epochs[1].checkpoints[0]
+    metadata = checkpoint.read_metadata(last.path)
+    assert (metadata["ss_steps"], metadata["ss_max_train_steps"]) == ("6", "6")
+    assert metadata["ss_num_epochs"] == "2"
+    in_pack = tensors(last)
+    _, alone, _ = train(base, data, short)
+    assert relative_difference(tensors(alone["demo-0"]), in_pack) < 1e-5
+
+
 def test_a_neighbour_that_leaves_early_changes_nothing(make_run, base, data):
     short = make_run("trainer.max_train_epochs=1", "adapter.rank=16", number=0)
     dropped = make_run("trainer.max_train_epochs=3", "adapter.rank=2", number=1)

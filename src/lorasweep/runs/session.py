@@ -329,7 +329,7 @@ class Session:
         run, epochs = member.run, 0 if state is None else state.snapshot.num_epochs
         self._runs[run.name] = member
         try:
-            if epochs < run.max_train_epochs:
+            if epochs < self._num_epochs(run):
                 self._training.join(run, state)
                 self._check_disk(run)
         except ValueError as error:  # this run's settings: the others go on
@@ -386,7 +386,7 @@ class Session:
             if any(one.run not in of_epoch for one in files):
                 of_epoch |= {report.run: report for report in self._judge_checkpoints(files)}
             reports += of_epoch.values()
-        ended = [m for m, state in resumed if state.snapshot.num_epochs == m.run.max_train_epochs]
+        ended = [m for m, state in resumed if state.snapshot.num_epochs == self._num_epochs(m.run)]
         return [*reports, *(self._finish(member, dropped=False) for member in ended)]
 
     def _log_origin(self, member: _OpenRun) -> None:
@@ -420,7 +420,7 @@ class Session:
         reports += self._judge_checkpoints(epoch.checkpoints)
         for one in epoch.checkpoints:
             member = self._runs[one.run]
-            if one.epoch == member.run.max_train_epochs:
+            if one.epoch == self._num_epochs(member.run):
                 reports.append(self._finish(member, dropped=False))
         return reports
 
@@ -464,9 +464,13 @@ class Session:
         member.folder.end("dropped" if dropped else "finished")
         return Finished(run=run.name, dropped=dropped)
 
+    def _num_epochs(self, run: Run) -> int:
+        return run.num_epochs(self._training.steps_per_epoch)
+
     def _checkpoint(self, run: Run, epoch: int) -> Checkpoint:
         path = checkpoint_path(run.output_dir, run.name, epoch)
-        step = epoch * self._training.steps_per_epoch
+        steps_per_epoch = self._training.steps_per_epoch
+        step = min(epoch * steps_per_epoch, run.num_steps(steps_per_epoch))
         return Checkpoint(path=path, run=run.name, epoch=epoch, step=step)
 
 

@@ -102,7 +102,7 @@ def run_metadata(state: TrainingState) -> dict[str, str]:
         "ss_lr_warmup_steps": run.lr_scheduler.warmup_as_given,
         "ss_max_grad_norm": run.optimizer.max_grad_norm,
         "ss_epoch": state.num_epochs,
-        "ss_num_epochs": run.max_train_epochs,
+        "ss_num_epochs": state.max_train_epochs,
         "ss_steps": state.num_steps,
         "ss_max_train_steps": state.max_train_steps,
         "ss_noise_offset": run.noise_offset or None,

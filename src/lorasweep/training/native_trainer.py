@@ -94,7 +94,7 @@ class NativeTraining:
                 raise Stopped("stopped at the end of an epoch")
             if epoch is not None:
                 yield epoch
-                self._keep(lambda state: state.num_epochs < state.run.max_train_epochs)
+                self._keep(lambda state: state.num_epochs < state.max_train_epochs)
 
     def join(self, run: TrainingRun, saved: SavedState | None = None) -> None:
         """Let `run` train with the others from the next epoch on, from its own first one.
@@ -111,6 +111,12 @@ class NativeTraining:
         )
         views = adapters.views(0, optimizer.group_of)
         state = TrainingState(run, views, self.steps_per_epoch, self.base)
+        if (run.max_train_steps or 0) > state.max_train_steps:
+            log.warning(
+                "trainer.max_train_steps=%d has no effect on %s: trainer.max_train_epochs=%d end"
+                " after %d steps",
+                *(run.max_train_steps, run.name, run.max_train_epochs, state.max_train_steps),
+            )
         warmup = run.lr_scheduler.warmup_steps(state.max_train_steps)
         if warmup >= state.max_train_steps:
             log.warning(
@@ -146,7 +152,7 @@ class NativeTraining:
 
     def _bytes_a_number(self, state: TrainingState) -> int:
         """On disk, of a trained number: in checkpoints and, with Adam's two moments, in states."""
-        epochs = state.run.max_train_epochs - state.num_epochs
+        epochs = state.max_train_epochs - state.num_epochs
         num_states = self.settings.keep_states + 1  # the next is written before the oldest goes
         checkpoints = epochs * torch_dtype(self.settings.save_dtype).itemsize
         return checkpoints + (num_states * 3 * 4 if self.settings.keep_states else 0)
@@ -228,18 +234,22 @@ class NativeTraining:
         size = self.settings.gradient_accumulation_steps
         self._begin_epoch(begun, done // size)
         for first in range(done, num_batches, size):
-            micro_steps = range(first, min(first + size, num_batches))
             states = self.pack.states
+            if all(state.is_done for state in states):
+                break
+            micro_steps = range(first, min(first + size, num_batches))
             group = [[batches[state.run.name][i] for state in states] for i in micro_steps]
             records = self.step(group)
-            for state, record in zip(states, records, strict=True):
+            for state in states:
                 state.num_batches = micro_steps.stop
+                if (record := records.get(state.run.name)) is None:
+                    continue
                 state.records.append((state.num_steps, record))
                 self._on_step(state.run.name, state.num_steps, record)
                 if not state.is_finite:
                     seen = [batches[state.run.name][i] for i in micro_steps]
                     failures[state.run.name] = self._not_finite(state, record, seen)
-            self._bar.step([record["train/loss"] for record in records])
+            self._bar.step([record["train/loss"] for record in records.values()])
             if failures:
                 self._keep(lambda state: state.is_finite)
             if not self.pack.states:
@@ -257,9 +267,9 @@ class NativeTraining:
         for state in states:
             if state.num_batches == 0:
                 state.records = []
-        longest = max(states, key=lambda state: state.run.max_train_epochs)
+        longest = max(states, key=lambda state: state.max_train_epochs)
         self._bar.epoch(
-            longest.num_epochs + 1, longest.run.max_train_epochs, self.steps_per_epoch, steps_done
+            longest.num_epochs + 1, longest.max_train_epochs, self.steps_per_epoch, steps_done
         )
 
     def batches(self, state: TrainingState) -> list[Batch]:
@@ -272,8 +282,11 @@ class NativeTraining:
             epoch=state.num_epochs + 1,
         )
 
-    def step(self, micro_batches: Sequence[Sequence[Batch]]) -> list[dict[str, float]]:
-        """One optimizer step of every run from its batches; what is to be logged, by run."""
+    def step(self, micro_batches: Sequence[Sequence[Batch]]) -> dict[str, dict[str, float]]:
+        """One optimizer step of every run from its batches; by run what is to be logged.
+
+        Runs that have made their last step wait for the others, to the end of the epoch.
+        """
         begun = time.perf_counter()
         adapters, states = self.pack.adapters, self.pack.states
         losses = [0.0] * len(states)
@@ -281,14 +294,16 @@ class NativeTraining:
             values = self._loss.backward(adapters, states, batches, len(micro_batches))
             shares = [value / len(micro_batches) for value in values]
             losses = [total + share for total, share in zip(losses, shares, strict=True)]
-        records = []
+        records = {}
         for index, state in enumerate(states):
-            records.append({"train/loss": losses[index], **state.step(losses[index])})
+            if state.is_done:
+                continue
+            records[state.run.name] = {"train/loss": losses[index], **state.step(losses[index])}
             if state.is_finite and state.run.adapter.scale_weight_norms is not None:
                 adapters.limit_norm(index, state.run.adapter.scale_weight_norms)
         adapters.zero_gradients()
         speed = 1 / (time.perf_counter() - begun)
-        return [{**record, "train/it_per_s": speed} for record in records]
+        return {run: {**record, "train/it_per_s": speed} for run, record in records.items()}
 
     def _not_finite(
         self, state: TrainingState, record: Mapping[str, float], seen: Sequence[Batch]

@@ -59,7 +59,8 @@ class TrainingState:
             for group, tensors in views.items()
         }
         self.optimizer = run.optimizer.create(self.parameters)
-        self.max_train_steps = run.max_train_epochs * steps_per_epoch
+        self.max_train_steps = run.num_steps(steps_per_epoch)
+        self.max_train_epochs = run.num_epochs(steps_per_epoch)
         self.lr_scheduler = run.lr_scheduler.create(self.optimizer, self.max_train_steps)
         self._new_scaler = partial(
             torch.amp.GradScaler, torch.device(base.device).type, enabled=base.precision == "fp16"
@@ -71,6 +72,11 @@ class TrainingState:
         self.num_micro_steps = 0
         self.records: list[tuple[int, Mapping[str, float]]] = []  # of the epoch under way
         self.is_finite = True
+
+    @property
+    def is_done(self) -> bool:
+        """Has it made its last step? In a pack that may be within an epoch of the others."""
+        return self.num_steps >= self.max_train_steps
 
     def bind(self, views: Views, gradients: Views) -> None:
         """Let the parameters be these tensors, with these gradients."""
