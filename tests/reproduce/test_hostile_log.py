@@ -336,7 +336,9 @@ def test_a_pickle_is_not_loaded_because_a_log_says_so(store, here, capsys):
     theirs = here.home / "theirs.ckpt"
     theirs.write_bytes(PICKLE)
     made = store.run(
-        config_yaml=lambda c: c["model"].update(path=str(theirs), allow_pickle=True, config=None)
+        config_yaml=lambda c: c["model"].update(
+            path=str(theirs), allow_pickle=True, config=c["model"]["path"]
+        )
     )
     assert "model.allow_pickle=true" in refused(here, capsys, made)
     assert not (here.home / "PWNED").exists()
