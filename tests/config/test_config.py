@@ -7,6 +7,7 @@ import sys
 import pytest
 from hydra.errors import HydraException
 
+from command_line import exit_code
 from conftest import options
 from lorasweep.cli.train_command import flags_first
 from lorasweep.config.build_run import build_run
@@ -70,6 +71,8 @@ def test_alpha_follows_the_rank(make_run):
         ("+adapter.rnk=4", "adapter.rnk: there is no such setting; did you mean adapter.rank?"),
         ("adapter.conv_rank=4", "only adapter=dora, locon, loha, lokr, lycoris have it"),
         ("adapter.algo=glora", "only adapter=lycoris has it"),
+        ("adapter.conv_rank=4", "where -m sweeps adapter, sweep that alone and write ++adapter.c"),
+        ("optimizer.args.weigth_decay=1", "AdamW refuses them"),
         ("+adapter.rank=4", "adapter.rank is there already: change it without the +"),
         ("adapter=lora,loha", "several values make a sweep; train it by lorasweep train -m"),
         (
@@ -138,6 +141,27 @@ def test_a_mistake_is_one_line_that_names_the_key(override, says, make_run):
 def test_an_override_that_nothing_reads_is_refused(overrides, says, make_run):
     with pytest.raises(SettingsError, match=says):
         make_run(*overrides)
+
+
+BETAS = [
+    "optimizer.args={betas: [0.9, 0.9]}",
+    "+optimizer.args={betas: [0.9, 0.9]}",
+    "optimizer.args.betas=[0.9,0.9]",
+    "+optimizer.args.betas=[0.9,0.9]",
+    "++optimizer.args.betas=[0.9,0.9]",
+]
+
+
+@pytest.mark.parametrize("override", BETAS)
+def test_arguments_can_be_added_to_the_optimizers(override, make_run):
+    run = make_run("optimizer=adamw", override)
+    assert run.optimizer.args == {"weight_decay": 0.01, "fused": True, "betas": [0.9, 0.9]}
+
+
+@pytest.mark.parametrize("override", BETAS[::2])
+def test_arguments_can_be_added_on_the_command_line(override, capsys):
+    assert exit_code("train", "--cfg", "job", "experiment=demo", override) == 0
+    assert "    betas:\n    - 0.9\n    - 0.9\n" in capsys.readouterr().out
 
 
 def test_a_key_is_never_suggested_instead_of_itself():

@@ -1,12 +1,16 @@
 """Sample images: kohya's prompt lines, fixed seeds, and pictures from files on the clean base."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from adapter_packs import trained
+from lorasweep.core.clock import Clock
 from lorasweep.core.settings import SettingsError
 from lorasweep.judging import sampling
-from lorasweep.judging.judge import load_pack
+from lorasweep.judging.judge import Judge, load_pack
+from lorasweep.judging.metrics.metric import Images
 from lorasweep.lora_files import checkpoint
 
 
@@ -32,6 +36,15 @@ def test_a_prompt_may_hold_dashes_that_are_no_option(make_run):
         (64, 64), 32
     )
     assert prompt.text == "black-and-white -- drawing"
+
+
+@pytest.mark.parametrize("line", ["cat", "a fox --n cat"])
+def test_a_prompt_that_is_cut_is_warned_of(line, base, make_run, caplog):
+    lines = [line.replace("cat", " ".join(["cat"] * 100)), "a fox"]
+    settings = replace(make_run().sampling, prompts=lines)
+    Judge(base, Images(train=[], holdout=[]), [], settings, (64, 64), Clock())
+    (said,) = [one for one in caplog.messages if "cat" in one]
+    assert said.startswith(f"sampling.prompts: {'cat ' * 15}… is longer than the {base.max_tokens}")
 
 
 @pytest.mark.parametrize("line", ["a --x 3", "a --w wide"])

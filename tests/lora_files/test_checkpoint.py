@@ -75,23 +75,24 @@ def test_pickles_are_never_read(tmp_path):
 
 
 def test_training_writes_the_entries_that_kohya_writes(make_run, base):
-    """All of sd-scripts' entries that mean something here; the rest are options we don't have."""
+    """All of sd-scripts' entries; those of options that we don't have as it writes them."""
     from small_training import load, train
 
-    run = make_run("trainer.max_train_epochs=1")
+    run = make_run("trainer.max_train_epochs=1", "lr_scheduler.warmup=0.25")
     _, last, _ = train(base, load(run, base), run)
     ours = checkpoint.read_metadata(last[run.name].path)
     reference = json.loads((DATA / "kohya_metadata.json").read_text())
     assert set(ours) - set(reference) == {"lorasweep_version"}
-    assert set(reference) - set(ours) == NOT_OURS
-    for name in ("ss_network_module", "ss_base_model_version", "modelspec.architecture"):
+    assert set(reference) <= set(ours)
+    for name in {"ss_network_module", "modelspec.architecture", *NOT_USED}:
         assert ours[name] == reference[name]
+    assert ours["ss_base_model_version"] == "sd_v1_v"  # the demo's predicts v
+    assert ours["ss_lr_warmup_steps"] == "0.25"
     for name in ("ss_tag_frequency", "ss_dataset_dirs"):
         assert json.loads(ours[name]).keys() == {"1_empty", "1_kosmos", "1_wd"}
 
 
-NOT_OURS = {
-    "modelspec.implementation_version",
+NOT_USED = {
     "ss_adaptive_noise_scale",
     "ss_color_aug",
     "ss_debiased_estimation",
@@ -115,8 +116,40 @@ NOT_OURS = {
     "ss_random_crop",
     "ss_resize_interpolation",
     "ss_sd_scripts_commit_hash",
+    "ss_training_comment",
+    "ss_v2",
     "ss_validate_every_n_epochs",
     "ss_validate_every_n_steps",
     "ss_validation_seed",
     "ss_validation_split",
 }
+
+
+def test_tags_and_buckets_are_counted_as_sd_scripts_counts_them(make_run, base, tmp_path):
+    """Its set_tag_frequency and make_buckets, worked out by hand."""
+    from dataclasses import replace
+
+    from PIL import Image
+
+    from lorasweep.training.kohya_metadata import pack_metadata
+    from small_training import load
+
+    sizes = ("min_bucket_reso=32", "max_bucket_reso=64", "bucket_reso_steps=32")
+    run = make_run("dataset.enable_bucket=true", *(f"dataset.{one}" for one in sizes))
+    data = load(run, base)
+    items = []
+    for size, bucket, caption in (((60, 30), (64, 32), "Red, A b"), ((30, 30), (32, 32), "red,")):
+        path = tmp_path / "1_wd" / f"{size[0]}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", size).save(path)
+        items.append(replace(data.items[0], path=path, bucket=bucket, caption=caption, repeats=3))
+    items.append(replace(items[1], path=items[0].path))  # 2:1 in a square bucket
+    said = pack_metadata(run.trainer, base, replace(data, items=items))
+    assert json.loads(said["ss_tag_frequency"]) == {"1_wd": {"red": 3, "a b": 1}}
+    assert json.loads(said["ss_bucket_info"]) == {
+        "buckets": {
+            "0": {"resolution": [32, 32], "count": 6},
+            "1": {"resolution": [64, 32], "count": 3},
+        },
+        "mean_img_ar_error": 1 / 3,
+    }

@@ -8,6 +8,7 @@ from lorasweep.core.settings import SettingsError
 from lorasweep.export import whole_model
 from lorasweep.models.devices import resolve_device
 from lorasweep.models.model_files import ModelError
+from lorasweep.models.noise_schedule import NoiseSchedule
 
 
 def test_a_single_file_gives_the_same_predictions_as_the_folder(base, make_run, tmp_path):
@@ -90,6 +91,30 @@ def test_min_snr_weights_follow_the_paper(base, make_run):
     assert torch.allclose(
         epsilon.noise_schedule.min_snr_weight(timesteps, 5), snr.clamp(max=5) / snr
     )
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_min_snr_weights_are_sd_scripts_and_finite_at_every_timestep(prediction_type, zero_snr):
+    """sd-scripts' apply_snr_weight; at an SNR of 0, where theirs is 0/0, the limit of it."""
+    config = {
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "prediction_type": prediction_type,
+        "rescale_betas_zero_snr": zero_snr,
+    }
+    schedule, gamma = NoiseSchedule(config), 5.0
+    alphas = schedule.scheduler.alphas_cumprod
+    snr = (alphas.sqrt() / (1 - alphas).sqrt()) ** 2
+    least = torch.minimum(snr, torch.full_like(snr, gamma))
+    theirs = least / (snr + 1) if prediction_type == "v_prediction" else least / snr
+    ours = schedule.min_snr_weight(torch.arange(1000), gamma)
+    assert bool(ours.isfinite().all())
+    assert bool((snr[-1] == 0) == zero_snr)
+    torch.testing.assert_close(ours[:-1], theirs[:-1])
+    if zero_snr:
+        assert float(ours[-1]) == (0 if prediction_type == "v_prediction" else 1)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

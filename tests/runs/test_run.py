@@ -42,6 +42,25 @@ def test_every_checkpoint_is_reported_once_with_scores(make_run):
     assert all(spent > 0 for spent in seconds.values())
 
 
+def test_a_run_whose_steps_end_within_an_epoch_is_finished_then(make_run):
+    run = replace(make_run("trainer.max_train_steps=1", "sampling.every_n_epochs=0"), metrics={})
+    _, report, end = run_pack([run])
+    assert (report.checkpoint.epoch, report.checkpoint.step) == (1, 1)
+    assert end == Finished(run=run.name, dropped=False)
+
+
+@pytest.mark.parametrize("num_holdout", [0, 2])
+def test_epochs_without_held_out_scores_are_named_without_nan(num_holdout, make_run, caplog):
+    run = make_run(f"dataset.num_holdout={num_holdout}", "trainer.max_train_epochs=1")
+    if num_holdout:
+        run = replace(run, metrics={})
+    with caplog.at_level(logging.INFO):
+        (report,) = reports(run)
+    assert "val/loss_rel" not in report.scores
+    assert "epoch 1: demo" in caplog.messages
+    assert "nan" not in caplog.text
+
+
 def test_scoring_out_of_memory_goes_on_with_fewer_at_once(make_run, monkeypatch, caplog):
     from diffusers import UNet2DConditionModel
 

@@ -13,7 +13,7 @@ from lorasweep.lora_files import checkpoint
 from lorasweep.training.native_trainer import NativeTraining
 from lorasweep.training.pack_loss import PackLoss
 from lorasweep.training.training_batches import epoch_batches
-from lorasweep.training.training_captions import caption_of
+from lorasweep.training.training_captions import caption_of, warn_of_cut_captions
 from lorasweep.training.training_run import TrainerError
 from small_training import Losses, load, relative_difference, tensors, train
 
@@ -80,6 +80,37 @@ def test_weights_that_no_file_can_hold_stop_their_run_alone(overrides, make_run,
     _, last, failures = train(base, data, doomed, healthy)
     assert list(failures) == [doomed.name]
     assert list(last) == [healthy.name]
+
+
+def test_a_run_of_so_many_steps_ends_within_an_epoch_and_its_schedule_with_it(
+    make_run, base, data, caplog
+):
+    """4 steps an epoch: 6 end in the second one, beside a run that goes on to its third."""
+    epochs = ("trainer.max_train_epochs=3", "lr_scheduler=linear")
+    short = make_run("trainer.max_train_steps=6", *epochs, number=0)
+    long = make_run("trainer.max_train_steps=100", *epochs, number=1)
+    steps = []
+    training = NativeTraining(
+        short.trainer, base, [short, long], data, on_step=lambda *one: steps.append(one)
+    )
+    assert "trainer.max_train_steps=100 has no effect on demo-1" in caplog.text
+    epochs = list(training)
+    files = [[(one.run, one.epoch, one.step) for one in epoch.checkpoints] for epoch in epochs]
+    assert files == [
+        [("demo-0", 1, 4), ("demo-1", 1, 4)],
+        [("demo-0", 2, 6), ("demo-1", 2, 8)],
+        [("demo-1", 3, 12)],
+    ]
+    rates = [values["train/lr_unet"] for run, _, values in steps if run == "demo-0"]
+    whole = short.optimizer.unet_lr
+    assert rates == pytest.approx([whole * (1 - step / 6) for step in range(6)])
+    last = epochs[1].checkpoints[0]
+    metadata = checkpoint.read_metadata(last.path)
+    assert (metadata["ss_steps"], metadata["ss_max_train_steps"]) == ("6", "6")
+    assert metadata["ss_num_epochs"] == "2"
+    in_pack = tensors(last)
+    _, alone, _ = train(base, data, short)
+    assert relative_difference(tensors(alone["demo-0"]), in_pack) < 1e-5
 
 
 def test_a_neighbour_that_leaves_early_changes_nothing(make_run, base, data):
@@ -197,6 +228,27 @@ def test_accumulated_gradients_are_averaged(make_run, base, data):
     ups = {name: tensor for name, tensor in tensors(far).items() if "lora_up" in name}
     doubled = {name: 2 * tensors(near[one_step.name])[name] for name in ups}
     assert relative_difference(doubled, ups) < 1e-3
+
+
+def test_a_short_last_group_is_the_mean_of_its_own_batches(make_run, base, data):
+    """3 batches make the same step as the whole of a group of 3 and as the rest of one of 4."""
+    settings = (
+        "trainer.batch_size=1",
+        "trainer.max_train_epochs=1",
+        "optimizer=sgd",
+        "optimizer.max_grad_norm=0",
+    )
+    three = replace(data, items=[replace(data.items[0], repeats=3)])
+    whole, rest = (
+        make_run(*settings, f"trainer.gradient_accumulation_steps={size}", number=size)
+        for size in (3, 4)
+    )
+    ups = [
+        {name: tensor for name, tensor in tensors(one).items() if "lora_up" in name}
+        for run in (whole, rest)
+        for one in train(base, three, run)[1].values()
+    ]
+    assert relative_difference(*ups) < 1e-6
 
 
 def test_gradient_checkpointing_changes_memory_not_results(make_run, base, data):
@@ -371,10 +423,10 @@ def test_a_run_that_does_not_fit_alone_leaves_the_others(make_run, base, data, m
     runs = [make_run(f"seed={n}", f"name=r{n}") for n in range(2)]
     backward = PackLoss.backward
 
-    def limited(self, pack, states, batches):
+    def limited(self, pack, states, batches, num_micro_steps):
         if "r1" in [state.run.name for state in states]:
             raise torch.OutOfMemoryError("CUDA out of memory (made by the test)")
-        return backward(self, pack, states, batches)
+        return backward(self, pack, states, batches, num_micro_steps)
 
     monkeypatch.setattr(PackLoss, "backward", limited)
     training = NativeTraining(runs[0].trainer, base, runs, data)
@@ -392,10 +444,10 @@ def test_a_run_that_does_not_fit_alone_leaves_those_that_wait_for_the_end_of_its
     first, late = (make_run(f"seed={n}", f"name=r{n}") for n in range(2))
     backward = PackLoss.backward
 
-    def limited(self, pack, states, batches):
+    def limited(self, pack, states, batches, num_micro_steps):
         if first.name in [state.run.name for state in states]:
             raise torch.OutOfMemoryError("CUDA out of memory (made by the test)")
-        return backward(self, pack, states, batches)
+        return backward(self, pack, states, batches, num_micro_steps)
 
     monkeypatch.setattr(PackLoss, "backward", limited)
     training = NativeTraining(first.trainer, base, [first], data)
@@ -404,3 +456,26 @@ def test_a_run_that_does_not_fit_alone_leaves_those_that_wait_for_the_end_of_its
     epochs = list(training)
     assert [list(epoch.failures) for epoch in epochs] == [["r0"], [], []]
     assert [one.run for epoch in epochs for one in epoch.checkpoints] == ["r1", "r1"]
+
+
+def test_captions_that_are_cut_are_one_warning_an_arm(base, data, caplog):
+    """The text encoder reads 75 tokens between the two that frame them: two ends are one input."""
+    room = base.tokenizer.model_max_length - 2
+    fitting, longer = " ".join(["cat"] * room), " ".join(["cat"] * room + ["dog"])
+    assert base.max_tokens == room
+    assert torch.equal(base.tokenize([fitting]), base.tokenize([longer]))
+    captions = {"wd": [longer, fitting, longer], "empty": ["", "", ""], "own": [fitting, longer]}
+    items = [
+        replace(
+            data.items[0], arm=arm, caption=caption, path=data.items[0].path.with_name(f"{n}.png")
+        )
+        for arm, of_arm in captions.items()
+        for n, caption in enumerate(of_arm)
+    ]
+    warn_of_cut_captions(base, items)
+    assert [one.split(" tokens")[0] for one in caplog.messages] == [
+        f"captions.wd: 2 of 3 captions are longer than the {room}",
+        f"captions.own: 1 of 2 captions are longer than the {room}",
+    ]
+    assert "such as that of 0.png" in caplog.messages[0]
+    assert "such as that of 1.png" in caplog.messages[1]

@@ -114,6 +114,12 @@ def test_every_adapter_goes_on_bit_by_bit(name, make_run, base, data):
         ["adapter.network_dropout=0.3", "adapter.rank_dropout=0.2"],
         ["optimizer=sgd", "lr_scheduler=cosine_with_restarts"],
         [
+            "optimizer=sgd",
+            "optimizer.type=averaging_optimizer.ScheduleFreeSGD",
+            "~optimizer.args.momentum",
+            "lr_scheduler=warmup_stable_decay",
+        ],
+        [
             "trainer.precision=bf16",
             "trainer.gradient_accumulation_steps=2",
             "trainer.max_train_epochs=2",

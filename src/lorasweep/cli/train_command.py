@@ -52,12 +52,13 @@ def train_by_hydra(argv: Sequence[str]) -> None:
     argv = flags_first(rest)
     import hydra
 
+    from lorasweep.config.compose import added
     from lorasweep.config.conf_folder import conf_dir, options_from
     from lorasweep.config.resolvers import register_resolvers
 
     register_resolvers()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and we say it in one line
-    sys.argv = ["lorasweep train", *argv]
+    sys.argv = ["lorasweep train", *added(argv)]
     app = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
     with options_from(folder):  # Hydra's own --config-dir would read it unchecked
         app(_job)()

@@ -148,6 +148,16 @@ def alpha_is_at_most_the_rank(run: Run) -> Iterator[str]:
             )
 
 
+def learning_rates_are_read(run: Run) -> Iterator[str]:
+    """Adafactor may find its own."""
+    if run.lr_scheduler.type == "adafactor":
+        yield (
+            "optimizer.unet_lr and optimizer.text_encoder_lr only say which parts are trained:"
+            " with lr_scheduler=adafactor the optimizer finds its rates itself, and train/lr_unet"
+            " shows them"
+        )
+
+
 def saved_factors_are_exact(run: Run) -> Iterator[str]:
     """PiSSA starts from the base's own weights, whose rounding shows."""
     if getattr(run.adapter, "init", None) == "pissa" and run.trainer.save_dtype != "fp32":
@@ -168,6 +178,7 @@ CHECKS: tuple[Check, ...] = (
     overrides_have_an_effect,
     pick_is_by_a_score,
     alpha_is_at_most_the_rank,
+    learning_rates_are_read,
     saved_factors_are_exact,
 )
 

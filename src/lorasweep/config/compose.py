@@ -30,7 +30,7 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> DictCon
         options_from(config_dir),
         initialize_config_dir(str(conf_dir()), version_base="1.3"),
     ):
-        cfg = hydra_compose("config", list(overrides))
+        cfg = hydra_compose("config", added(overrides))
     if config_dir is not None:
         check_said(cfg, overrides)
     return cfg
@@ -39,6 +39,14 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> DictCon
 def compose_without_images(overrides: Sequence[str], config_dir: Path | None = None) -> DictConfig:
     """The same for a command that reads no images: their folder need not be given."""
     return compose(["dataset.image_dir=lorasweep", *overrides], config_dir)
+
+
+def added(words: Sequence[str]) -> list[str]:
+    """The overrides, of which those of `optimizer.args` may add to it.
+
+    What it takes is for the optimiser's class to say, and not for conf/'s file of one.
+    """
+    return [f"++{word}" if re.match(r"optimizer\.args[.=]", word) else word for word in words]
 
 
 def plain_values(cfg: DictConfig) -> dict[str, Any]:

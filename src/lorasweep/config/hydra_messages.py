@@ -89,7 +89,10 @@ def _no_such_key(key: str) -> str:
     having = {file.stem for file in files if rest in _keys_of(file)}
     if having:
         have = "have" if len(having) > 1 else "has"
-        return f"{key}: only {group}={', '.join(sorted(having))} {have} it; choose that too"
+        return (
+            f"{key}: only {group}={', '.join(sorted(having))} {have} it; choose that too, and where"
+            f" -m sweeps {group}, sweep that alone and write ++{key}=…"
+        )
     known = {f"{group}.{name}" for file in files for name in _keys_of(file)}
     return unknown_key(key, sorted(known or KEYS))
 

@@ -66,8 +66,12 @@ class Run(PackSettings, TrainingRun):
     def check(self) -> None:
         """Raise SettingsError or ModelError for what the libraries refuse, before any work."""
         self.model.check()
-        self.optimizer.check()
+        self.check_optimizer()
         self.sampling.check()
+
+    def check_optimizer(self) -> None:
+        """Raise SettingsError for an optimiser, or a schedule of it, that can't be made."""
+        self.lr_scheduler.create(self.optimizer.check(), num_steps=10**9)  # more than any has
 
     def can_share_pack(self, other: Run) -> bool:
         """Can both train together?"""

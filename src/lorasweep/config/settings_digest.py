@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 _PLACES = ("output_root", "cache_dir", "tracking.", "launcher.", "pick.")
+_LATER: Mapping[str, object] = {
+    "trainer.max_train_steps": None,
+    "lr_scheduler.min_lr_ratio": None,
+}
+"""Settings that older versions lack -> the value with which a run is as theirs were."""
 _STATES = ("trainer.keep_states", "trainer.save_every_n_steps")
 
 
@@ -32,12 +37,20 @@ def sweep_digest(cfg: DictConfig) -> str:
 
 def settings_digest(params: Mapping[str, Any]) -> str:
     """A digest of flat settings (`Run.params`), but for places and what doesn't change a result."""
-    counted = {
+    named = {
         key: first_name(value) if key.endswith("._target_") else value
-        for key, value in params.items()
-        if not changes_nothing(key)
+        for key, value in that_count(params).items()
     }
-    return _digest(sorted(counted.items(), key=str))
+    return _digest(sorted(named.items(), key=str))
+
+
+def that_count(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The flat settings that a run must have again to go on."""
+    return {
+        key: value
+        for key, value in params.items()
+        if not changes_nothing(key) and not (key in _LATER and value == _LATER[key])
+    }
 
 
 def changes_nothing(key: str) -> bool:

@@ -56,7 +56,7 @@ class BaseModel:
     @property
     def base_model_version(self) -> str:
         """kohya's ss_base_model_version."""
-        return "sd_v1"
+        return "sd_v1_v" if self.prediction_type == "v_prediction" else "sd_v1"
 
     @property
     def architecture(self) -> str:
@@ -107,6 +107,18 @@ class BaseModel:
         )
         ids: Tensor = tokens.input_ids.to(self.device)
         return ids
+
+    def too_long(self, prompts: Sequence[str]) -> list[str]:
+        """The prompts of which the text encoder reads no more than the first `max_tokens`."""
+        tokens = self.tokenizer(list(prompts), verbose=False).input_ids if prompts else []
+        return [
+            one for one, ids in zip(prompts, tokens, strict=True) if len(ids) > self._max_length
+        ]
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of a prompt that the text encoder reads, besides the two that frame it."""
+        return self._max_length - 2
 
     @property
     def _max_length(self) -> int:

@@ -55,9 +55,12 @@ class NoiseSchedule:
         return noise
 
     def min_snr_weight(self, timesteps: Tensor, gamma: float) -> Tensor:
-        """Min-SNR weights (arXiv 2303.09556) of timesteps, for what the model predicts."""
+        """Min-SNR weights (arXiv 2303.09556) of timesteps, for what the model predicts.
+
+        Finite also where nothing of the image is left (an SNR of 0): there the noise weighs 1.
+        """
         alphas = self.scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
         snr = alphas / (1 - alphas)
         if self.prediction_type == "v_prediction":
             return snr.clamp(max=gamma) / (snr + 1)
-        return snr.clamp(max=gamma) / snr
+        return (gamma / snr).clamp(max=1)  # min(snr, gamma) / snr, which would be 0/0

@@ -241,8 +241,8 @@ def _schedule(found: FoundSettings, metadata: Metadata) -> None:
     found.choose("lr_scheduler", plain if is_ours else "constant", f"ss_lr_scheduler={said}")
     if not is_ours:
         found.unknown.append((f"lr_scheduler {said}", "constant stands"))
-    if plain in ("cosine_with_restarts", "polynomial"):
-        found.unknown.append((f"{plain}'s restarts or power", "the default stands"))
+    if is_ours and plain not in ("constant", "linear", "cosine"):
+        found.unknown.append((f"{plain}'s own settings (restarts, power …)", "the default stands"))
 
 
 def _dataset(found: FoundSettings, metadata: Metadata) -> None:

@@ -48,6 +48,11 @@ def whole(said: str) -> Any:
     return KEEP_DEFAULT if said in OFF else int(float(said))
 
 
+def warmup(said: str) -> Any:
+    """Steps, or a fraction of all."""
+    return KEEP_DEFAULT if said in OFF else float(said)
+
+
 def learning_rate(said: str) -> float:
     """A text encoder's may be a list, of which networks.lora and LyCORIS use the first."""
     value = plain(said)
@@ -84,7 +89,7 @@ SETTINGS: dict[str, tuple[str, Converter]] = {
     "trainer.noise_offset": ("ss_noise_offset", number),
     "trainer.min_snr_gamma": ("ss_min_snr_gamma", optional),
     "optimizer.max_grad_norm": ("ss_max_grad_norm", number),
-    "lr_scheduler.warmup": ("ss_lr_warmup_steps", whole),
+    "lr_scheduler.warmup": ("ss_lr_warmup_steps", warmup),
     "model.clip_skip": ("ss_clip_skip", lambda said: 1 if said in OFF else int(said)),
     "adapter.scale_weight_norms": ("ss_scale_weight_norms", optional),
 }

@@ -74,7 +74,7 @@ def _checked(run: Run) -> Iterator[Finding]:
     # `disk` has lines of its own
     of_settings = [check for check in CHECKS if check is not places_can_be_written]
     checks: list[Callable[[], Iterator[str] | None]] = [partial(one, run) for one in of_settings]
-    checks += [run.model.check, run.optimizer.check, run.sampling.check]
+    checks += [run.model.check, run.check_optimizer, run.sampling.check]
     passed = 0
     for check in checks:
         try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -44,6 +43,7 @@ from lorasweep.tracking.tracker import RunLog
 from lorasweep.training import saved_states
 from lorasweep.training.native_trainer import NativeTraining
 from lorasweep.training.saved_states import SavedState
+from lorasweep.training.training_captions import warn_of_cut_captions
 from lorasweep.training.training_run import Stopped, TrainedEpoch, TrainingData
 
 log = logging.getLogger(__name__)
@@ -239,6 +239,7 @@ class Session:
             if not first.tracking.is_remote:  # a store that can't be written ends it here
                 self._tracker.ready(first.output_dir, first.sweep)
             images = encoded_images(self._base, first, self._folder)
+            warn_of_cut_captions(self._base, [*images.train, *images.holdout])
             self._data = TrainingData(images.train, first.dataset)
             self._judge = Judge(
                 self._base,
@@ -328,7 +329,7 @@ class Session:
         run, epochs = member.run, 0 if state is None else state.snapshot.num_epochs
         self._runs[run.name] = member
         try:
-            if epochs < run.max_train_epochs:
+            if epochs < self._num_epochs(run):
                 self._training.join(run, state)
                 self._check_disk(run)
         except ValueError as error:  # this run's settings: the others go on
@@ -385,7 +386,7 @@ class Session:
             if any(one.run not in of_epoch for one in files):
                 of_epoch |= {report.run: report for report in self._judge_checkpoints(files)}
             reports += of_epoch.values()
-        ended = [m for m, state in resumed if state.snapshot.num_epochs == m.run.max_train_epochs]
+        ended = [m for m, state in resumed if state.snapshot.num_epochs == self._num_epochs(m.run)]
         return [*reports, *(self._finish(member, dropped=False) for member in ended)]
 
     def _log_origin(self, member: _OpenRun) -> None:
@@ -419,7 +420,7 @@ class Session:
         reports += self._judge_checkpoints(epoch.checkpoints)
         for one in epoch.checkpoints:
             member = self._runs[one.run]
-            if one.epoch == member.run.max_train_epochs:
+            if one.epoch == self._num_epochs(member.run):
                 reports.append(self._finish(member, dropped=False))
         return reports
 
@@ -463,9 +464,13 @@ class Session:
         member.folder.end("dropped" if dropped else "finished")
         return Finished(run=run.name, dropped=dropped)
 
+    def _num_epochs(self, run: Run) -> int:
+        return run.num_epochs(self._training.steps_per_epoch)
+
     def _checkpoint(self, run: Run, epoch: int) -> Checkpoint:
         path = checkpoint_path(run.output_dir, run.name, epoch)
-        step = epoch * self._training.steps_per_epoch
+        steps_per_epoch = self._training.steps_per_epoch
+        step = min(epoch * steps_per_epoch, run.num_steps(steps_per_epoch))
         return Checkpoint(path=path, run=run.name, epoch=epoch, step=step)
 
 
@@ -488,7 +493,10 @@ def _say(reports: Sequence[Report]) -> None:
     found = [report for report in reports if isinstance(report, EpochReport)]
     found.sort(key=lambda report: report.checkpoint.epoch)  # runs that joined are behind
     for epoch, of_epoch in groupby(found, key=lambda report: report.checkpoint.epoch):
-        shown = ", ".join(
-            f"{report.run} {report.scores.get('val/loss_rel', math.nan):.3f}" for report in of_epoch
-        )
-        log.info("epoch %d, val/loss_rel: %s", epoch, shown)
+        reports_of = list(of_epoch)
+        scored = [one for one in reports_of if "val/loss_rel" in one.scores]
+        shown = [f"{one.run} {one.scores['val/loss_rel']:.3f}" for one in scored]
+        if scored:
+            log.info("epoch %d, val/loss_rel: %s", epoch, ", ".join(shown))
+        else:  # without held-out images or this metric there is none
+            log.info("epoch %d: %s", epoch, ", ".join(one.run for one in reports_of))

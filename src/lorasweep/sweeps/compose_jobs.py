@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from lorasweep.config.build_run import build_run, job_identity
-from lorasweep.config.compose import quoted
+from lorasweep.config.compose import added, quoted
 from lorasweep.config.error_messages import one_line
 from lorasweep.config.foreign_settings import check_job
 from lorasweep.config.run import Run
@@ -54,7 +54,7 @@ def _was_interrupted(error: BaseException | None) -> bool:
 
 
 def _composed(config: DictConfig, loader: Any, overrides: Sequence[str], number: int) -> Job:
-    composed = loader.load_sweep_config(config, list(overrides))
+    composed = loader.load_sweep_config(config, added(overrides))
     with open_dict(composed):
         composed.hydra.job.id = str(number)
         composed.hydra.job.num = number

@@ -1,6 +1,7 @@
 """kohya's metadata of a checkpoint (`ss_*`, modelspec), as sd-scripts writes it.
 
-Options that we don't have are left out, and the hashes, which the checkpoint's writer adds.
+Options that we don't have stand at kohya's value for off. The hashes of the weights are left to the
+checkpoint's writer.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 
 from lorasweep import __version__
@@ -19,6 +21,38 @@ from lorasweep.training.training_batches import steps_per_epoch
 from lorasweep.training.training_run import NativeTrainer, TrainingData, TrainingRun
 from lorasweep.training.training_state import TrainingState
 
+_OFF: Mapping[str, object] = {
+    "ss_adaptive_noise_scale": None,
+    "ss_color_aug": False,
+    "ss_debiased_estimation": False,
+    "ss_face_crop_aug_range": None,
+    "ss_fp8_base": False,
+    "ss_fp8_base_unet": False,
+    "ss_full_fp16": False,
+    "ss_huber_c": 0.1,
+    "ss_huber_scale": 1.0,
+    "ss_huber_schedule": "snr",
+    "ss_ip_noise_gamma": None,
+    "ss_ip_noise_gamma_random_strength": False,
+    "ss_lowram": False,
+    "ss_max_token_length": None,  # 75, of which a None says so
+    "ss_max_validation_steps": None,
+    "ss_multires_noise_discount": 0.3,
+    "ss_multires_noise_iterations": None,
+    "ss_noise_offset_random_strength": False,
+    "ss_num_validation_images": 0,  # of kohya's own kind; our hold-out set is not in the folders
+    "ss_prior_loss_weight": 1.0,
+    "ss_random_crop": False,
+    "ss_resize_interpolation": None,
+    "ss_sd_scripts_commit_hash": "(unknown)",
+    "ss_training_comment": None,
+    "ss_v2": False,
+    "ss_validate_every_n_epochs": None,
+    "ss_validate_every_n_steps": None,
+    "ss_validation_seed": None,
+    "ss_validation_split": 0.0,
+}
+"""What sd-scripts writes of options that aren't used."""
 _PRECISION = {"fp32": "no", "fp16": "fp16", "bf16": "bf16"}
 
 
@@ -26,6 +60,7 @@ def pack_metadata(trainer: NativeTrainer, base: BaseModel, data: TrainingData) -
     """The entries that the runs of a pack share, and that stay the same in every epoch."""
     width, height = data.settings.size
     values = {
+        **_OFF,
         **_data(data),
         **base.file_hashes,
         "ss_num_batches_per_epoch": steps_per_epoch(data.items, trainer.batch_size),
@@ -36,15 +71,14 @@ def pack_metadata(trainer: NativeTrainer, base: BaseModel, data: TrainingData) -
         "ss_mixed_precision": _PRECISION[trainer.precision],
         "ss_loss_type": "l2",
         "ss_clip_skip": base.settings.clip_skip,
-        "ss_v2": False,
         "ss_base_model_version": base.base_model_version,
         "ss_sd_model_name": Path(base.settings.path).name,
         "ss_zero_terminal_snr": bool(base.scheduler_config.get("rescale_betas_zero_snr", False)),
-        "ss_training_comment": None,
         "lorasweep_version": __version__,
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": base.architecture,
         "modelspec.implementation": "diffusers",
+        "modelspec.implementation_version": f"lorasweep/{__version__}",
         "modelspec.resolution": f"{width}x{height}",
         "modelspec.prediction_type": {"v_prediction": "v"}.get(base.prediction_type, "epsilon"),
         "modelspec.encoder_layer": base.settings.clip_skip,
@@ -65,10 +99,10 @@ def run_metadata(state: TrainingState) -> dict[str, str]:
         "ss_text_encoder_lr": run.optimizer.text_encoder_lr,
         "ss_optimizer": f"{optimizer.__module__}.{optimizer.__name__}",
         "ss_lr_scheduler": run.lr_scheduler.type,
-        "ss_lr_warmup_steps": run.lr_scheduler.warmup_steps(state.max_train_steps),
+        "ss_lr_warmup_steps": run.lr_scheduler.warmup_as_given,
         "ss_max_grad_norm": run.optimizer.max_grad_norm,
         "ss_epoch": state.num_epochs,
-        "ss_num_epochs": run.max_train_epochs,
+        "ss_num_epochs": state.max_train_epochs,
         "ss_steps": state.num_steps,
         "ss_max_train_steps": state.max_train_steps,
         "ss_noise_offset": run.noise_offset or None,
@@ -131,11 +165,14 @@ def _dataset_dirs(items: Sequence[Item]) -> dict[str, dict[str, int]]:
 
 
 def _tag_frequency(items: Sequence[Item]) -> dict[str, dict[str, int]]:
-    """How often each comma-separated part of the captions stands in a folder."""
+    """How often each comma-separated part of the captions stands in a folder, in lower case."""
     return {
         folder: dict(
             Counter(
-                tag.strip() for item in members for tag in item.caption.split(",") if tag.strip()
+                tag.strip().lower()
+                for item in members
+                for tag in item.caption.split(",")
+                if tag.strip()
             )
         )
         for folder, members in _by_folder(items).items()
@@ -150,4 +187,14 @@ def _bucket_info(items: Sequence[Item]) -> str:
         str(number): {"resolution": list(size), "count": count}
         for number, (size, count) in enumerate(sorted(counts.items()))
     }
-    return json.dumps({"buckets": buckets})
+    errors = [abs(item.bucket[0] / item.bucket[1] - _ratio(item.path)) for item in items]
+    return json.dumps({"buckets": buckets, "mean_img_ar_error": sum(errors) / len(errors)})
+
+
+@cache
+def _ratio(path: Path) -> float:
+    """Width to height of an image that is trained on."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return image.width / image.height

@@ -19,6 +19,7 @@ from lorasweep.models.base_model import BaseModel, torch_dtype
 from lorasweep.models.gpu_memory import halved, is_out_of_memory
 from lorasweep.training import saved_states
 from lorasweep.training.kohya_metadata import pack_metadata, run_metadata
+from lorasweep.training.optimizers import evaluated
 from lorasweep.training.pack_loss import PackLoss
 from lorasweep.training.saved_states import SavedState
 from lorasweep.training.training_batches import Batch, epoch_batches, steps_per_epoch
@@ -73,7 +74,7 @@ class NativeTraining:
         """The runs that train now."""
         self._waiting: list[TrainingPack] = []
         self._bar = Bar(show)
-        self._loss = PackLoss(base, data, settings.gradient_accumulation_steps)
+        self._loss = PackLoss(base, data)
         self._stopping = False
         if settings.gradient_checkpointing:
             base.checkpoint_gradients()
@@ -93,7 +94,7 @@ class NativeTraining:
                 raise Stopped("stopped at the end of an epoch")
             if epoch is not None:
                 yield epoch
-                self._keep(lambda state: state.num_epochs < state.run.max_train_epochs)
+                self._keep(lambda state: state.num_epochs < state.max_train_epochs)
 
     def join(self, run: TrainingRun, saved: SavedState | None = None) -> None:
         """Let `run` train with the others from the next epoch on, from its own first one.
@@ -110,6 +111,19 @@ class NativeTraining:
         )
         views = adapters.views(0, optimizer.group_of)
         state = TrainingState(run, views, self.steps_per_epoch, self.base)
+        if (run.max_train_steps or 0) > state.max_train_steps:
+            log.warning(
+                "trainer.max_train_steps=%d has no effect on %s: trainer.max_train_epochs=%d end"
+                " after %d steps",
+                *(run.max_train_steps, run.name, run.max_train_epochs, state.max_train_steps),
+            )
+        warmup = run.lr_scheduler.warmup_steps(state.max_train_steps)
+        if warmup >= state.max_train_steps:
+            log.warning(
+                "lr_scheduler.warmup=%d steps, and %s trains %d in all: the learning rate rises to"
+                " its full value only at the end or never; try lr_scheduler.warmup=0.1",
+                *(warmup, run.name, state.max_train_steps),
+            )
         if saved is not None:
             state.restore(saved.snapshot)
             state.started = saved.started
@@ -138,7 +152,7 @@ class NativeTraining:
 
     def _bytes_a_number(self, state: TrainingState) -> int:
         """On disk, of a trained number: in checkpoints and, with Adam's two moments, in states."""
-        epochs = state.run.max_train_epochs - state.num_epochs
+        epochs = state.max_train_epochs - state.num_epochs
         num_states = self.settings.keep_states + 1  # the next is written before the oldest goes
         checkpoints = epochs * torch_dtype(self.settings.save_dtype).itemsize
         return checkpoints + (num_states * 3 * 4 if self.settings.keep_states else 0)
@@ -149,7 +163,7 @@ class NativeTraining:
         batches = [self.batches(state) for state in states]
         sizes = [sum(items[index].latents.numel() for index in batch) for batch in batches[0]]
         largest = sizes.index(max(sizes))
-        self._loss.backward(self.pack.adapters, states, [cut[largest] for cut in batches])
+        self._loss.backward(self.pack.adapters, states, [cut[largest] for cut in batches], 1)
 
     def _gather(self) -> bool:
         """Let those who wait into the pack, as far as they fit; is there anyone to train?"""
@@ -220,18 +234,22 @@ class NativeTraining:
         size = self.settings.gradient_accumulation_steps
         self._begin_epoch(begun, done // size)
         for first in range(done, num_batches, size):
-            micro_steps = range(first, min(first + size, num_batches))
             states = self.pack.states
+            if all(state.is_done for state in states):
+                break
+            micro_steps = range(first, min(first + size, num_batches))
             group = [[batches[state.run.name][i] for state in states] for i in micro_steps]
             records = self.step(group)
-            for state, record in zip(states, records, strict=True):
+            for state in states:
                 state.num_batches = micro_steps.stop
+                if (record := records.get(state.run.name)) is None:
+                    continue
                 state.records.append((state.num_steps, record))
                 self._on_step(state.run.name, state.num_steps, record)
                 if not state.is_finite:
                     seen = [batches[state.run.name][i] for i in micro_steps]
                     failures[state.run.name] = self._not_finite(state, record, seen)
-            self._bar.step([record["train/loss"] for record in records])
+            self._bar.step([record["train/loss"] for record in records.values()])
             if failures:
                 self._keep(lambda state: state.is_finite)
             if not self.pack.states:
@@ -249,9 +267,9 @@ class NativeTraining:
         for state in states:
             if state.num_batches == 0:
                 state.records = []
-        longest = max(states, key=lambda state: state.run.max_train_epochs)
+        longest = max(states, key=lambda state: state.max_train_epochs)
         self._bar.epoch(
-            longest.num_epochs + 1, longest.run.max_train_epochs, self.steps_per_epoch, steps_done
+            longest.num_epochs + 1, longest.max_train_epochs, self.steps_per_epoch, steps_done
         )
 
     def batches(self, state: TrainingState) -> list[Batch]:
@@ -264,25 +282,28 @@ class NativeTraining:
             epoch=state.num_epochs + 1,
         )
 
-    def step(self, micro_batches: Sequence[Sequence[Batch]]) -> list[dict[str, float]]:
-        """One optimizer step of every run from its batches; what is to be logged, by run."""
+    def step(self, micro_batches: Sequence[Sequence[Batch]]) -> dict[str, dict[str, float]]:
+        """One optimizer step of every run from its batches; by run what is to be logged.
+
+        Runs that have made their last step wait for the others, to the end of the epoch.
+        """
         begun = time.perf_counter()
         adapters, states = self.pack.adapters, self.pack.states
         losses = [0.0] * len(states)
         for batches in micro_batches:
-            values = self._loss.backward(adapters, states, batches)
+            values = self._loss.backward(adapters, states, batches, len(micro_batches))
             shares = [value / len(micro_batches) for value in values]
             losses = [total + share for total, share in zip(losses, shares, strict=True)]
-        records = []
+        records = {}
         for index, state in enumerate(states):
-            rates = state.rates()
-            norm = state.step(losses[index])
-            records.append({"train/loss": losses[index], "train/grad_norm": norm, **rates})
+            if state.is_done:
+                continue
+            records[state.run.name] = {"train/loss": losses[index], **state.step(losses[index])}
             if state.is_finite and state.run.adapter.scale_weight_norms is not None:
                 adapters.limit_norm(index, state.run.adapter.scale_weight_norms)
         adapters.zero_gradients()
         speed = 1 / (time.perf_counter() - begun)
-        return [{**record, "train/it_per_s": speed} for record in records]
+        return {run: {**record, "train/it_per_s": speed} for run, record in records.items()}
 
     def _not_finite(
         self, state: TrainingState, record: Mapping[str, float], seen: Sequence[Batch]
@@ -301,7 +322,8 @@ class NativeTraining:
         shared = pack_metadata(self.settings, self.base, self.data)
         for index, state in enumerate(self.pack.states):
             run, epoch = state.run, state.num_epochs
-            tensors = self._file_tensors(index)
+            with evaluated(state.optimizer):
+                tensors = self._file_tensors(index)
             state.is_finite = all(bool(tensor.isfinite().all()) for tensor in tensors.values())
             if not state.is_finite:
                 overflown[run.name] = (
@@ -310,18 +332,19 @@ class NativeTraining:
                 )
                 continue
             path = checkpoint.checkpoint_path(run.output_dir, run.name, epoch)
-            on_cpu = {name: tensor.cpu() for name, tensor in tensors.items()}
-            checkpoint.write(path, on_cpu, {**shared, **run_metadata(state)})
+            checkpoint.write(path, tensors, {**shared, **run_metadata(state)})
             written.append(Checkpoint(path=path, run=run.name, epoch=epoch, step=state.num_steps))
         return written, overflown
 
     def _file_tensors(self, index: int) -> dict[str, Tensor]:
-        """DoRA's magnitudes stay fp32: as large as the base's norms, they'd round the change."""
+        """A copy in the computer's memory, as the file has it.
+
+        DoRA's magnitudes stay fp32: as large as the base's norms, they'd round the change.
+        """
         dtype = torch_dtype(self.settings.save_dtype)
-        tensors = self.pack.adapters.file_tensors(index)
         return {
-            name: tensor if name.endswith(".dora_scale") else tensor.to(dtype)
-            for name, tensor in tensors.items()
+            name: tensor.to("cpu", None if name.endswith(".dora_scale") else dtype, copy=True)
+            for name, tensor in self.pack.adapters.file_tensors(index).items()
         }
 
     def _save_within(self, steps_done: int) -> None:

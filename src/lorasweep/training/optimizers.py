@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -78,8 +80,8 @@ class Optimizer(Settings):
             "up_lr_weight": joined(weights.up),
         }
 
-    def check(self) -> None:
-        """Raise SettingsError unless the optimiser can be made, before anything else is done."""
+    def check(self) -> torch.optim.Optimizer:
+        """One that has made a step; SettingsError if it refuses, before anything else is done."""
         import torch
 
         groups = [name for name, rate in self._rates().items() if rate > 0]
@@ -89,16 +91,17 @@ class Optimizer(Settings):
             parameter.grad = torch.zeros(1)
         try:
             optimizer.step()
-        except (RuntimeError, ValueError) as error:  # some check their settings only here
+        except _REFUSALS as error:  # some check their settings only here
             raise SettingsError(f"optimizer.type={self.type} refuses to step: {error}") from None
+        return optimizer
 
     def create(
         self, parameters: Mapping[str, Sequence[torch.nn.Parameter]]
     ) -> torch.optim.Optimizer:
         """The optimiser with a group for each name of `group_of`, the text encoder's first.
 
-        That is kohya's order. Raises SettingsError if the class is not installed or refuses its
-        arguments.
+        That is kohya's order. A schedule-free one is ready to train; `evaluated` gives its weights.
+        Raises SettingsError if the class is not installed or refuses its arguments.
         """
         groups = [
             {"params": list(parameters[name]), "lr": rate, "name": name}
@@ -110,6 +113,15 @@ class Optimizer(Settings):
             created: torch.optim.Optimizer = cls(groups, **self.args)
         except (TypeError, ValueError) as error:
             raise SettingsError(f"optimizer.args: {self.type} refuses them: {error}") from None
+        if self.block_lr_weights is not None and created.param_groups[0].get("relative_step"):
+            raise SettingsError(
+                "optimizer.block_lr_weights have no effect: with relative_step the optimizer finds"
+                " its rates itself; set relative_step=false or leave the weights out"
+            )
+        # sd-scripts too gives the class its learning rate: polynomial ends at 1e-7 by it
+        created.defaults["lr"] = self.unet_lr or self.text_encoder_lr
+        if is_schedule_free(created):
+            created.train()  # type: ignore[attr-defined]
         return created
 
     def _rates(self) -> dict[str, float]:
@@ -140,7 +152,35 @@ class Optimizer(Settings):
                 f"optimizer.type={self.type}: {module_name or 'torch.optim'} has no class"
                 f" {name}; upper and lower case count, as in optimizer.type=AdamW"
             )
+        closure = inspect.signature(found.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise SettingsError(
+                f"optimizer.type={self.type}: it computes the loss several times a step (wants a"
+                " closure), which is not done here; take another, such as optimizer=adamw"
+            )
         return found
+
+
+_REFUSALS = (RuntimeError, ValueError, TypeError, AssertionError)
+"""What optimisers raise in a step for settings that they don't take, or for want of a closure."""
+
+
+def is_schedule_free(optimizer: torch.optim.Optimizer) -> bool:
+    """Does it train other weights than it is to be used with? (arXiv 2405.15682, schedulefree)"""
+    return all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
+
+
+@contextmanager
+def evaluated(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Within, a schedule-free optimiser's parameters are those to be used; others stay as is."""
+    if not is_schedule_free(optimizer):
+        yield
+        return
+    optimizer.eval()  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        optimizer.train()  # type: ignore[attr-defined]
 
 
 def _weighted(weight: float) -> str:

@@ -24,14 +24,18 @@ if TYPE_CHECKING:
 class PackLoss:
     """Computes losses of packs over one base model and one set of images."""
 
-    def __init__(self, base: BaseModel, data: TrainingData, accumulation: int) -> None:
-        self.base, self.data, self.accumulation = base, data, accumulation
+    def __init__(self, base: BaseModel, data: TrainingData) -> None:
+        self.base, self.data = base, data
         self._embeds: dict[str, Tensor] = {}
 
     def backward(
-        self, pack: Pack, states: Sequence[TrainingState], batches: Sequence[Batch]
+        self,
+        pack: Pack,
+        states: Sequence[TrainingState],
+        batches: Sequence[Batch],
+        num_micro_steps: int,
     ) -> list[float]:
-        """Add each run's gradients of its batch, divided by the accumulation steps; its loss."""
+        """Add each run's gradients of its batch, over the micro steps of its step; its loss."""
         import torch
 
         latents = torch.cat([self._latents(s, b) for s, b in zip(states, batches, strict=True)])
@@ -44,7 +48,7 @@ class PackLoss:
                 embeds = self._encode(pack, captions)
                 per_sample = squared_errors(self.base, latents, noise, timesteps, embeds)
             losses = self._weighted(per_sample, timesteps, states)
-            shares = losses / self.accumulation
+            shares = losses / num_micro_steps
             total = torch.stack(
                 [state.scaler.scale(share) for state, share in zip(states, shares, strict=True)]
             ).sum()

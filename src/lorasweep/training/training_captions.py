@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
+
 from lorasweep.core import rng
+from lorasweep.core.text import shown
 from lorasweep.data.dataset import Dataset
 from lorasweep.data.latents import Item
+from lorasweep.models.base_model import BaseModel
+
+log = logging.getLogger(__name__)
 
 
 def caption_of(
@@ -30,3 +37,17 @@ def caption_of(
 def captions_vary(settings: Dataset) -> bool:
     """Does a caption change from step to step, so that its embedding can't be kept?"""
     return settings.shuffle_caption or settings.caption_tag_dropout_rate > 0
+
+
+def warn_of_cut_captions(base: BaseModel, items: Sequence[Item]) -> None:
+    """One warning for each arm with captions of which the text encoder doesn't read the end."""
+    for arm in dict.fromkeys(item.arm for item in items):
+        of_arm = [item for item in items if item.arm == arm]
+        too_long = set(base.too_long([item.caption for item in of_arm]))
+        names = [item.path.name for item in of_arm if item.caption in too_long]
+        if names:
+            log.warning(
+                "captions.%s: %d of %d captions are longer than the %d tokens that the text encoder"
+                " reads, such as that of %s; what comes after them has no effect",
+                *(arm, len(names), len(of_arm), base.max_tokens, shown(names[0])),
+            )

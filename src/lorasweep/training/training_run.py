@@ -54,6 +54,7 @@ class RunTraining(Settings):
     """Settings under `trainer` that are a run's own: runs that differ in them can share a pack."""
 
     max_train_epochs: Count
+    max_train_steps: PositiveInt | None = None  # runs of older versions have none
     noise_offset: NonNegativeFloat
     min_snr_gamma: PositiveFloat | None
 
@@ -68,6 +69,15 @@ class TrainingRun(RunTraining):
     adapter: Adapter
     optimizer: Optimizer
     lr_scheduler: LRScheduler
+
+    def num_steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps that it trains in all: as many as the first of the two limits allows."""
+        by_epochs = self.max_train_epochs * steps_per_epoch
+        return min(by_epochs, self.max_train_steps or by_epochs)
+
+    def num_epochs(self, steps_per_epoch: int) -> int:
+        """Epochs that it trains in all, the last of which may be cut short."""
+        return -(-self.num_steps(steps_per_epoch) // steps_per_epoch)
 
 
 @dataclass(frozen=True)

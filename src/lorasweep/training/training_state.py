@@ -59,7 +59,8 @@ class TrainingState:
             for group, tensors in views.items()
         }
         self.optimizer = run.optimizer.create(self.parameters)
-        self.max_train_steps = run.max_train_epochs * steps_per_epoch
+        self.max_train_steps = run.num_steps(steps_per_epoch)
+        self.max_train_epochs = run.num_epochs(steps_per_epoch)
         self.lr_scheduler = run.lr_scheduler.create(self.optimizer, self.max_train_steps)
         self._new_scaler = partial(
             torch.amp.GradScaler, torch.device(base.device).type, enabled=base.precision == "fp16"
@@ -71,6 +72,11 @@ class TrainingState:
         self.num_micro_steps = 0
         self.records: list[tuple[int, Mapping[str, float]]] = []  # of the epoch under way
         self.is_finite = True
+
+    @property
+    def is_done(self) -> bool:
+        """Has it made its last step? In a pack that may be within an epoch of the others."""
+        return self.num_steps >= self.max_train_steps
 
     def bind(self, views: Views, gradients: Views) -> None:
         """Let the parameters be these tensors, with these gradients."""
@@ -84,20 +90,26 @@ class TrainingState:
     def rates(self) -> dict[str, float]:
         """The learning rates of the next step, by part and by weight of a block.
 
-        lr_unet is that of a weight of 1, also where no block has it.
+        lr_unet is that of a weight of 1, also where no block has it. Prodigy's and D-Adaptation's
+        are multiplied by the step size that they have found.
         """
         rates = {"train/lr_unet": 0.0, "train/lr_text_encoder": 0.0}
         for group in self.optimizer.param_groups:
             name, _, weight = group["name"].partition("_x")
-            rates[f"train/lr_{name}"] = float(group["lr"]) / float(weight or 1)
-            rates[f"train/lr_{group['name']}"] = float(group["lr"])
+            rate = float(group["lr"]) * float(group.get("d", 1))
+            rates[f"train/lr_{name}"] = rate / float(weight or 1)
+            rates[f"train/lr_{group['name']}"] = rate
         return rates
 
-    def step(self, loss: float) -> float:
-        """Clip and step; the gradients' norm before clipping. Not finite: nothing is changed."""
+    def step(self, loss: float) -> dict[str, float]:
+        """Clip and step; the gradients' norm before clipping, and the rates of this step.
+
+        Not finite: nothing is changed.
+        """
         import torch
 
         self.num_steps += 1
+        rates = self.rates()
         parameters = self._all_parameters()
         self.scaler.unscale_(self.optimizer)
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -115,7 +127,9 @@ class TrainingState:
             self.scaler.update()
             if grads_are_finite:  # a skipped step is none
                 self.lr_scheduler.step()
-        return float(norm)
+        if self.run.lr_scheduler.type == "adafactor":  # which tells them afterwards
+            rates = self.rates()
+        return {"train/grad_norm": float(norm), **rates}
 
     def snapshot(self) -> Snapshot:
         """A copy of all that a step changes, in the computer's memory."""
