@@ -268,6 +268,27 @@ def test_a_folder_of_others_is_not_touched(tmp_path, image_set):
     assert tree(other) == {"diary.txt": b"mine"}
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda manifest: [1],
+        lambda manifest: {**manifest, "images": 3},
+        lambda manifest: {**manifest, "images": [{"copy": "a.png"}]},
+        lambda manifest: {**manifest, "images": [{**manifest["images"][0], "captions": ["x"]}]},
+        lambda manifest: {**manifest, "arms": {}},
+        lambda manifest: {"inputs": manifest["inputs"]},
+        lambda manifest: "[" * 100_000,
+    ],
+)
+def test_a_manifest_of_another_shape_is_none_of_ours(tmp_path, image_set, damage):
+    root = kohya_folders.write(image_set, two_arms("x", "y", "z"), tmp_path / "out")
+    file = root / "manifest.json"
+    changed = damage(json.loads(file.read_text(encoding="utf-8")))
+    file.write_text(changed if isinstance(changed, str) else json.dumps(changed))
+    with pytest.raises(FoldersError, match="was not written by lorasweep"):
+        kohya_folders.write(image_set, two_arms("x", "y", "z"), root)
+
+
 def test_an_image_that_changed_meanwhile_stops_the_writing_and_leaves_nothing(tmp_path, image_set):
     image_file(tmp_path / "source", "c.png", seed=9)
     with pytest.raises(FoldersError, match=r"c\.png changed"):

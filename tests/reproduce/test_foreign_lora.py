@@ -127,6 +127,7 @@ def test_without_metadata_the_tensors_speak(tmp_path):
         {"ss_network_dim": "8", "ss_unet_lr": "__import__('os')", "ss_resolution": "(" * 500},
         {"ss_dataset_dirs": "[" * 9999, "ss_datasets": "[1]", "ss_network_args": "[]"},
         {"ss_optimizer": "AdamW(**x)", "ss_dataset_dirs": '{"../x": {"n_repeats": 1}}'},
+        {"ss_output_name": "n" * 9999, "ss_resolution": "-" * 99999 + "1"},
         {"ss_output_name": "../../etc/\x1b[31m", "ss_num_epochs": "many", "ss_seed": "[1]"},
     ],
 )
@@ -138,6 +139,30 @@ def test_hostile_entries_are_not_understood_and_said_so(entries, tmp_path):
     written = foreign_lora.write_config(found, folder)
     assert written.resolve().is_relative_to(folder.resolve())
     assert all(arm.isprintable() and "/" not in arm for arm in run.captions)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"ss_optimizer": "AdamW(note='${oc.env:SECRET_OF_THIS_MACHINE}')"},
+        {"ss_optimizer": "AdamW(note='\\\\${oc.env:SECRET_OF_THIS_MACHINE}',x=['${name}'])"},
+    ],
+)
+def test_what_looks_like_a_variable_in_metadata_is_text(entries, tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET_OF_THIS_MACHINE", "hunter2")
+    run = run_of(foreign_lora.read_settings(file_of(tmp_path, entries)), tmp_path / "config")
+    assert "${oc.env:SECRET_OF_THIS_MACHINE}" in run.optimizer.args["note"]
+    written = [path.read_text() for path in (tmp_path / "config").rglob("*.yaml")]
+    assert not [text for text in written if "hunter2" in text]
+
+
+def test_a_variable_that_is_named_as_an_algorithm_is_refused_as_text(tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET_OF_THIS_MACHINE", "hunter2")
+    args = {"algo": "${oc.env:SECRET_OF_THIS_MACHINE}"}
+    entries = {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps(args)}
+    with pytest.raises(ValueError, match=r"algo=\$\{oc\.env:SECRET_OF_THIS_MACHINE\}"):
+        run_of(foreign_lora.read_settings(file_of(tmp_path, entries)), tmp_path / "config")
+    assert not (tmp_path / "config").exists()
 
 
 def test_the_command_prints_the_table_and_how_to_go_on(tmp_path, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import pickle
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -104,6 +105,36 @@ def test_no_sampler_warns_of_parameters_that_it_samples_one_by_one(
     monkeypatch.setattr(logging.getLogger("optuna"), "propagate", True)
     run(open_study(CONDITIONAL, sampler=sampler, n_trials=6), epochs=1)
     assert "independently" not in caplog.text
+
+
+class Touch:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_cmaes_goes_on_from_its_own_state_and_loads_no_other_pickle(open_study, tmp_path):
+    space = Space({name: Number(name, 0.0, 10.0) for name in ("a", "b")}, {})
+    run(open_study(space, sampler="cmaes", n_trials=14), epochs=1)
+    study = open_study(space, sampler="cmaes", n_trials=20)
+    kept = [one for one in study.trials if "cma:optimizer:0" in one.system_attrs]
+    assert kept  # Optuna still keeps its state so
+    trial = study.next()
+    storage = study.optuna_study._storage  # a journal, which a stranger may have written
+    (found,) = [one for one in study.trials if one.number == trial.number]
+    planted = pickle.dumps(Touch(tmp_path / "RAN")).hex()
+    for part in range(max(1, sum("cma:optimizer" in key for key in found.system_attrs))):
+        text = "" if part else planted
+        storage.set_trial_system_attr(found._trial_id, f"cma:optimizer:{part}", text)
+    report(trial, 1, 0.5)
+    study.complete(trial)
+    with pytest.raises(SettingsError, match="no state of the sampler's"):
+        open_study(space, sampler="cmaes", n_trials=30).next()
+    assert not (tmp_path / "RAN").exists()
 
 
 def test_cmaes_learns_from_what_is_pruned(open_study):

@@ -6,7 +6,7 @@ import argparse
 import os
 import shlex
 
-from lorasweep.cli.command_line import Commands, add_command, say_lines, tracking_settings
+from lorasweep.cli.command_line import Commands, add_command, say_lines
 from lorasweep.cli.train_command import train_by_hydra
 
 
@@ -19,11 +19,14 @@ def add_parser(commands: Commands) -> None:
 
 
 def _resume(arguments: argparse.Namespace) -> int:
-    from lorasweep.config.compose import begun_by
+    from lorasweep.config.build_run import absolute_folder
+    from lorasweep.config.compose import begun_by, compose_without_images
     from lorasweep.runs import resume
 
-    _, _, output_root = tracking_settings(arguments)
-    argv, cwd = begun_by(resume.find(arguments.word, output_root))
+    places = [word for word in arguments.overrides if word.startswith("output_root=")]
+    cfg = compose_without_images(places, arguments.config_dir)
+    folder = resume.find(arguments.word, absolute_folder(cfg.output_root, "output_root"))
+    argv, cwd = begun_by(folder, [word for word in arguments.overrides if word not in places])
     os.chdir(cwd)
     say_lines([f"lorasweep train {shlex.join(argv)}"])
     train_by_hydra(argv)

@@ -48,33 +48,43 @@ def train(argv: Sequence[str]) -> None:
 
 def train_by_hydra(argv: Sequence[str]) -> None:
     """Compose the config with Hydra and train; its flags (-m, --cfg, --config-dir) are Hydra's."""
-    argv = flags_first(argv)
+    folder, rest = _options_folder(argv)
+    argv = flags_first(rest)
     import hydra
 
-    from lorasweep.config.conf_folder import conf_dir
+    from lorasweep.config.conf_folder import conf_dir, options_from
     from lorasweep.config.resolvers import register_resolvers
 
     register_resolvers()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and we say it in one line
     sys.argv = ["lorasweep train", *argv]
     app = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
-    app(_job)()
+    with options_from(folder):  # Hydra's own --config-dir would read it unchecked
+        app(_job)()
+
+
+def _options_folder(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """The folder that --config-dir names, and the other words."""
+    parser = OneLineParser(prog="lorasweep train", add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-dir", "-cd", type=Path)
+    found, rest = parser.parse_known_args(argv)
+    return found.config_dir, rest
 
 
 def flags_first(argv: Sequence[str]) -> list[str]:
     """The same words, overrides last: Hydra's parser wants them in one piece.
 
     Raises SettingsError for a flag that Hydra would answer with its usage in ten lines. These are
-    the flags that Hydra documents (hydra.cc, "Hydra's command line flags").
+    the flags that Hydra documents (hydra.cc, "Hydra's command line flags"), but for those that take
+    a whole configuration from elsewhere: --config-path, and --experimental-rerun, of a pickle.
     """
     parser = OneLineParser(prog="lorasweep train", add_help=False)
     parser.add_argument("overrides", nargs="*")
     for names in ("--hydra-help", "--version", "--resolve", "--run -r", "--multirun -m"):
         parser.add_argument(*names.split(), action="store_true")
     parser.add_argument("--shell-completion", "-sc", action="store_true")
-    for names in ("--package -p", "--config-path -cp", "--config-name -cn", "--config-dir -cd"):
+    for names in ("--package -p", "--config-name -cn"):
         parser.add_argument(*names.split())
-    parser.add_argument("--experimental-rerun")
     parser.add_argument("--cfg", "-c", choices=["job", "hydra", "all"])
     parser.add_argument("--info", "-i", nargs="?")
     overrides = parser.parse_intermixed_args(list(argv)).overrides
@@ -102,10 +112,12 @@ def _job(cfg: Any) -> None:
 
 def _train_job(cfg: Any, hydra_cfg: Any) -> None:
     from lorasweep.config.build_run import build_run, job_identity
+    from lorasweep.config.foreign_settings import check_job
     from lorasweep.data import dataset
     from lorasweep.runs import run_folder
     from lorasweep.tracking.sync import publish_left
 
+    check_job(cfg, hydra_cfg)
     run = build_run(cfg, **job_identity(hydra_cfg))
     if status := run_folder.ended(run):
         publish_left(run.tracking, run.output_root, [run.output_dir])

@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lorasweep.config.checks import CHECKS, Check
 from lorasweep.config.compose import compose_without_images, flat, plain_values
 from lorasweep.config.conf_folder import groups
+from lorasweep.config.foreign_settings import load_settings
 from lorasweep.config.hydra_messages import cannot_be_removed, missing_value
 from lorasweep.config.resolvers import register_resolvers
 from lorasweep.config.run import COMPONENTS, KEYS, NEEDED, Run
@@ -101,7 +102,7 @@ def saved_model(config_file: Path, *, trusted: bool) -> Model:
 
     register_resolvers()
     try:
-        node = OmegaConf.to_container(OmegaConf.load(config_file).model, resolve=True)
+        node = OmegaConf.to_container(load_settings(config_file).model, resolve=True)
     except (OmegaConfBaseException, AttributeError) as error:
         first = str(error).splitlines()[0]
         raise SettingsError(f"{config_file} names no base model: {first}; give model=…") from None
@@ -154,7 +155,7 @@ def _several(nodes: Mapping[str, Any] | None, key: str) -> dict[str, Any]:
     if key == "captions" and not nodes:
         raise SettingsError("captions is empty: choose at least one arm, e.g. captions=[empty]")
     for name, node in (nodes or {}).items():
-        if not re.fullmatch(r"[\w-]+", name):
+        if not re.fullmatch(r"\w[\w-]*", name):
             raise SettingsError(f"{key}.{name}: use letters, digits, - and _ (it names a folder)")
         if not isinstance(node, Mapping):
             raise SettingsError(

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 from lorasweep.config.run import COMPONENTS
 from lorasweep.core.settings import SettingsError
+from lorasweep.core.text import listed
+from lorasweep.judging.metrics.metric import names
 
 if TYPE_CHECKING:
     from lorasweep.config.run import Run
@@ -121,6 +123,17 @@ def overrides_have_an_effect(run: Run) -> None:
             )
 
 
+def pick_is_by_a_score(run: Run) -> None:
+    """What the command line wants to choose by is scored."""
+    scores = names(run.metrics.values(), run.captions, run.dataset.num_holdout)
+    for key, _ in _overrides(run):
+        by = run.params.get(key)
+        if key == "pick.by" and scores is not None and by not in scores:
+            raise SettingsError(
+                f"pick.by={by}: no metric gives such a score; there are {listed(sorted(scores))}"
+            )
+
+
 def alpha_is_at_most_the_rank(run: Run) -> Iterator[str]:
     """alpha/rank scales the delta, but for rsLoRA."""
     for prefix in ("", "conv_"):
@@ -153,6 +166,7 @@ CHECKS: tuple[Check, ...] = (
     adapted_parts_are_trained,
     overrides_choose_one_option,
     overrides_have_an_effect,
+    pick_is_by_a_score,
     alpha_is_at_most_the_rank,
     saved_factors_are_exact,
 )

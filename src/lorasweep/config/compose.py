@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,13 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lorasweep.config.conf_folder import conf_dir
+from lorasweep.config.conf_folder import conf_dir, options_from
+from lorasweep.config.foreign_settings import check_said, unsaid
 from lorasweep.config.resolvers import register_resolvers
+from lorasweep.core.foreign_files import ForeignFileError, read_yaml
 from lorasweep.core.settings import SettingsError
+from lorasweep.core.text import shown
+from lorasweep.tracking.store import public_uri
 
 
 def compose(overrides: Sequence[str], config_dir: Path | None = None) -> DictConfig:
@@ -21,12 +26,14 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> DictCon
     from hydra import initialize_config_dir
 
     register_resolvers()
-    if config_dir is not None and not config_dir.is_dir():  # Hydra goes on without it
-        raise SettingsError(f"--config-dir {config_dir}: there is no such folder")
-    place = quoted(f"file://{config_dir.absolute()}") if config_dir else ""
-    extra = [f"hydra.searchpath=[{place}]"] if config_dir else []
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return hydra_compose("config", [*extra, *overrides])
+    with (
+        options_from(config_dir),
+        initialize_config_dir(str(conf_dir()), version_base="1.3"),
+    ):
+        cfg = hydra_compose("config", list(overrides))
+    if config_dir is not None:
+        check_said(cfg, overrides)
+    return cfg
 
 
 def compose_without_images(overrides: Sequence[str], config_dir: Path | None = None) -> DictConfig:
@@ -56,32 +63,60 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def begun_by(folder: Path) -> tuple[list[str], Path]:
+def begun_by(folder: Path, said: Sequence[str] = ()) -> tuple[list[str], Path]:
     """How to go on in a run's or a multirun's folder: the words after `lorasweep train`, and where.
 
-    They are given in the folder in which it was begun. Raises SettingsError where Hydra's files of
-    it are missing.
+    They are given in the folder in which it was begun. The folder may be a stranger's: it names
+    settings, groups' options, a launcher and a sweeper. Any other of its words holds only if it is
+    among those that are `said` again. Raises SettingsError for one that isn't, and where Hydra's
+    files of it are missing.
     """
     multirun = folder / "multirun.yaml"
     file = multirun if multirun.is_file() else folder / ".hydra" / "hydra.yaml"
-    try:
-        hydra = OmegaConf.load(file).hydra
-        sources = [
-            one.path for one in hydra.runtime.config_sources if one.provider == "command-line"
-        ]
-        given = [*hydra.overrides.hydra, *hydra.overrides.task]
-        cwd = Path(hydra.runtime.cwd)
-    except (OSError, OmegaConfBaseException, AttributeError) as error:
-        raise SettingsError(f"{file}: can't tell how it was begun ({error})") from None
     key = "hydra.sweep.dir" if multirun.is_file() else "hydra.run.dir"
-    overrides = [one for one in given if not one.startswith(("hydra.mode=", f"{key}="))]
-    folders = [word for path in sources for word in ("--config-dir", str(path))]
+    try:
+        hydra = read_yaml(file)["hydra"]
+        given = [*hydra["overrides"]["hydra"], *hydra["overrides"]["task"]]
+        sources = hydra["runtime"]["config_sources"]
+        folders = [str(one["path"]) for one in sources if one["provider"] == "command-line"]
+        cwd = Path(str(hydra["runtime"]["cwd"]))
+    except ForeignFileError as error:
+        raise SettingsError(f"{error}: can't tell how it was begun") from None
+    except (OSError, KeyError, TypeError, AttributeError) as error:
+        raise SettingsError(f"{file}: can't tell how it was begun ({error})") from None
+    if not all(isinstance(word, str) for word in given) or not cwd.is_dir():
+        raise SettingsError(f"{file}: can't tell how it was begun, in {shown(str(cwd))}")
+    words = [one for one in given if one.lstrip("+").partition("=")[0] not in ("hydra.mode", key)]
+    if unknown := [word for word in said if word not in words]:
+        raise SettingsError(f"{unknown[0]}: {folder} was not begun with it; leave it out")
+    if missing := [word for word in unsaid(words) if word not in said]:
+        again = shown(public_uri(shlex.join([str(folder), *said, *missing])), 500)
+        raise SettingsError(
+            f"{folder} was begun with what it can't decide for you: if you began it so, say it"
+            f" again: lorasweep resume {again}"
+        )
     flags = ["-m"] if multirun.is_file() else []
-    return [*flags, *folders, *overrides, f"{key}={quoted(str(folder))}"], cwd
+    options = [word for path in folders for word in ("--config-dir", path)]
+    return [*flags, *options, *words, f"{key}={quoted(str(folder))}"], cwd
 
 
 def quoted(text: str) -> str:
     """A value for Hydra's grammar, whatever characters it has."""
-    literal = text.replace("${", "\\${")  # no interpolation of OmegaConf's
-    escaped = re.sub(r"\\+(?='|$)", lambda found: found[0] * 2, literal).replace("'", "\\'")
+    escaped = re.sub(r"\\+(?='|$)", lambda found: found[0] * 2, literal(text)).replace("'", "\\'")
     return f"'{escaped}'"
+
+
+def literal(value: Any) -> Any:
+    """A value, or values within values, that OmegaConf resolves to just this: `${` in it is text.
+
+    So are written values that are resolved already, as those of a log are.
+    """
+    match value:
+        case str():
+            return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + "\\${", value)
+        case Mapping():
+            return {key: literal(one) for key, one in value.items()}
+        case list() | tuple():
+            return [literal(one) for one in value]
+        case _:
+            return value

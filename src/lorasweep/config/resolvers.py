@@ -16,7 +16,7 @@ from lorasweep.core.settings import name_for_files
 
 def register_resolvers() -> None:
     """Make them known to OmegaConf; again does no harm."""
-    for name, resolver in _RESOLVERS.items():
+    for name, resolver in RESOLVERS.items():
         OmegaConf.register_new_resolver(name, resolver, replace=True)
 
 
@@ -24,7 +24,7 @@ def _user_cache(name: str) -> str:
     return str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / name)
 
 
-_RESOLVERS: dict[str, Callable[..., Any]] = {
+RESOLVERS: dict[str, Callable[..., Any]] = {
     "embedded": lambda path: str(PACKAGE / "embedded" / path),
     "half": lambda number: number / 2 if isinstance(number, int | float) else number,
     "named": lambda name, key="name": name_for_files(name, key),

@@ -37,6 +37,25 @@ def parse_json(text: str | bytes, where: str | Path, kind: type = dict) -> Any:
     return _of_kind(value, where, kind)
 
 
+def parse_shaped(text: str | bytes, where: str | Path, shape: Any) -> Any:
+    """The value of a JSON text that has the shape of a type or a dataclass, as plain values.
+
+    Nothing is converted, but further keys may be there: a later lorasweep may write them.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    value = parse_json(text, where, object)
+    try:
+        TypeAdapter(shape).validate_json(text, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = "".join(f"[{part}]" for part in first["loc"])
+        raise ForeignFileError(
+            f"{where} is not as lorasweep writes it: {shown(place)} {_one_line(first['msg'])}"
+        ) from None
+    return value
+
+
 def parse_yaml(text: str | bytes, where: str | Path, kind: type = dict) -> Any:
     """The value of a YAML text of plain values, which must be a `kind`: dict or list.
 
@@ -124,7 +143,7 @@ def _nodes(node: yaml.Node, seen: dict[int, int], depth: int) -> int:
     return seen[id(node)]
 
 
-def _one_line(error: BaseException) -> str:
+def _one_line(error: BaseException | str) -> str:
     return shown(" ".join(str(error).split()), 200)
 
 

@@ -7,15 +7,17 @@ A component is a frozen dataclass that derives from `Settings`: its fields' type
 from __future__ import annotations
 
 import importlib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
+from importlib.machinery import PathFinder
 from typing import Annotated, Any, ClassVar, cast, get_args, get_type_hints
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from lorasweep.core.components import dotted_path
+from lorasweep.core.components import MODULES, dotted_path, short_name
 from lorasweep.core.text import shown
 
 Probability = Annotated[float, Field(ge=0, lt=1)]
@@ -71,20 +73,38 @@ def name_for_files(name: object, key: str) -> str:
         raise SettingsError(
             f"{key}={shown(text)}: use letters, digits, - and _ only (it names files)"
         )
+    if text.startswith("-"):  # a flag to every program that is given the file
+        raise SettingsError(f"{key}={shown(text)}: begin with a letter or a digit")
     if len(text.encode()) > MAX_NAME:
         raise SettingsError(f"{key}={text[:20]}…: use at most {MAX_NAME} bytes (it names files)")
     return text
 
 
 def locate(path: str, key: str) -> Any:
-    """The class of a component's name or dotted path; SettingsError names `key` for none."""
-    module_name, _, name = dotted_path(path).rpartition(".")
+    """The class of a component's name or dotted path; SettingsError names `key` for none.
+
+    A path that is not ours is imported, and importing is to run: only if its module lies in a
+    folder that the environment's PYTHONPATH names, so that the person has put it there.
+    """
+    dotted = dotted_path(path)
+    module_name, _, name = dotted.rpartition(".")
+    if short_name(path) not in MODULES and not _is_own_code(module_name):
+        raise SettingsError(
+            f"{key}={shown(path)}: is no class of settings of lorasweep; a class of your own is"
+            " MODULE.CLASS, and PYTHONPATH names the folder of its module"
+        )
     try:
         return getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise SettingsError(
-            f"{key}={path}: {error}; give a component's name or the dotted path of a class"
+            f"{key}={shown(path)}: {error}; give a component's name or the dotted path of a class"
         ) from None
+
+
+def _is_own_code(module_name: str) -> bool:
+    package = module_name.partition(".")[0]
+    folders = [one for one in os.environ.get("PYTHONPATH", "").split(os.pathsep) if one]
+    return package not in ("", "lorasweep") and bool(PathFinder.find_spec(package, folders))
 
 
 def _refuse_bools(cls: type, values: Mapping[str, Any], key: str) -> None:

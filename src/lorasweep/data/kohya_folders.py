@@ -28,6 +28,7 @@ from typing import Any
 from zipfile import ZIP_STORED, ZipFile, ZipInfo
 
 from lorasweep.core.atomic_write import write_atomically
+from lorasweep.core.foreign_files import read_json
 from lorasweep.core.settings import SettingsError
 from lorasweep.core.text import listed
 from lorasweep.data.dataset import ImageFile, ImageSet
@@ -180,10 +181,12 @@ def _is_written_from(inputs: str, root: Path) -> bool:
 def _read_manifest(root: Path) -> dict[str, Any] | None:
     """The manifest, or None where there is none of ours."""
     try:
-        manifest = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+        manifest: dict[str, Any] = read_json(root / MANIFEST)
+        _files(manifest)  # looks at all that is read of it
+        whole = all({"file", "sha256"} <= image.keys() for image in manifest["images"])
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return manifest if isinstance(manifest, dict) and "inputs" in manifest else None
+    return manifest if whole and "inputs" in manifest else None
 
 
 def _refuse_to_overwrite(root: Path) -> None:

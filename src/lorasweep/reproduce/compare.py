@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.lora_files import checkpoint
 from lorasweep.tracking.history import Log, LoggedRun
 from lorasweep.tracking.read_candidates import Candidate, checkpoint_file
@@ -131,7 +132,10 @@ def _weights(
                 f"{known}; {gone.name}'s file is gone, so how far it differs can't be"
                 " said (tracking.upload=all keeps them)",
             )
-        modules, total = by_module(checkpoint.read(theirs)[0], checkpoint.read(ours)[0])
+        try:
+            modules, total = by_module(checkpoint.read(theirs)[0], checkpoint.read(ours)[0])
+        except CheckpointError as error:
+            return ComparedRow("weights", "not known", f"{share} are bit-equal; {error}")
     most = sorted(modules, key=lambda name: -modules[name])[:3]
     named = ", ".join(f"{name} {modules[name]:.2g}" for name in most)
     known_to_differ = then.hash is not None and then.hash != now.hash

@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from lorasweep.config.run import COMPONENTS
+from lorasweep.core.text import shown
 
 TRAINED_GROUPS = tuple(group for group in COMPONENTS if group != "tracking")
 """The groups of which a run has one option each, but for the tracking store."""
@@ -18,6 +19,8 @@ def write_config_folder(
     values: Mapping[str, Any], folder: Path, name: str, comment: str = ""
 ) -> Path:
     """Write an option of every group and an experiment that chooses them; the experiment's file.
+
+    In the values `${…}` is a rule of conf/'s: what others may have written is to be `literal`.
 
     Places of a machine and the tracking store, which may hold a password, are left out.
     """
@@ -31,7 +34,9 @@ def write_config_folder(
         defaults.append({f"override /{group}": [name]})
     rest = {key: values[key] for key in ("name", "seed") if key in values}
     file = folder / "experiment" / f"{name}.yaml"
-    head = f"# @package _global_\n# {comment}\n" if comment else "# @package _global_\n"
+    # of others' words, which may have line ends: what follows one would be a setting
+    said = f"# {shown(comment, 500)}\n" if comment else ""
+    head = f"# @package _global_\n{said}"
     _write(file, {"defaults": defaults, **rest}, head)
     return file
 

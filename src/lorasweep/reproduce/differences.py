@@ -13,6 +13,7 @@ from lorasweep.core.settings import SettingsError, build
 from lorasweep.core.text import listed
 from lorasweep.data.captions import caption_images
 from lorasweep.models.devices import resolve_device
+from lorasweep.reproduce import trusted_settings
 from lorasweep.reproduce.original_images import CaptionTexts, FoundImages
 from lorasweep.runs import provenance
 
@@ -46,16 +47,18 @@ def recaption(
     found: FoundImages,
     logged: CaptionTexts,
     cache_dir: Path,
+    image_dir: Path | None = None,
 ) -> tuple[CaptionTexts, list[Difference]]:
     """The captions that the captioners give today, and where they differ from the log's.
 
-    `arms` are the captioners' settings by arm. An arm that can't be made again keeps the log's.
+    `arms` are the captioners' settings by arm, `image_dir` the folder of images if a person gave
+    it. An arm that can't be made again, or only with what the log alone names, keeps the log's.
     """
     texts = {name: dict(of) for name, of in logged.items()}
     differences = []
-    captioners = {arm: build(node, f"captions.{arm}") for arm, node in arms.items()}
-    for arm, captioner in captioners.items():
+    for arm, node in arms.items():
         try:
+            captioner = build(trusted_settings.captioner(node, image_dir), f"captions.{arm}")
             new = caption_images.caption_images(captioner, found.images, cache_dir, arm=arm)
         except (SettingsError, OSError) as error:
             first = str(error).splitlines()[0]

@@ -5,7 +5,6 @@ What the metadata says and our settings can say is taken over; everything else i
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,14 +14,16 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from lorasweep.config.build_run import build_run, model_named
-from lorasweep.config.compose import compose_without_images, plain_values
+from lorasweep.config.compose import compose_without_images, literal, plain_values
 from lorasweep.config.conf_folder import groups
+from lorasweep.core.foreign_files import ForeignFileError, parse_json
 from lorasweep.lora_files import checkpoint, info, read_lora_file
 from lorasweep.lora_files.info import Info
 from lorasweep.reproduce import kohya_options as kohya
 from lorasweep.reproduce.config_folder import write_config_folder
 
 Metadata = Mapping[str, str]
+MAX_STEM = 80  # bytes of the file's own name that the run's takes over
 
 
 @dataclass
@@ -80,7 +81,8 @@ def read_settings(path: Path) -> FoundSettings:
     tensors = info.described(read_lora_file.read(path))
     metadata = checkpoint.read_metadata(path)
     stem = re.sub(r"[^\w-]+", "-", metadata.get("ss_output_name") or path.stem).strip("-")
-    found = FoundSettings(name=f"{stem or 'lora'}-guess")
+    short = stem.encode()[:MAX_STEM].decode(errors="ignore")
+    found = FoundSettings(name=f"{short or 'lora'}-guess")
     _network(found, metadata, tensors)
     _optimizer(found, metadata)
     _schedule(found, metadata)
@@ -109,16 +111,16 @@ def write_config(found: FoundSettings, folder: Path, overrides: Sequence[str] = 
     overridden = {one.partition("=")[0].lstrip("+") for one in overrides}
     for setting, value in found.settings.items():
         if setting not in overridden:
-            OmegaConf.update(cfg, setting, value, merge=False)
+            OmegaConf.update(cfg, setting, literal(value), merge=False)
     values = plain_values(cfg)
     arms = {
         arm: {**values["captions"]["sidecar"], "repeats": repeats}
         for arm, repeats in found.arms.items()
     }
     values |= {"name": found.name, "captions": arms or values["captions"]}
-    build_run(OmegaConf.create(values), output_dir=Path())
+    build_run(OmegaConf.create(literal(values)), output_dir=Path())
     values["dataset"]["image_dir"] = "???"
-    return write_config_folder(values, folder, found.name)
+    return write_config_folder(literal(values), folder, found.name)
 
 
 def _network(found: FoundSettings, metadata: Metadata, tensors: Info) -> None:
@@ -315,7 +317,6 @@ def _drop_without_effect(settings: dict[str, Any]) -> None:
 def _parsed(metadata: Metadata, key: str, kind: type) -> Any:
     """The JSON of an entry; an empty list or object where it is missing or something else."""
     try:
-        value = json.loads(metadata.get(key, "null"))
-    except (json.JSONDecodeError, RecursionError):
-        value = None
-    return value if isinstance(value, kind) else kind()
+        return parse_json(metadata.get(key, "null"), key, kind)
+    except ForeignFileError:
+        return kind()

@@ -11,6 +11,7 @@ KEEP_DEFAULT = object()
 
 Converter = Callable[[str], Any]
 OFF = ("None", "", "null")
+MAX_LITERAL = 1_000  # characters; an optimiser's arguments take a tenth of it
 NOT_UNDERSTOOD = (
     ValueError,
     KeyError,
@@ -22,6 +23,13 @@ NOT_UNDERSTOOD = (
     MemoryError,
 )
 """What a converter raises for a text that it can't read; files may come from anybody."""
+
+
+def plain(said: str) -> Any:
+    """A number, text or list as Python writes it; Python's parser is no place for a long text."""
+    if len(said) > MAX_LITERAL:
+        raise ValueError("too long")
+    return ast.literal_eval(said)
 
 
 def boolean(said: str) -> bool:
@@ -42,19 +50,21 @@ def whole(said: str) -> Any:
 
 def learning_rate(said: str) -> float:
     """A text encoder's may be a list, of which networks.lora and LyCORIS use the first."""
-    value = ast.literal_eval(said)
+    value = plain(said)
     return float(value[0] if isinstance(value, list | tuple) else value)
 
 
 def size(said: str) -> list[int]:
     """(512, 650), or 512: width first."""
-    value = ast.literal_eval(said)
+    value = plain(said)
     sides = [value, value] if isinstance(value, int) else list(value)
     return [int(side) for side in sides]
 
 
 def arguments(said: str) -> dict[str, Any]:
     """An optimiser's arguments: weight_decay=0.1,betas=(0.9, 0.99)."""
+    if len(said) > MAX_LITERAL:
+        raise ValueError("too long")
     call = ast.parse(f"f({said})", mode="eval").body
     if not isinstance(call, ast.Call):
         raise ValueError(said)

@@ -2,6 +2,9 @@
 
 They become a config folder from which the config is composed, as `lorasweep train --config-dir`
 does: a place or an override of the command line means the same here as there.
+
+Somebody else may have written the log. So `${` in it is text, no pickle and no class of others is
+taken on its word, and a model that is not on this machine is fetched only for whoever names it.
 """
 
 from __future__ import annotations
@@ -14,14 +17,20 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from lorasweep.config.compose import compose, plain_values, quoted
+from lorasweep.config.compose import compose, literal, plain_values, quoted
 from lorasweep.config.conf_folder import PACKAGE, conf_dir
 from lorasweep.config.run import COMPONENTS
 from lorasweep.core.components import short_name
+from lorasweep.core.foreign_files import parse_yaml
 from lorasweep.reproduce.config_folder import TRAINED_GROUPS, write_config_folder
 from lorasweep.reproduce.original_run import ReproduceError
+from lorasweep.reproduce.trusted_settings import (
+    names_class,
+    refuse_classes,
+    refuse_downloads,
+    refuse_odd_values,
+)
 
 PLACES = (
     "output_root",
@@ -30,6 +39,7 @@ PLACES = (
     "model.path",
     "model.revision",
     "model.config",
+    "model.allow_pickle",
     "trainer.device",
     "tracking",
 )
@@ -45,13 +55,16 @@ class LoggedSettings:
     """Settings that the run's lorasweep did not have yet, with today's defaults."""
     followed: Mapping[str, Any]
     """What changed along with an override, as alpha with the rank."""
+    image_dir: Path | None
+    """The folder of images that was given by hand; the log's is only looked at by name."""
 
 
 def check_places(places: Sequence[str]) -> None:
-    """Raise ReproduceError for a setting that is more than a place."""
+    """Raise ReproduceError for a setting that is more than a place, or a class that is trusted."""
     for place in places:
         key = _key(place)
-        if not any(key == name or key.startswith(f"{name}.") for name in PLACES):
+        is_place = any(key == name or key.startswith(f"{name}.") for name in PLACES)
+        if not is_place and not names_class(key):
             raise ReproduceError(
                 f"{place}: it would train something else; for a variation give it as --override"
                 f" {place}. What may differ here is {', '.join(PLACES)}"
@@ -67,11 +80,14 @@ def rebuild(
     or Hydra's errors.
     """
     _check_overrides(changed)
-    values = _read(logged)
-    model_name = values["tracking"].get("registered_model", values["name"])
+    before = _read(logged)
+    refuse_classes(before, places)
+    before["model"]["allow_pickle"] = False
+    values = literal(before)
     filled = _fill_in(values)
     fixed = [_key(one) for one in [*changed, *given]]
     source = _with_rules(values, fixed) if changed else values
+    model_name = before["tracking"].get("registered_model", before["name"])
     with TemporaryDirectory() as folder:
         file = write_config_folder(source, Path(folder), "logged-run")
         cfg = compose(
@@ -84,12 +100,9 @@ def rebuild(
             Path(folder),
         )
     new = plain_values(cfg)
-    path = str(new["model"]["path"])
-    if Path(path).is_absolute() and not Path(path).exists():
-        raise ReproduceError(
-            f"its base model {path} is not here; give the same one as model.path=FOLDER"
-        )
+    given_dir = Path(str(new["dataset"]["image_dir"]))
     moved = [_key(place) for place in places]
+    refuse_downloads(new["model"], {*moved, *(_key(one) for one in changed)})
     return LoggedSettings(
         values=new,
         filled={f"{group}.{key}": new[group][key] for group, key in filled},
@@ -97,9 +110,10 @@ def rebuild(
             f"{group}.{key}": value
             for group in TRAINED_GROUPS
             for key, value in new[group].items()
-            if value != values[group].get(key, value)
+            if value != before[group].get(key, value)
             and not any(f"{group}.{key}".startswith(one) for one in [*fixed, *moved])
         },
+        image_dir=given_dir.expanduser() if "dataset.image_dir" in moved else None,
     )
 
 
@@ -108,7 +122,7 @@ def with_captions(values: Mapping[str, Any], image_dir: Path, jsonl: Path) -> di
     arms = {
         arm: {
             "_target_": "Sidecar",
-            "repeats": node["repeats"],
+            "repeats": node.get("repeats"),
             "suffix": None,
             "jsonl": str(jsonl),
             "text_key": arm,
@@ -136,20 +150,14 @@ def _check_overrides(changed: Sequence[str]) -> None:
 
 def _read(logged: str) -> dict[str, Any]:
     """The plain values of a config.yaml, with the embedded model and images where they lie here."""
-    try:
-        values: Any = OmegaConf.to_container(OmegaConf.create(logged))
-    except (OmegaConfBaseException, ValueError) as error:
-        raise ReproduceError(
-            f"its config.yaml can't be read: {str(error).splitlines()[0]}"
-        ) from None
-    for group in COMPONENTS:
-        if not isinstance(values.get(group), dict):
-            raise ReproduceError(f"its config.yaml has no {group}: it is not a run of lorasweep's")
+    values: dict[str, Any] = parse_yaml(logged, "its config.yaml")
+    refuse_odd_values(values)
     for node, key in ((values["model"], "path"), (values["dataset"], "image_dir")):
-        inside = re.search(r"lorasweep/embedded/(.+)$", str(node[key]))
-        if inside is not None and not Path(str(node[key])).exists():
+        path = str(node.get(key))
+        inside = re.search(r"lorasweep/embedded/(.+)$", path)
+        if inside is not None and ".." not in path and not Path(path).exists():
             node[key] = str(PACKAGE / "embedded" / inside[1])
-    return values  # type: ignore[no-any-return]
+    return values
 
 
 def _fill_in(values: dict[str, Any]) -> list[tuple[str, str]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,9 +17,12 @@ from lorasweep.core.atomic_write import write_atomically
 from lorasweep.core.text import listed
 from lorasweep.data import image_files
 from lorasweep.data.dataset import ImageFile
+from lorasweep.reproduce.logged_files import read_captions
 from lorasweep.reproduce.original_run import ReproduceError
 
-MAX_IMAGE = 1 << 30
+IMAGES, CAPTIONS = "images", "captions.jsonl"
+"""Names in the folder of a run that is made again."""
+MAX_IMAGE = 1 << 28
 """Bytes of an image in an archive; more is refused unread."""
 
 CaptionTexts = Mapping[str, Mapping[str, str]]
@@ -51,18 +56,24 @@ class LoggedCaptions:
 
 
 def find_images(
-    manifest: Mapping[str, Any], image_dir: Path, archive: Path | None, spare: Path
+    manifest: Mapping[str, Any],
+    image_dir: Path,
+    archive: Path | None,
+    spare: Path,
+    *,
+    by_content: bool = True,
 ) -> FoundImages:
     """The manifest's images: below `image_dir` by name, else by content, else in the archive.
 
-    What comes out of the archive is written below `spare`. Raises ReproduceError that names
-    what is missing.
+    What comes out of the archive is written below `spare`. All files of a folder are looked
+    through `by_content` if a person gave it: a log may name the root of the disk. Raises
+    ReproduceError that names what is missing.
     """
     found: dict[str, ImageFile] = {}
     how: Counter[str] = Counter()
     searches = {
         "by name": _by_name,
-        "under other names": _by_content,
+        "under other names": _by_content if by_content else lambda _wanted, _folder: iter(()),
         "in the log": lambda wanted, _: _in_archive(wanted, archive, spare),
     }
     for search, paths in searches.items():
@@ -81,15 +92,17 @@ def find_images(
     return FoundImages(images=tuple(found[one["file"]] for one in manifest["images"]), how=how)
 
 
-def logged_captions(manifest: Mapping[str, Any], used: str | None) -> LoggedCaptions:
+def logged_captions(
+    manifest: Mapping[str, Any], used: str | None, where: str = "captions.json"
+) -> LoggedCaptions:
     """The captions as the trainer read them (`used`, captions.json), edited ones too.
 
-    Without `used` (the run was broken off early) they are those that were made.
+    Without `used` (the run was broken off early) they are those that were made. Raises
+    ForeignFileError, which names it `where`, for a text of another shape.
     """
     texts = {image["file"]: dict(image["captions"]) for image in manifest["images"]}
     if used is None:
         return LoggedCaptions(texts=texts)
-    read: dict[str, dict[str, dict[str, str]]] = json.loads(used)
     written = {
         f"{image['split']}/{arm['repeats']}_{name}/{PurePosixPath(image['copy']).name}": (
             image["file"],
@@ -100,7 +113,7 @@ def logged_captions(manifest: Mapping[str, Any], used: str | None) -> LoggedCapt
     }
     present = {
         f"{split}/{folder}/{file}": text
-        for split, arms in read.items()
+        for split, arms in read_captions(used, where).items()
         for folder, captions in arms.items()
         for file, text in captions.items()
     }
@@ -123,7 +136,7 @@ def lay_out(found: FoundImages, folder: Path) -> Path:
 
     A folder of nothing but a run's images draws the same again.
     """
-    image_dir = folder / "images"
+    image_dir = folder / IMAGES
     for image in found.images:
         path = image_dir / image.name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,7 +147,7 @@ def lay_out(found: FoundImages, folder: Path) -> Path:
 
 def write_captions(texts: CaptionTexts, folder: Path) -> Path:
     """Write `folder`/captions.jsonl: a line an image, with each arm's caption under its name."""
-    jsonl = folder / "captions.jsonl"
+    jsonl = folder / CAPTIONS
     lines = (json.dumps({"file": name, **of}, ensure_ascii=False) for name, of in texts.items())
     write_atomically(jsonl, "".join(f"{line}\n" for line in lines).encode())
     return jsonl
@@ -145,7 +158,7 @@ def take_out(data: Path, removed: Sequence[str]) -> None:
     for file in removed:
         path = data / file
         path.unlink(missing_ok=True)
-        for caption in path.parent.glob(f"{path.stem}.*"):
+        for caption in path.parent.glob(f"{glob.escape(path.stem)}.*"):
             caption.unlink()
 
 
@@ -154,7 +167,7 @@ _Found = Iterator[tuple[Mapping[str, Any], Path]]
 
 def _by_name(wanted: Sequence[Mapping[str, Any]], image_dir: Path) -> _Found:
     for image in wanted:
-        path = image_dir / _safe(image["file"])
+        path = image_dir / image["file"]
         if _hash(path) == image["sha256"]:
             yield image, path
 
@@ -168,18 +181,30 @@ def _by_content(wanted: Sequence[Mapping[str, Any]], image_dir: Path) -> _Found:
 
 
 def _in_archive(wanted: Sequence[Mapping[str, Any]], archive: Path | None, spare: Path) -> _Found:
-    for image in wanted if archive is not None else ():
-        assert archive is not None
-        path = spare / _safe(image["file"])
-        try:
-            with ZipFile(archive) as packed:
-                info = packed.getinfo(image["sha256"])
-                data = packed.read(info) if info.file_size <= MAX_IMAGE else b""
-        except (KeyError, BadZipFile, OSError):
-            continue
-        if hashlib.sha256(data).hexdigest() == image["sha256"]:
-            write_atomically(path, data)
-            yield image, path
+    if archive is None:
+        return
+    try:
+        packed = ZipFile(archive)
+    except (BadZipFile, OSError, ValueError):
+        return
+    with packed:
+        for image in wanted:
+            data = _unpacked(packed, image["sha256"])
+            if hashlib.sha256(data).hexdigest() == image["sha256"]:
+                path = spare / image["file"]
+                write_atomically(path, data)
+                yield image, path
+
+
+def _unpacked(packed: ZipFile, name: str) -> bytes:
+    """A file of an archive that anybody may have made; nothing where it is too large or damaged."""
+    try:
+        info = packed.getinfo(name)
+        return packed.read(info) if info.file_size <= MAX_IMAGE else b""
+    except (KeyError, BadZipFile, OSError, EOFError, ValueError, zlib.error):
+        return b""
+    except (NotImplementedError, RuntimeError):  # packed in another way, or with a password
+        return b""
 
 
 def _hash(path: Path) -> str | None:
@@ -187,11 +212,3 @@ def _hash(path: Path) -> str | None:
         return None
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _safe(name: str) -> str:
-    """A manifest's name, which must stay below the folder it is put into."""
-    parts = PurePosixPath(name).parts
-    if not parts or ".." in parts or PurePosixPath(name).is_absolute():
-        raise ReproduceError(f"its manifest names {name!r}, which leads out of the images' folder")
-    return name

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lorasweep.core.settings import SettingsError
-from lorasweep.core.text import listed
+from lorasweep.core.settings import SettingsError, name_for_files
+from lorasweep.core.text import listed, shown
 from lorasweep.lora_files import checkpoint
+from lorasweep.reproduce import logged_files
 from lorasweep.runs import provenance
 from lorasweep.tracking.history import Log, LoggedRun
+from lorasweep.tracking.store import RUN_TAG
 
 
 class ReproduceError(SettingsError):
@@ -31,6 +32,9 @@ class OriginalRun:
     until: int | None = None
     """The epoch of that file; there is no need to train further."""
 
+    def __post_init__(self) -> None:
+        name_for_files(self.run.name, f"{RUN_TAG} of MLflow run {shown(self.run.run_id)}")
+
     def text(self, name: str) -> str | None:
         """A text among the run's artifacts, None if it was not logged."""
         return self.log.text(self.run, name)
@@ -43,19 +47,19 @@ class OriginalRun:
             raise ReproduceError(
                 f"{self.run.name}: its manifest.json is not in the log, so its images are not known"
             )
-        loaded: Mapping[str, Any] = json.loads(text)
-        return loaded
+        return logged_files.read_manifest(text, f"{self.run.name}'s manifest.json")
 
     @cached_property
     def origin(self) -> Mapping[str, Any] | None:
         """Base model, versions, code and device; None where an older lorasweep logged none."""
-        loaded = json.loads(self.text(provenance.ORIGIN) or "null")
-        return loaded if isinstance(loaded, dict) else None
+        text = self.text(provenance.ORIGIN) or "null"
+        return logged_files.read_origin(text, f"{self.run.name}'s {provenance.ORIGIN}")
 
     @cached_property
     def pack(self) -> Mapping[int, Mapping[str, Any]]:
         """The runs it trained with, by its epoch, as `provenance.read_pack` gives them."""
-        return provenance.read_pack(self.text(provenance.PACK))
+        name = f"{self.run.name}'s {provenance.PACK}"
+        return provenance.read_pack(self.text(provenance.PACK), name)
 
     @cached_property
     def last_epoch(self) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +21,7 @@ from lorasweep.tracking.history import Log, LoggedRun
 if TYPE_CHECKING:
     from rich.table import Table
 
+MAX_LINE = 10_000  # characters
 _COLOURS = {
     "bit-equal": "green",
     "within rounding": "green",
@@ -59,7 +59,7 @@ def execute(word: str, uri: str, experiment: str, options: Options, console: Con
     else:
         console.print("Everything is as it was.")
     if plan.differences and options.strict:
-        shutil.rmtree(plan.home)
+        reproduce_run.discard(plan.home)
         raise ReproduceError(
             f"--strict: {len(plan.differences)} differences, and nothing was trained"
         )
@@ -88,7 +88,7 @@ def _reproduce_foreign(path: Path, options: Options, console: Console) -> int:
 
 def _say(console: Console, lines: Iterable[str]) -> None:
     for line in lines:
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(shown(line, MAX_LINE), markup=False, emoji=False, soft_wrap=True)
 
 
 def _say_config(console: Console, file: Path, folder: Path, further: Sequence[str] = ()) -> None:

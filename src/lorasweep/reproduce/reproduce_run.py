@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from lorasweep.config.build_run import build_run
+from lorasweep.config.compose import literal
 from lorasweep.config.run import Run
 from lorasweep.core.failures import RunError
 from lorasweep.core.text import listed
@@ -26,6 +29,7 @@ from lorasweep.reproduce import differences, original_images, same_pack
 from lorasweep.reproduce.compare import Comparison, compare
 from lorasweep.reproduce.config_folder import write_config_folder
 from lorasweep.reproduce.differences import Difference
+from lorasweep.reproduce.logged_files import read_overrides
 from lorasweep.reproduce.logged_settings import (
     LoggedSettings,
     check_places,
@@ -99,35 +103,40 @@ def prepare(original: OriginalRun, options: Options) -> Plan:
     root = Path(str(settings.values["output_root"])).expanduser().absolute()
     home = root / f"{original.run.name}-{options.kind}" / stamp
     captions = _captions(original)
-    found = _find_images(original, settings, home)
-    notes = [*_notes(original, settings, found, captions)]
-    not_as_then = [
-        Difference(key, "no such setting yet", str(value)) for key, value in settings.filled.items()
-    ]
-    texts = captions.texts
-    if options.recaption:
-        cache_dir = Path(str(settings.values["cache_dir"])).expanduser()
-        arms = settings.values["captions"]
-        texts, other_captions = differences.recaption(arms, found, texts, cache_dir)
-        not_as_then += other_captions
-        notes.append("captions: made again")
-    if captions.added:
-        added = f"put into the folders by hand: {listed(captions.added)}"
-        not_as_then.append(Difference("images", added, "not logged"))
-    data = original_images.lay_out(found, home), original_images.write_captions(texts, home)
-    schedule = _schedule(original, options, settings)
-    if options.same_pack:
-        notes += [f"pack: {', '.join(schedule.names)}", *schedule.caveats]
-    runs = {name: _run(original, name, settings, options, home, data) for name in schedule.names}
+    schedule = _schedule(
+        original, options, _run(original, original.run.name, settings, options, home)
+    )
+    runs = {name: _run(original, name, settings, options, home) for name in schedule.names}
     run = runs[original.run.name]
     for companion in runs.values():
         if not companion.can_share_pack(run):
             raise ReproduceError(f"{companion.name} can't share a pack with the changed {run.name}")
-    if not options.overrides:
-        _check_draw(run, original.manifest)
-    not_as_then += differences.from_origin(original.origin, run)
-    not_as_then += _differences_of_pack(original, options, schedule)
-    _use_threads(original.origin, run)
+    not_as_then = [
+        Difference(key, "no such setting yet", str(value)) for key, value in settings.filled.items()
+    ]
+    if captions.added:
+        added = f"put into the folders by hand: {listed(captions.added)}"
+        not_as_then.append(Difference("images", added, "not logged"))
+    with _kept_if_all_is_well(home):
+        found = _find_images(original, settings, home)
+        notes = [*_notes(original, settings, found, captions)]
+        texts = captions.texts
+        if options.recaption:
+            cache_dir, arms = run.cache_dir, settings.values["captions"]
+            texts, other_captions = differences.recaption(
+                arms, found, texts, cache_dir, settings.image_dir
+            )
+            not_as_then += other_captions
+            notes.append("captions: made again")
+        if options.same_pack:
+            notes += [f"pack: {', '.join(schedule.names)}", *schedule.caveats]
+        original_images.lay_out(found, home)
+        original_images.write_captions(texts, home)
+        if not options.overrides:
+            _check_draw(run, original.manifest)
+        not_as_then += differences.from_origin(original.origin, run)
+        not_as_then += _differences_of_pack(original, options, schedule)
+        _use_threads(original.origin, run)
     return Plan(
         original=original,
         schedule=schedule,
@@ -138,6 +147,14 @@ def prepare(original: OriginalRun, options: Options) -> Plan:
         is_variation=bool(options.overrides),
         home=home,
     )
+
+
+def discard(home: Path) -> None:
+    """Delete the folder of a plan that is not trained, and those around it that are empty now."""
+    shutil.rmtree(home, ignore_errors=True)
+    with suppress(OSError):
+        home.parent.rmdir()
+        home.parent.parent.rmdir()  # output_root
 
 
 def train(plan: Plan) -> None:
@@ -172,6 +189,15 @@ def judge(plan: Plan) -> tuple[LoggedRun, Comparison]:
     return new, result
 
 
+@contextmanager
+def _kept_if_all_is_well(home: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        discard(home)
+        raise
+
+
 def write_config(original: OriginalRun, options: Options, folder: Path) -> tuple[Path, list[str]]:
     """Write a folder for `lorasweep train --config-dir`; its experiment's file, and what to know.
 
@@ -179,21 +205,24 @@ def write_config(original: OriginalRun, options: Options, folder: Path) -> tuple
     """
     check_places(options.places)
     settings = _settings(original, original.run, options.places, options.overrides)
+    run, name = original.run, f"{original.run.name}-{options.kind}"
+    given = Path(str(settings.values["dataset"]["image_dir"]))
+    _built(settings.values, name, folder, folder, given, folder / original_images.CAPTIONS)
+    captions = _captions(original)
     folder.mkdir(parents=True, exist_ok=True)
     notes = [f"{key} is not in the log: {value}" for key, value in settings.filled.items()]
     notes += _followed(settings)
-    jsonl = original_images.write_captions(_captions(original).texts, folder)
+    jsonl = original_images.write_captions(captions.texts, folder)
     try:
         image_dir = original_images.lay_out(_find_images(original, settings, folder), folder)
     except ReproduceError as error:
         notes.append(str(error))
-        image_dir = Path(str(settings.values["dataset"]["image_dir"]))
-    run, name = original.run, f"{original.run.name}-{options.kind}"
+        image_dir = given
     values = with_captions(settings.values, image_dir.absolute(), jsonl.absolute())
     values |= {"name": name, "trainer": {**values["trainer"], "device": "auto"}}
     what = "A variation" if options.overrides else "The settings"
     comment = f"{what} of {run.name} of {run.sweep}, MLflow run {run.run_id}."
-    return write_config_folder(values, folder, name, comment), notes
+    return write_config_folder(literal(values), folder, name, comment), notes
 
 
 def _settings(
@@ -205,56 +234,73 @@ def _settings(
         raise ReproduceError(
             f"{run.name}: its config.yaml is not in the log, so it can't be rebuilt"
         )
-    given = json.loads(original.log.text(run, "overrides.yaml") or "[]")
-    return rebuild(text, places, overrides, given)
+    given = original.log.text(run, "overrides.yaml") if overrides else None
+    where = f"{run.name}'s overrides.yaml"
+    return rebuild(text, places, overrides, read_overrides(given or "[]", where))
 
 
 def _captions(original: OriginalRun) -> LoggedCaptions:
-    return original_images.logged_captions(original.manifest, original.text("captions.json"))
+    where = f"{original.run.name}'s captions.json"
+    return original_images.logged_captions(original.manifest, original.text("captions.json"), where)
 
 
 def _find_images(original: OriginalRun, settings: LoggedSettings, folder: Path) -> FoundImages:
     """The run's images, on this machine or out of its log; those are put into `folder`/images."""
     image_dir = Path(str(settings.values["dataset"]["image_dir"])).expanduser()
     with original.log.file(original.run, kohya_folders.ORIGINALS) as archive:
-        return original_images.find_images(original.manifest, image_dir, archive, folder / "images")
+        return original_images.find_images(
+            original.manifest,
+            image_dir,
+            archive,
+            folder / "images",
+            by_content=settings.image_dir is not None,
+        )
 
 
-def _schedule(original: OriginalRun, options: Options, settings: LoggedSettings) -> Schedule:
-    run, epochs, pack = original.run, original.last_epoch, original.pack
-    if not options.same_pack:
-        planned = int(settings.values["trainer"]["max_train_epochs"])
-        return same_pack.alone(run.name, planned if options.overrides else epochs)
-    if run.status == "FAILED" and epochs not in pack and epochs > 1:
-        epochs -= 1  # the epoch in which it failed was not noted
-    if missing := [epoch for epoch in range(1, epochs + 1) if epoch not in pack]:
+def _schedule(original: OriginalRun, options: Options, run: Run) -> Schedule:
+    name, epochs, pack = original.run.name, original.last_epoch, original.pack
+    if not options.overrides and epochs > run.max_train_epochs:
         raise ReproduceError(
-            f"{run.name}: with whom it trained in epoch {missing[0]} is not in the log; leave out"
+            f"{name}: the log has its epoch {epochs}, but its config.yaml plans"
+            f" {run.max_train_epochs}"
+        )
+    if not options.same_pack:
+        return same_pack.alone(name, run.max_train_epochs if options.overrides else epochs)
+    if original.run.status == "FAILED" and epochs not in pack and epochs > 1:
+        epochs -= 1  # the epoch in which it failed was not noted
+    of_it = {epoch for epoch, of in pack.items() if name in [*dict(of["members"]), *of["failed"]]}
+    if missing := [epoch for epoch in range(1, epochs + 1) if epoch not in of_it]:
+        raise ReproduceError(
+            f"{name}: with whom it trained in epoch {missing[0]} is not in the log; leave out"
             " --same-pack to train it alone"
         )
-    others = same_pack.companions({epoch: pack[epoch] for epoch in range(1, epochs + 1)}, run.name)
-    gone = [name for name in sorted(others) if not original.log.named(name, run.sweep)]
-    return same_pack.together(pack, run.name, epochs, gone)
+    others = same_pack.companions({epoch: pack[epoch] for epoch in range(1, epochs + 1)}, name)
+    gone = [other for other in sorted(others) if not original.log.named(other, original.run.sweep)]
+    return same_pack.together(pack, name, epochs, gone)
 
 
 def _run(
-    original: OriginalRun,
-    name: str,
-    settings: LoggedSettings,
-    options: Options,
-    home: Path,
-    data: tuple[Path, Path],
+    original: OriginalRun, name: str, settings: LoggedSettings, options: Options, home: Path
 ) -> Run:
     """A run of the schedule as it is trained here; companions get the same images and captions."""
     logged = original.run
     if name != logged.name:
         (logged, *_) = original.log.named(name, logged.sweep)
         settings = _settings(original, logged, options.places)
-    values = {**with_captions(settings.values, *data), "name": f"{name}-{options.kind}"}
-    run = build_run(OmegaConf.create(values), output_dir=home / name, sweep=sweep_name(home))
+    images, captions = home / original_images.IMAGES, home / original_images.CAPTIONS
+    name_here = f"{name}-{options.kind}"
+    run = _built(settings.values, name_here, home, home / name, images, captions)
     run.check()
     tag = PARENT_TAG if options.overrides else REPRODUCES_TAG
     return replace(run, tags={tag: logged.run_id})
+
+
+def _built(
+    values: Mapping[str, Any], name: str, home: Path, folder: Path, images: Path, captions: Path
+) -> Run:
+    """The typed run of logged values, which are resolved."""
+    settings = OmegaConf.create(literal({**with_captions(values, images, captions), "name": name}))
+    return build_run(settings, output_dir=folder, sweep=sweep_name(home))
 
 
 def _check_draw(run: Run, manifest: Mapping[str, Any]) -> None:

@@ -57,6 +57,8 @@ def together(
     begins: dict[str, int] = {}  # in epochs of the run; its own first is 1
     for epoch in range(1, epochs + 1):
         for member, own in pack[epoch]["members"]:
+            if member in gone:
+                continue
             begins.setdefault(member, epoch - own + 1)
     earliest = min(begins.values())
     schedule: list[PackEpoch] = []
@@ -77,7 +79,7 @@ def _present(
     """The runs that begin this epoch, in the pack's order; those that failed in it too."""
     if epoch < 1:  # before the run came: runs that left again before it are not known
         order = [member for member, _ in pack[1]["members"]]
-        return [member for member in order if begins[member] <= epoch]
+        return [member for member in order if begins.get(member, 1) <= epoch]
     members = [member for member, _ in pack[epoch]["members"]]
     broken = [member for member in pack[epoch]["failed"] if member not in members]
     return [*[one for one in before if one in broken], *members] + [

@@ -13,12 +13,16 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, PositiveInt
 
 from lorasweep.core.atomic_write import write_atomically
+from lorasweep.core.foreign_files import parse_shaped
 from lorasweep.models.load_model import Model
 
 log = logging.getLogger(__name__)
@@ -44,6 +48,8 @@ TAGGED = ("lorasweep", "torch", "diffusers", "transformers", "safetensors", "mlf
 """Of these, those whose versions are tags of a run."""
 MAX_DIFF = 1_000_000
 """Bytes of uncommitted changes that are kept."""
+MAX_EPOCH = 1_000_000
+"""Of a companion; more is no epoch, and the schedule of its pack would not end."""
 _PARTS = ("unet", "text_encoder", "vae", "tokenizer", "scheduler")
 _WEIGHTS = re.compile(r"(diffusion_pytorch_model|model)(-\d+-of-\d+)?\.(safetensors|bin)")
 _OTHERS = {".json", ".txt", ".model"}  # configs, and a tokenizer's vocabulary
@@ -243,13 +249,25 @@ def note_companions(
     `members` are (run, its own epoch) in the pack's order, `failed` the runs that failed in it.
     """
     path, epoch = folder / PACK, dict(members)[name]
-    epochs = read_pack(path.read_text() if path.is_file() else None)
+    epochs = read_pack(path.read_text() if path.is_file() else None, path)
     kept = {number: of for number, of in epochs.items() if number < epoch}
     kept[epoch] = {"members": [list(member) for member in members], "failed": sorted(failed)}
     write_atomically(path, json.dumps(kept).encode())
     return path
 
 
-def read_pack(text: str | None) -> dict[int, dict[str, Any]]:
-    """pack.json: epoch of the run -> members, [name, epoch] in the pack's order, and failed."""
-    return {int(epoch): of for epoch, of in json.loads(text or "{}").items()}
+def read_pack(text: str | None, where: str | Path = PACK) -> dict[int, dict[str, Any]]:
+    """pack.json: epoch of the run -> members, [name, epoch] in the pack's order, and failed.
+
+    Raises ForeignFileError, which names it `where`, for a text of another shape.
+    """
+    found = parse_shaped(text or "{}", where, dict[PositiveInt, _PackEpoch])
+    return {int(epoch): of for epoch, of in found.items()}
+
+
+@dataclass(frozen=True)
+class _PackEpoch:
+    """The shape of an epoch in pack.json."""
+
+    members: list[tuple[str, Annotated[int, Field(ge=1, le=MAX_EPOCH)]]]
+    failed: list[str]

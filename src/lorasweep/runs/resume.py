@@ -6,9 +6,9 @@ What goes on there is found by `run_folder.RunFolder` (was this very run begun h
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from lorasweep.core.foreign_files import read_json
 from lorasweep.core.settings import SettingsError
 from lorasweep.runs.run_folder import MULTIRUN, RECORD, is_free, read_record, sweep_name
 
@@ -20,9 +20,9 @@ def find_broken_off(parent: Path, record: str, settings: str) -> Path | None:
     """
     for path in sorted(parent.glob(f"*/{record}"), reverse=True):
         try:
-            found = json.loads(path.read_text())
+            found = read_json(path)
             wanted = found["status"] == "unfinished" and found["settings"] == settings
-        except (ValueError, KeyError, TypeError, OSError):
+        except (ValueError, KeyError, OSError):
             continue  # not ours, or torn: whoever trains there says so
         if wanted and is_free(path.parent):
             return path.parent

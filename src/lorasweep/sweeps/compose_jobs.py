@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lorasweep.config.build_run import build_run, job_identity
 from lorasweep.config.compose import quoted
 from lorasweep.config.error_messages import one_line
+from lorasweep.config.foreign_settings import check_job
 from lorasweep.config.run import Run
 from lorasweep.core.settings import SettingsError
 from lorasweep.judging.metrics import metric
@@ -59,6 +60,7 @@ def _composed(config: DictConfig, loader: Any, overrides: Sequence[str], number:
         composed.hydra.job.num = number
         output_dir = Path(composed.hydra.sweep.dir) / str(composed.hydra.sweep.subdir)
         composed.hydra.runtime.output_dir = str(output_dir.absolute())
+    check_job(composed, composed.hydra)
     run = build_run(own_config(composed), **job_identity(composed.hydra))
     return Job(overrides, composed, run)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 from pydantic import NonNegativeInt, PositiveInt
 
+from lorasweep.config.foreign_settings import check_job
 from lorasweep.config.run import Run
 from lorasweep.config.settings_digest import sweep_digest
 from lorasweep.core.failures import FailureKind, RunError
@@ -68,6 +69,10 @@ def launch(
     Every job's config is checked before the first trains. A job that fails is returned as failed,
     with its reason; the others stand.
     """
+    check_job(config, config.hydra)
+    if not job_overrides:
+        swept = [word for word in config.hydra.overrides.task if "range(" in word]
+        raise SettingsError(f"{' '.join(swept)}: the range is empty")
     read_yaml_once(config_loader)
     pool = open_pool(settings, config.trainer.device)
     with pool.ready(len(job_overrides)) if pool else nullcontext():

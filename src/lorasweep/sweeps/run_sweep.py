@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from lorasweep.config.foreign_settings import check_job
 from lorasweep.config.run import Run
 from lorasweep.core.progress import say
 from lorasweep.runs.run_folder import stoppable, sweep_name
@@ -35,6 +36,7 @@ def sweep(config: DictConfig, config_loader: Any, launcher: Any, arguments: Sequ
     `arguments` are the command line's overrides. Raises SettingsError, in one line and before any
     work, for what is wrong in the sweep; SweepError when too many trials failed.
     """
+    check_job(config, config.hydra)
     read_yaml_once(config_loader)
     found = sweep_file.read_search(config, config_loader, arguments)
     settings = sweep_file.read_study_settings(config, config.hydra.overrides.task)

@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from lorasweep.config.foreign_settings import check_searched
 from lorasweep.core.settings import SettingsError, build
 from lorasweep.sweeps.study.search_space import Choice, Condition, Number, Parameter, Space, Value
 from lorasweep.sweeps.study.study_settings import StudySettings
@@ -34,7 +35,9 @@ def read_search(config: DictConfig, config_loader: Any, arguments: Sequence[str]
     Raises SettingsError for what can't be searched, or if nothing is.
     """
     swept, fixed, plain = _split(config_loader, arguments)
-    parsed = _parsed(config_loader, _file_params(config))
+    lines = _file_params(config)
+    check_searched(lines, config.hydra)
+    parsed = _parsed(config_loader, lines)
     in_file = {_name(one): _parameter(one) for one in parsed}
     asked = {_name(one): _parameter(one) for one in swept}
     conditions = {

@@ -12,9 +12,17 @@ from pydantic import NonNegativeFloat
 from lorasweep.adapters.adapter import Site
 from lorasweep.adapters.unet_blocks import BlockWeights, block_index, joined
 from lorasweep.core.settings import Settings, SettingsError
+from lorasweep.core.text import shown
 
 if TYPE_CHECKING:
     import torch
+
+KNOWN_PACKAGES = {
+    "bitsandbytes": "bitsandbytes",
+    "lion_pytorch": "lion-pytorch",
+    "prodigyopt": "prodigyopt",
+}
+"""The packages of conf/optimizer beside torch, and what pip calls them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,10 +123,13 @@ class Optimizer(Settings):
         try:
             found = getattr(importlib.import_module(module_name or "torch.optim"), name)
         except ImportError:
-            package = module_name.partition(".")[0].replace("_", "-")
+            package = module_name.partition(".")[0]
+            # a name that a stranger's config made up is no package to install
+            known = KNOWN_PACKAGES.get(package)
+            remedy = f"pip install {known}" if known else "install what has it"
             raise SettingsError(
-                f"optimizer.type={self.type}: package {package} is not installed;"
-                f" pip install {package}, or optimizer=adamw"
+                f"optimizer.type={shown(self.type)}: {shown(package)} is not installed; {remedy},"
+                " or take optimizer=adamw"
             ) from None
         except AttributeError:
             found = None

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorasweep.core.atomic_write import write_atomically
+from lorasweep.core.foreign_files import read_json
 from lorasweep.data.dataset import ImageFile
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ class CaptionCache:
 
     def _get(self, sha256: str) -> str | None:
         try:
-            entry = json.loads(self._path(sha256).read_text(encoding="utf-8"))
+            entry = read_json(self._path(sha256))
         except (FileNotFoundError, ValueError):
             return None
         match entry:

@@ -21,6 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lorasweep.core.rng import key_seed
 from lorasweep.core.settings import SettingsError
+from lorasweep.sweeps.study.cmaes_state import load_states_only
 from lorasweep.sweeps.study.optuna_options import build_from_options
 from lorasweep.sweeps.study.search_space import Choice, Parameter, Params, Space, Value, rounded
 from lorasweep.sweeps.study.study_settings import StudySettings
@@ -62,7 +63,9 @@ def make_sampler(settings: StudySettings, space: Space, number: int) -> BaseSamp
         if space.conditions:  # parameters that only some trials have
             own["group"] = own["multivariate"] = True
         own["gamma"] = partial(_num_good, options.pop("gamma", _GOOD_SHARE))
-    if settings.sampler == "cmaes":  # else it learns from the few that are left
+    if settings.sampler == "cmaes":
+        load_states_only()
+        # else it learns from the few that are left
         own["consider_pruned_trials"] = settings.pruner != "none"
     sampler: BaseSampler = build_from_options(kind, "sampler", settings, own, options)
     return sampler
