@@ -134,6 +134,7 @@ def test_offline_lora_as_a_file_names_folder_and_file(base, lora, tmp_path):
     ending = f"offline_lora={str(tmp_path / 'x')!r}, offline_lora_filename='my.safetensors')"
     assert done.lines[-1].endswith(ending)
     assert any("holds its own base" in line for line in done.lines)  # this one's isn't SD1.5
+    assert any("needs peft: pip install peft" in line for line in done.lines)
 
 
 def test_equal_pictures_agree_and_a_lost_lora_does_not(base, lora):
@@ -164,10 +165,11 @@ def test_a_larger_rank_is_advised_only_where_it_is_needed():
     [
         ("merged", ["--rank=4"], "--rank has no effect"),
         ("merged", ["--with=b.safetensors"], "give FILE=WEIGHT"),
-        ("diffusers-lora", ["--strength=0.5"], "need a whole model"),
+        ("merged", ["--strength=much"], "give a number, or numbers by part"),
         ("diffusers-lora", ["--dtype=fp16"], "--dtype has no effect"),
         ("diffusers-lora", ["--out=folder"], r"ends in \.safetensors"),
         ("offline-lora", ["--rank=4"], "--rank has no effect"),
+        ("diffusers-lora", ["--vae=v.safetensors"], "--vae has no effect"),
     ],
 )
 def test_what_has_no_effect_is_refused(to, words, says, lora, capsys):

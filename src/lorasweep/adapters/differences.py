@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+ADDED = frozenset({"diff_b", "w_norm", "b_norm"})
+"""A file's tensors that are plain additions."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class NormStack(FileStack):
     """K differences of a LayerNorm's or GroupNorm's weight and bias."""

@@ -13,6 +13,7 @@ from lorasweep.adapters.kohya_names import every_site
 from lorasweep.adapters.pack import Pack
 from lorasweep.adapters.stack import Stack
 from lorasweep.core.safetensors_header import CheckpointError
+from lorasweep.export.lora_weights import Weight, weight_at
 from lorasweep.lora_files.read_lora_file import LoRAFile, weight_shape
 from lorasweep.models.sdxl import Base
 
@@ -20,15 +21,15 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-Loras = Sequence[tuple[Path, float]]
+Loras = Sequence[tuple[Path, Weight]]
 """LoRA files and the weight of each one's delta; 1 is as trained."""
-Weighted = Sequence[tuple[Pack, float]]
+Weighted = Sequence[tuple[Pack, Weight]]
 """Packs of one adapter each, and the weight of its delta."""
 GIVE_ITS_BASE = "Give the one it was trained on by model=OPTION or model.path=FOLDER"
 
 
 def attachable(
-    base: Base, files: Sequence[tuple[LoRAFile, float]], remedy: str = GIVE_ITS_BASE
+    base: Base, files: Sequence[tuple[LoRAFile, Weight]], remedy: str = GIVE_ITS_BASE
 ) -> Weighted:
     """LoRA files as packs of one on this base. Raises CheckpointError, with a remedy, for a misfit.
 
@@ -65,7 +66,9 @@ def attached(adapters: Weighted) -> Iterator[None]:
     for pack, weight in adapters:
         assert len(pack) == 1, "one adapter a pack"
         for entry in pack.entries:
-            members.setdefault(entry.site.module, []).append((entry.stack, weight))
+            members.setdefault(entry.site.module, []).append(
+                (entry.stack, weight_at(weight, entry.site))
+            )
     handles = [
         module.register_forward_hook(partial(_add_weighted, own)) for module, own in members.items()
     ]
