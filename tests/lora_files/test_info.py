@@ -160,6 +160,15 @@ def test_a_changed_value_shows_in_the_hash(tmp_path):
     assert "CHANGED" in shown(found)
 
 
+def test_a_hash_by_lycoris_own_rule_is_not_checked(described):
+    """An oracle: LyCORIS's own function, of tensors in the order of its modules."""
+    from lycoris.utils import precalculate_safetensors_hashes
+
+    found = described(lora(), {"sshs_model_hash": precalculate_safetensors_hashes(lora())})
+    assert found.intact is None
+    assert "not checked: the file has none by kohya's rule" in shown(found)
+
+
 def test_training_settings_and_data_sets_come_from_kohyas_entries(described):
     metadata = {
         "ss_unet_lr": "0.0001",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from pathlib import Path
 
 from lorasweep.cli.command_line import Commands, add_command, say_lines
@@ -42,10 +43,38 @@ def add_parser(commands: Commands) -> None:
     export.add_argument("--rank", type=int, help="of the approximation, where one is needed")
     export.add_argument("--dtype", choices=PRECISIONS, help="precision (default: the base's)")
     export.add_argument("--vae", help="a VAE's file or folder, for a base without one or instead")
+    export.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="read .ckpt and .pt LoRAs too: only those that you trust, for they can run any code",
+    )
     export.add_argument("--overwrite", action="store_true", help="replace what is there")
 
 
 def _export(arguments: argparse.Namespace) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.allow_pickle:
+            arguments.word = _unpickled(arguments.word, Path(folder, "0"))
+            others = (text.rpartition("=") for text in arguments.others)
+            arguments.others = [
+                f"{_unpickled(file, Path(folder, str(number)))}={weight}"
+                for number, (file, _, weight) in enumerate(others, start=1)
+            ]
+        return _exported(arguments)
+
+
+def _unpickled(word: str, folder: Path) -> str:
+    """The file that stands for a pickled LoRA; any other word as it is."""
+    from lorasweep.lora_files import pickled_lora
+    from lorasweep.models.model_settings import PICKLED
+
+    if Path(word).suffix.lower() not in PICKLED:
+        return word
+    folder.mkdir()
+    return str(pickled_lora.as_safetensors(Path(word), folder))
+
+
+def _exported(arguments: argparse.Namespace) -> int:
     from lorasweep.export import export_lora, find_lora, lora_weights
 
     found = find_lora.find(arguments.word, arguments.overrides, arguments.config_dir)

@@ -50,7 +50,10 @@ class Header:
 def read(path: Path) -> Header:
     """The header of a safetensors file of weights. Raises CheckpointError for a bad one."""
     if path.suffix != ".safetensors":
-        raise CheckpointError(f"{path}: only .safetensors files are read; convert it first")
+        raise CheckpointError(
+            f"{path}: only .safetensors files are read; convert it first (one that you trust by"
+            " lorasweep export FILE --to kohya --allow-pickle)"
+        )
     with _explained(path):
         check_no_pipe(path)
         state = path.stat()

@@ -72,6 +72,8 @@ _BASES = {
 _BLOCK = re.compile(
     r"_(down_blocks|up_blocks|mid_block|input_blocks|middle_block|output_blocks)_(\d+)"
 )
+_KOHYAS_HASH = re.compile("[0-9a-f]{64}")
+"""LyCORIS's own is `0x…`, of the tensors in the order of its modules, which no file keeps."""
 _LDM_LAYERS = 3  # of the original layout's blocks, those that make up one of diffusers'
 
 
@@ -97,7 +99,7 @@ class Info:
     hash: str
     """Of the data, as sshs_model_hash has it."""
     intact: bool | None
-    """Does it equal the file's own sshs_model_hash? None where it has none."""
+    """Does it equal the file's own sshs_model_hash? None where it has none by kohya's rule."""
     norms: Mapping[str, float]
     """Frobenius norm of the change of the weights by block."""
     training: Mapping[str, str]
@@ -122,7 +124,7 @@ def inspect(path: Path) -> Info:
 def described(file: LoRAFile) -> Info:
     """What is to be said of a file that was read."""
     path = file.path
-    stored = file.metadata.get("sshs_model_hash")
+    stored = file.metadata.get("sshs_model_hash", "")
     found = checkpoint.data_hash(path)
     return Info(
         file=path.name,
@@ -136,7 +138,7 @@ def described(file: LoRAFile) -> Info:
         alphas=_counted(_alpha(site) for site in file.sites.values()),
         dtypes=_counted(_dtype(t) for name, t in file.tensors.items() if name[-6:] != ".alpha"),
         hash=found,
-        intact=None if not stored else stored == found,
+        intact=stored == found if _KOHYAS_HASH.fullmatch(stored) else None,
         norms=_norms(file),
         training={
             name: file.metadata[key]
@@ -167,7 +169,7 @@ def _lines(info: Info) -> list[tuple[str, str]]:
     verdict = {
         True: "intact: equals the file's sshs_model_hash",
         False: "CHANGED: differs from the file's sshs_model_hash",
-        None: "the file has none to compare with",
+        None: "not checked: the file has none by kohya's rule",
     }[info.intact]
     fixed = [
         ("file", f"{info.file}, {info.size / 1e6:.1f} MB, {_many(info.dtypes)}"),
