@@ -484,5 +484,5 @@ def test_a_corrupt_record_is_one_line(make_run):
     run = make_run()
     run.output_dir.mkdir(parents=True)
     (run.output_dir / "run.json").write_text("{")
-    with pytest.raises(SettingsError, match=r"run\.json can't be read"):
+    with pytest.raises(SettingsError, match=r"run\.json is not JSON: .*delete the folder"):
         run_folder.read_record(run.output_dir)

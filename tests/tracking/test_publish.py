@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import itertools
 import json
 import multiprocessing
@@ -11,8 +12,9 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -31,6 +33,7 @@ from lorasweep import tracking
 from lorasweep.cli import main
 from lorasweep.tracking import Tracker, TrackingError, outage, publish_thread, records
 from lorasweep.tracking.ledger import unsent_items
+from lorasweep.tracking.store import MlflowStore, client_of
 from lorasweep.tracking.sync import publish_left, unsent
 from lorasweep.tracking.tracker import mark_broken
 
@@ -501,6 +504,79 @@ def test_what_was_deleted_in_mlflow_is_sent_anew_when_the_run_goes_on(
     assert run["artifacts"] == sorted([*unbroken[0]["artifacts"], "sheet.png"])
 
 
+def test_what_a_full_disk_refused_is_sent_when_the_command_is_given_again(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_args: Any, **_kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(publish_thread, "FIRST_PAUSE", 0.0)
+    with pytest.MonkeyPatch.context() as during:
+        during.setattr(MlflowClient, "log_artifact", full)
+        train(root)
+    assert unsent(root) == [root / "a"]
+    with Tracker(SETTINGS, root) as tracker:
+        tracker.publish_left(root / "a")
+    assert unsent(root) == []
+
+
+class _Busy(BaseHTTPRequestHandler):
+    """A server that has too many requests."""
+
+    after: str | None = "7"
+    asked = 0
+
+    def do_GET(self) -> None:
+        type(self).asked += 1
+        self.send_response(429)
+        if self.after is not None:
+            self.send_header("Retry-After", self.after)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_POST = do_GET
+
+    def log_message(self, *_args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def busy() -> Iterator[str]:
+    with HTTPServer(("127.0.0.1", 0), _Busy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("after", "pause"),
+    [("7", 7), ("99999999", outage.LONGEST_ASKED), (None, 0), ("soon", 0), ("-5", 0)],
+)
+def test_a_server_with_too_many_requests_is_left_alone_as_long_as_it_asks(
+    after: str | None, pause: float, busy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_Busy, "after", after)
+    store = MlflowStore(client_of(busy), "1", busy, "e", Path("datasets"))
+    with pytest.raises(MlflowException) as error:
+        store.client.get_experiment("1")
+    with pytest.raises(outage.OutageError) as away:
+        outage.is_refused(error.value, store, "end")
+    assert away.value.pause == pause
+
+
+def test_between_two_tries_a_server_has_the_pause_that_it_asks_for(
+    busy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publish_thread, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(_Busy, "asked", 0)
+    thread = publish_thread.PublishThread(replace(SETTINGS, uri=busy, max_wait_seconds=3), tmp_path)
+    with pytest.raises(TrackingError, match="429"):
+        thread.ready()
+    time.sleep(0.5)
+    thread.abandon()
+    assert _Busy.asked == 2  # to open it, and for the pause
+
+
 def test_another_store_gets_a_whole_run(root: Path, unbroken: list[dict[str, Any]]) -> None:
     """Of which the first store has a part."""
     with Tracker(SETTINGS, root) as tracker:
@@ -635,6 +711,7 @@ def test_secrets_in_uris_reach_neither_mlflow_nor_the_records(root: Path) -> Non
 def test_sync_asks_for_a_password_that_is_kept_nowhere(root: Path) -> None:
     with Tracker(replace(SETTINGS, offline=True, uri=SECRET), root) as tracker:
         tracker.open_run(new_run(root)).finish("FINISHED")
-    with pytest.raises(TrackingError, match=r"give tracking\.uri=") as error:
-        tracking.sync(SETTINGS, root)
-    assert "hunter2" not in str(error.value)
+    (result,) = tracking.sync(SETTINGS, root)
+    assert not result.is_done
+    assert f"give tracking.uri={PUBLIC}, with its password" in result.line()
+    assert "hunter2" not in result.line()

@@ -252,7 +252,7 @@ def test_what_mlflow_refuses_is_said_and_kept_and_the_rest_goes_on(
 ) -> None:
     with Tracker(SETTINGS, store.root) as tracker:
         log = tracker.open_run(new_run(store.root, "unlucky"))
-        log.log_file(store.root / "missing.txt")
+        log.log_file(store.root / "unlucky" / "missing.txt")
         log.tag("after", "it")
         log.finish("FINISHED")
     run = store.client.get_run(run_id(store.root, log.output_dir.name))

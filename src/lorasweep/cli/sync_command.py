@@ -22,4 +22,4 @@ def _sync(arguments: argparse.Namespace) -> int:
     only = arguments.word
     results = tracking.sync(settings, output_root, only, uri_is_given=given)
     say_lines([result.line() for result in results] or ["MLflow has everything."])
-    return 1 if any(result.left or result.refused or result.is_busy for result in results) else 0
+    return 0 if all(result.is_done for result in results) else 1

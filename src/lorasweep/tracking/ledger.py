@@ -8,7 +8,7 @@ of it to send.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lorasweep.tracking.records import (
@@ -84,6 +84,16 @@ def unsent_items(records: RunRecords) -> tuple[list[str], dict[str, str]]:
     left = missing(records, run, ledger)
     refused = {i: why for i, why in ledger.refused.items() if i in left or i == RUN}
     return [item for item in left if item not in refused], refused
+
+
+def retry_refused(records: RunRecords, uri: str | None, experiment: str) -> int:
+    """Let what a store refused be sent again: a full disk may have room. How many items wait."""
+    run = records.run()
+    if run is None:
+        return 0
+    ledger = read_ledger(records.output_dir, run).of_store(uri, experiment)
+    write_ledger(records.output_dir, replace(ledger, refused={}))
+    return len(missing(records, run, ledger))
 
 
 def _state(path: Path) -> str:

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.core.atomic_write import write_atomically
+from lorasweep.core.foreign_files import ForeignFileError, inside, read_json
+from lorasweep.core.text import shown
 from lorasweep.tracking.ledger import END, RUN, STEPS, Ledger, write_ledger
 from lorasweep.tracking.records import (
     CheckpointRecord,
@@ -38,9 +40,16 @@ def convert(records: RunRecords) -> None:
     """Turn what the older version left into records and a ledger, and delete it.
 
     It may be killed at any moment: the run's record is written last, and old files go after it.
+    Raises ForeignFileError for files of another shape, or that name a place out of the folder.
     """
     if records.run() is None and (entries := _readable(records.folder)):
-        _convert(records, entries)
+        try:
+            _convert(records, entries)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise ForeignFileError(
+                f"{records.folder} is not as an older version left it ({type(error).__name__}:"
+                f" {shown(str(error))}); delete it to send nothing of it"
+            ) from None
     for path in _files(records.folder):
         path.unlink()
 
@@ -111,8 +120,9 @@ def _write_epoch(
         key = sample["stem"].partition("+step+")[0].removeprefix("samples~")
         name = f"{state['name']}_e{number:06d}_{key[:2]}.png"
         path = Path("samples") / name
-        if not (records.output_dir / path).is_file():
-            write_atomically(records.output_dir / path, base64.urlsafe_b64decode(sample["png"]))
+        target = inside(records.output_dir, path)
+        if not target.is_file():
+            write_atomically(target, base64.urlsafe_b64decode(sample["png"]))
         pictures[key] = path
     checkpoint = None
     if model is not None:
@@ -153,7 +163,7 @@ def _readable(folder: Path) -> list[dict[str, Any]]:
     found = []
     for path in _files(folder):
         try:
-            found.append({**json.loads(path.read_bytes()), "waits": path.suffix != DONE})
+            found.append({**read_json(path), "waits": path.suffix != DONE})
         except ValueError:
             continue
     return found

@@ -14,10 +14,12 @@ import re
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorasweep.core.foreign_files import ForeignFileError, inside
 from lorasweep.core.text import markdown
 from lorasweep.tracking.ledger import RUN, STEPS, Ledger, missing, read_ledger
 from lorasweep.tracking.outage import is_refused
@@ -275,7 +277,7 @@ class _Sending:
             **self._run_tags,
             CHECKPOINT_TAG: checkpoint.name,
             EPOCH_TAG: str(epoch),
-            PATH_TAG: str((self.records.output_dir / checkpoint.file).resolve()),
+            PATH_TAG: str(self._own(checkpoint.file)),
             **({HASH_TAG: checkpoint.hash} if checkpoint.hash else {}),
         }
         terms = {name: [round(x, 7) for x in of] for name, of in checkpoint.terms.items()}
@@ -304,7 +306,7 @@ class _Sending:
         return sorted(found, key=lambda one: (one.model_id not in linked, one.creation_timestamp))
 
     def _upload(self, checkpoint: CheckpointRecord, model_id: str) -> None:
-        path = (self.records.output_dir / checkpoint.file).resolve()
+        path = self._own(checkpoint.file)
         if not path.is_file():
             log.warning("%s is gone, so MLflow gets no copy of it", path)
             return
@@ -317,7 +319,7 @@ class _Sending:
             return
         with tempfile.TemporaryDirectory() as folder:
             for key, file in record.pictures.items():
-                path, name = self._existing(file).resolve(), _picture_name(record, key)
+                path, name = self._existing(file), _picture_name(record, key)
                 (Path(folder) / f"{name}.png").symlink_to(path)
                 _write_preview(path, Path(folder) / f"{name}+compressed.webp")
             self.store.client.log_artifacts(self._run_id, folder, "images")
@@ -327,10 +329,21 @@ class _Sending:
         self.store.client.log_artifact(self._run_id, str(path), self.run.files[name])
 
     def _existing(self, file: Path) -> Path:
-        path = self.records.output_dir / file
+        path = self._own(file)
         if not path.is_file():
             raise ValueError(f"{path} is gone, so it can't be logged")
         return path
+
+    def _own(self, file: Path) -> Path:
+        """A file that a record names, with all links followed. Raises ForeignFileError.
+
+        The record may be a stranger's, so that it names files of this machine: what lies neither
+        in the run's folder nor with the data sets is not read.
+        """
+        folder = self.records.output_dir
+        with suppress(ForeignFileError):
+            return inside(self.store.datasets, folder / file)
+        return inside(folder, file)
 
     def _send_end(self) -> None:
         assert self.run.end is not None

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lorasweep.core.atomic_write import DiskFullError
 from lorasweep.tracking.ledger import write_ledger
-from lorasweep.tracking.outage import OutageError
+from lorasweep.tracking.outage import OutageError, asked_pause
 from lorasweep.tracking.publish import publish
 from lorasweep.tracking.records import InUseError, RunRecords
 from lorasweep.tracking.store import (
@@ -140,21 +140,24 @@ class PublishThread:
         """Do it, again and again while the store is away, until nothing more is to be sent."""
         pause = FIRST_PAUSE
         while not self._stopped:
+            asked = 0.0
             try:
                 action()
                 return
             except OutageError as outage:
+                asked = outage.pause
                 self._note_trouble(outage.__cause__ or outage)
             except DiskFullError as error:
                 self._note_trouble(error)
-            self._rest(pause)
+            self._rest(pause, asked)
             pause = min(2 * pause, LONGEST_PAUSE)
 
     def _open(self) -> None:
         try:
             store = open_store(self._settings, self._output_root)
         except Exception as error:  # MLflow raises what its plug-ins and drivers raise
-            raise OutageError from error
+            address = self._settings.resolve(self._output_root)
+            raise OutageError(asked_pause(error, address) or 0.0) from error
         with self._change:
             self._store = store
             self._note_progress()
@@ -186,7 +189,7 @@ class PublishThread:
 
     def _note_progress(self) -> None:
         if self._trouble is not None:
-            log.info("MLflow at %s answers again; what waited is sent", self._place)
+            log.info("MLflow at %s answers again", self._place)
         self._trouble, self._progress = None, time.monotonic()
         self._change.notify_all()
 
@@ -203,9 +206,12 @@ class PublishThread:
                 short_reason(trouble),
             )
 
-    def _rest(self, seconds: float) -> None:
-        """Between two tries; the end, when it comes, wants one at once."""
+    def _rest(self, seconds: float, asked: float) -> None:
+        """Between two tries; the end, when it comes, wants one at once, unless a server asked."""
         with self._change:
+            if asked:
+                self._change.wait_for(lambda: self._stopped, timeout=max(seconds, asked))
+                return
             was_closing = self._closing
             self._change.wait_for(
                 lambda: self._stopped or self._closing != was_closing,

@@ -26,6 +26,7 @@ from filelock import FileLock, Timeout
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from lorasweep.core.atomic_write import delete_temporaries, write_atomically
+from lorasweep.core.foreign_files import ForeignFileError, read_bytes
 from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.lora_files.checkpoint import read_metadata
 from lorasweep.tracking.store import TrackingError, public_uri
@@ -267,8 +268,8 @@ def now() -> int:
 
 def _read(path: Path, kind: type[T]) -> T:
     try:
-        return _adapter(kind).validate_json(path.read_bytes())
-    except (ValidationError, OSError):
+        return _adapter(kind).validate_json(read_bytes(path))
+    except (ValidationError, ForeignFileError, OSError):
         raise DamagedRecordError(f"{path} is damaged") from None
 
 

@@ -126,6 +126,8 @@ class MlflowStore:
     uri: str | None
     """As in the settings, without secrets."""
     experiment: str
+    datasets: Path
+    """The written data sets, whose packed images are logged too."""
     run_ids: dict[str, str] = field(default_factory=dict)
     """MLflow's ids of the runs that were found or begun, by our uids."""
     failures: Counter[str] = field(default_factory=Counter)
@@ -162,7 +164,13 @@ def open_store(settings: Tracking, output_root: Path) -> MlflowStore:
         output_root.mkdir(parents=True, exist_ok=True)
         with FileLock(output_root / ".mlflow.lock"):  # two workers can't make the tables at once
             experiment_id = create_store(uri, settings.experiment, artifacts)
-    return MlflowStore(client_of(uri), experiment_id, settings.public_uri, settings.experiment)
+    return MlflowStore(
+        client_of(uri),
+        experiment_id,
+        settings.public_uri,
+        settings.experiment,
+        output_root / "datasets",
+    )
 
 
 def create_store(uri: str, experiment: str, artifacts: Path | None) -> str:

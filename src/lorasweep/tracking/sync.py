@@ -9,8 +9,10 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lorasweep.core.foreign_files import ForeignFileError, refuse_links_out
+from lorasweep.core.text import shown
 from lorasweep.tracking import older_folders
-from lorasweep.tracking.ledger import missing, read_ledger, unsent_items, write_ledger
+from lorasweep.tracking.ledger import retry_refused, unsent_items
 from lorasweep.tracking.publish_thread import PublishThread
 from lorasweep.tracking.records import FOLDER, InUseError, RunRecord, RunRecords
 from lorasweep.tracking.store import Tracking, TrackingError
@@ -32,11 +34,20 @@ class Synced:
     """What MLflow did not take, and why."""
     is_busy: bool = False
     """Another process logs or sends this run."""
+    left_out: str | None = None
+    """Why nothing of it may be sent."""
+
+    @property
+    def is_done(self) -> bool:
+        """Does MLflow have all of it?"""
+        return not (self.left or self.refused or self.is_busy or self.left_out)
 
     def line(self) -> str:
         """For a person."""
         if self.is_busy:
             return f"{self.run}: in use by another process, which sends it ({self.output_dir})"
+        if self.left_out is not None:
+            return f"{self.run}: left out: {self.left_out}"
         parts = [f"{self.sent} writes sent"]
         parts += [f"{self.left} wait"] if self.left else []
         if self.refused:
@@ -55,14 +66,22 @@ def sync(
 ) -> list[Synced]:
     """Publish all that waits below `output_root`, or of one run or folder; what became of each.
 
-    A run goes to the store that it was begun for, unless `uri_is_given`. Raises TrackingError for
-    a store that can't be opened and for a name that nothing has.
+    Runs go to the store of the settings. A folder may be a stranger's: one that was logged
+    elsewhere is sent only if `uri_is_given`, and one with a link out of it not at all. Raises
+    TrackingError for a store that can't be opened and for a name or folder without a run.
     """
-    results = []
-    chosen = _chosen(output_root, only)
-    for place, group in _by_store(chosen, settings, uri_is_given).items():
+    chosen, results = _chosen(output_root, only)
+    by_experiment: dict[Tracking, list[RunRecords]] = {}
+    for records in chosen:
+        try:
+            place = _place(settings, records.run(), uri_is_given)
+        except ValueError as error:
+            results.append(_left_out(records, error))
+        else:
+            by_experiment.setdefault(place, []).append(records)
+    for place, group in by_experiment.items():
         results += _publish_all(place, output_root, group)
-    return results
+    return sorted(results, key=lambda one: one.output_dir)
 
 
 def publish_left(settings: Tracking, output_root: Path, folders: Sequence[Path]) -> None:
@@ -86,23 +105,14 @@ def _publish_all(
         for records in chosen:
             with suppress(InUseError):
                 with records.held(seconds=0):
-                    waiting[records.output_dir] = _retry_refused(records, settings)
+                    waiting[records.output_dir] = retry_refused(
+                        records, settings.public_uri, settings.experiment
+                    )
                 thread.publish(records)
         thread.close()
     finally:
         thread.abandon()
     return [_result(records, waiting.get(records.output_dir)) for records in chosen]
-
-
-def _retry_refused(records: RunRecords, settings: Tracking) -> int:
-    """Let what was refused be sent again; how many items wait for this store."""
-    run = records.run()
-    if run is None:
-        return 0
-    known = read_ledger(records.output_dir, run)
-    ledger = replace(known.of_store(settings.public_uri, settings.experiment), refused={})
-    write_ledger(records.output_dir, ledger)
-    return len(missing(records, run, ledger))
 
 
 def _result(records: RunRecords, before: int | None) -> Synced:
@@ -119,19 +129,40 @@ def _result(records: RunRecords, before: int | None) -> Synced:
     )
 
 
-def _chosen(output_root: Path, only: str | None) -> list[RunRecords]:
-    """What is to be sent, once what an older version left is read."""
+def _left_out(records: RunRecords, why: ValueError) -> Synced:
+    run = records.run()
+    return Synced(
+        run=shown(run.new.name if run else records.output_dir.name),
+        output_dir=records.output_dir,
+        sent=0,
+        left=0,
+        refused={},
+        left_out=shown(str(why), 500),
+    )
+
+
+def _chosen(output_root: Path, only: str | None) -> tuple[list[RunRecords], list[Synced]]:
+    """What is to be sent, once what an older version left is read; and what is left out."""
     root = Path(only).resolve() if only is not None and Path(only).is_dir() else None
-    found = [RunRecords(folder) for folder in _folders(root or output_root)]
-    for records in found:
-        _convert_old(records)
+    found: list[RunRecords] = []
+    left_out: list[Synced] = []
+    for records in map(RunRecords, _folders(root or output_root)):
+        try:
+            refuse_links_out(records.output_dir)  # before anything is written there
+            _convert_old(records)
+            found.append(records)
+        except ForeignFileError as error:
+            left_out.append(_left_out(records, error))
+    if root is not None and not found and not left_out:
+        raise TrackingError(f"{root} is no run's folder, and holds none")
     if only is not None and root is None:
         found = [one for one in found if (run := one.run()) is not None and run.new.name == only]
         if not found:
             raise TrackingError(
                 f"{only}: there is no such folder, and no such run in {output_root}"
             )
-    return sorted((one for one in found if _has_unsent(one)), key=lambda one: one.output_dir)
+        left_out = []
+    return [one for one in found if _has_unsent(one)], left_out
 
 
 def _convert_old(records: RunRecords) -> None:
@@ -141,25 +172,17 @@ def _convert_old(records: RunRecords) -> None:
             older_folders.convert(records)
 
 
-def _by_store(
-    chosen: Sequence[RunRecords], settings: Tracking, uri_is_given: bool
-) -> dict[Tracking, list[RunRecords]]:
-    """The runs by where they go; a store's password is known from the settings only."""
-    found: dict[Tracking, list[RunRecords]] = {}
-    for records in chosen:
-        run = records.run()
-        place = settings if run is None else _place(settings, run, records, uri_is_given)
-        found.setdefault(place, []).append(records)
-    return found
-
-
-def _place(settings: Tracking, run: RunRecord, records: RunRecords, uri_is_given: bool) -> Tracking:
-    uri = settings.uri if uri_is_given or run.uri == settings.public_uri else run.uri
-    if uri is not None and uri != settings.uri and "***" in uri:
-        raise TrackingError(
-            f"{records.output_dir} is logged to {uri}, whose password is kept nowhere: give "
-            "tracking.uri=… to send it"
+def _place(settings: Tracking, run: RunRecord | None, uri_is_given: bool) -> Tracking:
+    """Where a run goes. Raises ValueError if its record names what the settings don't."""
+    if run is None:
+        return settings
+    if not uri_is_given and run.uri not in (None, settings.public_uri):
+        password = ", with its password" if "***" in run.uri else ""
+        raise ValueError(
+            f"it was logged to {run.uri}, which is not tracking.uri here; if it may be sent there,"
+            f" give tracking.uri={run.uri}{password}"
         )
+    uri = settings.uri if uri_is_given or run.uri is not None else None
     return replace(settings, uri=uri, experiment=run.experiment)
 
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lorasweep.lora_files.checkpoint import Checkpoint
 from lorasweep.tracking import older_folders
-from lorasweep.tracking.ledger import STEPS, read_ledger, unsent_items, write_ledger
+from lorasweep.tracking.ledger import STEPS, read_ledger, retry_refused, unsent_items, write_ledger
 from lorasweep.tracking.publish_thread import PublishThread
 from lorasweep.tracking.records import (
     FOLDER,
     CheckpointRecord,
     EpochRecord,
+    InUseError,
     NewRun,
     RunEnd,
     RunRecord,
@@ -104,7 +106,9 @@ class Tracker:
     def publish_left(self, output_dir: Path) -> None:
         """Publish what a run that ended before has left: its process was killed, say."""
         records = RunRecords(output_dir.resolve())
-        if unsent_items(records)[0]:
+        if any(unsent_items(records)):
+            with suppress(InUseError), records.held(seconds=0):
+                retry_refused(records, self._settings.public_uri, self._settings.experiment)
             self._thread.publish(records)
 
     def _publish_leftovers(self, run: RunRecord, output_dir: Path) -> None:
