@@ -16,7 +16,7 @@ from lorasweep.judging.contact_sheet import FILE_NAME as CONTACT_SHEET
 from lorasweep.judging.pick_rule import rank, with_finite_score
 from lorasweep.runs.picked_readme import ChosenBy, readme, value_at
 from lorasweep.tracking import Candidate, Tracking
-from lorasweep.tracking.read_candidates import sweeps
+from lorasweep.tracking.read_candidates import newest_sweep, sweeps
 
 
 class PickError(ValueError):
@@ -90,16 +90,16 @@ def pick(
 
 
 def _find(uri: str, experiment: str, sweep: str | None) -> list[Candidate]:
-    names = sweeps(uri, experiment)
-    if not names:
+    name = sweep or newest_sweep(uri, experiment)
+    if name is None:
         raise PickError(f"experiment {experiment} holds no runs yet: train first")
-    if sweep is not None and sweep not in names:
-        raise PickError(f"there is no sweep {sweep}; there are: {listed(names)}")
-    name = sweep or names[0]
     found = tracking.candidates(uri, experiment, name)
-    if not found:
+    if found:
+        return found
+    names = sweeps(uri, experiment)
+    if name in names:
         raise PickError(f"sweep {name} holds no checkpoint yet; there are: {listed(names)}")
-    return found
+    raise PickError(f"there is no sweep {name}; there are: {listed(names) or 'none yet'}")
 
 
 def _choose(
