@@ -5,7 +5,7 @@ import torch
 from safetensors import safe_open
 
 from lora_tensors import dora, loha, lokr, lora, mixed, tucker
-from lorasweep.adapters.kohya_names import every_site
+from lorasweep.adapters.kohya_names import every_norm, every_site
 from lorasweep.adapters.pack import file_delta
 from lorasweep.adapters.unet_blocks import block_index
 from lorasweep.cli.main import main
@@ -76,6 +76,28 @@ def test_loras_of_any_ranks_are_added_exactly_where_they_meet_and_where_not(base
     assert done.file.metadata["ss_network_dim"] == "Dynamic"
     assert "ss_seed" not in done.file.metadata
     assert "mixed-0.safetensors at 0.7" in done.file.metadata["ss_training_comment"]
+
+
+@pytest.mark.parametrize("rank", [None, 8])
+def test_differences_of_biases_and_norms_are_weighted_and_added_too(rank, base, tmp_path):
+    draw = torch.Generator().manual_seed(0)
+    site = next(one for one in every_site(base.parts).values() if one.bias is not None)
+    norm = next(iter(every_norm(base.parts).values()))
+    files = []
+    for name in ("a", "b"):
+        tensors = {f"{site.key}.{key}": tensor for key, tensor in lora(site, draw).items()}
+        for key, one in (("diff_b", site), ("w_norm", norm), ("b_norm", norm)):
+            shape = one.bias.shape if key != "w_norm" else one.weight.shape
+            tensors[f"{one.key}.{key}"] = torch.randn(shape, generator=draw)
+        checkpoint.write(tmp_path / f"{name}.safetensors", tensors, {})
+        files.append(read(base, tmp_path / f"{name}.safetensors"))
+    one, two = files
+    both = combine(base, [(one, 0.5), (two, -2.0)], rank).file
+    alone = combine(base, [(one, 0.5)], rank).file
+    for name in (f"{site.key}.diff_b", f"{norm.key}.w_norm", f"{norm.key}.b_norm"):
+        expected = 0.5 * one.tensors[name] - 2 * two.tensors[name]
+        assert torch.allclose(both.tensors[name], expected)
+        assert torch.equal(alone.tensors[name], 0.5 * one.tensors[name])
 
 
 def test_a_rank_gives_the_best_approximation_of_the_sum(base, write):

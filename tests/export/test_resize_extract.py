@@ -253,7 +253,7 @@ def tuned(base, original, rank, also=""):
         out, width = before.shape[:2]
         delta = 0.1 * normal(out, rank, seed=number) @ normal(rank, width, seed=number)
         after = before + delta.reshape(before.shape)
-        weights[site.part][whole_model.weight_name(site)] = after
+        weights[site.part][whole_model.parameter_name(site, "weight")] = after
         deltas[site.key] = after - before
     if also:
         weights["unet"][also] = weights["unet"][also] + 1
@@ -299,7 +299,7 @@ def test_what_differs_by_more_than_rounding_is_extracted(base, original, tmp_pat
     rounded = original.cast("bf16")
     weight = rounded.weight_of(site).clone()
     weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(torch.inf, dtype=torch.bfloat16))
-    name = whole_model.weight_name(site)
+    name = whole_model.parameter_name(site, "weight")
     part = {**rounded.weights[site.part], name: weight}
     model = replace(rounded, weights={**rounded.weights, site.part: part})
     for like in (original, rounded):

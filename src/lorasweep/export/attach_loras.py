@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorasweep.adapters.kohya_names import every_site
 from lorasweep.adapters.pack import Pack
 from lorasweep.adapters.stack import Stack
 from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.export.lora_weights import Weight, weight_at
-from lorasweep.lora_files.read_lora_file import LoRAFile
+from lorasweep.lora_files.read_lora_file import LoRAFile, weight_shape
 from lorasweep.models.sdxl import Base
 
 if TYPE_CHECKING:
@@ -38,9 +40,20 @@ def attachable(
         try:
             found.append((Pack.from_files(base.parts, [file.tensors]), weight))
         except CheckpointError as error:
-            question = f"Is it of another base than {base.settings.path}? {remedy}"
-            raise CheckpointError(f"{file.path}: {error}. {question}".rstrip()) from None
+            question = f". Is it of another base than {base.settings.path}? {remedy}"
+            told = question.rstrip() if _is_of_another_width(base, file) else ""
+            raise CheckpointError(f"{file.path}: {error}{told}") from None
     return found
+
+
+def _is_of_another_width(base: Base, file: LoRAFile) -> bool:
+    """Do the shapes of a file that doesn't fit say that it belongs to another base?"""
+    known = every_site(base.parts)
+    shapes = ((key, weight_shape(site)) for key, site in file.sites.items())
+    found = {key: math.prod(shape) for key, shape in shapes if shape is not None}
+    if any(size != known[key].weight.numel() for key, size in found.items() if key in known):
+        return True
+    return file.text_width not in (None, base.unet.config.cross_attention_dim)
 
 
 @contextmanager

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from lorasweep.adapters.kohya_names import every_site
+from lorasweep.adapters.differences import ADDED
+from lorasweep.adapters.kohya_names import every_norm, every_site
 from lorasweep.adapters.pack import file_delta
 from lorasweep.adapters.weight_deltas import Tensors, algorithm, has_magnitude, scale_of
 from lorasweep.core.text import shown
@@ -17,7 +18,7 @@ from lorasweep.export.exported import ExportError
 from lorasweep.export.lora_weights import Weight, weight_at
 from lorasweep.export.picture_check import Canvas
 from lorasweep.export.svd_ranks import has_kernel, metadata
-from lorasweep.lora_files import peft_names
+from lorasweep.lora_files.peft_config import METADATA_KEY
 from lorasweep.lora_files.read_lora_file import LoRAFile
 from lorasweep.models.base_model import Precision
 from lorasweep.models.sdxl import Base
@@ -73,7 +74,7 @@ def combine(
     Modules of weight 0 are left out. Without a `rank` it is exact; raises ExportError for types
     that have no exact sum, and where nothing is left.
     """
-    known = every_site(base.parts)
+    known = every_site(base.parts) | every_norm(base.parts)
     sites: dict[str, Mapping[str, Tensor]] = {}
     kept: dict[str, tuple[float, float]] = {}
     for key in dict.fromkeys(key for file, _ in files for key in file.sites):
@@ -88,16 +89,36 @@ def combine(
         members = [(tensors, weight) for tensors, weight in members if weight != 0]
         if not members:
             continue
+        factors = [(_without_added(tensors), weight) for tensors, weight in members]
+        factors = [(tensors, weight) for tensors, weight in factors if tensors]
+        sites[key] = _added(members)
+        if not factors:
+            continue
         if rank is None:
-            sites[key] = _exact(site, members)
+            own = _exact(site, factors)
         else:
-            sites[key], kept[key] = _approximated(site, members, rank)
+            own, kept[key] = _approximated(site, factors, rank)
+        sites[key] = {**own, **sites[key]}
     if not sites:
         raise ExportError("no module is left: every weight is 0")
     tensors = {f"{key}.{name}": t for key, one in sites.items() for name, t in one.items()}
     file = replace(files[0][0], tensors=tensors, metadata=_metadata(files, sites, rank))
     loss = svd.Loss.of(kept) if rank is not None else None
     return Combined(file, loss, _told(len(files), loss))
+
+
+def _added(members: _Members) -> dict[str, Tensor]:
+    """The weighted sums of differences of biases and norms, fp32."""
+    sums: dict[str, Tensor] = {}
+    for tensors, weight in members:
+        for name in ADDED & tensors.keys():
+            change = weight * tensors[name].float()
+            sums[name] = sums[name] + change if name in sums else change
+    return sums
+
+
+def _without_added(tensors: Tensors) -> Tensors:
+    return {name: tensor for name, tensor in tensors.items() if name not in ADDED}
 
 
 def _exact(site: Site, members: _Members) -> Mapping[str, Tensor]:
@@ -131,7 +152,7 @@ def _scaled(site: Site, tensors: Tensors, weight: float) -> Mapping[str, Tensor]
     kind = algorithm(tensors)
     if kind in ("lora", "loha"):  # the weights keep their bits
         return {**tensors, "alpha": tensors["alpha"].float() * weight}
-    factors = {"lokr": ("lokr_w1", "lokr_w1_a"), "full": ("diff", "diff_b")}.get(kind or "", ())
+    factors = {"lokr": ("lokr_w1", "lokr_w1_a"), "full": ("diff",)}.get(kind or "", ())
     held = [name for name in factors if name in tensors]
     if not held:
         raise ExportError(
@@ -145,8 +166,6 @@ def _approximated(
     site: Site, members: _Members, rank: int
 ) -> tuple[Mapping[str, Tensor], tuple[float, float]]:
     """The best LoRA of `rank`, and the (kept, whole) squared norm of the change."""
-    if any("diff_b" in tensors for tensors, _ in members):
-        raise ExportError(f"{shown(site.key)} changes a bias, which no LoRA can: use --to merged")
     if all(_is_plain(tensors) for tensors, _ in members):
         found = svd.of_product(*_concatenated(members))
     else:
@@ -198,7 +217,7 @@ def _metadata(
 ) -> dict[str, str]:
     """The source's, but for what isn't true any more; of several what is said of the base."""
     first = files[0][0].metadata
-    stale = ("sshs_", peft_names.METADATA_KEY)
+    stale = ("sshs_", METADATA_KEY)
     carried = {key: value for key, value in first.items() if not key.startswith(stale)}
     if len(files) == 1 and files[0][1] == 1 and rank is None:
         return carried

@@ -20,7 +20,8 @@ from lorasweep.export.combine_loras import combine
 from lorasweep.export.diffusers_lora_tensors import REMEDY, How, convert, diffusers_reads
 from lorasweep.export.exported import Exported, ExportError
 from lorasweep.export.picture_check import TOLERANCES, Canvas
-from lorasweep.lora_files import checkpoint, peft_names, read_lora_file
+from lorasweep.lora_files import checkpoint, read_lora_file
+from lorasweep.lora_files.peft_config import METADATA_KEY
 from lorasweep.lora_files.read_lora_file import FACTORED, LoRAFile
 from lorasweep.models.base_model import BaseModel, Precision
 from lorasweep.models.load_model import Model
@@ -180,7 +181,7 @@ def _check_fit(file: LoRAFile, base: Base) -> None:
 
 def _metadata(file: LoRAFile, how: How) -> dict[str, str]:
     """The source's; its description of PEFT's config would contradict the folded scales."""
-    stale = ("sshs_", peft_names.METADATA_KEY)
+    stale = ("sshs_", METADATA_KEY)
     carried = {key: value for key, value in file.metadata.items() if not key.startswith(stale)}
     if how == "as it is":
         return carried

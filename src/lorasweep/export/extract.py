@@ -12,7 +12,7 @@ from lorasweep.adapters.kohya_names import PRESETS, sites
 from lorasweep.core.atomic_write import staged
 from lorasweep.export import diffusers_lora, picture_check, svd, whole_model
 from lorasweep.export.svd_ranks import SvdRanks, has_kernel, metadata
-from lorasweep.export.whole_model import WholeModel, as_base, weight_name
+from lorasweep.export.whole_model import WholeModel, as_base, parameter_name
 from lorasweep.lora_files import checkpoint, read_lora_file
 from lorasweep.models.base_model import BaseModel, Precision, torch_dtype
 from lorasweep.models.model_files import ModelError
@@ -119,7 +119,9 @@ def extract(
     if not kept:
         raise ModelError("the two models have the same weights in all targets: nothing to extract")
     checkpoint.write(target, tensors, _metadata(base, source, metadata(written, ranks.is_fixed)))
-    others = _differing(tuned, original) - {(site.part, weight_name(site)) for site in chosen}
+    others = _differing(tuned, original) - {
+        (site.part, parameter_name(site, "weight")) for site in chosen
+    }
     return Extracted(target, len(kept), len(chosen) - len(kept), len(others), svd.Loss.of(kept))
 
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorasweep.adapters.kohya_names import every_site
+from lorasweep.adapters.differences import bias_delta
+from lorasweep.adapters.kohya_names import every_norm, every_site
 from lorasweep.adapters.pack import file_delta
 from lorasweep.core.atomic_write import staged
 from lorasweep.export import diffusers_folder, module_check, picture_check, read_back, whole_model
@@ -89,22 +90,26 @@ def merge(
 
     `base` is the same model, bare: a DoRA's delta depends on its weights.
     """
-    result, known = model.cast(precision), every_site(base.parts)
+    result, known = model.cast(precision), every_site(base.parts) | every_norm(base.parts)
     weights = {part: dict(tensors) for part, tensors in result.weights.items()}
     changed = {key: known[key] for file, _ in files for key in file.sites}
     for key, site in changed.items():
-        name = whole_model.weight_name(site)
-        total = model.weight_of(site).float()
-        for file, weight in files:
-            if key in file.sites:
-                total = total + weight_at(weight, site) * file_delta(site, file.sites[key])
-        rounded = total.to(weights[site.part][name].dtype)
-        if not bool(rounded.isfinite().all()):
-            raise ExportError(
-                f"{site.key}: the merged weight is too large for {rounded.dtype}; give --dtype fp32"
-                " or bf16"
-            )
-        weights[site.part][name] = rounded
+        own = [(file.sites[key], weight_at(w, site)) for file, w in files if key in file.sites]
+        changes = {"weight": [(file_delta(site, tensors), weight) for tensors, weight in own]}
+        if biases := [(b, weight) for t, weight in own if (b := bias_delta(t)) is not None]:
+            changes["bias"] = biases
+        for parameter, deltas in changes.items():
+            name = whole_model.parameter_name(site, parameter)
+            total = model.weights[site.part][name].float()
+            for delta, weight in deltas:
+                total = total + weight * delta
+            rounded = total.to(weights[site.part][name].dtype)
+            if not bool(rounded.isfinite().all()):
+                raise ExportError(
+                    f"{site.key}: the merged {parameter} is too large for {rounded.dtype}; give"
+                    " --dtype fp32 or bf16"
+                )
+            weights[site.part][name] = rounded
     return replace(result, weights=weights)
 
 

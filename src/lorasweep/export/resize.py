@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from lorasweep.models.sdxl import Base
 
 RESIZABLE = (*FACTORED, "dora", "full")
+CARRIED = ("norm", "bias")
+"""What has no rank, and goes into the new file as it is."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def resize(source: Path, target: Path, ranks: SvdRanks) -> Resized:
     """
     read_lora_file.check_target(target, overwrite=False)
     file = read_lora_file.read(source)
-    unfit = {kind for kind in file.algorithms.values() if kind not in RESIZABLE}
+    unfit = set(file.algorithms.values()) - {*RESIZABLE, *CARRIED}
     if unfit:
         raise CheckpointError(
             f"{source} is of {', '.join(sorted(unfit))}, which has no rank to change"
@@ -99,11 +101,14 @@ def resize(source: Path, target: Path, ranks: SvdRanks) -> Resized:
     kept: dict[str, tuple[float, float]] = {}
     written: Counter[tuple[int, bool]] = Counter()
     for key, site in file.sites.items():
+        if file.algorithms[key] in CARRIED:
+            tensors |= {f"{key}.{name}": tensor for name, tensor in site.items()}
+            continue
         found = svd.spectrum(site)
         shape = file.shape(key)
         own = ranks.of(found, shape)
         new = found.as_lora(own, shape, svd.dtype_of(site), pad=ranks.is_fixed)
-        new |= {name: site[name] for name in site if name == "dora_scale"}
+        new |= {name: site[name] for name in site if name in ("dora_scale", "diff_b")}
         tensors |= {f"{key}.{name}": tensor for name, tensor in new.items()}
         written[new["lora_down.weight"].shape[0], has_kernel(shape)] += 1
         kept[key] = (found.squared(own), found.squared())

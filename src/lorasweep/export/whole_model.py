@@ -97,7 +97,7 @@ class WholeModel:
 
     def weight_of(self, site: Site) -> Tensor:
         """The weight that an adapter of this site changes, as the files hold it."""
-        return self.weights[site.part][weight_name(site)]
+        return self.weights[site.part][parameter_name(site, "weight")]
 
     @cached_property
     def schedule(self) -> dict[str, Any]:
@@ -136,9 +136,9 @@ class WholeModel:
         return lines
 
 
-def weight_name(site: Site) -> str:
-    """The name of a site's weight among its part's tensors."""
-    return f"{prefixed(site.path) if site.part == 'text_encoder' else site.path}.weight"
+def parameter_name(site: Site, parameter: str) -> str:
+    """The name of a site's `weight` or `bias` among its part's tensors."""
+    return f"{prefixed(site.path) if site.part == 'text_encoder' else site.path}.{parameter}"
 
 
 def read(
