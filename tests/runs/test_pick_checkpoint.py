@@ -17,6 +17,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from rich.console import Console
+from safetensors.torch import load_file
 
 from candidates import BY
 from lorasweep import tracking
@@ -249,6 +250,21 @@ def test_of_20000_candidates_one_is_picked_in_seconds_and_little_memory(tmp_path
     print(seconds, megabytes)
     assert seconds < 25, seconds
     assert megabytes < 340, megabytes
+
+
+def test_a_pick_takes_no_other_picks_place_and_its_path_tells_the_sweep(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, upload="none")
+    found = {}
+    for sweep, score in (("first", 0.1), ("second", 0.2), ("first", 0.3)):
+        with Tracker(settings, tmp_path) as tracker:  # the last one trains the first run anew
+            fill(tracker, tmp_path, "same", sweep, [(score, score, 0.1)])
+        file = pick_checkpoint.pick(settings, tmp_path, by=BY, sweep=sweep).folder
+        assert pick_checkpoint.pick(settings, tmp_path, by=BY, sweep=sweep).folder == file
+        found[file.relative_to(tmp_path / "picked").as_posix()] = score
+    assert found == {"first/same-e001": 0.1, "second/same-e001": 0.2, "first/same-e001-2": 0.3}
+    for folder, score in found.items():
+        tensors = load_file(tmp_path / "picked" / folder / "same-e001.safetensors")
+        assert tensors["lora_unet_x.alpha"].item() == pytest.approx(score)
 
 
 def test_what_was_deleted_in_mlflow_is_not_chosen(tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -140,9 +142,10 @@ def _copy_out(
     uri: str, winner: Candidate, output_root: Path, config: _Config, how_to_use: str
 ) -> Path:
     """Put the file, its config and how to use it into a folder of their own, once all are there."""
-    folder = inside(output_root, Path("picked", winner.name))
+    content = tracking.read_checkpoint(uri, winner, output_root)
+    folder = _own_folder(winner, output_root, content)
     files = {
-        f"{winner.name}.safetensors": tracking.read_checkpoint(uri, winner, output_root),
+        f"{winner.name}.safetensors": content,
         "config.yaml": config.text.encode(),
         "README.md": how_to_use.encode(),
     }
@@ -156,6 +159,18 @@ def _copy_out(
         for name in files:  # a link of that name is replaced, not written through
             Path(draft, name).replace(folder / name)
     return folder
+
+
+def _own_folder(winner: Candidate, output_root: Path, content: bytes) -> Path:
+    """`picked/SWEEP/NAME`, with a number if another file was put there before."""
+    sweep = re.sub(r"[^\w-]", "_", winner.sweep)[:100]
+    for number in count(1):
+        name = winner.name if number == 1 else f"{winner.name}-{number}"
+        folder = inside(output_root, Path("picked", sweep, name))
+        file = folder / f"{winner.name}.safetensors"
+        if not folder.exists() or (file.is_file() and file.read_bytes() == content):
+            return folder
+    raise AssertionError("there is always a next number")
 
 
 def _contact_sheet(winner: Candidate, output_root: Path) -> bytes | None:
