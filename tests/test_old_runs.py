@@ -136,6 +136,6 @@ def test_options_that_were_written_of_a_run_train_the_same(home, lorasweep):
 
 def test_pick_chooses_in_an_old_store(home, lorasweep):
     assert f"{EXPECTED['picked']}, picked by" in lorasweep("pick", f"{SEARCH}-{SWEEP}")
-    picked = home / "outputs" / "picked" / EXPECTED["picked"]
+    picked = home / "outputs" / "picked" / f"{SEARCH}-{SWEEP}" / EXPECTED["picked"]
     assert (picked / f"{EXPECTED['picked']}.safetensors").is_file()
     assert (picked / "config.yaml").is_file()

@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 from PIL import Image
 from safetensors.torch import save
 
@@ -17,6 +18,7 @@ from lorasweep.config.compose import compose
 from lorasweep.core.settings import SettingsError
 from lorasweep.runs import doctor, doctor_probes
 from lorasweep.runs.doctor_probes import Finding
+from lorasweep.tracking.store import create_store
 
 DEMO = "experiment=demo"
 NOWHERE = "http://127.0.0.1:9"  # nobody listens on the discard port
@@ -229,6 +231,34 @@ def test_tracking_store_is_not_changed_by_the_write_test(
     found = examined(DEMO, f"tracking.uri='sqlite:///{database}'")["tracking.uri"]
     assert found.text.endswith("can be written")
     assert database.read_bytes() == before
+
+
+def test_a_deleted_experiment_is_a_problem(examined: Examined, tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    client = MlflowClient(uri)
+    override = f"tracking.uri='{uri}'"
+    client.delete_experiment(create_store(uri, "gone", tmp_path))
+    problem = examined.problems(DEMO, override, "tracking.experiment=gone")["tracking.experiment"]
+    assert "was deleted in MLflow" in problem.text
+    assert "restore" in problem.remedy
+    assert "tracking.experiment" not in examined.problems(DEMO, override)
+
+
+def test_mlflows_own_variables_that_are_not_read_are_told(
+    examined: Examined, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variables = {"MLFLOW_TRACKING_URI": "https://m:secret@x", "MLFLOW_EXPERIMENT_NAME": "mine"}
+    for name in variables:
+        monkeypatch.delenv(name, raising=False)
+    assert "tracking" not in examined(DEMO)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+        finding = examined(DEMO)["tracking"]
+        assert f"is not read from {name}, which is set" in finding.text
+        assert f"='${{oc.env:{name}}}'" in finding.remedy
+        assert "secret" not in finding.text + finding.remedy
+    assert "MLFLOW_TRACKING_URI" in examined(DEMO, "tracking.experiment=other")["tracking"].text
+    assert "tracking" not in examined(DEMO, "tracking.experiment=mine", "tracking.uri=null")
 
 
 def test_tracking_server_that_is_down_is_a_problem(examined: Examined) -> None:

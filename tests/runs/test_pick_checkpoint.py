@@ -10,13 +10,14 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 from mlflow import MlflowClient
 from rich.console import Console
+from safetensors.torch import load_file
 
 from candidates import BY
 from lorasweep import tracking
@@ -29,6 +30,14 @@ CONFIG = """\
 model: {path: some/base-model, clip_skip: 2}
 sampling: {prompts: ["a rocket --w 64 --s 9", a house]}
 """
+SETTINGS = Tracking(
+    uri=None,
+    experiment="e",
+    registered_model="style",
+    upload="picked",
+    offline=False,
+    max_wait_seconds=15,
+)
 
 
 @dataclass(frozen=True)
@@ -47,20 +56,12 @@ class Store:
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     root = tmp_path_factory.mktemp("picking")
-    settings = Tracking(
-        uri=None,
-        experiment="e",
-        registered_model="style",
-        upload="picked",
-        offline=False,
-        max_wait_seconds=15,
-    )
     nan = math.nan
-    with Tracker(settings, root) as tracker:
+    with Tracker(SETTINGS, root) as tracker:
         fill(tracker, root, "one", "grid", [(0.9, 0.91, 0.1), (0.71, 0.73, 0.3), (nan, nan, 0.0)])
         fill(tracker, root, "two", "grid", [(0.8, 0.82, 0.2), (0.7, 0.75, 0.6), (math.inf, 1, 0)])
         fill(tracker, root, "alone", None, [(0.5, 0.6, 0.1)])
-    return Store(root, settings, MlflowClient(settings.resolve(root)))
+    return Store(root, SETTINGS, MlflowClient(SETTINGS.resolve(root)))
 
 
 def fill(
@@ -190,15 +191,8 @@ def test_the_table_shows_the_winner_the_ties_and_what_was_left_out(store: Store)
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="not Linux")
 def test_of_20000_candidates_one_is_picked_in_seconds_and_little_memory(tmp_path: Path) -> None:
-    """1,000 runs of 20 epochs; 10 s and 290 MB, of which MLflow's import is 2 s and 230 MB."""
-    settings = Tracking(
-        uri=None,
-        experiment="e",
-        registered_model="style",
-        upload="none",
-        offline=False,
-        max_wait_seconds=15,
-    )
+    """1,000 runs of 20 epochs; 9 s and 290 MB, of which MLflow's import is 1 s and 170 MB."""
+    settings = replace(SETTINGS, upload="none")
     with Tracker(settings, tmp_path) as tracker:
         fill(tracker, tmp_path, "best", "grid", [(0.1, 0.11, 0.1)])
     draw = random.Random(0)
@@ -206,15 +200,26 @@ def test_of_20000_candidates_one_is_picked_in_seconds_and_little_memory(tmp_path
     (best,) = tracking.candidates(uri, "e", "grid")
     base = [draw.uniform(0.3, 1.2) for _ in range(16)]
     with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database, database:
+        (columns,) = zip(
+            *database.execute("SELECT name FROM pragma_table_info('runs')"), strict=True
+        )
+        values = ", ".join("?" if name == "run_uuid" else name for name in columns)
+        for number in range(1000):
+            run = f"{number:032x}"
+            database.execute(
+                f"INSERT INTO runs SELECT {values} FROM runs WHERE run_uuid = ?", (run, best.run_id)
+            )
+            database.execute("INSERT INTO tags VALUES ('lorasweep.sweep', 'grid', ?)", (run,))
+            params = [(f"param{one}", "a value", run) for one in range(150)]
+            database.executemany("INSERT INTO params VALUES (?, ?, ?)", params)
         for number in range(20_000):
             new, name = f"m-{number:032x}", f"big-{number // 20}-e{number % 20:03d}"
             terms = [round(term + 0.1 + draw.gauss(0, 0.05), 7) for term in base]
             tags = {"checkpoint": name, "terms": json.dumps({BY: terms, "val/loss": terms})}
             database.execute(
                 "INSERT INTO logged_models SELECT ?, experiment_id, ?, artifact_location, ?, 1, 2,"
-                " lifecycle_stage, model_type, source_run_id, '' FROM logged_models"
-                " WHERE model_id = ?",
-                (new, name, number, best.model_id),
+                " lifecycle_stage, model_type, ?, '' FROM logged_models WHERE model_id = ?",
+                (new, name, number, f"{number // 20:032x}", best.model_id),
             )
             for key in ("sweep", "run", "epoch", "path", "hash"):
                 tags[key] = {"sweep": "grid", "epoch": "1"}.get(key, str(best.path))
@@ -245,3 +250,57 @@ def test_of_20000_candidates_one_is_picked_in_seconds_and_little_memory(tmp_path
     print(seconds, megabytes)
     assert seconds < 25, seconds
     assert megabytes < 340, megabytes
+
+
+def test_a_pick_takes_no_other_picks_place_and_its_path_tells_the_sweep(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, upload="none")
+    found = {}
+    for sweep, score in (("first", 0.1), ("second", 0.2), ("first", 0.3)):
+        with Tracker(settings, tmp_path) as tracker:  # the last one trains the first run anew
+            fill(tracker, tmp_path, "same", sweep, [(score, score, 0.1)])
+        file = pick_checkpoint.pick(settings, tmp_path, by=BY, sweep=sweep).folder
+        assert pick_checkpoint.pick(settings, tmp_path, by=BY, sweep=sweep).folder == file
+        found[file.relative_to(tmp_path / "picked").as_posix()] = score
+    assert found == {"first/same-e001": 0.1, "second/same-e001": 0.2, "first/same-e001-2": 0.3}
+    for folder, score in found.items():
+        tensors = load_file(tmp_path / "picked" / folder / "same-e001.safetensors")
+        assert tensors["lora_unet_x.alpha"].item() == pytest.approx(score)
+
+
+def test_what_was_deleted_in_mlflow_is_not_chosen(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, upload="none")
+    with Tracker(settings, tmp_path) as tracker:
+        fill(tracker, tmp_path, "good", "s", [(0.1, 0.11, 0.1)])
+        fill(tracker, tmp_path, "fair", "s", [(0.5, 0.51, 0.1)])
+        fill(tracker, tmp_path, "alone", None, [(0.3, 0.31, 0.1)])
+    uri = settings.resolve(tmp_path)
+    client = MlflowClient(uri)
+    by_name = {one.run: one.run_id for one in tracking.candidates(uri, "e")}
+    client.delete_run(by_name["good"])
+    client.delete_run(by_name["alone"])
+    result = pick_checkpoint.pick(settings, tmp_path, by=BY)  # the newest sweep that is there
+    assert [one.run for one in result.ranked] == ["fair"]
+    assert [one.run for one in tracking.candidates(uri, "e")] == ["fair"]
+    with pytest.raises(pick_checkpoint.PickError, match=r"no sweep alone; there are: s$"):
+        pick_checkpoint.pick(settings, tmp_path, by=BY, sweep="alone")
+    client.restore_run(by_name["good"])
+    assert pick_checkpoint.pick(settings, tmp_path, by=BY).winner.run == "good"
+
+
+def test_an_experiment_that_was_renamed_or_deleted_is_said(tmp_path: Path) -> None:
+    with Tracker(SETTINGS, tmp_path) as tracker:
+        fill(tracker, tmp_path, "a", "s", [(0.1, 0.11, 0.1)])
+    client = MlflowClient(SETTINGS.resolve(tmp_path))
+    experiment = client.get_experiment_by_name("e").experiment_id
+    client.rename_experiment(experiment, "renamed")
+    with pytest.raises(tracking.TrackingError, match="there are: renamed"):
+        pick_checkpoint.pick(SETTINGS, tmp_path, by=BY)
+    settings = replace(SETTINGS, experiment="renamed")
+    assert pick_checkpoint.pick(settings, tmp_path, by=BY).winner.run == "a"
+    client.delete_experiment(experiment)
+    said = f"was deleted in MLflow; .*restore -x {experiment}"
+    with pytest.raises(tracking.TrackingError, match=said):
+        pick_checkpoint.pick(settings, tmp_path, by=BY)
+    with pytest.raises(tracking.TrackingError, match=said), Tracker(settings, tmp_path) as tracker:
+        tracker.ready(tmp_path / "b", "other")
+    assert not (tmp_path / "b").exists()

@@ -310,16 +310,23 @@ def test_a_contact_sheet_that_is_a_link_or_no_picture_is_left_out(store: Store) 
 
 def test_nothing_is_written_through_links_of_a_folder(store: Store) -> None:
     store.add("through")
-    picked, name = store.root / "picked", "through-e001"
-    picked.mkdir(exist_ok=True)
+    picked, name = store.root / "picked" / "through", "through-e001"
+    picked.parent.mkdir(exist_ok=True)
+    picked.symlink_to(store.secret)
+    with pytest.raises(ValueError, match=f"{name} lies outside"):
+        store.pick("through")
+    store.assert_kept()
+    picked.unlink()
+    picked.mkdir()
     (picked / name).symlink_to(store.secret)
     with pytest.raises(ValueError, match=f"{name} lies outside"):
         store.pick("through")
     store.assert_kept()
     (picked / name).unlink()
-    (picked / name).mkdir()
+    assert store.pick("through").folder == picked / name
+    (picked / name / "config.yaml").unlink()
     (picked / name / "config.yaml").symlink_to(store.secret / "id_rsa")
-    store.pick("through")
+    assert store.pick("through").folder == picked / name
     store.assert_kept()
     model = tracking.candidates(store.uri, "e", "through")[0].model_id
     stored = store.root / "mlartifacts" / "models" / model / "artifacts" / "README.md"

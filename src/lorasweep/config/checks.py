@@ -134,6 +134,15 @@ def pick_is_by_a_score(run: Run) -> None:
             )
 
 
+def mlflows_variables_are_not_read(run: Run) -> Iterator[str]:
+    """Runs go where the settings say, and not where another project's variables do."""
+    given = {key for key, _ in _overrides(run)}
+    for key, name in _MLFLOW_VARIABLES.items():
+        value = os.environ.get(name)
+        if value and key not in given and value != getattr(run.tracking, key.partition(".")[2]):
+            yield f"{key} is not read from {name}, which is set; give {key}='${{oc.env:{name}}}'"
+
+
 def alpha_is_at_most_the_rank(run: Run) -> Iterator[str]:
     """alpha/rank scales the delta, but for rsLoRA."""
     for prefix in ("", "conv_"):
@@ -177,11 +186,16 @@ CHECKS: tuple[Check, ...] = (
     overrides_choose_one_option,
     overrides_have_an_effect,
     pick_is_by_a_score,
+    mlflows_variables_are_not_read,
     alpha_is_at_most_the_rank,
     learning_rates_are_read,
     saved_factors_are_exact,
 )
 
+_MLFLOW_VARIABLES = {
+    "tracking.uri": "MLFLOW_TRACKING_URI",
+    "tracking.experiment": "MLFLOW_EXPERIMENT_NAME",
+}
 _BUCKETS = ("dataset.min_bucket_reso", "dataset.max_bucket_reso", "dataset.bucket_reso_steps")
 _CONVOLUTIONS = ("adapter.conv_rank", "adapter.conv_alpha")
 _PICTURES = tuple(

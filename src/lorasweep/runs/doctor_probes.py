@@ -31,7 +31,7 @@ from lorasweep.data import dataset
 from lorasweep.models.base_model import PRECISIONS, Precision, torch_dtype
 from lorasweep.models.devices import choose_devices, resolve_device
 from lorasweep.runs.provenance import hub_copy
-from lorasweep.tracking.store import public_uri, sqlite_path
+from lorasweep.tracking.store import TrackingError, check_experiment, public_uri, sqlite_path
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -343,18 +343,29 @@ def tracking_store(run: Run) -> Finding:
     uri = run.tracking.resolve(run.output_root)
     database = sqlite_path(uri)
     if database is not None:
-        return _sqlite(database)
+        found = _sqlite(database)
+        return found if found.level == "problem" else _deleted_experiment(run, uri) or found
     if urlsplit(uri).scheme not in ("http", "https"):
         text = f"{public_uri(uri)}: a database server, not tried"
         return Finding("tracking.uri", text, "warning")
     answer = _answer(f"{uri.rstrip('/')}/health")
     if answer == 200:
-        return Finding("tracking.uri", f"{public_uri(uri)} answers")
+        found = Finding("tracking.uri", f"{public_uri(uri)} answers")
+        return _deleted_experiment(run, uri) or found
     remedy = "start the server, or tracking.uri=null for a file under output_root"
     if isinstance(answer, int):
         text = f"{public_uri(uri)} answers with HTTP status {answer}"
         return Finding("tracking.uri", text, "warning", "is it an MLflow server, and yours to use?")
     return Finding("tracking.uri", f"{public_uri(uri)}: {answer}", "problem", remedy)
+
+
+def _deleted_experiment(run: Run, uri: str) -> Finding | None:
+    """A line if the experiment was deleted in MLflow, or the store can't be opened."""
+    try:
+        check_experiment(uri, run.tracking.experiment)
+    except TrackingError as error:
+        return problem_of("tracking.experiment", error)
+    return None
 
 
 def _sqlite(database: Path) -> Finding:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from lorasweep.judging.contact_sheet import FILE_NAME as CONTACT_SHEET
 from lorasweep.judging.pick_rule import rank, with_finite_score
 from lorasweep.runs.picked_readme import ChosenBy, readme, value_at
 from lorasweep.tracking import Candidate, Tracking
-from lorasweep.tracking.read_candidates import sweeps
+from lorasweep.tracking.read_candidates import newest_sweep, sweeps
 
 
 class PickError(ValueError):
@@ -90,16 +92,16 @@ def pick(
 
 
 def _find(uri: str, experiment: str, sweep: str | None) -> list[Candidate]:
-    names = sweeps(uri, experiment)
-    if not names:
+    name = sweep or newest_sweep(uri, experiment)
+    if name is None:
         raise PickError(f"experiment {experiment} holds no runs yet: train first")
-    if sweep is not None and sweep not in names:
-        raise PickError(f"there is no sweep {sweep}; there are: {listed(names)}")
-    name = sweep or names[0]
     found = tracking.candidates(uri, experiment, name)
-    if not found:
+    if found:
+        return found
+    names = sweeps(uri, experiment)
+    if name in names:
         raise PickError(f"sweep {name} holds no checkpoint yet; there are: {listed(names)}")
-    return found
+    raise PickError(f"there is no sweep {name}; there are: {listed(names) or 'none yet'}")
 
 
 def _choose(
@@ -140,9 +142,10 @@ def _copy_out(
     uri: str, winner: Candidate, output_root: Path, config: _Config, how_to_use: str
 ) -> Path:
     """Put the file, its config and how to use it into a folder of their own, once all are there."""
-    folder = inside(output_root, Path("picked", winner.name))
+    content = tracking.read_checkpoint(uri, winner, output_root)
+    folder = _own_folder(winner, output_root, content)
     files = {
-        f"{winner.name}.safetensors": tracking.read_checkpoint(uri, winner, output_root),
+        f"{winner.name}.safetensors": content,
         "config.yaml": config.text.encode(),
         "README.md": how_to_use.encode(),
     }
@@ -156,6 +159,18 @@ def _copy_out(
         for name in files:  # a link of that name is replaced, not written through
             Path(draft, name).replace(folder / name)
     return folder
+
+
+def _own_folder(winner: Candidate, output_root: Path, content: bytes) -> Path:
+    """`picked/SWEEP/NAME`, with a number if another file was put there before."""
+    sweep = re.sub(r"[^\w-]", "_", winner.sweep)[:100]
+    for number in count(1):
+        name = winner.name if number == 1 else f"{winner.name}-{number}"
+        folder = inside(output_root, Path("picked", sweep, name))
+        file = folder / f"{winner.name}.safetensors"
+        if not folder.exists() or (file.is_file() and file.read_bytes() == content):
+            return folder
+    raise AssertionError("there is always a next number")
 
 
 def _contact_sheet(winner: Candidate, output_root: Path) -> bytes | None:

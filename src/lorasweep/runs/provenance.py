@@ -5,6 +5,7 @@ It is kept with the run as `origin.json`, so that `lorasweep reproduce` can say 
 
 from __future__ import annotations
 
+import getpass
 import hashlib
 import json
 import logging
@@ -88,13 +89,15 @@ def versions() -> dict[str, str]:
 
 
 def source_tags() -> dict[str, str]:
-    """Tags of versions and git commit, the latter under MLflow's own names."""
+    """Tags of versions, user and git commit, the latter two under MLflow's own names."""
     known = versions()
     tags = {f"version.{name}": known[name] for name in ("python", *TAGGED) if name in known}
     for one in sources():
         if one["what"] == "lorasweep":
             tags["mlflow.source.git.commit"] = one["commit"]
             tags["mlflow.source.git.dirty"] = str(one["dirty"]).lower()
+    with suppress(KeyError, OSError, ImportError):  # a number without a name, as in containers
+        tags["mlflow.user"] = getpass.getuser()
     return tags
 
 

@@ -30,8 +30,9 @@ from lorasweep.tracking.store import (
     TrackingError,
     client_of,
     each_model,
+    each_run,
+    newest_run,
     open_experiment,
-    search_runs,
     tagged,
 )
 
@@ -71,17 +72,28 @@ class _BrokenEntryError(ValueError):
 def sweeps(uri: str, experiment: str) -> list[str]:
     """Names of the sweeps, newest first. A run outside any sweep is one under its own name."""
     client, experiment_id = open_experiment(uri, experiment)
-    runs = search_runs(client, experiment_id)
-    tags = (run.data.tags.get(SWEEP_TAG) for run in runs)
+    tags = (run.data.tags.get(SWEEP_TAG) for run in each_run(client, experiment_id))
     return list(dict.fromkeys(tag for tag in tags if tag))  # each once, in order
+
+
+def newest_sweep(uri: str, experiment: str) -> str | None:
+    """The first of `sweeps`, for which the others need not be read."""
+    run = newest_run(*open_experiment(uri, experiment), f"tags.`{SWEEP_TAG}` != ''")
+    return None if run is None else run.data.tags[SWEEP_TAG]
 
 
 def candidates(
     uri: str, experiment: str, sweep: str | None = None, run: str | None = None
 ) -> list[Candidate]:
-    """All scored checkpoints of the experiment, or of one sweep or run, in the order written."""
+    """All scored checkpoints of the experiment, or of one sweep or run, in the order written.
+
+    Those of runs that somebody has deleted in MLflow, which keeps the checkpoints, are left out.
+    """
     client, experiment_id = open_experiment(uri, experiment)
-    return search_candidates(client, experiment_id, tagged({SWEEP_TAG: sweep, RUN_TAG: run}))
+    where = tagged({SWEEP_TAG: sweep, RUN_TAG: run})
+    deleted = {one.info.run_id for one in each_run(client, experiment_id, where, deleted=True)}
+    found = search_candidates(client, experiment_id, where)
+    return [one for one in found if one.run_id not in deleted]
 
 
 def search_candidates(client: MlflowClient, experiment_id: str, where: str) -> list[Candidate]:

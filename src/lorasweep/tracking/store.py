@@ -19,11 +19,11 @@ from pydantic import PositiveFloat
 
 from lorasweep.core.atomic_write import write_atomically
 from lorasweep.core.settings import Settings
-from lorasweep.core.text import shown
+from lorasweep.core.text import listed, shown
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import LoggedModel
+    from mlflow.entities import Experiment, LoggedModel
     from mlflow.entities import Run as MlflowRun
 
 
@@ -46,6 +46,7 @@ NOTE_TAG = "mlflow.note.content"  # MLflow shows it above a run
 MAX_PARAM = 6000  # characters, MLflow's limits
 MAX_TAG = 8000
 MAX_KEY = 250
+RUNS_A_PAGE = 200  # each has some hundred params
 MODELS_A_PAGE = 800  # MLflow's 100 take twice the time
 MAX_EXPERIMENT = 500
 MAX_REGISTERED_MODEL = 256
@@ -209,8 +210,48 @@ def open_experiment(uri: str, experiment: str) -> tuple[MlflowClient, str]:
     client = client_of(uri)
     found = client.get_experiment_by_name(experiment)
     if found is None:
-        raise TrackingError(missing)
+        others = [one.name for one in client.search_experiments() if one.name != "Default"]
+        there = f"; or give tracking.experiment=NAME, there are: {listed(others)}" if others else ""
+        raise TrackingError(f"{missing}{there}")
+    _check_is_there(found)
     return client, str(found.experiment_id)
+
+
+def check_experiment(uri: str, experiment: str) -> None:
+    """Raise TrackingError if somebody has deleted the experiment; nothing is made or changed.
+
+    A store that doesn't say is left to those who open it.
+    """
+    from mlflow.exceptions import MlflowException
+
+    database = sqlite_path(uri)
+    if database is not None and not _has_experiments(database):
+        return  # MLflow would make its tables there
+    try:
+        found = client_of(uri).get_experiment_by_name(experiment)
+    except MlflowException:
+        return
+    if found is not None:
+        _check_is_there(found)
+
+
+def _has_experiments(database: Path) -> bool:
+    import sqlite3
+
+    if not database.is_file():
+        return False
+    with closing(sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True)) as opened:
+        tables = opened.execute("SELECT 1 FROM sqlite_master WHERE name = 'experiments'")
+        return tables.fetchone() is not None
+
+
+def _check_is_there(experiment: Experiment) -> None:
+    if experiment.lifecycle_stage != "active":
+        raise TrackingError(
+            f"tracking.experiment={shown(experiment.name)} was deleted in MLflow; give another"
+            f" name, or restore it: `mlflow experiments restore -x {experiment.experiment_id}` with"
+            " MLFLOW_TRACKING_URI set to the store"
+        )
 
 
 def _check_file(database: Path | None) -> None:
@@ -294,15 +335,39 @@ def safe_key(key: str) -> str:
     return re.sub(r"[^\w\-. /]", "_", key).strip("/")[:MAX_KEY]
 
 
-def search_runs(client: MlflowClient, experiment_id: str, where: str = "") -> list[MlflowRun]:
-    """The runs of an experiment that fit MLflow's filter, newest first; all if it is empty."""
-    return list(
-        _all_pages(
-            lambda token: client.search_runs(
-                [experiment_id], where, order_by=["attributes.start_time DESC"], page_token=token
-            )
+def search_runs(
+    client: MlflowClient, experiment_id: str, where: str = "", *, deleted: bool = False
+) -> list[MlflowRun]:
+    """The runs of an experiment that fit MLflow's filter, newest first; all if it is empty.
+
+    Those that are there, or with `deleted` those that somebody has deleted in MLflow.
+    """
+    return list(each_run(client, experiment_id, where, deleted=deleted))
+
+
+def each_run(
+    client: MlflowClient, experiment_id: str, where: str = "", *, deleted: bool = False
+) -> Iterator[MlflowRun]:
+    """The runs of `search_runs`, of which only some are in memory at a time."""
+    from mlflow.entities import ViewType
+
+    return _all_pages(
+        lambda token: client.search_runs(
+            [experiment_id],
+            where,
+            ViewType.DELETED_ONLY if deleted else ViewType.ACTIVE_ONLY,
+            max_results=RUNS_A_PAGE,
+            order_by=["attributes.start_time DESC"],
+            page_token=token,
         )
     )
+
+
+def newest_run(client: MlflowClient, experiment_id: str, where: str) -> MlflowRun | None:
+    """The newest run that fits MLflow's filter; the others are not read."""
+    order = ["attributes.start_time DESC"]
+    found = client.search_runs([experiment_id], where, max_results=1, order_by=order)
+    return found[0] if found else None
 
 
 def search_models(client: MlflowClient, experiment_id: str, where: str = "") -> list[LoggedModel]:
@@ -387,6 +452,8 @@ def _ensure_experiment(uri: str, name: str, artifacts: Path | None) -> str:
     location = artifacts.as_uri() if artifacts else None
     try:
         found = client.get_experiment_by_name(name)
+        if found is not None:
+            _check_is_there(found)
         return str(found.experiment_id if found else client.create_experiment(name, location))
     except MlflowException as error:
         if error.error_code == "RESOURCE_ALREADY_EXISTS":  # made by another process just now
