@@ -100,6 +100,17 @@ def test_a_peft_folder_merges_as_peft_merges_it(name, base, unet, tmp_path):
     assert not differing(merged(base, path), theirs)
 
 
+@pytest.mark.parametrize(
+    ("option", "count"), [({"bias": "lora_only"}, 34), ({"modules_to_save": ["conv_in"]}, 2)]
+)
+def test_weights_that_peft_would_put_in_place_of_the_bases_are_told(
+    option, count, base, unet, tmp_path
+):
+    path, _ = saved(unet, lora(**option), tmp_path)
+    found = read_lora_file.read(path, base)
+    assert found.left_out == {"weights that would stand in place of the base's": count}
+
+
 @pytest.mark.parametrize("names", [("to_k", "0.attn2.to_k"), ("0.attn2.to_k", "to_k")])
 def test_the_first_pattern_in_the_files_order_counts(names, base, unet, tmp_path):
     path, _ = saved(unet, lora(), tmp_path)
