@@ -20,7 +20,9 @@ from lorasweep.models.sdxl import Base, SDXLModel
 if TYPE_CHECKING:
     from torch import Tensor
 
-_OF_AN_ADAPTER = re.compile(r"\.(lora|hada|lokr|oft|boft|vera)_\w+(\.|$)")
+_OF_AN_ADAPTER = re.compile(
+    r"\.(lora|hada|lokr|oft|boft|vera)_\w+(\.|$)|\.(scale|scalar)$"  # factors of old LyCORIS
+)
 _SDXL = re.compile(r"transformer_blocks_[1-9]|label_emb_|add_embedding_")
 _UNKNOWN = "tensors of unknown names"
 _WHOLE = "weights that would stand in place of the base's"  # PEFT's bias and modules_to_save
