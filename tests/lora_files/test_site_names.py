@@ -276,6 +276,15 @@ FAMILIES = {
     "transformer.transformer_blocks.0.img_mlp.net.0.proj": "Qwen-Image",
     "lora_prior_unet_down_blocks_0_attn_to_q": "Stable Cascade",
     "transformer.transformer_blocks.0.attn1.to_q": "a diffusion transformer",
+    "diffusion_model.transformer_blocks.0.attn1.to_q": "a diffusion transformer",  # LTX
+    "lora_unet_blocks_0_attn1_Wqkv": "a diffusion transformer",  # Hunyuan DiT
+    "lora_unet_blocks_0_self_attn_q_proj": "a diffusion transformer",  # Cosmos
+    "transformer.joint_transformer_blocks.0.attn.to_q": "AuraFlow",
+    "diffusion_model.double_stream_blocks.0.block.attn1.to_q": "HiDream",
+    "unet.down_blocks.0.motion_modules.0.transformer_blocks.0.attn1.to_q": "AnimateDiff",
+    "base_model.model.model.layers.0.self_attn.q_proj": "a language model",
+    "base_model.model.model.decoder.layers.0.self_attn.q_proj": "a language model",
+    "lora_te3_encoder_block_0_layer_0_SelfAttention_q": "Stable Diffusion 3 or Flux",
 }
 
 
@@ -287,8 +296,10 @@ def test_other_families_are_called_by_their_name(name, tmp_path):
         read_lora_file.read(tmp_path / "a.safetensors")
 
 
-def test_flux_without_its_single_blocks_is_told_from_sd3_by_its_width(tmp_path):
+def test_of_attention_alone_widths_and_blocks_tell_flux_sd3_and_qwen_apart(tmp_path):
     name = "transformer.transformer_blocks.0.attn.to_q"
+    last = "transformer.transformer_blocks.59.attn.to_q"
+    assert described(one(last, width=3072), tmp_path).base == "Qwen-Image"
     assert described(one(name, width=3072), tmp_path).base == "Flux"
     assert described(one(name, width=1536), tmp_path).base == "Stable Diffusion 3"
 
