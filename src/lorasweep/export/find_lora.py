@@ -112,6 +112,7 @@ def _of_run(
     path = tracking.local_file(chosen, output_root)
     if path is None:
         path = output_root / "exports" / chosen.path.name
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, tracking.read_checkpoint(uri, chosen, output_root))
     lines = [shown(f"{chosen.name} of sweep {chosen.sweep}, {why}: {path}", 1000)]
     return path, lines, base

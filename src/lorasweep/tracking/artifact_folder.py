@@ -77,6 +77,8 @@ class ArtifactFolder:
     def add(self, path: Path) -> None:
         """Add a file, or the files that lie in a folder."""
         files = sorted(path.iterdir()) if path.is_dir() else [path]
+        if self._local is not None:
+            self._local.mkdir(parents=True, exist_ok=True)
         for file in files:
             if self._local is None:
                 self._files.log_artifact(str(file))
