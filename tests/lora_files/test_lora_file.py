@@ -96,6 +96,10 @@ HOSTILE = {
         content({**WHOLE, f"{KEY}.lora_E": entry([1], 60, 64)}, DATA + DATA[:4]),
         "lora_E is of no type that is read",
     ),
+    "a factor of old LyCORIS": (
+        content({**WHOLE, f"{KEY}.scalar": entry([], 60, 64)}, DATA + DATA[:4]),
+        "without scalar the others can't be right",
+    ),
     "a neighbour of another type": (
         content({**WHOLE, f"{KEY}.hada_w1_a": entry([1], 60, 64)}, DATA + DATA[:4]),
         "hada_w1_a belongs to no lora",

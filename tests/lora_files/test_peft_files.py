@@ -13,6 +13,7 @@ from lorasweep.adapters.kohya_names import every_site
 from lorasweep.adapters.pack import check_fit, file_delta
 from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.lora_files import read_lora_file
+from lorasweep.lora_files.pickled_lora import as_safetensors
 
 peft = pytest.importorskip("peft")
 
@@ -98,6 +99,17 @@ def test_a_peft_folder_merges_as_peft_merges_it(name, base, unet, tmp_path):
     path, theirs = saved(unet, CONFIGS[name], tmp_path)
     assert len(differing(unet.state_dict(), theirs)) > 20
     assert not differing(merged(base, path), theirs)
+
+
+@pytest.mark.parametrize(
+    ("option", "count"), [({"bias": "lora_only"}, 34), ({"modules_to_save": ["conv_in"]}, 2)]
+)
+def test_weights_that_peft_would_put_in_place_of_the_bases_are_told(
+    option, count, base, unet, tmp_path
+):
+    path, _ = saved(unet, lora(**option), tmp_path)
+    found = read_lora_file.read(path, base)
+    assert found.left_out == {"weights that would stand in place of the base's": count}
 
 
 @pytest.mark.parametrize("names", [("to_k", "0.attn2.to_k"), ("0.attn2.to_k", "to_k")])
@@ -216,9 +228,19 @@ def test_a_lokr_of_whole_factors_is_merged_with_scale_1(has_alpha, base, tmp_pat
     assert torch.allclose(ours, lycoris(x), atol=1e-4)
 
 
-def test_a_file_of_pefts_without_its_config_has_the_rank_for_alpha(base, unet, tmp_path):
+def test_a_pickled_adapter_keeps_its_config(base, unet, tmp_path):
+    """adapter_model.bin, as PEFT saved before safetensors."""
+    path, theirs = saved(unet, CONFIGS["rsLoRA with patterns"], tmp_path)
+    torch.save(load_file(path), tmp_path / "adapter_model.bin")
+    (tmp_path / "converted").mkdir()
+    converted = as_safetensors(tmp_path / "adapter_model.bin", tmp_path / "converted")
+    assert not differing(merged(base, converted), theirs)
+
+
+def test_a_file_of_pefts_without_its_config_has_the_rank_for_alpha(base, unet, tmp_path, caplog):
     """As diffusers takes it; PEFT itself loads nothing without a config."""
     path, _ = saved(unet, lora(), tmp_path)
     save_file(load_file(path), tmp_path / "alone.safetensors")
     found = read_lora_file.read(tmp_path / "alone.safetensors", base)
     assert {float(site["alpha"]) for site in found.sites.values()} == {4.0}
+    assert "no adapter_config.json beside it says alpha" in caplog.text

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from lora_tensors import dora, lora
 from lorasweep.adapters.kohya_names import every_site, sites
 from lorasweep.core.safetensors_header import CheckpointError
-from lorasweep.export.attach_loras import attachable
+from lorasweep.export.attach_loras import attachable, attached
+from lorasweep.export.picture_check import pipeline_of
 from lorasweep.export.whole_model import read as read_model
 from lorasweep.lora_files import info, read_lora_file
 from lorasweep.lora_files.peft_names import peft_path, to_peft
@@ -167,6 +168,54 @@ def test_a_renamed_file_is_the_same_adapter(rename, make, base, tmp_path):
     assert found.left_out == {}
 
 
+def as_diffusers_once_saved(tensors, base):
+    """unet.….lora.down.weight, and of the text encoder lora_linear_layer."""
+    found = {}
+    for name, tensor in to_peft(tensors).items():
+        layer = "lora" if name.startswith("unet") else "lora_linear_layer"
+        old = name.replace("lora_A", f"{layer}.down").replace("lora_B", f"{layer}.up")
+        found[old] = tensor
+    return found
+
+
+def as_peft_in_diffusers(tensors, base):
+    return to_peft(tensors)
+
+
+def predicted(unet, embeds):
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return unet(latents, torch.tensor([500]), embeds).sample
+
+
+@pytest.mark.parametrize(
+    "rename", [as_kohya, by_diffusers, as_peft_in_diffusers, as_diffusers_once_saved]
+)
+def test_what_diffusers_loads_is_read_as_diffusers_reads_it(rename, base, tmp_path):
+    """An oracle: diffusers' load_lora_weights on the file, its prediction with both parts."""
+    draw = torch.Generator().manual_seed(0)
+    tensors = {
+        f"{site.key}.{role}": tensor
+        for site in sites(base.parts, "attn-mlp")
+        for role, tensor in lora(site, draw, alpha=4.0).items()
+    }
+    save_file(rename(tensors, base), tmp_path / "a.safetensors")
+    found = read_lora_file.read(tmp_path / "a.safetensors", base)
+    with attached(attachable(base, [(found, 1.0)])), torch.no_grad():
+        ours = predicted(base.unet, base.encode_prompt(["a fox"]))
+    pipeline = pipeline_of(base)
+    pipeline.load_lora_weights(str(tmp_path), weight_name="a.safetensors", use_safetensors=True)
+    try:
+        with torch.no_grad():
+            theirs = predicted(base.unet, base.encode_prompt(["a fox"]))
+    finally:
+        pipeline.unload_lora_weights()
+    with torch.no_grad():
+        bare = predicted(base.unet, base.encode_prompt(["a fox"]))
+    assert float((theirs - bare).norm() / bare.norm()) > 0.1
+    assert torch.allclose(ours, theirs, atol=1e-4)
+
+
 def one(name, rank=2, width=768, out=4):
     return {
         f"{name}.lora_down.weight": torch.ones(rank, width),
@@ -227,6 +276,15 @@ FAMILIES = {
     "transformer.transformer_blocks.0.img_mlp.net.0.proj": "Qwen-Image",
     "lora_prior_unet_down_blocks_0_attn_to_q": "Stable Cascade",
     "transformer.transformer_blocks.0.attn1.to_q": "a diffusion transformer",
+    "diffusion_model.transformer_blocks.0.attn1.to_q": "a diffusion transformer",  # LTX
+    "lora_unet_blocks_0_attn1_Wqkv": "a diffusion transformer",  # Hunyuan DiT
+    "lora_unet_blocks_0_self_attn_q_proj": "a diffusion transformer",  # Cosmos
+    "transformer.joint_transformer_blocks.0.attn.to_q": "AuraFlow",
+    "diffusion_model.double_stream_blocks.0.block.attn1.to_q": "HiDream",
+    "unet.down_blocks.0.motion_modules.0.transformer_blocks.0.attn1.to_q": "AnimateDiff",
+    "base_model.model.model.layers.0.self_attn.q_proj": "a language model",
+    "base_model.model.model.decoder.layers.0.self_attn.q_proj": "a language model",
+    "lora_te3_encoder_block_0_layer_0_SelfAttention_q": "Stable Diffusion 3 or Flux",
 }
 
 
@@ -238,8 +296,10 @@ def test_other_families_are_called_by_their_name(name, tmp_path):
         read_lora_file.read(tmp_path / "a.safetensors")
 
 
-def test_flux_without_its_single_blocks_is_told_from_sd3_by_its_width(tmp_path):
+def test_of_attention_alone_widths_and_blocks_tell_flux_sd3_and_qwen_apart(tmp_path):
     name = "transformer.transformer_blocks.0.attn.to_q"
+    last = "transformer.transformer_blocks.59.attn.to_q"
+    assert described(one(last, width=3072), tmp_path).base == "Qwen-Image"
     assert described(one(name, width=3072), tmp_path).base == "Flux"
     assert described(one(name, width=1536), tmp_path).base == "Stable Diffusion 3"
 

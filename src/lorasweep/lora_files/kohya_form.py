@@ -20,8 +20,12 @@ from lorasweep.models.sdxl import Base, SDXLModel
 if TYPE_CHECKING:
     from torch import Tensor
 
-_OF_AN_ADAPTER = re.compile(r"\.(lora|hada|lokr|oft|boft|vera)_\w+(\.|$)")
+_OF_AN_ADAPTER = re.compile(
+    r"\.(lora|hada|lokr|oft|boft|vera)_\w+(\.|$)|\.(scale|scalar)$"  # factors of old LyCORIS
+)
 _SDXL = re.compile(r"transformer_blocks_[1-9]|label_emb_|add_embedding_")
+_UNKNOWN = "tensors of unknown names"
+_WHOLE = "weights that would stand in place of the base's"  # PEFT's bias and modules_to_save
 _EMBEDDINGS = ("token_embedding", "position_embedding")
 
 
@@ -75,7 +79,7 @@ def kohya_form(
         if kind is None and key in empty and set(site) <= {"alpha"}:
             continue
         for role in _beside(key, kind, set(site)):
-            left_out["tensors of unknown names"] += 1
+            left_out[_WHOLE if role == "weight" else _UNKNOWN] += 1
             del site[role]
         if kind is not None:
             done = _site(kind, site, list(given[key].values()), config)
@@ -119,12 +123,14 @@ def _why_unknown(name: str) -> str:
     """In words, why a tensor is left out. Raises CheckpointError where it must not be."""
     if name.startswith("bundle_emb."):
         return "bundled embeddings"
+    if name.endswith(".bias"):
+        return _WHOLE
     if match := _OF_AN_ADAPTER.search(name):
         raise CheckpointError(
             f"{shown(name)} is of no type that is read, and without {match[0].strip('.')} the"
             " others can't be right"
         )
-    return "tensors of unknown names"
+    return _UNKNOWN
 
 
 def _beside(key: str, kind: str | None, roles: set[str]) -> set[str]:

@@ -9,13 +9,14 @@ from pickle import UnpicklingError
 from lorasweep.core.foreign_files import ForeignFileError, check_no_pipe
 from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.lora_files import checkpoint
+from lorasweep.lora_files.read_lora_file import with_config
 
 _FAILURES = (AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 """What torch raises of a damaged pickle, beside UnpicklingError."""
 
 
 def as_safetensors(path: Path, folder: Path) -> Path:
-    """The same tensors in a .safetensors file of `folder`; a pickle has no metadata.
+    """The same tensors in a .safetensors file of `folder`, with PEFT's config where one is beside.
 
     Only for a file that the person trusts. torch's restricted unpickler loads nothing but tensors
     and plain values, yet it reads a stranger's program. Raises CheckpointError for anything else.
@@ -42,5 +43,5 @@ def as_safetensors(path: Path, folder: Path) -> Path:
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors by name")
     target = folder / f"{path.stem}.safetensors"
-    checkpoint.write(target, tensors, {})
+    checkpoint.write(target, tensors, with_config(path, {}))
     return target

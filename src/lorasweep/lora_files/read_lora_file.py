@@ -139,6 +139,8 @@ def read(path: Path, base: Base | None = None) -> LoRAFile:
     if file.left_out:
         listed = ", ".join(f"{count} {what}" for what, count in file.left_out.items())
         _warn(f"{path}: left out: {listed}")
+    if file.written_by == "PEFT" and METADATA_KEY not in file.metadata:
+        _warn(f"{path}: no {_ADAPTER_CONFIG} beside it says alpha, so it is taken to be the rank")
     return file
 
 
@@ -147,7 +149,7 @@ def read_any(path: Path, base: Base | None = None) -> LoRAFile:
     tensors, metadata = checkpoint.read(path)
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors")
-    metadata = _with_config(path, metadata)
+    metadata = with_config(path, metadata)
     try:
         found = kohya_form(tensors, metadata, base)
         for key, site in by_site(found.tensors).items():
@@ -235,10 +237,13 @@ def _with_alphas(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _with_config(path: Path, metadata: dict[str, str]) -> dict[str, str]:
-    """PEFT keeps its alpha in a file of its own."""
+def with_config(path: Path, metadata: dict[str, str]) -> dict[str, str]:
+    """A file's metadata with PEFT's config, which is in a file of its own.
+
+    Raises CheckpointError for a config that is too large to be one.
+    """
     config = path.with_name(_ADAPTER_CONFIG)
-    if path.name != "adapter_model.safetensors" or not config.is_file():
+    if path.stem != "adapter_model" or not config.is_file():
         return metadata
     if config.stat().st_size > 1_000_000:
         raise CheckpointError(f"{config} is too large to be PEFT's")

@@ -104,17 +104,27 @@ _ORIGINAL_RESNET = {
 _FAMILIES = (
     (r"token_refiner|double_blocks_\d+_(img|txt)_mlp_fc", "HunyuanVideo"),
     (r"distilled_guidance_layer", "Chroma"),
+    (r"joint_transformer_blocks_\d+_", "AuraFlow"),
+    (r"(double|single)_stream_blocks_\d+_", "HiDream"),
     (r"single_transformer_blocks_|(^|_)(double|single)_blocks_\d+_", "Flux"),
     (r"joint_blocks_\d+_", "Stable Diffusion 3"),
     (r"transformer_blocks_\d+_(img|txt)_(mlp|mod)", "Qwen-Image"),
     (r"transformer_blocks_\d+_attn_", "Stable Diffusion 3"),
     (r"_prior_(unet|te)", "Stable Cascade"),
-    (r"(unet|transformer|model)_blocks_\d+_(cross|self)_attn_(q|k|v|o|norm)", "Wan"),
+    (r"(unet|transformer|model)_blocks_\d+_(cross|self)_attn_(q|k|v|o|norm)(?!_proj)", "Wan"),
     (r"(noise|context)_refiner|_layers_\d+_attention_", "Lumina or Z-Image"),
+    (r"(^|_)motion_modules_\d+_", "AnimateDiff"),
     (r"(^|lora_)transformer_", "a diffusion transformer"),
+    (
+        r"^(base_model_model_|lora_unet_|unet_|(model_)?diffusion_model_)(transformer_)?blocks_\d+_",
+        "a diffusion transformer",
+    ),
+    (r"^lora_te3_", "Stable Diffusion 3 or Flux"),
+    (r"^(base_model_model_)?model_((en|de)coder_)?layers_\d+_", "a language model"),
 )
 """Other families by what their modules are called, the most telling first."""
-_FLUX_WIDTH = 3072
+_FLUX_WIDTH = 3072  # and Qwen-Image's
+_FLUX_BLOCKS = 19  # that have this form
 
 
 @dataclass(frozen=True)
@@ -213,14 +223,18 @@ def diffusers_path(path: str, layers: int) -> str:
 def family(names: dict[str, tuple[int, ...]]) -> str | None:
     """Which other family than Stable Diffusion 1.x, 2.x and SDXL a file is of, by names and shapes.
 
-    None where nothing speaks of another. Without its single blocks Flux is told from Stable
-    Diffusion 3 by its width.
+    None where nothing speaks of another. Of attention alone Flux and Qwen-Image are told from
+    Stable Diffusion 3 by their width, and from each other by the number of blocks.
     """
     flat = {name.replace(".", "_"): shape for name, shape in names.items()}
     for pattern, found in _FAMILIES:
         mark = re.compile(pattern)
-        shapes = [shape for name, shape in flat.items() if mark.search(name)]
-        if shapes:
-            is_wide = any(len(shape) == 2 and _FLUX_WIDTH in shape for shape in shapes)
-            return "Flux" if found == "Stable Diffusion 3" and is_wide else found
+        own = {name: shape for name, shape in flat.items() if mark.search(name)}
+        if not own:
+            continue
+        is_wide = any(len(shape) == 2 and _FLUX_WIDTH in shape for shape in own.values())
+        if found != "Stable Diffusion 3" or not is_wide:
+            return found
+        numbers = [int(n) for name in own for n in re.findall(r"transformer_blocks_(\d+)_", name)]
+        return "Flux" if max(numbers, default=0) < _FLUX_BLOCKS else "Qwen-Image"
     return None
