@@ -50,7 +50,7 @@ def adapted_parts_are_trained(run: Run) -> Iterator[str]:
 
 
 def the_model_computes_the_resolution(run: Run) -> None:
-    """Width and height, and every bucket's, as far as the model's configs are on this machine."""
+    """Width and height, and every bucket's."""
     from lorasweep.data.buckets import buckets, check_size
     from lorasweep.models.model_files import read_sizes
 
@@ -68,7 +68,7 @@ def the_model_computes_the_resolution(run: Run) -> None:
 
 
 def the_text_encoder_has_the_layer(run: Run) -> None:
-    """clip_skip counts layers, as far as the model's configs are on this machine."""
+    """clip_skip counts layers."""
     from lorasweep.models.load_model import check_clip_skip
     from lorasweep.models.model_files import read_sizes
 

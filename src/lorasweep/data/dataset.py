@@ -129,12 +129,18 @@ class Dataset(Settings):
             )
         if not self.enable_bucket:
             return
-        if self.min_bucket_reso > min(self.size):
+        step = self.bucket_reso_steps  # as kohya: the least side is rounded down, the greatest up
+        if self.min_bucket_reso < step:
+            raise SettingsError(
+                f"dataset.min_bucket_reso={self.min_bucket_reso}: must be at least"
+                f" dataset.bucket_reso_steps={step}; raise it or lower the steps"
+            )
+        if self.min_bucket_reso // step * step > min(self.size):
             raise SettingsError(
                 f"dataset.min_bucket_reso={self.min_bucket_reso}: must be at most the shorter side "
                 f"of dataset.resolution, {min(self.size)}"
             )
-        if self.max_bucket_reso < max(self.size):
+        if -(-self.max_bucket_reso // step) * step < max(self.size):
             raise SettingsError(
                 f"dataset.max_bucket_reso={self.max_bucket_reso}: must be at least the longer side "
                 f"of dataset.resolution, {max(self.size)}"
