@@ -419,7 +419,7 @@ LORAS = [
     bad_lora("export of no run", "nothing is tracked yet", lora(), "export ../x --to merged"),
     bad_lora("export to what isn't there", "invalid choice: 'nope'", lora(), "export a.safetensors --to nope"),
     bad_lora("export at NaN", "--strength nan", lora(), "export a.safetensors --to merged model=embedded --strength nan"),
-    bad_lora("export with NaN of another", "give FILE=WEIGHT", lora(), "export a.safetensors --to merged model=embedded --with a.safetensors=nan"),
+    bad_lora("export with NaN of another", "--with a.safetensors=nan: give a number", lora(), "export a.safetensors --to merged model=embedded --with a.safetensors=nan"),
     bad_lora("export of a pickle", "only .safetensors files are read", file("a.ckpt", PICKLE), "export a.ckpt --to diffusers-lora model=embedded"),
     bad_lora("a LoRA of another base, merged", "a.safetensors: lora_unet_down_blocks_0", lora(lora_tensors(size=320)), "export a.safetensors --to merged model=embedded --out e"),
     bad_lora("a LoRA of which half fits", "the base model has no such module", lora(lora_tensors() | OTHER), "export a.safetensors --to diffusers-lora model=embedded --out e.safetensors"),

@@ -199,7 +199,7 @@ def test_a_prompt_can_not_leave_the_readmes_code():
         name="a-e001", run="a", sweep="s", epoch=1, path=BASE, scores={}, terms={},
         run_id="", model_id="", experiment_id="", created=0,
     )  # fmt: skip
-    text = readme(candidate, f"sampling:\n  prompts: ['{prompt}']\n", "val/loss", "rule")
+    text = readme(candidate, {"sampling": {"prompts": [prompt]}}, "val/loss", "rule")
     code = text.partition("```python\n")[2].partition("```")[0]
     assert [name for name, _ in calls_of(code)].count("os.system") == 0
     assert f"--prompt '{prompt}'" in text  # quoted for the shell

@@ -11,17 +11,21 @@ from importlib import metadata
 
 import pytest
 import torch
+from lycoris.modules import NormModule
 from torch import nn
 
 from conftest import options
 from lorasweep.adapters import lycoris_module as oracle
 from lorasweep.adapters.adapter import Site
+from lorasweep.adapters.differences import bias_delta
 from lorasweep.adapters.dropout import Dropout
+from lorasweep.adapters.kohya_names import by_site
 from lorasweep.adapters.lokr import factorization
-from lorasweep.adapters.pack import check_fit, make_stack
+from lorasweep.adapters.pack import Pack, check_fit, file_delta, make_stack
 from lorasweep.config.compose import compose
 from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.core.settings import SettingsError, build
+from lorasweep.lora_files.kohya_form import kohya_form
 
 torch.manual_seed(0)
 SITES = {
@@ -341,18 +345,104 @@ def test_a_full_difference_holds_no_copy_of_the_bases_weight():
         assert module.org_weight.data_ptr() == site.weight.data_ptr()
 
 
-def test_a_bias_in_a_file_is_refused():
-    site = SITES["Linear"]
+NORMS = {
+    "LayerNorm": (nn.LayerNorm(36), (4, 5, 36)),
+    "GroupNorm": (nn.GroupNorm(4, 36), (4, 36, 7, 7)),
+}
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_differences_of_norms_are_added_as_lycoris_adds_them(kind):
+    module, shape = NORMS[kind]
+    module.requires_grad_(False)
+    site = Site("lora_unet_norm", "unet", "norm", module)
+    draw = torch.Generator().manual_seed(0)
+    files = [
+        {name: torch.randn(36, generator=draw) for name in ("w_norm", "b_norm")} for _ in range(2)
+    ]
+    x = torch.randn(shape, generator=draw)
+    for file in files:
+        check_fit(site, file)
+    ours = make_stack(site, [(None, file) for file in files]).forward(x, module(x), None)
+    for rows, file, got in zip(x.chunk(2), files, ours.chunk(2), strict=True):
+        with torch.no_grad():
+            theirs = NormModule.make_module_from_state_dict("a", module, **file)
+        theirs.org_forward = module.forward
+        assert torch.allclose(got, theirs(rows), atol=1e-5)
+
+
+BIASED = {
+    "a full difference": lambda site: {"diff": torch.ones(site.weight.shape)},
+    "a LoRA": lambda site: trained(adapter("adapter=locon"), site).file_tensors(0),
+    "a DoRA": lambda site: trained(adapter("adapter=dora"), site).file_tensors(0),
+    "nothing": lambda site: {},
+}
+
+
+@pytest.mark.parametrize("name", SITES)
+@pytest.mark.parametrize("beside", BIASED)
+def test_a_difference_of_a_bias_is_added_to_it(beside, name):
+    """An oracle: the module of torch itself, its weight and bias changed."""
+    site, draw = SITES[name], torch.Generator().manual_seed(0)
+    file = {**BIASED[beside](site), "diff_b": torch.randn(64, generator=draw)}
+    x, y = batch(site)
+    check_fit(site, file)
+    changed = deepcopy(site.module)
+    changed.weight += file_delta(site, file)
+    changed.bias += bias_delta(file)
+    ours = make_stack(site, [(None, file)]).forward(x, y, None)
+    assert torch.allclose(ours, changed(x), atol=1e-4)
+
+
+def test_runs_with_and_without_a_difference_of_a_bias_are_told_apart():
+    site = SITES["1x1"]
+    plain = trained(adapter("adapter=locon"), site).file_tensors(0)
+    biased = {**plain, "diff_b": torch.arange(64.0)}
+    root = nn.Sequential(site.module)
+    key = "lora_unet_0"
+    files = [{f"{key}.{n}": t for n, t in own.items()} for own in (plain, biased, plain)]
+    x, y = batch(site, rows=3)
+    pack = Pack.from_files({"unet": ("lora_unet", root)}, files)
+    with pack.attached():
+        together = root(x)
+    alone = make_stack(site, [(None, plain)]).forward(x, y, None)
+    alone[1] += torch.arange(64.0)[:, None, None]
+    assert torch.allclose(together, alone, atol=1e-5)
+
+
+def test_a_difference_of_a_bias_that_the_base_lacks_is_refused():
+    site = Site("lora_unet_plain", "unet", "plain", nn.Linear(36, 64, bias=False))
     tensors = {"diff": torch.zeros(64, 36), "diff_b": torch.zeros(64)}
-    with pytest.raises(CheckpointError, match="changes a bias"):
+    with pytest.raises(CheckpointError, match="a bias, which the base model hasn't"):
         check_fit(site, tensors)
+    with pytest.raises(CheckpointError, match=r"diff_b of \(3,\) doesn't fit"):
+        check_fit(SITES["Linear"], {"diff_b": torch.zeros(3)})
 
 
-def test_tucker_lokr_is_refused_as_lycoris_own_loader_does():
+def test_what_lycoris_can_not_load_is_said_without_its_code():
+    """IA3: its loader is called with more than it takes."""
+    tensors = {"weight": torch.zeros(64), "on_input": torch.tensor(False)}
+    with pytest.raises(CheckpointError, match=r"LyCORIS \S+ can't load its own ia3$"):
+        check_fit(SITES["Linear"], tensors)
+
+
+@pytest.mark.parametrize("args", [{}, {"decompose_both": True}])
+def test_tucker_lokr_is_read_as_lycoris_trained_it(args):
+    """Its loader can't read it: the module that is trained is the oracle."""
     site = SITES["3x3"]
-    tensors = oracle.saved(oracle.new_module(site, "lokr", 2, 1.0, {"use_tucker": True}))
-    with pytest.raises(CheckpointError, match="LyCORIS can't load it"):
-        check_fit(site, tensors)
+    module = oracle.new_module(site, "lokr", 2, 1.0, {"use_tucker": True, **args})
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_()
+    file = {f"{site.key}.{name}": tensor for name, tensor in oracle.saved(module).items()}
+    tensors = by_site(kohya_form(file, {}).tensors)[site.key]
+    check_fit(site, tensors)
+    x, y = batch(site)
+    ours = make_stack(site, [(None, tensors)]).forward(x, y, None)
+    assert torch.allclose(ours, oracle.outcome(module, x, y), atol=1e-4)
+
+
+def test_tucker_lokr_is_not_trained_for_lycoris_can_not_reload_it():
     with pytest.raises(SettingsError, match="a 3x3 convolution: LyCORIS can't load it"):
         adapter("adapter=lycoris", "adapter.algo=lokr", "adapter.args={use_tucker: true}")
 

@@ -348,11 +348,12 @@ def test_nobody_is_advised_to_install_what_a_config_names(make_run):
 
 def test_a_config_beside_a_lora_reads_no_variable(tmp_path):
     from lorasweep.config.build_run import saved_model
+    from lorasweep.core.foreign_files import read_yaml
 
     for text in ("model: {path: 'x/${oc.env:SECRET}'}", BOMB, "[1]", "model: [1]", "\0"):
         Path("config.yaml").write_text(text)
         with pytest.raises(ValueError) as told:
-            saved_model(Path("config.yaml"), trusted=False)
+            saved_model(read_yaml(Path("config.yaml")), "config.yaml")
         assert "hunter2" not in str(told.value)
 
 

@@ -24,6 +24,7 @@ from lorasweep.core.atomic_write import TargetError
 from lorasweep.export import diffusers_lora, diffusers_lora_tensors, picture_check
 from lorasweep.export.exported import ExportError
 from lorasweep.lora_files import checkpoint, peft_names, read_lora_file
+from lorasweep.lora_files.kohya_form import kohya_form
 
 
 def is_attention_or_mlp(site):
@@ -141,7 +142,7 @@ def test_the_error_that_is_told_of_an_approximation_is_true(make, rank, base, wr
     tensors, how, loss = diffusers_lora_tensors.convert(file, base, rank)
     assert how == "approximated" and loss is not None
     known = every_site(base.parts)
-    result = by_site(peft_names.from_peft(tensors, {}))
+    result = by_site(kohya_form(tensors, {}, base).tensors)
     lost = whole = 0.0
     for key, site in file.sites.items():
         change = formula(known[key].weight, site) - known[key].weight

@@ -12,6 +12,7 @@ from adapter_packs import predict, trained
 from candidates import candidate
 from conftest import options
 from lorasweep.cli.main import main
+from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.core.settings import SettingsError
 from lorasweep.export import find_lora, merge, picture_check, whole_model
 from lorasweep.export.attach_loras import attachable, attached
@@ -133,6 +134,7 @@ def test_offline_lora_as_a_file_names_folder_and_file(base, lora, tmp_path):
     ending = f"offline_lora={str(tmp_path / 'x')!r}, offline_lora_filename='my.safetensors')"
     assert done.lines[-1].endswith(ending)
     assert any("holds its own base" in line for line in done.lines)  # this one's isn't SD1.5
+    assert any("needs peft: pip install peft" in line for line in done.lines)
 
 
 def test_equal_pictures_agree_and_a_lost_lora_does_not(base, lora):
@@ -163,10 +165,11 @@ def test_a_larger_rank_is_advised_only_where_it_is_needed():
     [
         ("merged", ["--rank=4"], "--rank has no effect"),
         ("merged", ["--with=b.safetensors"], "give FILE=WEIGHT"),
-        ("diffusers-lora", ["--strength=0.5"], "need a whole model"),
+        ("merged", ["--strength=much"], "give a number, or numbers by part"),
         ("diffusers-lora", ["--dtype=fp16"], "--dtype has no effect"),
         ("diffusers-lora", ["--out=folder"], r"ends in \.safetensors"),
         ("offline-lora", ["--rank=4"], "--rank has no effect"),
+        ("diffusers-lora", ["--vae=v.safetensors"], "--vae has no effect"),
     ],
 )
 def test_what_has_no_effect_is_refused(to, words, says, lora, capsys):
@@ -275,3 +278,59 @@ def test_what_was_overwritten_comes_back_when_the_last_step_fails(tmp_path, monk
         place.mkdir()
     assert (target / "model_index.json").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_differences_of_norms_and_biases_are_added_to_the_models(base, source, lora, tmp_path):
+    """An oracle: torch's own addition to the parameters, under the names that ComfyUI gives."""
+    names = {
+        "diffusion_model.input_blocks.1.0.in_layers.0": "down_blocks.0.resnets.0.norm1",
+        "diffusion_model.input_blocks.1.1.norm": "down_blocks.0.attentions.0.norm",
+        "lora_unet_mid_block_attentions_0_transformer_blocks_0_norm2": (
+            "mid_block.attentions.0.transformer_blocks.0.norm2"
+        ),
+        "diffusion_model.input_blocks.0.0": "conv_in",
+        "diffusion_model.out.2": "conv_out",
+    }
+    tensors, _ = checkpoint.read(lora())
+    draw, unet = torch.Generator().manual_seed(0), deepcopy(base.unet)
+    for theirs, path in names.items():
+        module = unet.get_submodule(path)
+        is_norm = "norm" in path
+        for parameter, role in ((module.weight, "diff"), (module.bias, "diff_b")):
+            if is_norm or role == "diff_b":
+                difference = 0.3 * torch.randn(parameter.shape, generator=draw)
+                parameter.data += difference
+                named = {"diff": "w_norm", "diff_b": "b_norm"}[role] if "lora_" in theirs else role
+                tensors[f"{theirs}.{named}"] = difference
+    path = tmp_path / "with-norms.safetensors"
+    checkpoint.write(path, tensors, {})
+    expected = predict(replace(base, unet=unet), None)
+    alone = tmp_path / "norms.safetensors"
+    plain = set(checkpoint.read(lora())[0])
+    checkpoint.write(alone, {n: t for n, t in tensors.items() if n not in plain}, {})
+    files = read(base, (alone, 1.0))
+    assert torch.allclose(
+        prediction_of(base, merge.merge(base, source, files)), expected, atol=1e-3
+    )
+    [(pack, _)] = attachable(base, files)
+    assert torch.allclose(predict(base, pack), expected, atol=1e-5)
+    done = merge.merged(base.settings, [(path, 0.7)], tmp_path / "model")
+    assert any("before and after agree" in line for line in done.lines)
+
+
+def test_another_base_is_suspected_only_where_the_widths_say_so(base, lora, tmp_path):
+    tensors, _ = checkpoint.read(lora())
+    strange = {"lora_unet_conv_of_nobody.lora_down.weight": torch.ones(2, 3)} | {
+        "lora_unet_conv_of_nobody.lora_up.weight": torch.ones(3, 2)
+    }
+    checkpoint.write(tmp_path / "strange.safetensors", {**tensors, **strange}, {})
+    with pytest.raises(CheckpointError, match=r"no such module$"):
+        attachable(base, read(base, (tmp_path / "strange.safetensors", 1.0)))
+    key = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
+    wide = {
+        f"{key}.lora_down.weight": torch.ones(2, 768),
+        f"{key}.lora_up.weight": torch.ones(640, 2),
+    }
+    checkpoint.write(tmp_path / "wide.safetensors", wide, {})
+    with pytest.raises(CheckpointError, match="Is it of another base than"):
+        attachable(base, read(base, (tmp_path / "wide.safetensors", 1.0)))

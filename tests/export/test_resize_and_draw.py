@@ -58,12 +58,9 @@ def test_the_base_that_the_metadata_names_draws_the_pictures(write, capsys):
 
 def test_a_copy_of_a_runs_file_is_found_by_its_hash(base, write, tmp_path, monkeypatch):
     mine = write({})
-    elsewhere = tmp_path / "run" / "fox-000003.safetensors"
-    elsewhere.parent.mkdir()
-    elsewhere.write_bytes(mine.read_bytes())
     (tmp_path / "outputs").mkdir()
     (tmp_path / "outputs" / "mlflow.db").touch()
-    found = [replace(candidate(3, loss_rel=0.4), path=elsewhere)]
+    found = [replace(candidate(3, loss_rel=0.4), hash=checkpoint.data_hash(mine))]
     rest = "revision: null, config: null, allow_pickle: false, clip_skip: 1, prediction_type: null"
     monkeypatch.setattr(find_lora.tracking, "candidates", lambda *_: found)
     monkeypatch.setattr(
@@ -121,6 +118,48 @@ def test_a_merged_lora_is_extracted_again_and_drawn_by_diffusers(write, base, tm
     assert ended.value.code == 0
     assert "Kept energy: 100.00%" in out and "Wrote again.safetensors" in out
     assert "are close: drawn by diffusers' load_lora_weights" in out
+
+
+@pytest.fixture
+def strong(tensors, write):
+    """The LoRA 64 times as strong: the model amplifies the last bits to other pictures."""
+    path = write(EMBEDDED)
+    own = {n: t * (8 if not n.endswith("alpha") else 1) for n, t in tensors.items()}
+    checkpoint.write(path, own, EMBEDDED)
+    return path
+
+
+@pytest.mark.parametrize("to", ["diffusers-lora", "merged"])
+def test_a_lora_so_strong_that_rounding_redraws_the_picture_is_compared_by_modules(
+    to, strong, capsys, tmp_path
+):
+    code, _, err = resize(capsys, strong, "--rank", 3)
+    assert (code, err) == (0, "")
+    out = tmp_path / ("merged" if to == "merged" else "d.safetensors")
+    dtype = ["--dtype=fp32"] if to == "merged" else []
+    with pytest.raises(SystemExit) as ended:
+        main(["export", str(strong), "--to", to, f"--out={out}", *dtype])
+    told = capsys.readouterr()
+    assert ended.value.code == 0, told.err
+    assert "modules were compared one by one: their outputs agree" in told.out
+
+
+def test_a_strong_lora_that_is_read_otherwise_is_found_by_its_modules(
+    strong, capsys, monkeypatch, tmp_path
+):
+    honest = diffusers_lora._load
+
+    def other(pipeline, file):
+        tensors, metadata = checkpoint.read(file)
+        name = next(n for n in tensors if n.endswith("attn2_to_k.lora_up.weight"))
+        checkpoint.write(
+            tmp_path / "x" / "wrong.safetensors", tensors | {name: 1.01 * tensors[name]}, metadata
+        )
+        honest(pipeline, tmp_path / "x" / "wrong.safetensors")
+
+    monkeypatch.setattr(diffusers_lora, "_load", other)
+    code, _, err = resize(capsys, strong, "--rank", 3)
+    assert code == 2 and "attn2.to_k computes otherwise than before" in err
 
 
 def test_a_file_that_diffusers_reads_otherwise_never_appears(write, capsys, tmp_path, monkeypatch):

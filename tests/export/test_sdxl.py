@@ -6,6 +6,7 @@ The model is a tiny SDXL of random weights; names and shapes are kohya's on SDXL
 import gzip
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,8 @@ from lorasweep.export import (
 from lorasweep.export.attach_loras import attachable
 from lorasweep.export.diffusers_folder import FILES
 from lorasweep.export.exported import ExportError
-from lorasweep.export.generic_diffusion_feature import offline_lora
+from lorasweep.export.generic_diffusion_feature import loader_of, offline_lora
+from lorasweep.export.kohya_lora import write_for_kohya
 from lorasweep.export.single_file_names import ModelLayout
 from lorasweep.lora_files import checkpoint, read_lora_file
 from lorasweep.models.load_model import Model
@@ -298,6 +300,13 @@ def test_offline_lora_holds_the_variant_fp16_too(settings, write, tmp_path):
     )
 
 
+def test_playground_is_printed_as_such(folder, settings, tmp_path):
+    place = tmp_path / "models--playgroundai--playground-v2-1024px-aesthetic"
+    place.symlink_to(folder)
+    assert loader_of(replace(settings, path=str(place))).version == "pgv2"
+    assert loader_of(settings).version == "xl"
+
+
 def test_plain_weights_in_fp16_are_stored_once(settings, write, tmp_path):
     target = tmp_path / "offline"
     offline_lora(settings, [(write(), 1.0)], target, precision="fp16")
@@ -330,6 +339,17 @@ def test_diffusers_loads_every_module_of_the_lora_file(make, names, xl, settings
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_kohyas_file_has_the_names_of_the_original_layout(xl, settings, write, tmp_path):
+    """sd-scripts finds SDXL's modules by no other."""
+    path = write(lora, everywhere, names={})
+    target = tmp_path / "kohya.safetensors"
+    write_for_kohya(settings, [(path, 1.0)], target)
+    theirs = {name.partition(".")[0] for name in load_file(target)}
+    assert "lora_unet_input_blocks_4_1_proj_in" in theirs
+    assert not any("down_blocks" in key or "up_blocks" in key for key in theirs)
+    assert torch.equal(attached(xl, target), attached(xl, path))
+
+
 def test_diffusers_own_reading_loses_the_added_embedding(xl, write):
     """Why SDXL's files are always converted; when this fails diffusers has mended it."""
     path = write(lora, lambda site: "add_embedding" in site.path or is_attention(site), names={})
@@ -345,7 +365,7 @@ def test_a_module_that_diffusers_leaves_out_is_found(settings, write, tmp_path, 
         peft_names, "to_peft", lambda t: honest({n: v for n, v in t.items() if lost not in n})
     )
     path = write(lora, lambda site: "add_embedding" in site.path or is_attention(site))
-    with pytest.raises(ExportError, match=r"leaves 1 of the 154 .*add_embedding_linear_1.*merged"):
+    with pytest.raises(ExportError, match=r"leaves 1 of the 154 .*add_embedding\.linear_1.*merged"):
         offline_lora(settings, [(path, 1.0)], tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()
 

@@ -207,3 +207,20 @@ def test_the_command_refuses_a_bad_file_in_one_line(tmp_path, capsys):
         main.main(["info", str(tmp_path / "a.safetensors")])
     assert ended.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_differences_of_norms_and_what_is_left_out_are_shown(described):
+    norm = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_norm1"
+    found = described(
+        {
+            **lora(),
+            f"{ONE}.diff_b": torch.ones(4),
+            f"{norm}.w_norm": torch.ones(8),
+            f"{norm}.b_norm": torch.ones(8),
+            "lora_unet_conv_in.diff_b": torch.ones(8),
+            "bundle_emb.fox.clip_l": torch.ones(2, 768),
+        }
+    )
+    assert found.type == "LoRA and bias difference and norm difference"
+    assert found.left_out == {"bundled embeddings": 1}
+    assert "left out        1 bundled embeddings" in shown(found)

@@ -15,6 +15,9 @@ from lorasweep.core import safetensors_header
 from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.judging.judge import load_pack
 from lorasweep.lora_files import checkpoint, peft_names, read_lora_file
+from lorasweep.lora_files.kohya_form import kohya_form
+from lorasweep.lora_files.peft_config import METADATA_KEY
+from lorasweep.lora_files.site_names import parsed
 
 KEY = "lora_unet_down_blocks_0_attentions_0_proj_in"
 DOWN, UP, ALPHA = f"{KEY}.lora_down.weight", f"{KEY}.lora_up.weight", f"{KEY}.alpha"
@@ -67,8 +70,8 @@ HOSTILE = {
     "one offset": (content(changed(UP, data_offsets=[24]), DATA), "1 data_offsets"),
     "no dtype": (content({DOWN: {"shape": [1], "data_offsets": [0, 4]}}, b"1234"), "dtype"),
     "unknown type": (content(changed(DOWN, dtype="F31"), DATA), "F31"),
-    "weights of whole numbers": (content(changed(DOWN, dtype="I32"), DATA), "I32"),
-    "no values": (content({DOWN: entry([0, 3], 0, 0)}), "no values"),
+    "weights of whole numbers": (content(changed(DOWN, dtype="I32"), DATA), "whole numbers"),
+    "no values": (content({DOWN: entry([0, 3], 0, 0)}), "no names of a LoRA"),
     "a name without end": (content({"a" * 10**5: entry([1], 0, 4)}, b"1234"), "100000 characters"),
     "NaN": (content(WHOLE, NAN), "not finite"),
     "infinite": (content(WHOLE, INF), "not finite"),
@@ -89,9 +92,13 @@ HOSTILE = {
         ),
         "alpha must be one number",
     ),
-    "a strange neighbour": (
-        content({**WHOLE, f"{KEY}.evil": entry([1], 60, 64)}, DATA + DATA[:4]),
-        "evil belongs to no lora",
+    "a neighbour that changes what the others mean": (  # AdaLoRA's
+        content({**WHOLE, f"{KEY}.lora_E": entry([1], 60, 64)}, DATA + DATA[:4]),
+        "lora_E is of no type that is read",
+    ),
+    "a neighbour of another type": (
+        content({**WHOLE, f"{KEY}.hada_w1_a": entry([1], 60, 64)}, DATA + DATA[:4]),
+        "hada_w1_a belongs to no lora",
     ),
     "a delta larger than any module": (
         content(
@@ -207,12 +214,8 @@ FORMS = {
 
 @pytest.mark.parametrize(("theirs", "ours"), FORMS.items())
 def test_every_form_of_diffusers_names_becomes_kohyas(theirs, ours):
-    assert next(iter(peft_names.from_peft({theirs: torch.ones(2, 3)}, {}))) == ours
-
-
-def test_a_bias_of_peft_is_refused():
-    with pytest.raises(CheckpointError, match=r"lora_B\.bias"):
-        peft_names.from_peft({f"unet.{ATTN}.to_q.lora_B.bias": torch.ones(3)}, {})
+    found = parsed(theirs)
+    assert found is not None and f"{found.key()}.{found.role}" == ours
 
 
 def test_names_lead_back_to_the_modules_of_the_model(base):
@@ -233,7 +236,7 @@ def test_names_lead_back_to_the_modules_of_the_model(base):
 )
 def test_alpha_is_pefts(config, scale):
     names = {f"unet.{ATTN}.to_q.lora_A.weight": torch.ones(4, 3)}
-    found = peft_names.from_peft(names, {peft_names.METADATA_KEY: json.dumps(config)})
+    found = kohya_form(names, {METADATA_KEY: json.dumps(config)}).tensors
     assert float(found[f"{UNET}_to_q.alpha"]) / 4 == scale
 
 
@@ -307,3 +310,52 @@ def test_what_diffusers_saves_is_read_with_its_alpha(base, tmp_path):
         module = merged.get_submodule(known[key].path)
         module.weight.data += read_lora_file.low_rank_delta(site, module.weight.shape)
     assert torch.allclose(theirs, predict(base, merged, embeds), atol=1e-4)
+
+
+FOREIGN = {
+    "bundle_emb.fox.clip_l": torch.ones(2, 768),
+    "bundle_emb.fox.clip_g": torch.ones(2, 768),
+    "lora_te_text_model_embeddings_token_embedding.diff": torch.ones(2, 3),
+    "lora_unet_something.new": torch.ones(3),
+    f"{KEY}.evil": torch.ones(1),
+    "position_ids": torch.arange(9)[None],
+    "nothing": torch.zeros(0, 3),
+    "lora_unet_alone.alpha": torch.tensor(1.0),
+}
+WHAT = (
+    "2 bundled embeddings, 5 tensors of unknown names, 1 changes of the text encoder's embeddings"
+)
+
+
+def test_what_is_not_known_is_left_out_by_count(tmp_path, caplog):
+    tensors = {DOWN: torch.ones(2, 3), UP: torch.ones(4, 2)}
+    save_file({**tensors, **FOREIGN}, tmp_path / "a.safetensors")
+    found = read_lora_file.read(tmp_path / "a.safetensors")
+    read_lora_file.read(tmp_path / "a.safetensors")
+    assert set(found.tensors) == {DOWN, UP, ALPHA}
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path / 'a.safetensors'}: left out: {WHAT}"
+    ]
+
+
+def test_modules_of_rank_0_change_nothing(tmp_path):
+    other = "lora_unet_conv_in"
+    tensors = {
+        DOWN: torch.ones(2, 3),
+        UP: torch.ones(4, 2),
+        f"{other}.lora_down.weight": torch.zeros(0, 3),
+        f"{other}.lora_up.weight": torch.zeros(4, 0),
+        f"{other}.alpha": torch.tensor(1.0),
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+    found = read_lora_file.read(tmp_path / "a.safetensors")
+    assert set(found.sites) == {KEY} and found.left_out == {"modules of rank 0": 1}
+
+
+def test_half_of_an_adapter_is_not_left_out(tmp_path):
+    save_file(
+        {DOWN: torch.ones(2, 3), UP: torch.ones(4, 2), f"{KEY}x.lora_up.weight": torch.ones(4, 2)},
+        tmp_path / "a.safetensors",
+    )
+    with pytest.raises(CheckpointError, match="is half of an adapter"):
+        read_lora_file.read(tmp_path / "a.safetensors")

@@ -126,7 +126,7 @@ def test_an_honest_log_is_made_ready(store, here):
 
 def leaking(config):
     config["sampling"]["prompts"] = [LEAK, f"\\{LEAK}", f"a\\\\{LEAK} ${{name}}"]
-    config["tracking"]["registered_model"] = f"\\{LEAK}"
+    config["tracking"]["registered_model"] = "\\${name}"
     config["optimizer"]["args"]["note"] = {"deep": [LEAK]}
     config["dataset"]["image_dir"] = LEAK
 
@@ -156,7 +156,7 @@ def test_what_looks_like_a_variable_is_text_wherever_it_is_logged(store, here):
     wanted = yaml.safe_load(plan.run.config_yaml)
     assert wanted["sampling"]["prompts"] == [LEAK, f"\\{LEAK}", f"a\\\\{LEAK} ${{name}}"]
     assert plan.run.sampling.prompts[0] == LEAK
-    assert plan.run.tracking.registered_model == f"\\{LEAK}"
+    assert plan.run.tracking.registered_model == "\\${name}"
     assert SECRET not in repr(plan) + texts(here.tmp)
     assert LEAK in (plan.home / "captions.jsonl").read_text()
 
@@ -336,7 +336,9 @@ def test_a_pickle_is_not_loaded_because_a_log_says_so(store, here, capsys):
     theirs = here.home / "theirs.ckpt"
     theirs.write_bytes(PICKLE)
     made = store.run(
-        config_yaml=lambda c: c["model"].update(path=str(theirs), allow_pickle=True, config=None)
+        config_yaml=lambda c: c["model"].update(
+            path=str(theirs), allow_pickle=True, config=c["model"]["path"]
+        )
     )
     assert "model.allow_pickle=true" in refused(here, capsys, made)
     assert not (here.home / "PWNED").exists()

@@ -168,7 +168,7 @@ def test_a_file_without_its_metadata_finds_its_run_too(trained, tmp_path):
 def test_weights_whose_file_is_gone_are_not_called_equal(trained, alone):
     _, new, _ = alone
     (old, *_) = trained.log.named("demo-0")
-    result = compare(trained.log, old, new)  # the old checkpoints are away again
+    result = compare(trained.log, old, new, trained.root)  # the old checkpoints are away again
     row = rows(result)["weights"]
     if row.verdict != "bit-equal":
         assert row.verdict == "not known"

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import torch
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from PIL import Image
@@ -23,6 +24,7 @@ from PIL import Image
 from logged import run_id
 from lorasweep import tracking
 from lorasweep.core.settings import SettingsError
+from lorasweep.lora_files import checkpoint as lora_checkpoint
 from lorasweep.lora_files.checkpoint import Checkpoint
 from lorasweep.tracking import (
     NewRun,
@@ -33,6 +35,7 @@ from lorasweep.tracking import (
     read_candidates,
     ui_server,
 )
+from lorasweep.tracking.store import sqlite_path
 
 SETTINGS = Tracking(
     uri=None,
@@ -60,8 +63,7 @@ def new_run(root: Path, name: str, sweep: str | None = "grid") -> NewRun:
 
 def checkpoint(root: Path, run: str, epoch: int) -> Checkpoint:
     path = root / run / f"{run}-{epoch:06d}.safetensors"
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(b"weights")
+    lora_checkpoint.write(path, {"lora_unet_x.alpha": torch.ones(())}, {})
     return Checkpoint(path=path, run=run, epoch=epoch, step=epoch * 2)
 
 
@@ -184,10 +186,9 @@ def test_upload_all_stores_each_file_with_its_model(store: Store) -> None:
         log.log_epoch(written, SCORES, {})
         log.finish("FINISHED")
     (found,) = tracking.candidates(store.uri, "e", sweep="other")
-    target = store.root / "fetched.safetensors"
+    content = written.path.read_bytes()
     written.path.unlink()
-    tracking.fetch_file(store.uri, found, target)
-    assert target.read_bytes() == b"weights"
+    assert tracking.read_checkpoint(store.uri, found, store.root) == content
 
 
 def test_a_score_that_is_not_finite_is_not_a_candidates_score(store: Store) -> None:
@@ -349,3 +350,21 @@ def test_importing_the_module_imports_neither_mlflow_nor_torch() -> None:
     code = "import sys, lorasweep.tracking as t; print({'mlflow', 'torch'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("name", ["a%20b", 'it\'s "a"? 5%#'])
+def test_a_folder_may_be_called_as_it_likes(name: str, tmp_path: Path) -> None:
+    """SQLAlchemy reads `%20` and `?` in a URI as its own."""
+    root = tmp_path / name
+    with Tracker(SETTINGS, root) as tracker:
+        tracker.open_run(new_run(root, "small", "grid")).finish("FINISHED")
+    uri = SETTINGS.resolve(root)
+    assert read_candidates.sweeps(uri, "e") == ["grid"]
+    assert sqlite_path(uri) == root / "mlflow.db"
+    assert (root / "mlflow.db").is_file()
+    assert len(list((root / "mlartifacts").rglob("config.yaml"))) == 1
+
+
+def test_the_options_of_a_sqlite_address_stay(tmp_path: Path) -> None:
+    given = replace(SETTINGS, uri=f"sqlite:///{tmp_path}/a%20b.db?timeout=5")
+    assert given.resolve(tmp_path) == f"sqlite:///{tmp_path}/a b.db?timeout=5"

@@ -195,6 +195,7 @@ def state_of(run, step, pack, folder):
         records=((step, {"train/loss": float("nan")}),),
     )
     state = saved_states.SavedState(run=run, pack=pack, started=1.0, snapshot=snapshot)
+    folder.mkdir(exist_ok=True)
     saved_states.write(folder, state)
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Site:
-    """A module of the base model that can carry an adapter."""
+    """A module of the base model that can carry an adapter, or in a file a norm."""
 
     key: str
     """Its name in files, kohya's: lora_unet_down_blocks_0_attentions_0_proj_in."""

@@ -148,6 +148,19 @@ def every_site(parts: Parts) -> dict[str, Site]:
     }
 
 
+def every_norm(parts: Parts) -> dict[str, Site]:
+    """Every LayerNorm and GroupNorm of the parts by its name in files: only files change them."""
+    import torch
+
+    return {
+        key: Site(key=key, part=part, path=path, module=module)
+        for part, (prefix, root) in parts.items()
+        for path, module in root.named_modules()
+        if isinstance(module, torch.nn.LayerNorm | torch.nn.GroupNorm)
+        for key in [f"{prefix}_{path.replace('.', '_')}"]
+    }
+
+
 def by_site(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
     """Group a file's tensors by site: {site key: {name below it: tensor}}."""
     grouped: dict[str, dict[str, torch.Tensor]] = {}

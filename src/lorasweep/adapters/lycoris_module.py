@@ -11,6 +11,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from lorasweep.adapters.adapter import Site
@@ -101,6 +102,10 @@ def reloaded(site: Site, tensors: Tensors) -> Module:
         raise CheckpointError(f"{site.key}: {', '.join(sorted(tensors))} is of no known type")
     try:
         module: Module = make_module(kind, values, site.key, _stand_in(site))
+    except TypeError:  # its loader was called as its own class can't be
+        raise CheckpointError(
+            f"{site.key}: LyCORIS {metadata.version('lycoris-lora')} can't load its own {kind.name}"
+        ) from None
     except _FAILURES as error:
         raise CheckpointError(f"{site.key}: LyCORIS can't load it: {error}") from None
     if isinstance(module, FullModule):
@@ -164,8 +169,6 @@ def check_file(site: Site, tensors: Tensors) -> None:
     except SettingsError:
         kind = algorithm(tensors) or ", ".join(sorted(tensors))
         raise CheckpointError(f"{site.key} ({kind}) needs LyCORIS: {INSTALL}") from None
-    if "diff_b" in tensors:
-        raise CheckpointError(f"{site.key} changes a bias, which no adapter here does")
     module = reloaded(site, tensors)
     algo = next(name for name, kind in known.items() if type(module) is kind)
     reason = failure(algo, ())

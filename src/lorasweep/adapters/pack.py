@@ -14,9 +14,10 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from lorasweep.adapters.adapter import Adapter, Site
+from lorasweep.adapters.differences import BiasStack, NormStack, without_bias
 from lorasweep.adapters.dora import DoRAStack, direction
 from lorasweep.adapters.dropout import Dropout
-from lorasweep.adapters.kohya_names import Parts, by_site, every_site, sites
+from lorasweep.adapters.kohya_names import Parts, by_site, every_norm, every_site, sites
 from lorasweep.adapters.locon import LoConStack, TuckerStack
 from lorasweep.adapters.loha import LoHaStack
 from lorasweep.adapters.lokr import LoKrStack
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _BY_LYCORIS = ("full", "oft", "glora", "ia3", "tlora")
-_FORMS_BY_LYCORIS = {"hada_t1", "lokr_t2"}
-"""LoHa and LoKr in Tucker form, which other programs make."""
+_FORM_BY_LYCORIS = "hada_t1"
+"""LoHa in Tucker form, which other programs make."""
 
 
 def _part(site: Site) -> str:
@@ -109,7 +110,7 @@ class Pack:
 
         Raises CheckpointError for tensors of no known type, or that fit no module.
         """
-        known = every_site(parts)
+        known = every_site(parts) | every_norm(parts)
         members = [Member(None, 0, by_site(file)) for file in files]
         for member in members:
             for key, tensors in member.tensors.items():
@@ -215,6 +216,10 @@ class Pack:
 
 def make_stack(site: Site, members: Members) -> Stack:
     """The stack that computes the members' tensors on a site; they are of one type and layout."""
+    if "diff_b" in members[0][1]:
+        others = [(adapter, without_bias(tensors)) for adapter, tensors in members]
+        inner = make_stack(site, others) if algorithm(others[0][1]) else None
+        return BiasStack.around(inner, site, members)
     kind, is_dora = _stack_type(site, *members[0])
     if not is_dora:
         return kind.of(site, members)
@@ -223,15 +228,28 @@ def make_stack(site: Site, members: Members) -> Stack:
 
 
 def file_delta(site: Site, tensors: Tensors) -> Tensor:
-    """What a file's tensors add to the site's weight, in fp32 and the weight's shape."""
+    """What a file's tensors add to the site's weight, in fp32 and the weight's shape.
+
+    What they add to its bias is `differences.bias_delta`.
+    """
+    tensors = without_bias(tensors)
+    if not algorithm(tensors):
+        import torch
+
+        return torch.zeros_like(site.weight, dtype=torch.float32)
     kind, is_dora = _stack_type(site, None, tensors)
-    if is_dora or kind is LycorisStack:  # only these ask for more than the file
+    if is_dora or kind in (LycorisStack, NormStack):  # only low-rank types have the formula
         return make_stack(site, [(None, tensors)]).delta_weight(0)
     return low_rank_delta(tensors, site.weight.shape)
 
 
 def check_fit(site: Site, tensors: Tensors) -> None:
     """Raise CheckpointError unless a file's tensors are of a known type, whole, and fit a site."""
+    if "diff_b" in tensors:
+        BiasStack.check(site, tensors)
+        tensors = without_bias(tensors)
+        if not algorithm(tensors):
+            return
     kind, is_dora = _stack_type(site, None, tensors)
     kind.check(site, direction(tensors) if is_dora else tensors)
     if is_dora:
@@ -243,14 +261,14 @@ def _stack_type(
 ) -> tuple[type[FileStack], bool]:
     """The type by the names of a site's tensors, and whether DoRA's is put around it."""
     name = algorithm(tensors)
-    has_form = name in ("loha", "lokr") and not _FORMS_BY_LYCORIS.isdisjoint(tensors)
-    if isinstance(adapter, LyCORIS) or name in _BY_LYCORIS or has_form:
+    if isinstance(adapter, LyCORIS) or name in _BY_LYCORIS or _FORM_BY_LYCORIS in tensors:
         return LycorisStack, False  # it knows magnitudes itself
     plain = LoRAStack if site.is_pointwise else LoConStack
     kinds: dict[str, type[FileStack]] = {
         "lora": TuckerStack if "lora_mid.weight" in tensors else plain,
         "loha": LoHaStack,
         "lokr": LoKrStack,
+        "norm": NormStack,
     }
     if name not in kinds:
         names = ", ".join(sorted(tensors))
@@ -268,10 +286,13 @@ def _stacked(site: Site, members: Sequence[Member]) -> Iterator[Entry]:
 
     def layout(place: int) -> Hashable:
         index, adapter, tensors = having[place]
+        has_bias, tensors = "diff_b" in tensors, without_bias(tensors)
+        if has_bias and not algorithm(tensors):
+            return index - place, BiasStack
         kind, is_dora = _stack_type(site, adapter, tensors)
         own = DoRAStack.layout(tensors) if is_dora else kind.layout(tensors)
         # neighbours have consecutive indices: their distance to the place is the same
-        return index - place, kind, is_dora, own
+        return index - place, kind, is_dora, own, has_bias
 
     for _, places in groupby(range(len(having)), layout):
         neighbours = [having[place] for place in places]

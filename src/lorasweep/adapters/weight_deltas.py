@@ -28,6 +28,8 @@ _MARKS = {
     "oft_blocks": "oft",
     "a1.weight": "glora",
     "on_input": "ia3",
+    "b_norm": "norm",
+    "diff_b": "bias",  # which may stand beside any of them
 }
 
 

@@ -98,11 +98,12 @@ def say_unsent(output_root: Path) -> None:
 
 
 def say_lines(lines: Sequence[str]) -> None:
-    """Print the lines; whoever reads them may have stopped."""
+    """Print the lines, in which names may be anybody's; whoever reads them may have stopped."""
     from lorasweep.core.progress import say
+    from lorasweep.core.text import harmless
 
     for line in lines:
-        say(line)
+        say(harmless(line))
 
 
 def end_with(error: Exception) -> NoReturn:

@@ -19,6 +19,7 @@ def add_parser(commands: Commands) -> None:
     text = "diffusers folder <-> single .safetensors"
     convert = add_command(commands, "convert", _convert, text, "SOURCE TARGET", _WORDS)
     convert.add_argument("--config", help="folder or hub id of a single file's configs, tokenizer")
+    convert.add_argument("--vae", help="a VAE's file or folder, for a file without one or instead")
     convert.add_argument("--dtype", choices=PRECISIONS, help="precision (default: as it is)")
     convert.add_argument("--overwrite", action="store_true", help="replace an existing TARGET")
 
@@ -34,6 +35,8 @@ def _convert(arguments: argparse.Namespace) -> int:
         model_path(source),
         Path(target),
         config=model_path(arguments.config) if arguments.config else cfg.model.config,
+        prediction_type=cfg.model.prediction_type,
+        vae=arguments.vae,
         precision=arguments.dtype,
         overwrite=arguments.overwrite,
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from lorasweep.cli.command_line import Commands, add_command, say_lines
 from lorasweep.models.base_model import PRECISIONS
 
-FORMATS = ("merged", "diffusers-lora", "offline-lora")
+FORMATS = ("merged", "kohya", "diffusers-lora", "offline-lora")
 
 
 def add_parser(commands: Commands) -> None:
@@ -20,11 +20,16 @@ def add_parser(commands: Commands) -> None:
         "--to",
         required=True,
         choices=FORMATS,
-        help="merged: the whole model with the LoRA in it; diffusers-lora: for load_lora_weights;"
-        " offline-lora: for generic diffusion feature",
+        help="merged: the whole model with the LoRA in it; kohya: a LoRA file under kohya's names"
+        " (A1111, ComfyUI); diffusers-lora: for load_lora_weights; offline-lora: for generic"
+        " diffusion feature",
     )
     export.add_argument("--out", type=Path, help="where to; ending in .safetensors: a single file")
-    export.add_argument("--strength", type=float, default=1.0, help="1 (default) is as trained")
+    export.add_argument(
+        "--strength",
+        default="1",
+        help="1 (default) is as trained; or by part and block: unet:0.8,te:0.5,down4:0",
+    )
     export.add_argument(
         "--with",
         dest="others",
@@ -33,13 +38,15 @@ def add_parser(commands: Commands) -> None:
         metavar="FILE=WEIGHT",
         help="merge a further LoRA too; may be given several times",
     )
+    export.add_argument("--unet-only", action="store_true", help="leave the text encoder as it is")
     export.add_argument("--rank", type=int, help="of the approximation, where one is needed")
     export.add_argument("--dtype", choices=PRECISIONS, help="precision (default: the base's)")
+    export.add_argument("--vae", help="a VAE's file or folder, for a base without one or instead")
     export.add_argument("--overwrite", action="store_true", help="replace what is there")
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from lorasweep.export import export_lora, find_lora
+    from lorasweep.export import export_lora, find_lora, lora_weights
 
     found = find_lora.find(arguments.word, arguments.overrides, arguments.config_dir)
     say_lines(found.lines)
@@ -47,10 +54,12 @@ def _export(arguments: argparse.Namespace) -> int:
         found,
         arguments.to,
         out=arguments.out,
-        strength=arguments.strength,
+        strength=lora_weights.parsed(arguments.strength, f"--strength {arguments.strength}"),
         others=arguments.others,
+        unet_only=arguments.unet_only,
         rank=arguments.rank,
         precision=arguments.dtype,
+        vae=arguments.vae,
         overwrite=arguments.overwrite,
     )
     say_lines([f"Written: {done.path}", *done.lines])

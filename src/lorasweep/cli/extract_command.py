@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from lorasweep.cli.command_line import Commands
+from lorasweep.models.base_model import PRECISIONS
 
 
 def add_parser(commands: Commands) -> None:
@@ -14,8 +15,12 @@ def add_parser(commands: Commands) -> None:
     extract.set_defaults(command=_extract)
     extract.add_argument("tuned", help="the tuned model: a diffusers folder, file or hub id")
     extract.add_argument("base", help="the model it was tuned from, or embedded for the demo's")
-    extract.add_argument("--rank", type=int, required=True, help="rank of the LoRA")
+    extract.add_argument("--rank", type=int, help="rank of the LoRA; with --energy, the largest")
     extract.add_argument("--conv-rank", type=int, help="of 3x3 convolutions (default: --rank)")
+    extract.add_argument(
+        "--energy", type=float, help="share to keep; each module gets its own rank"
+    )
+    extract.add_argument("--dtype", choices=PRECISIONS, default="fp32", help="default: fp32")
     extract.add_argument(
         "--targets", default="attn-mlp", help="attn-mlp (default), conv, full, unet-only"
     )
@@ -28,14 +33,15 @@ def _extract(arguments: argparse.Namespace) -> int:
     from lorasweep.cli.model_argument import model_of
     from lorasweep.core.progress import say
     from lorasweep.export import extract
+    from lorasweep.export.svd_ranks import SvdRanks
 
     tuned, base = (model_of(path, arguments.config) for path in (arguments.tuned, arguments.base))
     extract.extract_and_draw(
         (tuned, base),
         arguments.out,
-        arguments.rank,
-        arguments.conv_rank,
+        SvdRanks(arguments.rank, arguments.conv_rank, arguments.energy),
         arguments.targets,
+        arguments.dtype,
         overwrite=arguments.overwrite,
         say=say,
     )

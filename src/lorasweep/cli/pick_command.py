@@ -25,6 +25,7 @@ def _count(text: str) -> int:
 def _pick(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from lorasweep.core.text import harmless
     from lorasweep.runs import pick_checkpoint, pick_table
 
     cfg, settings, output_root = tracking_settings(arguments)
@@ -40,5 +41,5 @@ def _pick(arguments: argparse.Namespace) -> int:
     console = Console()
     console.print(pick_table.table(result, arguments.limit))
     for line in pick_table.summary(result):
-        console.print(line, soft_wrap=True, highlight=False)
+        console.print(harmless(line), soft_wrap=True, highlight=False, markup=False)
     return 0

@@ -14,6 +14,7 @@ def add_parser(commands: Commands) -> None:
     resize.set_defaults(command=_resize)
     resize.add_argument("file", type=Path, help="a LoRA, LoCon, DoRA, LoHa or LoKr")
     resize.add_argument("--rank", type=int, help="the new rank; with --energy, the largest")
+    resize.add_argument("--conv-rank", type=int, help="of 3x3 convolutions (default: --rank)")
     resize.add_argument("--energy", type=float, help="share to keep; each module gets its own rank")
     resize.add_argument("--out", type=Path, help="file to write (default: beside, NAME-resized)")
     resize.add_argument(
@@ -29,13 +30,13 @@ def _resize(arguments: argparse.Namespace) -> int:
     from lorasweep.cli.model_argument import model_of
     from lorasweep.core.progress import say
     from lorasweep.export import resize
+    from lorasweep.export.svd_ranks import SvdRanks
 
     source: Path = arguments.file
     resize.resize_and_draw(
         source,
         arguments.out or source.with_name(f"{source.stem}-resized.safetensors"),
-        arguments.rank,
-        arguments.energy,
+        SvdRanks(arguments.rank, arguments.conv_rank, arguments.energy),
         model=model_of(arguments.model, arguments.config) if arguments.model else None,
         overwrite=arguments.overwrite,
         say=say,

@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from lorasweep.config.checks import CHECKS, Check
 from lorasweep.config.compose import compose_without_images, flat, plain_values
 from lorasweep.config.conf_folder import groups
-from lorasweep.config.foreign_settings import load_settings
 from lorasweep.config.hydra_messages import cannot_be_removed, missing_value
 from lorasweep.config.resolvers import register_resolvers
 from lorasweep.config.run import COMPONENTS, KEYS, NEEDED, Run
@@ -26,6 +24,7 @@ from lorasweep.core.settings import (
     name_for_files,
     unknown_key,
 )
+from lorasweep.core.text import shown
 from lorasweep.training.training_run import RunTraining
 
 if TYPE_CHECKING:
@@ -96,22 +95,23 @@ def job_identity(hydra_cfg: DictConfig) -> dict[str, Any]:
     }
 
 
-def saved_model(config_file: Path, *, trusted: bool) -> Model:
-    """The base model of a run's config; one that came with a file may name no class, no pickle."""
+def saved_model(config: Mapping[str, Any], where: object) -> Model:
+    """The base model that a run's config names, which others may have written.
+
+    It names no class, allows no pickle, and asks for nothing of this machine (`${oc.env:…}`).
+    """
     from lorasweep.models.load_model import Model
 
-    register_resolvers()
-    try:
-        node = OmegaConf.to_container(load_settings(config_file).model, resolve=True)
-    except (OmegaConfBaseException, AttributeError) as error:
-        first = str(error).splitlines()[0]
-        raise SettingsError(f"{config_file} names no base model: {first}; give model=…") from None
+    node = config.get("model")
     if not isinstance(node, dict):
-        raise SettingsError(f"{config_file} names no base model; give model=…")
-    node.pop("_target_", None)
-    if not trusted:
-        node["allow_pickle"] = False
-    return build_class(Model, node, "model")  # type: ignore[no-any-return, arg-type]
+        raise SettingsError(f"{where} names no base model; give model=…")
+    for key, value in node.items():
+        if "${" in str(value) and not re.fullmatch(r"\$\{embedded:\w+\}", str(value)):
+            raise SettingsError(f"{where} gives model.{shown(str(key))} by reference; give model=…")
+    register_resolvers()
+    plain: Any = OmegaConf.to_container(OmegaConf.create(node), resolve=True)
+    plain.pop("_target_", None)
+    return build_class(Model, {**plain, "allow_pickle": False}, "model")  # type: ignore[no-any-return]
 
 
 def model_named(name: str) -> tuple[str, Model] | None:

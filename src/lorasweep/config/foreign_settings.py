@@ -12,7 +12,6 @@ says them.
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -71,19 +70,6 @@ def read_options(folder: Path, name: str, package_of: Callable[[str], str | None
         _check_hydra(content.get("hydra"), path)
         _check_defaults(content.get("defaults"), path)
     return text
-
-
-def load_settings(path: Path) -> DictConfig:
-    """A config that lies beside a file, bounded, and without what reads this machine.
-
-    Raises ForeignFileError, or OSError if there is none.
-    """
-    text = _text(path)
-    if not isinstance(_checked(text, path), Mapping):
-        raise ForeignFileError(f"{path} is no config: it holds no settings by name")
-    loaded = OmegaConf.load(io.StringIO(text))
-    assert isinstance(loaded, DictConfig)
-    return loaded
 
 
 def check_said(cfg: DictConfig, said: Sequence[str]) -> None:

@@ -4,17 +4,33 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
-import tempfile
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lorasweep.core.text import size_of
+
 TEMPORARY = ".tmp"  # ends the hidden names of files that are being written
 
 
-class DiskFullError(RuntimeError):
-    """There is no room for a file; what was written before is complete."""
+class DiskError(RuntimeError):
+    """A file can't be written for reasons of the disk; what was written before is complete."""
+
+
+class DiskFullError(DiskError):
+    """There is no room for a file."""
+
+
+class FolderGoneError(DiskError):
+    """The folder of what is being made was moved away or deleted meanwhile."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(
+            f"{folder} is gone: was it moved or deleted? Put it back, and the same command goes on"
+        )
 
 
 class TargetError(ValueError):
@@ -24,30 +40,44 @@ class TargetError(ValueError):
 def write_atomically(path: Path, content: bytes) -> None:
     """Write beside `path`, flush to the disk, then rename: no reader ever sees a partial file.
 
-    Raises DiskFullError.
+    Its folder is made if need be, but not the one around it: who moves that away gets no second
+    one. Who may read the file is up to the umask. Raises DiskError.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
-        temporary = Path(name)
+    with room_for(f"{path.name} ({size_of(len(content))})", path.parent):
+        _make_folder(path.parent)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
+        # by open, for the system applies the umask to nothing else
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.chmod(0o644)
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+@contextmanager
+def room_for(what: str, folder: Path) -> Iterator[None]:
+    """Within, `what` is written into `folder`: a full disk is a DiskFullError that names both."""
+    try:
+        yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        size = len(content) / 1e6
         raise DiskFullError(
-            f"{path.parent}: no room for {path.name} ({size:.1f} MB): {error.strerror}; make room,"
-            " and the same command goes on"
+            f"{folder}: no room for {what}: {error.strerror}; make room, and the same command"
+            " goes on"
         ) from None
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(exist_ok=True)
+    except FileNotFoundError:
+        raise FolderGoneError(folder.parent) from None
 
 
 def delete_temporaries(folder: Path) -> None:
@@ -65,14 +95,16 @@ def staged(target: Path, overwrite: bool) -> Iterator[Path]:
     """
     check_free(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
-        new = folder / target.name
-        yield new
-        _flush(new)
-        _replace(target, new, folder / "old")
-    finally:
-        shutil.rmtree(folder)
+    folder = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    with room_for(target.name, target.parent):
+        folder.mkdir()
+        try:
+            new = folder / target.name
+            yield new
+            _flush(new)
+            _replace(target, new, folder / "old")
+        finally:
+            shutil.rmtree(folder)
 
 
 def check_free(target: Path, overwrite: bool) -> None:
@@ -102,9 +134,21 @@ def _replace(target: Path, new: Path, old: Path) -> None:
 
 
 def _flush(new: Path) -> None:
-    """Make it readable by all and flush it to the disk, before it is renamed."""
+    """Give its files the mode that the umask gives, and flush them, before it is renamed."""
+    mode = _mode_of_files(new.parent)
     for path in new.rglob("*") if new.is_dir() else [new]:
         if path.is_file():
-            path.chmod(0o644)  # safetensors writes for its owner alone
+            path.chmod(mode)  # safetensors writes for its owner alone
             with path.open("rb") as file:
                 os.fsync(file.fileno())
+
+
+def _mode_of_files(folder: Path) -> int:
+    """What the umask leaves of 0666; to ask for the umask is to change it, for all threads."""
+    probe = folder / f".mode{TEMPORARY}"
+    handle = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        return stat.S_IMODE(os.fstat(handle).st_mode)
+    finally:
+        os.close(handle)
+        probe.unlink()

@@ -92,13 +92,18 @@ def read_yaml(path: Path, kind: type = dict) -> Any:
     return parse_yaml(_bounded(path, MAX_YAML_BYTES), path, kind)
 
 
-def read_text(path: Path, limit: int = MAX_BYTES) -> str:
-    """The text of a UTF-8 file of at most `limit` bytes. Raises also OSError."""
+def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
+    """A file of at most `limit` bytes. Raises also OSError, if there is no such file."""
     content = _bounded(path, limit)
     if len(content) > limit:
         raise ForeignFileError(f"{path} has more than {limit / 1e6:g} MB: too large to be read")
+    return content
+
+
+def read_text(path: Path, limit: int = MAX_BYTES) -> str:
+    """The text of a UTF-8 file of at most `limit` bytes. Raises also OSError."""
     try:
-        return content.decode("utf-8-sig")
+        return read_bytes(path, limit).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise ForeignFileError(f"{path} is not UTF-8 text") from None
 
@@ -112,15 +117,33 @@ def check_no_pipe(path: Path) -> None:
 def inside(folder: Path, path: str | Path) -> Path:
     """`path`, relative to `folder` or absolute, with all links followed, if it lies in `folder`."""
     full = Path(os.path.realpath(folder / path))
-    if not full.is_relative_to(os.path.realpath(folder)):
+    if not _is_inside(folder, full):
         raise ForeignFileError(f"{path} lies outside {folder}: it is not read")
     return full
+
+
+def refuse_links_out(folder: Path) -> None:
+    """Raise ForeignFileError if a link below `folder`, to a file or a folder, leads out of it.
+
+    In the folder of a stranger, what we write there would land where the link says.
+    """
+    for place, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = Path(place, name)
+            if path.is_symlink() and not _is_inside(folder, path):
+                raise ForeignFileError(
+                    f"{path} is a link that leads out of {folder}; put what it names in its place"
+                )
 
 
 def _bounded(path: Path, limit: int) -> bytes:
     check_no_pipe(path)
     with path.open("rb") as file:
         return file.read(limit + 1)
+
+
+def _is_inside(folder: Path, path: Path) -> bool:
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def _of_kind(value: Any, where: str | Path, kind: type) -> Any:

@@ -27,8 +27,8 @@ MAX_NAME = 500  # characters; the longest of SDXL's has 120
 
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 """Bytes of the types that weights come in."""
-INTEGERS = {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-"""Bytes of the types that some tools write a scalar in, such as alpha."""
+INTEGERS = {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1}
+"""Bytes of the types that tools write an alpha or a counter in."""
 
 
 class CheckpointError(ValueError):
@@ -156,7 +156,7 @@ def _range(name: str, entry: Any) -> tuple[int, int, str]:
     if len(offsets) != 2:
         raise _BadHeader(f"{shown(name)} has {len(offsets)} data_offsets instead of 2")
     count = math.prod(shape)
-    if offsets[1] - offsets[0] != count * _bytes(name, entry["dtype"], count):
+    if offsets[1] - offsets[0] != count * _bytes(name, entry["dtype"]):
         raise _BadHeader(
             f"{shown(name)} of shape {shown(str(shape))} doesn't fill its data_offsets"
         )
@@ -167,11 +167,9 @@ def _are_sizes(values: Any) -> bool:
     return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**48 for v in values)
 
 
-def _bytes(name: str, dtype: Any, count: int) -> int:
-    """Bytes of a value. Only scalars may be whole numbers; no weight is empty."""
-    if count == 0:
-        raise _BadHeader(f"{shown(name)} holds no values")
-    known = FLOATS | (INTEGERS if count == 1 else {})
+def _bytes(name: str, dtype: Any) -> int:
+    """Bytes of a value."""
+    known = FLOATS | INTEGERS
     if not isinstance(dtype, str) or dtype not in known:
         raise _BadHeader(f"{shown(name)} is of type {shown(str(dtype))}, which no weights are")
     return known[dtype]

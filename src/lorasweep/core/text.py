@@ -29,3 +29,10 @@ def listed(names: Iterable[str]) -> str:
     names = [shown(name, 300) for name in names]
     rest = len(names) - MAX_LISTED
     return ", ".join(names[:MAX_LISTED]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def size_of(number: float) -> str:
+    """A number of bytes in the unit that shows it: 0.3 MB, 40 MB, 1.2 GB."""
+    if number >= 1e9:
+        return f"{number / 1e9:.1f} GB"
+    return f"{number / 1e6:.0f} MB" if number >= 10e6 else f"{number / 1e6:.1f} MB"

@@ -27,8 +27,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from zipfile import ZIP_STORED, ZipFile, ZipInfo
 
-from lorasweep.core.atomic_write import write_atomically
-from lorasweep.core.foreign_files import read_json
+from lorasweep.core.atomic_write import room_for, write_atomically
+from lorasweep.core.foreign_files import ForeignFileError, inside, parse_shaped, read_bytes
 from lorasweep.core.settings import SettingsError
 from lorasweep.core.text import listed
 from lorasweep.data.dataset import ImageFile, ImageSet
@@ -77,6 +77,31 @@ class Arm:
     items: tuple[CaptionedImage, ...]
 
 
+@dataclass(frozen=True)
+class _ManifestArm:
+    repeats: int
+    captioner: str
+
+
+@dataclass(frozen=True)
+class _ManifestImage:
+    file: str
+    copy: str
+    sha256: str
+    split: str
+    captions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    """The shape of a manifest.json, as far as it is read here."""
+
+    inputs: str
+    caption_extension: str
+    arms: dict[str, _ManifestArm]
+    images: list[_ManifestImage]
+
+
 def write(
     image_set: ImageSet,
     captions: Mapping[str, ArmCaptions],
@@ -96,7 +121,10 @@ def write(
         return root
     _refuse_to_overwrite(root)
     root.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=root.parent, prefix=f".{root.name}-") as scratch:
+    with (
+        room_for("the images and captions", root.parent),
+        TemporaryDirectory(dir=root.parent, prefix=f".{root.name}-") as scratch,
+    ):
         tree = Path(scratch) / "new"
         _write_tree(tree, image_set, captions, caption_extension, inputs)
         _put_in_place(tree, root, inputs, replaced=Path(scratch) / "old")
@@ -125,12 +153,12 @@ def pack_originals(root: Path, image_dir: Path) -> Path:
     if path.is_file():
         return path
     manifest = _read_manifest(root)
-    assert manifest is not None
+    if manifest is None:
+        raise FoldersError(f"{root / MANIFEST} is not as it was written; delete {root}")
     content, gone = BytesIO(), []
     with ZipFile(content, "w", ZIP_STORED) as archive:  # images don't shrink
         for image in manifest["images"]:
-            file = image_dir.expanduser() / image["file"]
-            data = file.read_bytes() if file.is_file() else b""
+            data = _original(image_dir.expanduser(), image["file"])
             if hashlib.sha256(data).hexdigest() == image["sha256"]:
                 archive.writestr(ZipInfo(image["sha256"]), data)
             else:
@@ -139,6 +167,14 @@ def pack_originals(root: Path, image_dir: Path) -> Path:
         logger.warning("dataset.log_images: changed or gone meanwhile: %s", listed(gone))
     write_atomically(path, content.getvalue())
     return path
+
+
+def _original(image_dir: Path, name: str) -> bytes:
+    """What is left of an image, which the manifest can't look for elsewhere."""
+    try:
+        return inside(image_dir, name).read_bytes()
+    except (ForeignFileError, OSError):
+        return b""
 
 
 def clean_caption(text: str) -> str:
@@ -180,13 +216,13 @@ def _is_written_from(inputs: str, root: Path) -> bool:
 
 def _read_manifest(root: Path) -> dict[str, Any] | None:
     """The manifest, or None where there is none of ours."""
+    path = root / MANIFEST
     try:
-        manifest: dict[str, Any] = read_json(root / MANIFEST)
-        _files(manifest)  # looks at all that is read of it
-        whole = all({"file", "sha256"} <= image.keys() for image in manifest["images"])
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):
+        manifest: dict[str, Any] = parse_shaped(read_bytes(path), path, _Manifest)
+    except (FileNotFoundError, NotADirectoryError, ForeignFileError):
         return None
-    return manifest if whole and "inputs" in manifest else None
+    arms = {arm for image in manifest["images"] for arm in image["captions"]}
+    return manifest if arms <= set(manifest["arms"]) else None
 
 
 def _refuse_to_overwrite(root: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorasweep.core.atomic_write import write_atomically
+from lorasweep.core.foreign_files import ForeignFileError, parse_json
 from lorasweep.core.settings import SettingsError
 from lorasweep.data.buckets import Size, bucket_of, check_size, fit, is_scaled
 from lorasweep.data.dataset import Dataset
@@ -103,6 +103,7 @@ def _cached(
         log.warning("%s is torn and is made again", file)
     pixel_values = pixels(ImageOps.mirror(fitted) if flip else fitted)
     latents = base.encode_images(pixel_values[None])[0]
+    folder.mkdir(parents=True, exist_ok=True)
     write_atomically(file, _packed(latents, key))
     return latents
 
@@ -123,10 +124,11 @@ def _unpacked(content: bytes, key: str) -> Tensor | None:
     try:
         latents = load(content)["latents"]
         size = int.from_bytes(content[:8], "little")
-        metadata = json.loads(content[8 : 8 + size])["__metadata__"]
-    except (SafetensorError, KeyError, ValueError):
+        metadata = parse_json(content[8 : 8 + size], key).get("__metadata__")
+    except (SafetensorError, KeyError, ForeignFileError):
         return None
-    return latents if metadata.get("check") == _checksum(latents, key) else None
+    check = metadata.get("check") if isinstance(metadata, dict) else None
+    return latents if check == _checksum(latents, key) else None
 
 
 def _checksum(latents: Tensor, key: str) -> str:

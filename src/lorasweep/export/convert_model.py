@@ -17,15 +17,18 @@ def convert(
     target: Path,
     *,
     config: str | None,
+    prediction_type: str | None = None,
+    vae: str | None = None,
     precision: Precision | None = None,
     overwrite: bool = False,
 ) -> Exported:
     """Write a single file as a diffusers folder, or a folder (or hub id) as a single file.
 
     A `target` ending in .safetensors is a file. `config` is the diffusers folder or hub id whose
-    configs and tokenizer a single file is read with. Each tensor keeps its bits unless a
-    `precision` is given. What was written is loaded by diffusers and must draw the source's
-    picture. Raises ExportError otherwise, ModelError for what can't be read, TargetError.
+    configs and tokenizer a single file is read with. Noise schedule and VAE are the source's
+    unless a `prediction_type` or a `vae` is given, and each tensor keeps its bits unless a
+    `precision` is. What was written is loaded by diffusers and must draw the source's picture.
+    Raises ExportError otherwise, ModelError for what can't be read, TargetError.
     """
     if (Path(source).is_file() or is_file(Path(source))) == is_file(target):
         kind = "a single file" if is_file(target) else "a folder"
@@ -33,14 +36,17 @@ def convert(
             f"{source} and {target} are both {kind}: one is to end in .safetensors, the other not"
         )
     with picture_check.quiet(), staged(target, overwrite) as place:
-        model = whole_model.read(source, config, names=("SOURCE", "--config"))
+        names = ("SOURCE", "--config")
+        model = whole_model.read(
+            source, config, names=names, prediction_type=prediction_type, vae=vae
+        )
         base = whole_model.as_base(_settings(source), model)
         before = picture_check.draw(base)
         result = model.cast(precision)
         result.write(place)
         tolerance = None if precision else EXACT
         _, lines = read_back.check(place, result, Canvas.of(base), before, tolerance=tolerance)
-    return Exported(target, (*model.notes, *lines))
+    return Exported(target, (*model.notes_of(target), *lines))
 
 
 def _settings(source: str) -> Model:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lorasweep.core.foreign_files import ForeignFileError, check_no_pipe, inside, read_json
 from lorasweep.core.safetensors_header import CheckpointError, check_length
 from lorasweep.models.base_model import Precision, torch_dtype
-from lorasweep.models.model_files import ModelError, read_object
+from lorasweep.models.model_files import CONFIGS, ModelError, read_object
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -99,6 +99,11 @@ def read_index(folder: Path) -> dict[str, Any]:
     return read_object(folder / "model_index.json", str(folder))
 
 
+def read_schedule(folder: Path) -> dict[str, Any]:
+    """The noise schedule of a diffusers folder. Raises ModelError."""
+    return read_object(folder / "scheduler" / CONFIGS["scheduler"], str(folder))
+
+
 def read_part(folder: Path, part: str) -> dict[str, Tensor]:
     """A part's tensors, from its file, its pieces, or the variant's. Raises ModelError."""
     path = folder / part / FILES[part]
@@ -135,7 +140,7 @@ def write_folder(
 ) -> None:
     """Write these weights with the configs of another folder, without its safety checker.
 
-    `scheduler` changes the scheduler's config.
+    `scheduler` changes the scheduler's config, its class too.
     """
     for part, tensors in weights.items():
         write_tensors(folder / part / FILES[part], tensors)
@@ -149,13 +154,32 @@ def write_folder(
             if file.is_file():
                 _check_own(file, configs)
                 shutil.copyfile(file, folder / part / file.name)
+        if part.startswith("tokenizer"):
+            _add_slow_tokenizer(folder / part)
     if scheduler:
-        _copy_json(configs / "scheduler" / "scheduler_config.json", folder, scheduler)
+        _copy_json(configs / "scheduler" / CONFIGS["scheduler"], folder, scheduler)
     index = read_index(configs)
-    dropped: dict[str, Any] = {name: [None, None] for name in _NOT_NEEDED & set(index)}
+    changed: dict[str, Any] = {name: [None, None] for name in _NOT_NEEDED & set(index)}
     if not is_sdxl:
-        dropped["requires_safety_checker"] = False
-    (folder / "model_index.json").write_text(json.dumps({**index, **dropped}, indent=2) + "\n")
+        changed["requires_safety_checker"] = False
+    if "_class_name" in scheduler:
+        changed["scheduler"] = ["diffusers", scheduler["_class_name"]]
+    (folder / "model_index.json").write_text(json.dumps({**index, **changed}, indent=2) + "\n")
+
+
+def _add_slow_tokenizer(folder: Path) -> None:
+    """vocab.json and merges.txt of a tokenizer.json alone: transformers before 5 ask for them."""
+    if (folder / "vocab.json").exists() or not (folder / "tokenizer.json").exists():
+        return
+    model = read_object(folder / "tokenizer.json", str(folder)).get("model", {})
+    vocabulary, merges = model.get("vocab"), model.get("merges")
+    if not isinstance(vocabulary, dict) or not isinstance(merges, list):
+        return  # of another kind than CLIP's: there is no such form
+    lines = [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
+    text = json.dumps(vocabulary, ensure_ascii=False)
+    (folder / "vocab.json").write_text(text, encoding="utf-8")
+    # the first line is skipped by its readers
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *lines, ""]), encoding="utf-8")
 
 
 def write_variant(folder: Path, weights: Weights) -> Weights:
@@ -178,7 +202,9 @@ def write_variant(folder: Path, weights: Weights) -> Weights:
     return result
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write tensors as diffusers does. Raises OSError where the disk is full."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -186,7 +212,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     try:
-        save_file(whole, path, metadata={"format": "pt"})
+        save_file(whole, path, metadata={"format": "pt", **(metadata or {})})
     except SafetensorError as error:  # a full disk, in its words
         code = re.search(r"os error (\d+)", str(error))
         if code is None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,20 +14,26 @@ from lorasweep.adapters.kohya_names import every_site
 from lorasweep.core.atomic_write import staged
 from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.core.text import shown
-from lorasweep.export import picture_check, svd, whole_model
+from lorasweep.export import module_check, picture_check, svd, whole_model
 from lorasweep.export.attach_loras import Loras, attachable
+from lorasweep.export.combine_loras import combine
 from lorasweep.export.diffusers_lora_tensors import REMEDY, How, convert, diffusers_reads
 from lorasweep.export.exported import Exported, ExportError
-from lorasweep.export.picture_check import TOLERANCES, Canvas, Tolerance
-from lorasweep.lora_files import checkpoint, peft_names, read_lora_file
+from lorasweep.export.picture_check import TOLERANCES, Canvas
+from lorasweep.lora_files import checkpoint, read_lora_file
+from lorasweep.lora_files.peft_config import METADATA_KEY
 from lorasweep.lora_files.read_lora_file import FACTORED, LoRAFile
-from lorasweep.models.base_model import BaseModel
+from lorasweep.models.base_model import BaseModel, Precision
 from lorasweep.models.load_model import Model
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch.nn import Module
 
     from lorasweep.models.sdxl import Base
+
+
+READER = "diffusers' load_lora_weights"
 
 
 def write_for_diffusers(
@@ -33,17 +41,20 @@ def write_for_diffusers(
 ) -> Exported:
     """As `lora_for_diffusers`, on the base model that these settings name.
 
-    Raises ExportError for `loras` that no LoRA file can hold: several, or one of another strength.
+    Several LoRAs, or one of another strength, become one first (`combine`). Raises ExportError.
     """
-    (source, strength), *others = loras
-    if others or strength != 1:
-        raise ExportError(
-            "a LoRA file holds one LoRA, as trained: --strength and --with need a whole model"
-            " (--to merged, or --to offline-lora with --out FOLDER)"
-        )
     with picture_check.quiet():
         loaded = whole_model.base_for_loras(base)
-        return lora_for_diffusers(source, target, loaded, rank, overwrite=overwrite)
+        (source, weight), *others = loras
+        if not others and weight == 1:
+            return lora_for_diffusers(source, target, loaded, rank, overwrite=overwrite)
+        files = [(read_lora_file.read(path, loaded), weight) for path, weight in loras]
+        given = attachable(loaded, files)
+        combined = combine(loaded, files, rank)
+        told = combined.compare(loaded, given, combined.file)
+        left = rank if combined.loss is None else None
+        done = _write(combined.file, target, loaded, left, overwrite=overwrite)
+    return replace(done, lines=(combined.told, told, *done.lines))
 
 
 def lora_for_diffusers(
@@ -60,7 +71,13 @@ def lora_for_diffusers(
     Raises TargetError for a taken target, and ExportError, naming the remedy, for
     what can't be exported or is read otherwise by diffusers; nothing is written then.
     """
-    file = read_lora_file.read(source, base)
+    return _write(read_lora_file.read(source, base), target, base, rank, overwrite=overwrite)
+
+
+def _write(
+    file: LoRAFile, target: Path, base: Base, rank: int | None, *, overwrite: bool
+) -> Exported:
+    source = file.path
     with staged(target, overwrite) as place:
         _check_fit(file, base)
         try:
@@ -70,7 +87,11 @@ def lora_for_diffusers(
         if rank is not None and loss is None:
             raise ExportError(f"--rank has no effect on {source}, which diffusers can hold exactly")
         checkpoint.write(place, tensors, _metadata(file, how))
-        line = compare(_draw(file, base), base, place, file, how)
+        try:
+            line = compare(_draw(file, base), base, place, file, how)
+        except ExportError as error:
+            remedy = "" if REMEDY in str(error) else f" Or {REMEDY}"
+            raise ExportError(f"{source}: {error}{remedy}") from None
     return Exported(target, (_told(how, loss), line))
 
 
@@ -104,18 +125,42 @@ def compare(
     """
     file = read_lora_file.read(written, base)
     is_asked = source is not None or (isinstance(base, BaseModel) and diffusers_reads(file))
-    reader = "diffusers' load_lora_weights" if is_asked else "the base with the LoRA"
     is_exact = how != "approximated"
     with picture_check.quiet():
         bare, own = picture_check.draw(base), before if is_exact else _draw(file, base)
-        after = _draw_written(source or file, written, base) if is_asked else own
-    must = picture_check.compare(own, after, bare, _tolerance(source or file))
-    if not must.holds:
-        told = f"{must.line(reader)} Nothing was written"
-        raise ExportError(f"{source.path}: {told}; {REMEDY}" if source else told)
+        if not is_asked:
+            told = picture_check.compare(before, own, bare)
+            return told.approximate_line("the base with the LoRA")
+        meant = (source or file) if is_exact else file
+        after, line = _require_read(meant, written, base, bare, own)
     if is_exact:
-        return must.line(reader)
-    return picture_check.compare(before, after, bare).approximate_line(reader)
+        return line
+    return picture_check.compare(before, after, bare).approximate_line(READER)
+
+
+def _require_read(
+    meant: LoRAFile, written: Path, base: Base, bare: Image.Image, own: Image.Image
+) -> tuple[Image.Image, str]:
+    """The picture that diffusers draws with a written file, and the line that it is `own`.
+
+    Raises ExportError unless diffusers reads each module of what is `meant` as we do.
+    """
+    known = every_site(base.parts)
+    sites = [known[key] for key in meant.sites]
+    ours = module_check.outputs_with(base, attachable(base, [(meant, 1.0)]))
+    precision = _precision(meant)
+    with _loaded(written, base) as pipeline:
+        found = _adapted(sites, base)
+        draw = partial(picture_check.draw_with, pipeline, Canvas.of(base))
+        after = draw()
+        line = module_check.require_same(
+            picture_check.compare(own, after, bare, TOLERANCES[precision]),
+            READER,
+            after,
+            redraw=lambda: draw(guidance=picture_check.NUDGED),
+            modules=lambda: module_check.require(ours, module_check.outputs(found), precision),
+        )
+        return after, line
 
 
 def _check_fit(file: LoRAFile, base: Base) -> None:
@@ -136,7 +181,7 @@ def _check_fit(file: LoRAFile, base: Base) -> None:
 
 def _metadata(file: LoRAFile, how: How) -> dict[str, str]:
     """The source's; its description of PEFT's config would contradict the folded scales."""
-    stale = ("sshs_", peft_names.METADATA_KEY)
+    stale = ("sshs_", METADATA_KEY)
     carried = {key: value for key, value in file.metadata.items() if not key.startswith(stale)}
     if how == "as it is":
         return carried
@@ -147,13 +192,13 @@ def _draw(file: LoRAFile, base: Base) -> Image.Image:
     return picture_check.draw(base, attachable(base, [(file, 1.0)]))
 
 
-def _draw_written(file: LoRAFile, path: Path, base: Base) -> Image.Image:
-    """The picture that diffusers draws with a LoRA file; the base is as before afterwards."""
-    pipeline, known = picture_check.pipeline_of(base), every_site(base.parts)
+@contextmanager
+def _loaded(path: Path, base: Base) -> Iterator[Any]:
+    """diffusers' pipeline with a LoRA file loaded; the base is as before afterwards."""
+    pipeline = picture_check.pipeline_of(base)
     try:
         _load(pipeline, path)
-        _require_adapted([known[key] for key in file.sites], base)
-        return picture_check.draw_with(pipeline, Canvas.of(base))
+        yield pipeline
     finally:
         pipeline.unload_lora_weights()
 
@@ -166,18 +211,23 @@ def _load(pipeline: Any, path: Path) -> None:
         raise ExportError(f"diffusers can't load it ({cause}): {REMEDY}") from None
 
 
-def _require_adapted(sites: Sequence[Site], base: Base) -> None:
-    """Raise ExportError for a module that diffusers has left bare, without a word of its own."""
+def _adapted(sites: Sequence[Site], base: Base) -> dict[str, Module]:
+    """What diffusers has put in the sites' places, by part and dotted path.
+
+    Raises ExportError for a module that it has left bare, without a word of its own.
+    """
     roots = {part: root for part, (_, root) in base.parts.items()}
-    bare = [s for s in sites if not hasattr(roots[s.part].get_submodule(s.path), "lora_A")]
+    found = {f"{s.part}.{s.path}": roots[s.part].get_submodule(s.path) for s in sites}
+    bare = [name for name, module in found.items() if not hasattr(module, "lora_A")]
     if bare:
         raise ExportError(
             f"diffusers leaves {len(bare)} of the {len(sites)} modules out, first"
-            f" {shown(bare[0].key)}: {REMEDY}"
+            f" {shown(bare[0])}: {REMEDY}"
         )
+    return found
 
 
-def _tolerance(file: LoRAFile) -> Tolerance:
-    """By the type that the folded scales are rounded to."""
-    names = {"torch.float16": "fp16", "torch.bfloat16": "bf16"}
-    return TOLERANCES[names.get(str(svd.dtype_of(file.tensors)), "fp32")]
+def _precision(file: LoRAFile) -> Precision:
+    """The type that the folded scales are rounded to."""
+    names: dict[str, Precision] = {"torch.float16": "fp16", "torch.bfloat16": "bf16"}
+    return names.get(str(svd.dtype_of(file.tensors)), "fp32")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
-from lorasweep.adapters.kohya_names import every_site
+from lorasweep.adapters.kohya_names import every_norm, every_site
 from lorasweep.adapters.pack import check_fit, file_delta
 from lorasweep.adapters.weight_deltas import Tensors, algorithm, has_magnitude, low_rank_delta
 from lorasweep.core.text import shown
@@ -39,7 +39,7 @@ def convert(
     """
     if not isinstance(base, SDXLModel) and diffusers_reads(file):
         return file.tensors, "as it is", None
-    known = every_site(base.parts)
+    known = every_site(base.parts) | every_norm(base.parts)
     sites: dict[str, dict[str, Tensor]] = {}
     kept: dict[str, tuple[float, float]] = {}
     for key, tensors in file.sites.items():
@@ -75,7 +75,11 @@ def diffusers_reads(file: LoRAFile) -> bool:
 
 def _exact(tensors: Tensors) -> dict[str, Tensor] | None:
     """The site as a plain LoRA, maybe with magnitudes of outputs; None if it is no such thing."""
-    if algorithm(tensors) != "lora" or (has_magnitude(tensors) and not _of_outputs(tensors)):
+    if (
+        algorithm(tensors) != "lora"
+        or "diff_b" in tensors
+        or (has_magnitude(tensors) and not _of_outputs(tensors))
+    ):
         return None
     plain = dict(tensors)
     if "lora_mid.weight" in plain:  # Tucker's core goes into the down projection
@@ -115,7 +119,16 @@ def _approximated(
 
 
 def _described(tensors: Tensors) -> str:
-    kind = {"lora": "DoRA of inputs", "loha": "LoHa", "lokr": "LoKr", "full": "a full difference"}
+    kind = {
+        "lora": "DoRA of inputs",
+        "loha": "LoHa",
+        "lokr": "LoKr",
+        "full": "a full difference",
+        "norm": "a norm's difference",
+        "bias": "a bias's difference",
+    }
+    if "diff_b" in tensors:
+        return kind["bias"]
     name = algorithm(tensors) or "no type"
     return kind.get(name, name.upper()) + (" with magnitudes" if has_magnitude(tensors) else "")
 

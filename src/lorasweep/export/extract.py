@@ -8,19 +8,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorasweep import __version__
-from lorasweep.adapters.adapter import Site
-from lorasweep.adapters.kohya_names import PRESETS, every_site, sites
-from lorasweep.adapters.unet_blocks import MAX_RANK
+from lorasweep.adapters.kohya_names import PRESETS, sites
 from lorasweep.core.atomic_write import staged
-from lorasweep.export import diffusers_lora, picture_check, svd
+from lorasweep.export import diffusers_lora, picture_check, svd, whole_model
+from lorasweep.export.svd_ranks import SvdRanks, has_kernel, metadata
+from lorasweep.export.whole_model import WholeModel, as_base, parameter_name
 from lorasweep.lora_files import checkpoint, read_lora_file
-from lorasweep.models.base_model import BaseModel
+from lorasweep.models.base_model import BaseModel, Precision, torch_dtype
 from lorasweep.models.model_files import ModelError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lorasweep.models.load_model import Model
+
+
+PARTS = ("text_encoder", "unet")
+"""Parts that a LoRA can change."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Extracted:
     path: Path
     num_modules: int
     identical: int
-    """Modules among the targets whose weights are the same in both models."""
+    """Modules among the targets whose weights are the same in both models, but for rounding."""
     untouched: int
     """Parameters that differ, but that no LoRA of these targets holds."""
     kept: svd.Loss
@@ -54,9 +58,9 @@ class Extracted:
 def extract_and_draw(
     models: tuple[Model, Model],
     target: Path,
-    rank: int,
-    conv_rank: int | None,
+    ranks: SvdRanks,
     targets: str,
+    precision: Precision = "fp32",
     *,
     overwrite: bool,
     say: Callable[[str], None],
@@ -65,102 +69,131 @@ def extract_and_draw(
 
     Raises as `extract` does, and TargetError.
     """
-    check_ranks(rank, conv_rank)
     read_lora_file.check_target(target, overwrite)
+    _check_targets(targets)
     with picture_check.quiet(), staged(target, overwrite) as place:
-        tuned, base = (model.load() for model in models)
-        result = extract(tuned, base, place, rank, conv_rank, targets)
-        told = diffusers_lora.compare(picture_check.draw(tuned), base, place)
+        tuned, original = (_read(model) for model in models)
+        _check_same(tuned, original)
+        before = picture_check.draw(as_base(models[0], tuned))  # gone before the next is made
+        base = as_base(models[1], original)
+        assert isinstance(base, BaseModel), "_read refuses SDXL"
+        name = Path(models[0].path).name
+        result = extract(tuned, original, base, place, ranks, targets, precision, name)
+        told = diffusers_lora.compare(before, base, place)
     for line in (*replace(result, path=target).lines(), told):
         say(line)
 
 
 def extract(
-    tuned: BaseModel,
+    tuned: WholeModel,
+    original: WholeModel,
     base: BaseModel,
     target: Path,
-    rank: int,
-    conv_rank: int | None = None,
+    ranks: SvdRanks,
     targets: str = "attn-mlp",
+    precision: Precision = "fp32",
+    source: str = "a tuned model",
 ) -> Extracted:
-    """Write a LoRA of `rank` (3x3 convolutions: `conv_rank`) that turns `base` into `tuned`.
+    """Write a LoRA of these ranks that turns the `original`, the model of `base`, into `tuned`.
 
+    A weight that differs by no more than the rounding to the type that it was saved in is the
+    same. The metadata call the tuned model `source`.
     Raises ModelError for models that differ in architecture or don't differ in the targets.
     """
-    check_ranks(rank, conv_rank)
-    _check_same(tuned, base)
-    theirs = every_site(tuned.parts)
-    chosen = _chosen(base, targets)
+    _check_targets(targets)
+    _check_same(tuned, original)
+    chosen = sites(base.parts, targets)
     kept: dict[str, tuple[float, float]] = {}
     tensors: dict[str, Tensor] = {}
+    written = set()
     for site in chosen:
-        delta = theirs[site.key].weight.float() - site.weight.float()
-        if not bool(delta.any()):
+        theirs, own = tuned.weight_of(site), original.weight_of(site)
+        if _is_same(theirs, own):
             continue
-        own = conv_rank or rank if site.has_kernel else rank
-        found = svd.of_matrix(delta.flatten(1))
-        lora = found.as_lora(own, site.weight.shape, delta.dtype)
+        found = svd.of_matrix((theirs.float() - own.float()).flatten(1))
+        rank = ranks.of(found, own.shape)
+        lora = found.as_lora(rank, own.shape, torch_dtype(precision), pad=ranks.is_fixed)
         tensors |= {f"{site.key}.{name}": tensor for name, tensor in lora.items()}
-        kept[site.key] = (found.squared(own), found.squared())
+        kept[site.key] = (found.squared(rank), found.squared())
+        written.add((int(lora["lora_down.weight"].shape[0]), has_kernel(own.shape)))
     if not kept:
         raise ModelError("the two models have the same weights in all targets: nothing to extract")
-    checkpoint.write(target, tensors, _metadata(base, tuned, rank))
-    others = _differing(tuned, base) - {f"{site.key}.weight" for site in chosen}
+    checkpoint.write(target, tensors, _metadata(base, source, metadata(written, ranks.is_fixed)))
+    others = _differing(tuned, original) - {
+        (site.part, parameter_name(site, "weight")) for site in chosen
+    }
     return Extracted(target, len(kept), len(chosen) - len(kept), len(others), svd.Loss.of(kept))
 
 
-def check_ranks(rank: int, conv_rank: int | None) -> None:
-    """Raise ModelError for ranks that no LoRA has."""
-    for name, value in (("--rank", rank), ("--conv-rank", conv_rank)):
-        if value is not None and not 1 <= value <= MAX_RANK:
-            raise ModelError(f"{name} {value}: give 1 to {MAX_RANK}")
+def _read(model: Model) -> WholeModel:
+    model.check()
+    return whole_model.read(
+        model.path, model.config, model.revision, prediction_type=model.prediction_type
+    )
 
 
-def _chosen(base: BaseModel, targets: str) -> list[Site]:
+def _check_targets(targets: str) -> None:
     if targets not in PRESETS:
         raise ModelError(f"--targets {targets}: choose one of {', '.join(sorted(PRESETS))}")
-    return sites(base.parts, targets)
 
 
-def _weights(model: BaseModel) -> dict[str, Tensor]:
-    return {
-        f"{prefix}_{name.rpartition('.')[0].replace('.', '_')}.{name.rpartition('.')[2]}": weight
-        for prefix, root in model.parts.values()
-        for name, weight in root.named_parameters()
-    }
-
-
-def _check_same(tuned: BaseModel, base: BaseModel) -> None:
-    shapes: list[Mapping[str, tuple[int, ...]]] = [
-        {name: tuple(weight.shape) for name, weight in _weights(model).items()}
-        for model in (tuned, base)
-    ]
+def _check_same(tuned: WholeModel, original: WholeModel) -> None:
+    shapes = [_shapes(model) for model in (tuned, original)]
     if shapes[0] == shapes[1]:
         return
     names = set(shapes[0]) ^ set(shapes[1]) or {
         name for name in shapes[0] if shapes[0][name] != shapes[1][name]
     }
     raise ModelError(
-        f"{tuned.settings.path} and {base.settings.path} are of different architectures:"
-        f" {len(names)} parameters differ in name or shape, first {min(names)}"
+        f"the two models are of different architectures: {len(names)} tensors differ in name or"
+        f" shape, first {min(names)}"
     )
 
 
-def _differing(tuned: BaseModel, base: BaseModel) -> set[str]:
+def _shapes(model: WholeModel) -> dict[str, tuple[int, ...]]:
+    return {
+        f"{part}.{name}": tuple(tensor.shape)
+        for part in PARTS
+        for name, tensor in model.weights[part].items()
+    }
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """Are two weights equal, but for the rounding to the types that they were saved in?
+
+    One of fp32 rounded to bf16 is off by up to half of bf16's last place, and one that had been
+    rounded to fp16 before by half of fp16's too.
+    """
     import torch
 
-    theirs = _weights(tuned)
-    return {name for name, own in _weights(base).items() if not torch.equal(own, theirs[name])}
+    near, far = one.float(), other.float()
+    if one.dtype == other.dtype:
+        return torch.equal(near, far)
+    _, exponent = torch.frexp(torch.maximum(near.abs(), far.abs()))
+    binade = torch.ldexp(torch.ones_like(near), exponent - 1)
+    allowed = torch.zeros_like(near)
+    for dtype in {one.dtype, other.dtype} - {torch.float32}:
+        known = torch.finfo(dtype)
+        allowed += known.eps / 2 * binade.clamp(min=known.smallest_normal)
+    return bool(((near - far).abs() <= allowed).all())
 
 
-def _metadata(base: BaseModel, tuned: BaseModel, rank: int) -> dict[str, str]:
+def _differing(tuned: WholeModel, original: WholeModel) -> set[tuple[str, str]]:
     return {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(rank),
-        "ss_network_alpha": str(float(rank)),
+        (part, name)
+        for part in PARTS
+        for name, own in original.weights[part].items()
+        if not _is_same(tuned.weights[part][name], own)
+    }
+
+
+def _metadata(base: BaseModel, source: str, ranks: Mapping[str, str]) -> dict[str, str]:
+    return {
+        **ranks,
         "ss_base_model_version": base.base_model_version,
         "ss_sd_model_name": Path(base.settings.path).name,
         "lorasweep_version": __version__,
-        "ss_training_comment": f"extracted by lorasweep from {Path(tuned.settings.path).name}",
+        "ss_training_comment": f"extracted by lorasweep from {source}",
         "modelspec.architecture": base.architecture,
+        "modelspec.prediction_type": "v" if base.prediction_type == "v_prediction" else "epsilon",
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 from lorasweep import tracking
 from lorasweep.config.build_run import absolute_folder, model_named, saved_model
 from lorasweep.config.compose import compose_without_images
-from lorasweep.core.safetensors_header import CheckpointError
+from lorasweep.core.atomic_write import write_atomically
+from lorasweep.core.foreign_files import parse_yaml, read_yaml
 from lorasweep.core.settings import SettingsError, build
-from lorasweep.core.text import shown
+from lorasweep.core.text import listed, shown
+from lorasweep.export import diffusers_folder
 from lorasweep.judging.pick_rule import rank, with_finite_score
 from lorasweep.lora_files import checkpoint
 from lorasweep.tracking.store import sqlite_path
@@ -48,21 +49,20 @@ def find(word: str, overrides: Sequence[str], config_dir: Path | None = None) ->
     the one it was trained on. Raises OriginError.
     """
     cfg = compose_without_images(overrides, config_dir)
+    given = build(cfg.model, "model") if _names_model(overrides) else None
     lines: list[str] = []
     if word.endswith(".safetensors") or (Path(word).exists() and not Path(word).is_dir()):
-        path, model = Path(word), None
+        path = Path(word)
+        found = trained_on(path, cfg) if given is None else None
     else:
-        path, model, lines = _of_run(word, cfg)
-    if _names_model(overrides):
-        model = build(cfg.model, "model")
-    elif model is None:
-        found = trained_on(path, cfg)
-        if found is None:
-            raise OriginError(
-                f"{path}: {unknown_base(path)}; give model=OPTION or model.path=FOLDER"
-            )
-        model, where = found
-        lines = [*lines, where]
+        path, lines, found = _of_run(word, cfg, needs_base=given is None)
+    if given is not None:
+        model = given
+    elif found is not None:
+        model = _on_this_machine(found[0])
+        lines = [*lines, found[1]]
+    else:
+        raise OriginError(f"{path}: {unknown_base(path)}; give model=OPTION or model.path=FOLDER")
     return FoundLoRA(path, path.stem, model, tuple(lines), Path(cfg.output_root) / "exports")
 
 
@@ -76,27 +76,46 @@ def _names_model(overrides: Sequence[str]) -> bool:
     return False
 
 
-def _of_run(name: str, cfg: Any) -> tuple[Path, Model, list[str]]:
+def _on_this_machine(model: Model) -> Model:
+    """A model that a file or a store names, not the person; so it isn't downloaded."""
+    config = model.config if model.is_single_file else None
+    source, revision = (config, None) if config else (model.path, model.revision)
+    if (model.is_single_file and not config) or diffusers_folder.downloaded(source, revision):
+        return model
+    raise OriginError(
+        f"the base model, {shown(source)}, is not on this machine; model.path={shown(model.path)}"
+        " fetches it from the hub, model.path=FOLDER gives a copy"
+    )
+
+
+def _of_run(
+    name: str, cfg: Any, *, needs_base: bool
+) -> tuple[Path, list[str], tuple[Model, str] | None]:
+    """A run's file, how it was found, and its base with a line about it."""
     settings: Tracking = build(cfg.tracking, "tracking")
     output_root = absolute_folder(cfg.output_root, "output_root")
     uri = settings.resolve(output_root)
     found = tracking.candidates(uri, settings.experiment)
     wanted = [one for one in found if name in (one.run, one.name)]
     if not wanted:
-        runs = ", ".join(sorted({one.run for one in found})) or "none yet"
+        runs = listed(sorted({one.run for one in found})) or "none yet"
         raise OriginError(
             f"{name} is neither a .safetensors file nor a run's name; runs are: {runs}. Runs below"
             " another folder are found by output_root=FOLDER"
         )
     newest = [one for one in wanted if one.sweep == wanted[-1].sweep]
     chosen, why = _best(newest, cfg.pick.by)
-    path = chosen.path
-    if not path.is_file():
+    base = None
+    if needs_base:
+        model = _base_of_run(uri, chosen)
+        base = model, f"Its base: {model.path}"
+    path = tracking.local_file(chosen, output_root)
+    if path is None:
         path = output_root / "exports" / chosen.path.name
-        tracking.fetch_file(uri, chosen, path)
-    model = _base_of_run(uri, chosen)
-    lines = [f"{chosen.name} of sweep {chosen.sweep}, {why}: {path}", f"Its base: {model.path}"]
-    return path, model, lines
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, tracking.read_checkpoint(uri, chosen, output_root))
+    lines = [shown(f"{chosen.name} of sweep {chosen.sweep}, {why}: {path}", 1000)]
+    return path, lines, base
 
 
 def _best(candidates: Sequence[Candidate], by: str) -> tuple[Candidate, str]:
@@ -119,12 +138,12 @@ def trained_on(path: Path, cfg: Any) -> tuple[Model, str] | None:
     metadata = checkpoint.read_metadata(path)
     for file in (path.parent / "config.yaml", path.parent / ".hydra" / "config.yaml"):
         if file.is_file():
-            model = saved_model(file, trusted=False)
+            model = saved_model(read_yaml(file), file)
             return model, f"Base model, of {file}: {model.path}"
     if named := model_named(metadata.get("ss_sd_model_name", "")):
         option, model = named
         return model, f"Base model, by its metadata: {model.path} (model={option})"
-    return _by_hash(metadata.get("sshs_model_hash"), cfg)
+    return _by_hash(checkpoint.data_hash(path), cfg)
 
 
 def unknown_base(path: Path) -> str:
@@ -134,29 +153,20 @@ def unknown_base(path: Path) -> str:
     return f"which base model is it for? {says}"
 
 
-def _by_hash(wanted: str | None, cfg: Any) -> tuple[Model, str] | None:
+def _by_hash(wanted: str, cfg: Any) -> tuple[Model, str] | None:
     """The base of the run whose checkpoint has this hash; a store that isn't there has none."""
     settings: Tracking = build(cfg.tracking, "tracking")
     uri = settings.resolve(Path(cfg.output_root).absolute())
     store = sqlite_path(uri)
-    if not wanted or (store is not None and not store.is_file()):
+    if store is not None and not store.is_file():
         return None
     for one in tracking.candidates(uri, settings.experiment):
-        if one.path.is_file() and _hash_of(one.path) == wanted:
+        if one.hash == wanted:
             model = _base_of_run(uri, one)
             return model, f"Base model, of {one.name} in the tracking store: {model.path}"
     return None
 
 
-def _hash_of(path: Path) -> str | None:
-    try:
-        return checkpoint.read_metadata(path).get("sshs_model_hash")
-    except CheckpointError:  # a run's file that was cut since
-        return None
-
-
 def _base_of_run(uri: str, candidate: Candidate) -> Model:
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "config.yaml"
-        file.write_text(tracking.config_of(uri, candidate))
-        return saved_model(file, trusted=True)
+    where = f"config.yaml of {shown(candidate.run)}"
+    return saved_model(parse_yaml(tracking.config_of(uri, candidate), where), where)

@@ -49,6 +49,18 @@ SDXL = Loader(
     pipeline="StableDiffusionXLImg2ImgPipeline",
     base="stabilityai/stable-diffusion-xl-base-1.0",
 )
+PGV2 = replace(SDXL, version="pgv2", base="playgroundai/playground-v2-1024px-aesthetic")
+"""Playground v2, of SDXL's architecture."""
+PEFT_NOTE = (
+    "generic diffusion feature attaches a file by diffusers, which needs peft: pip install peft"
+)
+
+
+def loader_of(base: Model) -> Loader:
+    """How this base is loaded; Playground is known by its name alone."""
+    if not diffusers_folder.is_sdxl(base.path, base.revision):
+        return SD15
+    return PGV2 if "playground-v2-" in base.path else SDXL
 
 
 def offline_lora(
@@ -58,6 +70,7 @@ def offline_lora(
     *,
     rank: int | None = None,
     precision: Precision | None = None,
+    vae: str | None = None,
     overwrite: bool = False,
 ) -> Exported:
     """Write what generic diffusion feature loads, with the lines to paste.
@@ -67,8 +80,7 @@ def offline_lora(
     folder, for `offline_lora` alone; of SDXL it holds the variant fp16 too, which is what is
     loaded. Raises as `merged` and `write_for_diffusers` do.
     """
-    is_sdxl = diffusers_folder.is_sdxl(base.path, base.revision)
-    loader = SDXL if is_sdxl else SD15
+    loader = loader_of(base)
     if is_file(target):
         written = write_for_diffusers(base, loras, target, rank, overwrite=overwrite)
         folder, name = str(target.absolute().parent), target.name
@@ -78,16 +90,17 @@ def offline_lora(
             f" is {base.path}. A whole model folder (--out without .safetensors) holds its own"
             " base."
         )
-        notes = () if base.path == loader.base else (note,)
+        notes = [PEFT_NOTE] if base.path == loader.base else [note, PEFT_NOTE]
     else:
         written = merged(
             base,
             loras,
             target,
             precision=precision,
+            vae=vae,
             overwrite=overwrite,
             pipeline_class=loader.pipeline,
-            fp16_variant=is_sdxl,
+            fp16_variant=loader is not SD15,
         )
-        arguments, notes = f"offline_lora={str(target.absolute())!r}", ()
+        arguments, notes = f"offline_lora={str(target.absolute())!r}", []
     return replace(written, lines=(*written.lines, *notes, *loader.lines_to_paste(arguments)))

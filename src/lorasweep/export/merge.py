@@ -7,15 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorasweep.adapters.kohya_names import every_site
+from lorasweep.adapters.differences import bias_delta
+from lorasweep.adapters.kohya_names import every_norm, every_site
 from lorasweep.adapters.pack import file_delta
 from lorasweep.core.atomic_write import staged
-from lorasweep.export import diffusers_folder, picture_check, read_back, whole_model
+from lorasweep.export import diffusers_folder, module_check, picture_check, read_back, whole_model
 from lorasweep.export.attach_loras import Loras, attachable
 from lorasweep.export.diffusers_folder import VARIANT
 from lorasweep.export.exported import Exported, ExportError, is_file
+from lorasweep.export.lora_weights import Weight, weight_at
 from lorasweep.export.picture_check import Canvas
-from lorasweep.export.single_file_names import prefixed
 from lorasweep.lora_files import read_lora_file
 from lorasweep.lora_files.read_lora_file import LoRAFile
 from lorasweep.models.base_model import Precision
@@ -27,11 +28,6 @@ if TYPE_CHECKING:
 
     from lorasweep.export.whole_model import WholeModel
 
-V_NOTE = (
-    "The model predicts v, which a single file can't say: tell your program (A1111: a .yaml beside"
-    " it; ComfyUI: the node ModelSamplingDiscrete; kohya: --v_parameterization)"
-)
-
 
 def merged(
     settings: Model,
@@ -39,6 +35,7 @@ def merged(
     target: Path,
     *,
     precision: Precision | None = None,
+    vae: str | None = None,
     overwrite: bool = False,
     pipeline_class: str | None = None,
     fp16_variant: bool = False,
@@ -47,61 +44,72 @@ def merged(
 
     A `target` ending in .safetensors is a single file in the original layout, any other a diffusers
     folder. Tensors keep the base's type unless a `precision` is given. Every delta is that of the
-    bare weights, so the order of several LoRAs doesn't matter. The picture of what was written,
+    bare weights, so the order of several LoRAs doesn't matter. `vae` is as `whole_model.read` has
+    it. The picture of what was written,
     loaded by diffusers' `pipeline_class`, must be that of the attached LoRAs; raises ExportError
     otherwise, TargetError for a taken target. `fp16_variant` adds SDXL's variant to a folder.
     """
     if is_file(target) and diffusers_folder.is_sdxl(settings.path, settings.revision):
         raise ExportError(f"{target}: SDXL as a single file comes later; give a folder's name")
     with picture_check.quiet(), staged(target, overwrite) as place:
-        model = whole_model.read(settings.path, settings.config, settings.revision, sdxl=True)
+        model = whole_model.read(
+            settings.path,
+            settings.config,
+            settings.revision,
+            sdxl=True,
+            prediction_type=settings.prediction_type,
+            vae=vae,
+        )
         base = whole_model.as_base(settings, model)
         files = [(read_lora_file.read(path, base), weight) for path, weight in loras]
         adapters = attachable(base, files)
         bare, before = picture_check.draw(base), picture_check.draw(base, adapters)
+        outputs = module_check.outputs_with(base, adapters)
         result = merge(base, model, files, precision)
-        canvas, predicts_v = Canvas.of(base), base.prediction_type == "v_prediction"
+        canvas = Canvas.of(base)
         del base, adapters, files  # a large model doesn't fit twice
 
-        result.write(place, settings.prediction_type)
+        result.write(place)
         after, lines = read_back.check(
-            place, result, canvas, before, bare, pipeline_class=pipeline_class
+            place, result, canvas, before, bare, pipeline_class=pipeline_class, outputs=outputs
         )
         if fp16_variant:
             lines += _add_variant(place, result, pipeline_class, canvas, before)
     picture = target.with_name(f"{target.name}-check.png")
     picture_check.side_by_side(picture, bare, before, after)
-    notes = (*model.notes, *([V_NOTE] if predicts_v and is_file(target) else []))
-    return Exported(target, (*notes, *lines, f"Side by side: {picture}"))
+    return Exported(target, (*model.notes_of(target), *lines, f"Side by side: {picture}"))
 
 
 def merge(
     base: Base,
     model: WholeModel,
-    files: Sequence[tuple[LoRAFile, float]],
+    files: Sequence[tuple[LoRAFile, Weight]],
     precision: Precision | None = None,
 ) -> WholeModel:
     """The model's tensors with the sum of all weighted deltas added in fp32, rounded once.
 
     `base` is the same model, bare: a DoRA's delta depends on its weights.
     """
-    result, known = model.cast(precision), every_site(base.parts)
+    result, known = model.cast(precision), every_site(base.parts) | every_norm(base.parts)
     weights = {part: dict(tensors) for part, tensors in result.weights.items()}
     changed = {key: known[key] for file, _ in files for key in file.sites}
     for key, site in changed.items():
-        path = prefixed(site.path) if site.part == "text_encoder" else site.path
-        name = f"{path}.weight"
-        total = model.weights[site.part][name].float()
-        for file, weight in files:
-            if key in file.sites:
-                total = total + weight * file_delta(site, file.sites[key])
-        rounded = total.to(weights[site.part][name].dtype)
-        if not bool(rounded.isfinite().all()):
-            raise ExportError(
-                f"{site.key}: the merged weight is too large for {rounded.dtype}; give --dtype fp32"
-                " or bf16"
-            )
-        weights[site.part][name] = rounded
+        own = [(file.sites[key], weight_at(w, site)) for file, w in files if key in file.sites]
+        changes = {"weight": [(file_delta(site, tensors), weight) for tensors, weight in own]}
+        if biases := [(b, weight) for t, weight in own if (b := bias_delta(t)) is not None]:
+            changes["bias"] = biases
+        for parameter, deltas in changes.items():
+            name = whole_model.parameter_name(site, parameter)
+            total = model.weights[site.part][name].float()
+            for delta, weight in deltas:
+                total = total + weight * delta
+            rounded = total.to(weights[site.part][name].dtype)
+            if not bool(rounded.isfinite().all()):
+                raise ExportError(
+                    f"{site.key}: the merged {parameter} is too large for {rounded.dtype}; give"
+                    " --dtype fp32 or bf16"
+                )
+            weights[site.part][name] = rounded
     return replace(result, weights=weights)
 
 

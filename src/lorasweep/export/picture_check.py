@@ -27,6 +27,8 @@ PROMPT = "a picture of a fox, high contrast"
 SEED = 7
 NUM_STEPS = 8  # enough that an error shows: it grows from step to step
 GUIDANCE = 4.0
+NUDGED = GUIDANCE * (1 + 1e-6)
+"""No picture changes with it, but one that the model's rounding decides."""
 MAX_SIDE = 256  # pixels; SD1.5 draws it in seconds where 512 take a minute on a CPU
 
 
@@ -138,19 +140,22 @@ class Canvas:
         )
 
 
-def draw(base: Base, adapters: Weighted = ()) -> Image.Image:
+def draw(base: Base, adapters: Weighted = (), guidance: float = GUIDANCE) -> Image.Image:
     """The picture of our own adapters, at their weights, on the base; of the bare base without."""
     with attached(adapters):
-        return draw_with(pipeline_of(base), Canvas.of(base))
+        return draw_with(pipeline_of(base), Canvas.of(base), guidance=guidance)
 
 
 def draw_with(
-    pipeline: Any, canvas: Canvas, scheduler_config: Mapping[str, Any] | None = None
+    pipeline: Any,
+    canvas: Canvas,
+    scheduler_config: Mapping[str, Any] | None = None,
+    guidance: float = GUIDANCE,
 ) -> Image.Image:
     """The same picture from the parts of any pipeline of diffusers, however it was loaded.
 
-    The noise schedule is the pipeline's own, or `scheduler_config` where what was written can't
-    hold one (a single file). Sampled by DDIM (arXiv 2010.02502), which adds no noise of its own.
+    The noise schedule is the pipeline's own, or `scheduler_config` for a single file, which holds
+    no whole one. Sampled by DDIM (arXiv 2010.02502), which adds no noise of its own.
     """
     import torch
     from diffusers import DDIMScheduler
@@ -166,7 +171,7 @@ def draw_with(
         width=side,
         height=side,
         num_inference_steps=NUM_STEPS,
-        guidance_scale=GUIDANCE,
+        guidance_scale=guidance,
         generator=torch.Generator().manual_seed(SEED),
         clip_skip=skip - 1 if skip > 1 else None,  # diffusers counts the layers left out
         output_type="np",

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorasweep.export import picture_check
+from lorasweep.export import module_check, picture_check
 from lorasweep.export.exported import ExportError, is_file
 from lorasweep.export.picture_check import Canvas, Tolerance
 from lorasweep.export.single_file_names import Weights, prefixed
 from lorasweep.export.whole_model import WholeModel
+from lorasweep.models import file_schedule
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
+    from torch.nn import Module
 
 
 def check(
@@ -25,26 +30,39 @@ def check(
     tolerance: Tolerance | None = None,
     pipeline_class: str | None = None,
     variant: str | None = None,
+    outputs: Mapping[str, Tensor] | None = None,
 ) -> tuple[Image, list[str]]:
     """The picture that diffusers draws of `model` as it was written, and the lines for a person.
 
     Raises ExportError unless it reads every tensor bit by bit and draws `before`, as
     `picture_check.compare` has it; without a `tolerance`, within that of the tensors' precision.
-    Be `quiet` (picture_check).
+    `outputs` are those of the changed modules (module_check), by part and path, for where the
+    picture can't tell. Be `quiet` (picture_check).
     """
     usual = "AutoPipelineForText2Image" if model.layout.is_sdxl else "StableDiffusionPipeline"
     name = pipeline_class or usual
     pipeline = load(place, model.configs, name, variant)
     same_tensors = _require_weights(pipeline, model.weights)
-    # a file holds no noise schedule: its user gives it
-    schedule = canvas.scheduler_config if is_file(place) else None
-    after = picture_check.draw_with(pipeline, canvas, scheduler_config=schedule)
+    schedule = _said_schedule(place, canvas) if is_file(place) else None
+    draw = partial(picture_check.draw_with, pipeline, canvas, scheduler_config=schedule)
+    after = draw()
     allowed = tolerance or canvas.tolerance(model.precision)
     agreement = picture_check.compare(before, after, bare, allowed)
     call = "from_single_file" if is_file(place) else "from_pretrained"
     with_variant = f" with variant={variant!r}" if variant else ""
     reader = f"diffusers' {name}.{call}{with_variant}"
-    return after, [same_tensors, picture_check.require(agreement, reader)]
+    if outputs is None:
+        return after, [same_tensors, picture_check.require(agreement, reader)]
+
+    def modules() -> str:
+        theirs = module_check.outputs({name: _module(pipeline, name) for name in outputs})
+        return module_check.require(outputs, theirs, model.precision)
+
+    redraw = partial(draw, guidance=picture_check.NUDGED)
+    return after, [
+        same_tensors,
+        module_check.require_same(agreement, reader, after, redraw, modules),
+    ]
 
 
 def load(place: Path, configs: Path, pipeline_class: str, variant: str | None = None) -> Any:
@@ -68,6 +86,22 @@ def load(place: Path, configs: Path, pipeline_class: str, variant: str | None = 
         feature_extractor=None,
         torch_dtype=torch.float32,
     )
+
+
+def _said_schedule(place: Path, canvas: Canvas) -> dict[str, Any]:
+    """The schedule of those who know no more of a file than it says, but the model's betas."""
+    plain = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
+    return {**canvas.scheduler_config, **plain, **file_schedule.of_file(place)}
+
+
+def _module(pipeline: Any, name: str) -> Module:
+    """A module of a pipeline by its part and dotted path, text_model. left out."""
+    part, _, path = name.partition(".")
+    root = getattr(pipeline, part)
+    if part == "text_encoder":
+        root = getattr(root, "text_model", root)
+    module: Module = root.get_submodule(path)
+    return module
 
 
 def _require_weights(pipeline: Any, weights: Weights) -> str:

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorasweep import __version__
-from lorasweep.adapters.unet_blocks import MAX_RANK
 from lorasweep.config.compose import compose_without_images
 from lorasweep.core.atomic_write import staged
+from lorasweep.core.foreign_files import ForeignFileError
 from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.core.settings import SettingsError
 from lorasweep.export import diffusers_folder, diffusers_lora, find_lora, picture_check, svd
 from lorasweep.export.attach_loras import attachable
+from lorasweep.export.svd_ranks import SvdRanks, has_kernel, metadata
 from lorasweep.export.whole_model import base_for_loras
 from lorasweep.lora_files import checkpoint, read_lora_file
 from lorasweep.lora_files.read_lora_file import FACTORED, LoRAFile
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from lorasweep.models.sdxl import Base
 
 RESIZABLE = (*FACTORED, "dora", "full")
+CARRIED = ("norm", "bias")
+"""What has no rank, and goes into the new file as it is."""
 
 
 @dataclass(frozen=True)
@@ -57,24 +60,22 @@ class Resized:
 def resize_and_draw(
     source: Path,
     target: Path,
-    rank: int | None,
-    energy: float | None,
+    ranks: SvdRanks,
     *,
     model: Model | None,
     overwrite: bool,
     say: Callable[[str], None],
 ) -> None:
-    """Write `source` with another rank, draw it before and after, and say whether that is close.
+    """Write `source` with other ranks, draw it before and after, and say whether that is close.
 
     Without a `model` the base is found as `export` finds it, if it is on this machine; where it
     can't be had one sentence says why, and the file is written all the same. Raises
     CheckpointError, ModelError, TargetError.
     """
     read_lora_file.check_target(target, overwrite)
-    check(rank, energy)
     with picture_check.quiet(), staged(target, overwrite) as place:
         before = _drawn(source, base_for_loras(model)) if model else _drawn_on_its_base(source, say)
-        result = resize(source, place, rank, energy)
+        result = resize(source, place, ranks)
         if isinstance(before, str):
             told = f"Not checked by a picture: {before}"
         else:
@@ -83,47 +84,39 @@ def resize_and_draw(
         say(line)
 
 
-def resize(
-    source: Path, target: Path, rank: int | None = None, energy: float | None = None
-) -> Resized:
-    """Write `source` as a LoRA of one `rank`, or of each module's least rank that keeps `energy`.
+def resize(source: Path, target: Path, ranks: SvdRanks) -> Resized:
+    """Write `source` as a LoRA of these ranks.
 
-    With both, `rank` is the limit. DoRA keeps its magnitudes. Raises CheckpointError for a type
+    DoRA keeps its magnitudes. Raises CheckpointError for a type
     whose change is no sum with the weight (OFT, IA3, …), TargetError for a taken target.
     """
-    check(rank, energy)
     read_lora_file.check_target(target, overwrite=False)
     file = read_lora_file.read(source)
-    unfit = {kind for kind in file.algorithms.values() if kind not in RESIZABLE}
+    unfit = set(file.algorithms.values()) - {*RESIZABLE, *CARRIED}
     if unfit:
         raise CheckpointError(
             f"{source} is of {', '.join(sorted(unfit))}, which has no rank to change"
         )
     tensors: dict[str, Tensor] = {}
     kept: dict[str, tuple[float, float]] = {}
-    ranks: Counter[int] = Counter()
+    written: Counter[tuple[int, bool]] = Counter()
     for key, site in file.sites.items():
+        if file.algorithms[key] in CARRIED:
+            tensors |= {f"{key}.{name}": tensor for name, tensor in site.items()}
+            continue
         found = svd.spectrum(site)
-        own = _own_rank(found, rank, energy)
-        dtype = svd.dtype_of(site)
-        new = found.as_lora(own, file.shape(key), dtype, pad=energy is None)
-        new["alpha"] = new["alpha"].to(dtype)
-        new |= {name: site[name] for name in site if name == "dora_scale"}
+        shape = file.shape(key)
+        own = ranks.of(found, shape)
+        new = found.as_lora(own, shape, svd.dtype_of(site), pad=ranks.is_fixed)
+        new |= {name: site[name] for name in site if name in ("dora_scale", "diff_b")}
         tensors |= {f"{key}.{name}": tensor for name, tensor in new.items()}
-        ranks[new["lora_down.weight"].shape[0]] += 1
+        written[new["lora_down.weight"].shape[0], has_kernel(shape)] += 1
         kept[key] = (found.squared(own), found.squared())
-    checkpoint.write(target, tensors, _metadata(file, ranks))
-    return Resized(target, ranks, svd.Loss.of(kept))
-
-
-def check(rank: int | None, energy: float | None) -> None:
-    """Raise CheckpointError for what no LoRA can be resized to."""
-    if rank is None and energy is None:
-        raise CheckpointError("say to what: --rank N or --energy 0.95")
-    if rank is not None and not 1 <= rank <= MAX_RANK:
-        raise CheckpointError(f"--rank {rank}: give 1 to {MAX_RANK}")
-    if energy is not None and not 0 < energy <= 1:
-        raise CheckpointError(f"--energy {energy}: give a share above 0, at most 1")
+    checkpoint.write(target, tensors, _metadata(file, metadata(written, ranks.is_fixed)))
+    counts: Counter[int] = Counter()
+    for (rank, _), count in written.items():
+        counts[rank] += count
+    return Resized(target, counts, svd.Loss.of(kept))
 
 
 def _drawn(source: Path, base: Base) -> tuple[Image, Base]:
@@ -148,7 +141,7 @@ def _drawn_on_its_base(source: Path, say: Callable[[str], None]) -> tuple[Image,
                 " --model PATH gives a copy"
             )
         return _drawn(source, base_for_loras(local))
-    except (SettingsError, ModelError, TrackingError, CheckpointError) as error:
+    except (SettingsError, ForeignFileError, ModelError, TrackingError, CheckpointError) as error:
         read_lora_file.read(source)  # is it the file itself? Then that is what must be said
         return f"{error}; --model PATH gives the base"
 
@@ -162,22 +155,13 @@ def _on_this_machine(model: Model) -> Model | None:
     return replace(model, path=str(folder), revision=None) if folder else None
 
 
-def _own_rank(found: svd.Spectrum, rank: int | None, energy: float | None) -> int:
-    own = found.rank_for(energy) if energy is not None else rank
-    assert own is not None, "rank or energy is given"
-    return min(own, rank) if rank is not None else own
-
-
-def _metadata(file: LoRAFile, ranks: Mapping[int, int]) -> dict[str, str]:
-    """The source's, but for what the new ranks change; sd-scripts too writes Dynamic for many."""
-    one = str(next(iter(ranks))) if len(ranks) == 1 else "Dynamic"
+def _metadata(file: LoRAFile, ranks: Mapping[str, str]) -> dict[str, str]:
+    """The source's, but for what the new ranks change."""
     stale = ("sshs_", "ss_network_args", "lora_adapter_metadata")
     carried = {k: v for k, v in file.metadata.items() if not k.startswith(stale)}
     return {
         **carried,
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": one,
-        "ss_network_alpha": one if one == "Dynamic" else f"{one}.0",
+        **ranks,
         "lorasweep_version": __version__,
         "ss_training_comment": f"resized by lorasweep from {file.path.name}",
     }

@@ -11,7 +11,8 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +21,17 @@ from lorasweep.core.text import shown
 from lorasweep.export import diffusers_folder
 from lorasweep.export.diffusers_folder import SDXL
 from lorasweep.export.exported import is_file
+from lorasweep.export.other_vae import read_vae
 from lorasweep.export.single_file_names import (
     PREFIXES,
     ModelLayout,
     Weights,
     modern_name,
+    prefixed,
 )
+from lorasweep.models import file_schedule
 from lorasweep.models.base_model import Precision, torch_dtype
+from lorasweep.models.file_schedule import V_PRED, ZTSNR
 from lorasweep.models.load_model import Model, frozen
 from lorasweep.models.model_files import (
     ModelError,
@@ -43,6 +48,8 @@ from lorasweep.models.sdxl import Base, SDXLModel
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
+
+    from lorasweep.adapters.adapter import Site
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +72,8 @@ class WholeModel:
     weights: Weights
     configs: Path
     layout: ModelLayout
+    own_schedule: Mapping[str, Any] = field(default_factory=dict)
+    """What differs from the noise schedule of the configs, as a file or the settings say."""
     notes: tuple[str, ...] = ()
     """What was knowingly left out in reading, in words for a person."""
 
@@ -86,16 +95,50 @@ class WholeModel:
         order: tuple[Precision, ...] = ("bf16", "fp16", "fp32")
         return next((name for name in order if torch_dtype(name) in found), "fp32")
 
-    def write(self, place: Path, prediction_type: str | None = None) -> None:
-        """Write the layout that `place`'s name tells: a single file, or a diffusers folder.
+    def weight_of(self, site: Site) -> Tensor:
+        """The weight that an adapter of this site changes, as the files hold it."""
+        return self.weights[site.part][parameter_name(site, "weight")]
 
-        A `prediction_type` goes into a folder's noise schedule; a file has none.
-        """
+    @cached_property
+    def schedule(self) -> dict[str, Any]:
+        """Its noise schedule, as a scheduler_config.json holds it."""
+        given = diffusers_folder.read_schedule(self.configs)
+        return {**given, **self.own_schedule}
+
+    def write(self, place: Path) -> None:
+        """Write the layout that `place`'s name tells: a single file, or a diffusers folder."""
         if is_file(place):
-            diffusers_folder.write_tensors(place, self.layout.to_original(self.weights))
+            told, metadata = file_schedule.as_said(self.schedule)
+            tensors = self.layout.to_original(self.weights) | told
+            diffusers_folder.write_tensors(place, tensors, metadata)
         else:
-            schedule = {"prediction_type": prediction_type} if prediction_type else {}
-            diffusers_folder.write_folder(place, self.weights, self.configs, schedule)
+            diffusers_folder.write_folder(place, self.weights, self.configs, self.own_schedule)
+
+    def notes_of(self, target: Path) -> list[str]:
+        """What a person is told of what was left out, and of the noise schedule in `target`."""
+        is_v = self.schedule.get("prediction_type") == "v_prediction"
+        is_zero = bool(self.schedule.get("rescale_betas_zero_snr"))
+        what = f"predicts {'v' if is_v else 'the noise (epsilon)'}"
+        what += ", with zero terminal SNR" if is_zero else ""
+        lines = list(self.notes)
+        if not is_file(target):
+            told = [f"Noise schedule: the model {what}"] if is_v or is_zero else []
+            return [*lines, *told]
+        if is_v or is_zero:
+            option = "--v_parameterization" + " --zero_terminal_snr" * is_zero
+            lines.append(
+                f"The model {what}. The file says so ({V_PRED}{f', {ZTSNR}' * is_zero}), but not"
+                " every program asks it: tell yours (A1111: a .yaml beside it; ComfyUI: the node"
+                f" ModelSamplingDiscrete; kohya: {option})"
+            )
+        if betas := file_schedule.untold(self.schedule):
+            lines.append(f"No file can say the model's {', '.join(betas)}: tell your program")
+        return lines
+
+
+def parameter_name(site: Site, parameter: str) -> str:
+    """The name of a site's `weight` or `bias` among its part's tensors."""
+    return f"{prefixed(site.path) if site.part == 'text_encoder' else site.path}.{parameter}"
 
 
 def read(
@@ -105,28 +148,38 @@ def read(
     names: tuple[str, str] = ("model.path", "model.config"),
     *,
     sdxl: bool = False,
+    prediction_type: str | None = None,
+    vae: str | None = None,
 ) -> WholeModel:
     """Read a diffusers folder, a hub id, or a single file with `config`'s configs (folder or id).
 
     Messages call `source` and `config` by these names. With `sdxl` a folder may be of SDXL too.
+    A `prediction_type` stands above what the model itself says of its noise schedule. A `vae`, a
+    file or folder (`read_vae`), takes the place of the model's own, which may lack then.
 
     Raises ModelError in one line for another architecture, a missing or misshapen tensor, a pickle.
     Tensors that no part of the model needs are left out, with a warning unless they are known.
     """
     path = Path(source).expanduser()
+    told = {"prediction_type": prediction_type} if prediction_type else {}
     if path.is_file():
-        return _read_file(path, config, names[1])
+        return _read_file(path, config, names[1], told, vae)
     folder = diffusers_folder.find_folder(source, revision, names[0], weights=True)
     layout = _layout(folder, sdxl)
     weights: dict[str, dict[str, Tensor]] = {}
     leftover: list[str] = []
     for part, shapes in layout.shapes.items():
+        if part == "vae" and vae is not None:
+            weights[part] = dict(read_vae(vae, layout, folder))
+            continue
         tensors = diffusers_folder.read_part(folder, part)
         found = {modern_name(part, name): tensor for name, tensor in tensors.items()}
         weights[part] = {name: found[name] for name in shapes if name in found}
         leftover += [f"{part}/{name}" for name in found if name not in shapes]
     layout.check(weights)
-    return WholeModel(weights, folder, layout, _leftover_notes(folder, leftover))
+    own = file_schedule.changes(diffusers_folder.read_schedule(folder), told)
+    notes = (*_leftover_notes(folder, leftover), *_vae_notes(vae))
+    return WholeModel(weights, folder, layout, own, notes)
 
 
 def as_base(settings: Model, model: WholeModel) -> Base:
@@ -145,12 +198,15 @@ def as_base(settings: Model, model: WholeModel) -> Base:
 
 def base_for_loras(settings: Model) -> Base:
     """The model that LoRA files are drawn with, whatever its architecture. Raises ModelError."""
-    if not diffusers_folder.is_sdxl(settings.path, settings.revision):
+    is_readable = settings.is_single_file and Path(settings.path).suffix == ".safetensors"
+    if not is_readable and not diffusers_folder.is_sdxl(settings.path, settings.revision):
         return settings.load()
-    return as_base(settings, read(settings.path, None, settings.revision, sdxl=True))
+    return as_base(settings, read(settings.path, settings.config, settings.revision, sdxl=True))
 
 
-def _read_file(path: Path, config: str | None, key: str) -> WholeModel:
+def _read_file(
+    path: Path, config: str | None, key: str, told: Mapping[str, Any], vae: str | None
+) -> WholeModel:
     if config is None:
         raise ModelError(
             f"{path} is a single file, which holds no configs and no tokenizer: give the folder or"
@@ -163,8 +219,27 @@ def _read_file(path: Path, config: str | None, key: str) -> WholeModel:
     configs = diffusers_folder.find_folder(config, None, key, weights=False)
     layout = _layout(configs, sdxl=False)
     weights, leftover = layout.to_diffusers(tensors)
+    if vae is not None:
+        weights = {**weights, "vae": read_vae(vae, layout, configs)}
+    elif not weights["vae"]:
+        raise ModelError(
+            f"{path} holds no VAE: `lorasweep convert` and `export --to merged` take one by --vae"
+        )
     layout.check(weights)
-    return WholeModel(weights, configs, layout, _leftover_notes(path, leftover))
+    said = file_schedule.of_file(path)
+    notes = list(_leftover_notes(path, [n for n in leftover if n not in (V_PRED, ZTSNR)]))
+    if "prediction_type" not in {**said, **told}:
+        notes.append(
+            f"The file doesn't say what it predicts, so what {key} says is taken;"
+            " model.prediction_type=v_prediction (or epsilon) says otherwise"
+        )
+    notes += _vae_notes(vae)
+    own = file_schedule.changes(diffusers_folder.read_schedule(configs), {**said, **told})
+    return WholeModel(weights, configs, layout, own, tuple(notes))
+
+
+def _vae_notes(vae: str | None) -> list[str]:
+    return [] if vae is None else [f"VAE: of {vae}"]
 
 
 def _layout(folder: Path, sdxl: bool) -> ModelLayout:
@@ -236,7 +311,6 @@ def _filled(part: str, module: Any, weights: Mapping[str, Tensor]) -> Module:
 
 
 def _sd_base(settings: Model, model: WholeModel) -> Base:
-    from diffusers import DDPMScheduler
     from transformers import CLIPTokenizer
 
     name = f"model.path={settings.path}"
@@ -244,8 +318,7 @@ def _sd_base(settings: Model, model: WholeModel) -> Base:
     modules = _modules(model)
     tokenizer = CLIPTokenizer.from_pretrained(model.configs, subfolder="tokenizer")
     check_values(name, modules, len(tokenizer))
-    schedule = DDPMScheduler.load_config(model.configs, subfolder="scheduler")
-    parts = {**modules, "tokenizer": tokenizer, "scheduler": schedule}
+    parts = {**modules, "tokenizer": tokenizer, "scheduler": model.schedule}
     return frozen(settings, parts, "cpu", "fp32")
 
 

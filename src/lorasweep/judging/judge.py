@@ -121,7 +121,7 @@ class Judge:
 
 def load_pack(base: BaseModel, files: Sequence[Path]) -> Pack:
     """Written LoRA files, ready to be attached to the base. Raises ValueError for a bad one."""
-    return Pack.from_files(base.parts, [read_lora_file.read(path).tensors for path in files])
+    return Pack.from_files(base.parts, [read_lora_file.read(path, base).tensors for path in files])
 
 
 def _merged(parts: Sequence[Scored]) -> Scored:

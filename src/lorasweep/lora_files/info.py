@@ -56,6 +56,7 @@ _TYPES = {
     "lokr": "LoKr",
     "full": "full difference",
     "norm": "norm difference",
+    "bias": "bias difference",
     "oft": "OFT",
     "glora": "GLoRA",
     "ia3": "IA3",
@@ -102,6 +103,8 @@ class Info:
     training: Mapping[str, str]
     datasets: Mapping[str, Mapping[str, int]]
     """By folder: images, repeats and distinct tags of the captions."""
+    left_out: Mapping[str, int]
+    """What of the file isn't read, in words, and how many of it."""
 
     def as_json(self) -> str:
         """All of it as JSON in ASCII."""
@@ -109,8 +112,16 @@ class Info:
 
 
 def inspect(path: Path) -> Info:
-    """Read and describe a LoRA file. Raises CheckpointError for one that isn't to be trusted."""
-    file = read_lora_file.read(path)
+    """Read and describe a LoRA file of any family.
+
+    Raises CheckpointError for one that isn't to be trusted.
+    """
+    return described(read_lora_file.read_any(path))
+
+
+def described(file: LoRAFile) -> Info:
+    """What is to be said of a file that was read."""
+    path = file.path
     stored = file.metadata.get("sshs_model_hash")
     found = checkpoint.data_hash(path)
     return Info(
@@ -119,7 +130,7 @@ def inspect(path: Path) -> Info:
         type=type_of(file),
         written_by=file.written_by,
         base=_base(file),
-        targets=targets_of(file.sites),
+        targets=f"modules of {file.family}" if file.family else targets_of(file.sites),
         modules=_counted(part_of(key) for key in file.sites),
         ranks=_ranks(file),
         alphas=_counted(_alpha(site) for site in file.sites.values()),
@@ -133,6 +144,7 @@ def inspect(path: Path) -> Info:
             if file.metadata.get(key, "None") not in ("None", "")
         },
         datasets=_datasets(file.metadata),
+        left_out=dict(file.left_out),
     )
 
 
@@ -166,6 +178,7 @@ def _lines(info: Info) -> list[tuple[str, str]]:
         *(("rank", line) for line in ranks),
         ("alpha", _many(info.alphas)),
         ("hash", f"{info.hash[:16]}…, {verdict}"),
+        *(("left out", f"{count} {what}") for what, count in info.left_out.items()),
         *info.training.items(),
         *(("data set", _dataset_line(folder, counts)) for folder, counts in info.datasets.items()),
     ]
@@ -192,12 +205,14 @@ def _counted(values: Iterable[str]) -> dict[str, int]:
 def type_of(file: LoRAFile) -> str:
     """LoRA, DoRA, LoHa …, with what it has besides, for a person."""
     kinds = Counter(file.algorithms.values())
-    names = " and ".join(_TYPES[kind] for kind, _ in kinds.most_common())
+    listed = sorted((kind for kind, _ in kinds.most_common()), key=("norm", "bias").__contains__)
+    names = " and ".join(_TYPES[kind] for kind in listed)
     has_kernels = any(_has_kernel(site) for site in file.sites.values())
     convolutions = " with 3x3 convolutions (LoCon)" if has_kernels else ""
     magnitudes = any("dora_scale" in site for site in file.sites.values())
     weighted = " with DoRA's magnitudes" if magnitudes and "dora" not in kinds else ""
-    return f"{names}{convolutions}{weighted}"
+    biased = any("diff_b" in site for site in file.sites.values()) and "bias" not in kinds
+    return f"{names}{convolutions}{weighted}{' with differences of biases' if biased else ''}"
 
 
 def _has_kernel(site: Tensors) -> bool:
@@ -243,14 +258,20 @@ def _base(file: LoRAFile) -> str:
 
 
 def _guess(file: LoRAFile) -> str:
+    if file.family is not None:
+        return file.family
     width = file.text_width
+    if width == 768 and file.is_text_only:
+        return f"{_BASES[768]} or SDXL's first text encoder"
     return "unknown" if width is None else _BASES.get(width, "unknown")
 
 
 def part_of(key: str) -> str:
-    """unet, text encoder, or text encoder 2, of a site's name in files."""
-    if key.startswith("lora_unet_"):
+    """unet, text encoder, text encoder 2, or another family's part, of a site's name in files."""
+    if key.startswith(("lora_unet_", "lora_prior_unet_")):
         return "unet"
+    if not key.startswith("lora_te") and not key.startswith("lora_prior_te"):
+        return "transformer"
     return "text encoder 2" if key.startswith("lora_te2_") else "text encoder"
 
 
@@ -295,7 +316,7 @@ def _target_kind(key: str) -> str:
 
 def _order_of(block: str) -> tuple[int, str]:
     """In the order in which the model computes them."""
-    order = ("text", "in,", "down", "mid", "up")
+    order = ("text", "in,", "down", "mid", "up", "unet", "transformer")
     return order.index(block.split()[0]), block
 
 
@@ -304,7 +325,8 @@ def _norms(file: LoRAFile) -> dict[str, float]:
     squares: dict[str, float] = {}
     for key, site in file.sites.items():
         if (square := _square(site)) is not None:
-            squares[block_of(key)] = squares.get(block_of(key), 0.0) + square
+            block = part_of(key) if file.family else block_of(key)
+            squares[block] = squares.get(block, 0.0) + square
     return {block: math.sqrt(squares[block]) for block in sorted(squares, key=_order_of)}
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -16,32 +17,28 @@ from lorasweep.adapters.weight_deltas import algorithm, has_magnitude, low_rank_
 from lorasweep.core.atomic_write import TargetError, check_free
 from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.core.text import shown
-from lorasweep.lora_files import checkpoint, peft_names
-from lorasweep.models.sdxl import Base, SDXLModel
+from lorasweep.lora_files import checkpoint
+from lorasweep.lora_files.kohya_form import kohya_form
+from lorasweep.lora_files.peft_config import METADATA_KEY
+from lorasweep.lora_files.site_names import ROLES
+from lorasweep.models.sdxl import Base
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Writer = Literal["kohya", "LyCORIS", "PEFT", "diffusers", "lorasweep", "unknown"]
+log = logging.getLogger(__name__)
+
+Writer = Literal["kohya", "LyCORIS", "PEFT", "diffusers", "OneTrainer", "lorasweep", "unknown"]
 
 FACTORED = ("lora", "loha", "lokr")
 """Algorithms whose delta the file alone gives (`low_rank_delta`)."""
 MAX_WEIGHT = 2**27  # values of one delta; SDXL's largest weight has a tenth
 
-_SITE = re.compile(r"^lora_(unet|te|te1|te2)_\w+$")
 _LYCORIS_NAMES = re.compile(r"(_|^)(conv_in|conv_out|time_embedding_linear_[12])$")
-_NAMES = {
-    "lora": {"lora_down.weight", "lora_up.weight", "lora_mid.weight"},
-    "loha": {f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
-    "lokr": {f"lokr_{n}" for n in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
-    "full": {"diff", "diff_b"},
-    "norm": {"w_norm", "b_norm"},
-    "oft": {"oft_diag", "oft_blocks", "rescale"},
-    "glora": {f"{name}.weight" for name in ("a1", "a2", "b1", "b2", "bm")},
-    "ia3": {"on_input", "weight"},
-    "tlora": {"q_layer.weight", "p_layer.weight", "lambda_layer"},
-}
-_READERS = ("attn2_to_k", "attn2_to_v")
+_DIFFUSERS = re.compile(r"_lora\.(down|up)\.|\.processor\.|\.lora_linear_layer\.")
+_READERS = re.compile(r"lora_unet_\w+_attn2_to_[kv]$")
+_TEXT_READERS = re.compile(r"lora_te1?_\w+_(q_proj|k_proj|v_proj|fc1)$")
+_SDXL = re.compile(r"lora_te2_|lora_unet_\w*(transformer_blocks_[1-9]|add_embedding|label_emb)")
 _KERNEL_3 = (
     *("_conv", "_conv1", "_conv2", "_conv_in", "_conv_out", "_op"),
     *("_in_layers_2", "_out_layers_3", "_input_blocks_0_0", "_unet_out_2"),  # the original names
@@ -61,6 +58,10 @@ class LoRAFile:
     """As the file has it; PEFT's adapter_config.json beside it is under lora_adapter_metadata."""
     written_by: Writer
     """By its names and metadata; a plain LoRA stripped of metadata counts as kohya's."""
+    family: str | None = None
+    """Another than Stable Diffusion 1.x, 2.x and SDXL, such as Flux: then only `info` takes it."""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """What of the file is not among the tensors, in words, and how many of it."""
 
     @cached_property
     def sites(self) -> dict[str, dict[str, Tensor]]:
@@ -76,16 +77,23 @@ class LoRAFile:
     def text_width(self) -> int | None:
         """Width of the text embeddings that the base's cross attention reads; None: can't tell.
 
-        768 is Stable Diffusion 1.x, 1024 2.x, 2048 SDXL, 128 the embedded model.
+        768 is Stable Diffusion 1.x, 1024 2.x, 2048 SDXL, 128 the embedded model. SDXL's own names
+        tell it too; of its first text encoder alone it is 768.
         """
-        if any(key.startswith(("lora_te1_", "lora_te2_")) for key in self.sites):
+        if self.family is not None:
+            return None
+        if any(_SDXL.match(key) for key in self.sites):
             return 2048
-        for key, site in self.sites.items():
-            is_cross = key.startswith("lora_unet_") and key.endswith(_READERS)
-            if is_cross or key.endswith("self_attn_k_proj"):
-                shape = weight_shape(site)
-                return None if shape is None else shape[1]
+        for readers in (_READERS, _TEXT_READERS):
+            for key, site in self.sites.items():
+                if readers.match(key) and (shape := weight_shape(site)) is not None:
+                    return shape[1]
         return None
+
+    @property
+    def is_text_only(self) -> bool:
+        """Does it adapt text encoders alone?"""
+        return not any(key.startswith("lora_unet_") for key in self.sites)
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of a site's weight; where the file keeps a kernel flat, by the module's name.
@@ -116,27 +124,45 @@ def check_target(target: Path, overwrite: bool) -> None:
 
 
 def read(path: Path, base: Base | None = None) -> LoRAFile:
-    """Read and check a LoRA file of kohya, LyCORIS, diffusers, PEFT or ours.
+    """Read and check a LoRA file of any program; what of it can't be used is told in a warning.
 
     With a `base` its tensors are under the keys of the base's sites: SDXL has other names for them
     than kohya's files. Raises CheckpointError for a file that is cut, lies about itself, or holds
     no LoRA of Stable Diffusion.
     """
+    file = read_any(path, base)
+    if file.family is not None:
+        raise CheckpointError(
+            f"{path} is a LoRA of {file.family}: only those of Stable Diffusion 1.x, 2.x and SDXL"
+            " are read"
+        )
+    if file.left_out:
+        listed = ", ".join(f"{count} {what}" for what, count in file.left_out.items())
+        _warn(f"{path}: left out: {listed}")
+    return file
+
+
+def read_any(path: Path, base: Base | None = None) -> LoRAFile:
+    """As `read`, also of another family, and without a warning: for what only describes a file."""
     tensors, metadata = checkpoint.read(path)
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors")
     metadata = _with_config(path, metadata)
-    writer = _writer(tensors, metadata)
     try:
-        if peft_names.is_peft(tensors):
-            tensors = peft_names.from_peft(tensors, metadata)
-        for key, site in by_site(tensors).items():
+        found = kohya_form(tensors, metadata, base)
+        for key, site in by_site(found.tensors).items():
             _check_site(key, site)
-        if isinstance(base, SDXLModel):
-            tensors = base.named(tensors)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    return LoRAFile(path, _with_alphas(tensors), metadata, writer)
+    writer = _writer(tensors, metadata)
+    return LoRAFile(
+        path, _with_alphas(found.tensors), metadata, writer, found.family, found.left_out
+    )
+
+
+@cache
+def _warn(text: str) -> None:
+    log.warning(text)  # once, however often a command reads the file
 
 
 def weight_shape(site: Mapping[str, Tensor]) -> tuple[int, ...] | None:
@@ -149,7 +175,7 @@ def weight_shape(site: Mapping[str, Tensor]) -> tuple[int, ...] | None:
         return tuple(site["diff"].shape)
     if kind not in FACTORED:
         return None
-    on_meta = {name: t.to("meta") for name, t in site.items() if name in _NAMES[kind]}
+    on_meta = {name: t.to("meta") for name, t in site.items() if name in ROLES[kind]}
     return tuple(low_rank_delta(on_meta).shape)  # computes shapes, no values
 
 
@@ -160,18 +186,11 @@ def _kind(site: Mapping[str, Tensor]) -> str:
 
 
 def _check_site(key: str, site: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError unless the tensors are one type's and fit each other."""
-    kind = algorithm(site)
-    if not _SITE.match(key) or kind is None:
-        names = ", ".join(shown(f"{key}.{name}") for name in sorted(site)[:2])
-        raise CheckpointError(f"{names}: no names of a LoRA of Stable Diffusion")
-    unknown = set(site) - _NAMES[kind] - {"alpha", "dora_scale"}
-    if unknown:
-        raise CheckpointError(f"{shown(key)}: {shown(min(unknown))} belongs to no {kind}")
+    """Raise CheckpointError unless a site's tensors fit each other."""
     if "alpha" in site and site["alpha"].numel() != 1:
         shape = tuple(site["alpha"].shape)
         raise CheckpointError(f"{shown(key)}: alpha must be one number, it is {shape}")
-    if kind in FACTORED:
+    if algorithm(site) in FACTORED:
         _check_factors(key, site)
 
 
@@ -211,6 +230,8 @@ def _with_alphas(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             found[f"{key}.alpha"] = site["alpha"].float().reshape(())
         elif (rank := rank_of(site)) is not None:
             found[f"{key}.alpha"] = torch.tensor(float(rank))
+        elif algorithm(site) == "lokr":  # of two whole factors: its scale is 1 with any alpha
+            found[f"{key}.alpha"] = torch.tensor(1.0)
     return found
 
 
@@ -221,26 +242,32 @@ def _with_config(path: Path, metadata: dict[str, str]) -> dict[str, str]:
         return metadata
     if config.stat().st_size > 1_000_000:
         raise CheckpointError(f"{config} is too large to be PEFT's")
-    return {peft_names.METADATA_KEY: config.read_text(errors="replace"), **metadata}
+    return {METADATA_KEY: config.read_text(errors="replace"), **metadata}
 
 
 def _writer(names: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Writer:
-    if peft_names.is_peft(names):
-        wrapped = any(name.startswith("base_model.model.") for name in names)
-        return "PEFT" if wrapped else "diffusers"
-    module = metadata.get("ss_network_module", "")
     if "lorasweep_version" in metadata:
         return "lorasweep"
-    if module.startswith("lycoris") or _is_lycoris(names):
+    if any(name.startswith("base_model.model.") for name in names):
+        return "PEFT"
+    if "ot_branch" in metadata or any(name.startswith("bundle_emb.") for name in names):
+        return "OneTrainer"
+    module = metadata.get("ss_network_module", "")
+    is_flat = all(name.startswith(("lora_", "lycoris_")) for name in names)
+    if module.startswith("lycoris") or (is_flat and _is_lycoris(names)):
         return "LyCORIS"
-    if all(name.startswith("lora_") for name in names):
+    if is_flat:
         return "kohya"
-    return "unknown"
+    parts = ("unet.", "text_encoder.", "text_encoder_2.", "transformer.")
+    is_diffusers = any(_DIFFUSERS.search(name) or name.startswith(parts) for name in names)
+    return "diffusers" if is_diffusers else "unknown"
 
 
 def _is_lycoris(names: Mapping[str, Tensor]) -> bool:
     """kohya's own networks know plain LoRA only, and none of the UNet's outer modules."""
     for name in names:
+        if name.startswith("lycoris_"):
+            return True
         key, _, below = name.partition(".")
         if below not in ("lora_down.weight", "lora_up.weight", "alpha"):
             return True

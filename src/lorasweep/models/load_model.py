@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasweep.core.settings import SettingsError
+from lorasweep.models import file_schedule
 from lorasweep.models.base_model import BaseModel, Precision, torch_dtype
 from lorasweep.models.gpu_memory import is_out_of_memory
 from lorasweep.models.model_files import (
@@ -147,13 +148,17 @@ def _from_file(settings: ModelSettings, dtype: torch.dtype) -> dict[str, Any]:
     except (SafetensorError, SingleFileComponentError, ValueError, RuntimeError) as error:
         first = str(error).splitlines()[0]
         raise ModelError(
-            f"model.path={path} is not a whole Stable Diffusion 1.x checkpoint: {first}"
+            f"model.path={path} is not a whole Stable Diffusion 1.x checkpoint: {first} `lorasweep"
+            " convert` makes a folder of files without a VAE (--vae) or of NAI's names"
         ) from None
     pipeline.unet.to(dtype)
     pipeline.text_encoder.to(dtype)
     names = ("tokenizer", "text_encoder", "unet", "vae")
     components = {name: getattr(pipeline, name) for name in names}
-    return {**components, "scheduler": dict(pipeline.scheduler.config)}
+    schedule = dict(pipeline.scheduler.config)
+    if Path(path).suffix.lower() not in PICKLED:
+        schedule |= file_schedule.changes(schedule, file_schedule.of_file(Path(path)))
+    return {**components, "scheduler": schedule}
 
 
 def frozen(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lorasweep.core.foreign_files import ForeignFileError
 from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.lora_files import checkpoint
 from lorasweep.tracking.history import Log, LoggedRun
@@ -55,16 +56,22 @@ class Comparison:
 
 
 def compare(
-    log: Log, old: LoggedRun, new: LoggedRun, file: Path | None = None, until: int | None = None
+    log: Log,
+    old: LoggedRun,
+    new: LoggedRun,
+    output_root: Path,
+    file: Path | None = None,
+    until: int | None = None,
 ) -> Comparison:
     """Everything that both runs of one store logged, up to the epoch `until`.
 
-    `file` is a checkpoint of the old run that its user has, of the epoch `until`.
+    Checkpoints are read below `output_root`, or are MLflow's copies. `file` is a checkpoint of the
+    old run that its user has, of the epoch `until`.
     """
     return Comparison(
         (
             _losses(log.curve(old, "train/loss"), log.curve(new, "train/loss")),
-            _weights(log, log.checkpoints(old), log.checkpoints(new), file, until),
+            _weights(log, log.checkpoints(old), log.checkpoints(new), output_root, file, until),
             _pictures(log, old, new),
             _scores(log, old, new),
         )
@@ -110,6 +117,7 @@ def _weights(
     log: Log,
     old: Mapping[int, Candidate],
     new: Mapping[int, Candidate],
+    output_root: Path,
     file: Path | None,
     until: int | None,
 ) -> ComparedRow:
@@ -121,7 +129,10 @@ def _weights(
     if len(equal) == len(epochs):
         return ComparedRow("weights", "bit-equal", f"{len(epochs)} checkpoints, by their hashes")
     then, now, share = old[epochs[-1]], new[epochs[-1]], f"{len(equal)}/{len(epochs)} checkpoints"
-    with checkpoint_file(log.uri, then) as logged, checkpoint_file(log.uri, now) as ours:
+    with (
+        checkpoint_file(log.uri, then, output_root) as logged,
+        checkpoint_file(log.uri, now, output_root) as ours,
+    ):
         theirs = file or logged
         if theirs is None or ours is None:
             gone = then if theirs is None else now
@@ -182,10 +193,13 @@ def _pictures(log: Log, old: LoggedRun, new: LoggedRun) -> ComparedRow:
         return ComparedRow("pictures", "not known", "none that both have drawn")
     most, differing, mean = 0.0, 0, 0.0
     for key in both:
-        pair = [
-            np.asarray(log.picture(run, names[key]), dtype=np.float32)
-            for run, names in ((old, theirs), (new, ours))
-        ]
+        try:
+            pair = [
+                np.asarray(log.picture(run, names[key]), dtype=np.float32)
+                for run, names in ((old, theirs), (new, ours))
+            ]
+        except ForeignFileError as error:
+            return ComparedRow("pictures", "not known", str(error))
         if pair[0].shape != pair[1].shape:
             return ComparedRow(
                 "pictures", "different", f"{key[0]}, epoch {key[1]}: of another size"

@@ -17,7 +17,7 @@ from lorasweep.config.build_run import build_run, model_named
 from lorasweep.config.compose import compose_without_images, literal, plain_values
 from lorasweep.config.conf_folder import groups
 from lorasweep.core.foreign_files import ForeignFileError, parse_json
-from lorasweep.lora_files import checkpoint, info
+from lorasweep.lora_files import checkpoint, info, read_lora_file
 from lorasweep.lora_files.info import Info
 from lorasweep.reproduce import kohya_options as kohya
 from lorasweep.reproduce.config_folder import write_config_folder
@@ -76,9 +76,9 @@ class FoundSettings:
 def read_settings(path: Path) -> FoundSettings:
     """What a file's metadata, and where there is none its tensors, say of its training.
 
-    Raises CheckpointError for a file that is no LoRA.
+    Raises CheckpointError for a file that is no LoRA of Stable Diffusion.
     """
-    tensors = info.inspect(path)
+    tensors = info.described(read_lora_file.read(path))
     metadata = checkpoint.read_metadata(path)
     stem = re.sub(r"[^\w-]+", "-", metadata.get("ss_output_name") or path.stem).strip("-")
     short = stem.encode()[:MAX_STEM].decode(errors="ignore")

@@ -192,6 +192,7 @@ def _in_archive(wanted: Sequence[Mapping[str, Any]], archive: Path | None, spare
             data = _unpacked(packed, image["sha256"])
             if hashlib.sha256(data).hexdigest() == image["sha256"]:
                 path = spare / image["file"]
+                path.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(path, data)
                 yield image, path
 

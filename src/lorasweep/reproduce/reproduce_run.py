@@ -176,7 +176,7 @@ def judge(plan: Plan) -> tuple[LoggedRun, Comparison]:
     if new is None:
         raise ReproduceError(f"{run.name} is trained, but not in MLflow yet: nothing is compared")
     original = plan.original
-    result = compare(log, original.run, new, original.file, original.until)
+    result = compare(log, original.run, new, run.output_root, original.file, original.until)
     report = {
         "original": {"run": original.run.name, "run_id": original.run.run_id},
         "differences": [vars(one) for one in plan.differences],

@@ -13,6 +13,7 @@ from lorasweep import __version__
 from lorasweep.config.build_run import build_run
 from lorasweep.config.checks import CHECKS, places_can_be_written
 from lorasweep.core.settings import SettingsError
+from lorasweep.core.text import harmless
 from lorasweep.models.model_files import ModelError
 from lorasweep.runs import doctor_probes
 from lorasweep.runs.doctor_probes import Finding, Level, problem_of
@@ -102,5 +103,6 @@ def _table(found: Sequence[Finding]) -> Table:
         table.add_column(column, overflow="fold", no_wrap=column == "check")
     for one in found:
         colour = colours[one.level]
-        table.add_row(one.check, f"[{colour}]{one.level}", escape(one.text), escape(one.remedy))
+        check, text, remedy = (escape(harmless(part)) for part in (one.check, one.text, one.remedy))
+        table.add_row(check, f"[{colour}]{one.level}", text, remedy)
     return table

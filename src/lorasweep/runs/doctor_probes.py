@@ -26,6 +26,7 @@ from urllib.request import Request, urlopen
 from lorasweep.config.checks import check_place
 from lorasweep.config.run import Run
 from lorasweep.core.settings import SettingsError
+from lorasweep.core.text import size_of
 from lorasweep.data import dataset
 from lorasweep.models.base_model import PRECISIONS, Precision, torch_dtype
 from lorasweep.models.devices import choose_devices, resolve_device
@@ -199,7 +200,7 @@ def disk(key: str, folder: Path) -> Finding:
     except OSError as error:
         text = f"{folder} can't be written: {error.strerror}"
         return Finding(key, text, "problem", f"{key}=FOLDER that you can write to")
-    text = f"{folder}: {free / GB:.0f} GB free"
+    text = f"{folder}: {size_of(free)} free"
     if free >= LOW_DISK:
         return Finding(key, text)
     remedy = f"free some, or {key}=FOLDER on a larger disk"

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import re
-import shutil
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from lorasweep import tracking
-from lorasweep.core.text import harmless, listed
+from lorasweep.core.atomic_write import write_atomically
+from lorasweep.core.foreign_files import ForeignFileError, inside, parse_yaml
+from lorasweep.core.text import listed, shown
 from lorasweep.judging.contact_sheet import FILE_NAME as CONTACT_SHEET
 from lorasweep.judging.pick_rule import rank, with_finite_score
 from lorasweep.runs.picked_readme import ChosenBy, readme, value_at
@@ -55,17 +57,25 @@ def pick(
     uri = settings.resolve(output_root)
     found = _find(uri, settings.experiment, sweep)
     usable = with_finite_score(found, by)
+    scored = {one.model_id for one in usable}
     left_out = [
-        f"{one.name} is left out: it has no finite {by}" for one in found if one not in usable
+        f"{one.name} is left out: it has no finite {by}"
+        for one in found
+        if one.model_id not in scored
     ]
     ranked = rank(usable, by)
     by_person = run is not None and epoch is not None
     # newest first: a run that was trained again under its name is meant in its last form
     winner = _choose(found[::-1] if by_person else ranked, run, epoch, by)
     chosen_by: ChosenBy = "person" if by_person else "rule"
-    folder = _copy_out(uri, winner, output_root / "picked", by, chosen_by)
+    if settings.upload != "none":
+        tracking.check_place(uri, winner)
+    config = _config_of(uri, winner)
+    settings = replace(settings, registered_model=_registered_model(config.values, settings))
+    folder = _copy_out(
+        uri, winner, output_root, config, readme(winner, config.values, by, chosen_by)
+    )
     upload = None if settings.upload == "none" else folder
-    settings = replace(settings, registered_model=_registered_model(folder, settings))
     version = tracking.record_choice(uri, settings, winner, chosen_by=chosen_by, upload=upload)
     return Pick(
         winner=winner,
@@ -113,25 +123,54 @@ def _choose(
     return fitting[0]
 
 
-def _copy_out(uri: str, winner: Candidate, root: Path, by: str, chosen_by: ChosenBy) -> Path:
-    """Put the file, its config and how to use it into a folder of their own."""
-    if not re.fullmatch(r"[\w-]+", winner.name):  # a shared store is written by others too
-        raise PickError(f"{harmless(winner.name)!r} is no name of a checkpoint")
-    folder = root / winner.name
-    folder.mkdir(parents=True, exist_ok=True)
-    tracking.fetch_file(uri, winner, folder / f"{winner.name}.safetensors")
-    config = tracking.config_of(uri, winner)
-    (folder / "config.yaml").write_text(config)
-    sheet = winner.path.parent / CONTACT_SHEET
-    if sheet.exists():
-        shutil.copyfile(sheet, folder / CONTACT_SHEET)
-    (folder / "README.md").write_text(readme(winner, config, by, chosen_by))
+@dataclass(frozen=True)
+class _Config:
+    """How the winner was trained."""
+
+    text: str
+    values: Mapping[str, Any]
+
+
+def _config_of(uri: str, winner: Candidate) -> _Config:
+    text = tracking.config_of(uri, winner)
+    return _Config(text, parse_yaml(text, f"config.yaml of {shown(winner.run)} in MLflow"))
+
+
+def _copy_out(
+    uri: str, winner: Candidate, output_root: Path, config: _Config, how_to_use: str
+) -> Path:
+    """Put the file, its config and how to use it into a folder of their own, once all are there."""
+    folder = inside(output_root, Path("picked", winner.name))
+    files = {
+        f"{winner.name}.safetensors": tracking.read_checkpoint(uri, winner, output_root),
+        "config.yaml": config.text.encode(),
+        "README.md": how_to_use.encode(),
+    }
+    if sheet := _contact_sheet(winner, output_root):
+        files[CONTACT_SHEET] = sheet
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{winner.name[:100]}.") as draft:
+        for name, content in files.items():
+            write_atomically(Path(draft, name), content)
+        folder.mkdir(exist_ok=True)
+        for name in files:  # a link of that name is replaced, not written through
+            Path(draft, name).replace(folder / name)
     return folder
 
 
-def _registered_model(folder: Path, settings: Tracking) -> str:
-    """The name that the winner's own run was to be registered under."""
-    import yaml  # type: ignore[import-untyped]
+def _contact_sheet(winner: Candidate, output_root: Path) -> bytes | None:
+    """The picture that lies beside the winner's file in its run's folder."""
+    file = tracking.local_file(winner, output_root)
+    if file is None:
+        return None
+    try:
+        content = inside(file.parent, CONTACT_SHEET).read_bytes()
+    except (ForeignFileError, OSError):
+        return None
+    return content if content.startswith(b"\x89PNG\r\n") else None
 
-    config = yaml.safe_load((folder / "config.yaml").read_text())
-    return str(value_at(config, "tracking", "registered_model") or settings.registered_model)
+
+def _registered_model(config: Mapping[str, Any], settings: Tracking) -> str:
+    """The name that the winner's own run was to be registered under."""
+    name = value_at(config, "tracking", "registered_model")
+    return name if isinstance(name, str) and name.strip() else settings.registered_model

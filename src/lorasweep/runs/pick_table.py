@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lorasweep.core.text import shown
 from lorasweep.judging.contact_sheet import FILE_NAME as CONTACT_SHEET
 from lorasweep.judging.pick_rule import DRIFT, ties
 from lorasweep.runs.pick_checkpoint import Pick
@@ -23,18 +24,19 @@ def table(result: Pick, limit: int = TABLE_LIMIT) -> Table:
     """
     from rich.table import Table
 
-    score = result.by.rpartition("/")[2]
+    score = _escaped(result.by.rpartition("/")[2])
     chosen = "own choice" if result.chosen_by == "person" else "picked"
-    title = f"{result.winner.sweep}: {chosen} {result.winner.name}"
-    shown = Table(title=title, caption=_caption(result, limit), caption_justify="left")
+    title = _escaped(f"{result.winner.sweep}: {chosen} {result.winner.name}")
+    found = Table(title=title, caption=_caption(result, limit), caption_justify="left")
     for header in ("rank", "run", "epoch", f"{score} [lo, hi]", "gap", "drift"):
-        shown.add_column(header, justify="left" if header == "run" else "right", overflow="fold")
+        found.add_column(header, justify="left" if header == "run" else "right", overflow="fold")
+    smallest = min(result.ranked, key=lambda one: one.scores[result.by], default=None)
     for number, candidate in enumerate(result.ranked, start=1):
         is_winner = candidate.model_id == result.winner.model_id
         if number <= limit or is_winner:
-            cells = _cells(result, number, candidate)
-            shown.add_row(*cells, style="bold green" if is_winner else None)
-    return shown
+            cells = _cells(result, number, candidate, smallest or candidate)
+            found.add_row(*cells, style="bold green" if is_winner else None)
+    return found
 
 
 def summary(result: Pick) -> list[str]:
@@ -53,12 +55,14 @@ def _caption(result: Pick, limit: int) -> str:
     lines = ["≈ can't be told from the smallest score; of these, the least drift wins."]
     if len(result.ranked) > limit:
         lines.append(f"{len(result.ranked) - limit} more are in MLflow (`lorasweep ui`).")
-    return "\n".join([*lines, *result.left_out])
+    lines += result.left_out[:limit]
+    if len(result.left_out) > limit:
+        lines.append(f"{len(result.left_out) - limit} more have no finite {result.by} either.")
+    return "\n".join(_escaped(line) for line in lines)
 
 
-def _cells(result: Pick, number: int, candidate: Candidate) -> list[str]:
+def _cells(result: Pick, number: int, candidate: Candidate, smallest: Candidate) -> list[str]:
     by, scores = result.by, candidate.scores
-    smallest = min(result.ranked, key=lambda one: one.scores[by])
     interval = f" [{_short(scores.get(f'{by}_lo'))}, {_short(scores.get(f'{by}_hi'))}]"
     return [
         f"≈ {number}" if ties(candidate, smallest, by) else str(number),
@@ -79,6 +83,7 @@ def _link(text: str, address: str) -> str:
 
 
 def _escaped(text: str) -> str:
+    """A text of the store's, without control characters, which a terminal would obey."""
     from rich.markup import escape
 
-    return escape(text)
+    return escape(shown(text, 300))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from lorasweep.core.text import harmless, markdown
@@ -53,21 +54,18 @@ Copy `{name}.safetensors` into `models/loras/`, and put the node *Load LoRA* (`L
 {skip_comfy}"""
 
 
-def readme(winner: Candidate, config_yaml: str, by: str, chosen_by: ChosenBy) -> str:
+def readme(winner: Candidate, config: Mapping[str, Any], by: str, chosen_by: ChosenBy) -> str:
     """The text for a checkpoint of a run that was trained with this config."""
-    import yaml  # type: ignore[import-untyped]
-
-    config = yaml.safe_load(config_yaml)
-    prompts = [_bare(line) for line in value_at(config, "sampling", "prompts") or []] or [
-        "your prompt"
-    ]
-    clip_skip = int(value_at(config, "model", "clip_skip") or 1)
+    lines = value_at(config, "sampling", "prompts")
+    prompts = [_bare(str(line)) for line in lines] if isinstance(lines, list) else []
+    prompts = prompts or ["your prompt"]
+    clip_skip = value_at(config, "model", "clip_skip")
     base = _one_line(value_at(config, "model", "path") or "the base model of config.yaml")
     return README.format(
         name=winner.name,
-        run=winner.run,
+        run=_quotable(winner.run),
         epoch=winner.epoch,
-        sweep=winner.sweep,
+        sweep=_quotable(winner.sweep),
         chosen="a person" if chosen_by == "person" else f"rule ({by}; of equals, the lowest drift)",
         score=f"{by} = {winner.scores[by]:.4f}.\n" if by in winner.scores else "",
         base=markdown(base),
@@ -77,7 +75,7 @@ def readme(winner: Candidate, config_yaml: str, by: str, chosen_by: ChosenBy) ->
         prompt_python=json.dumps(prompts[0], ensure_ascii=False),
         prompt_shell=shlex.quote(prompts[0]),
         prompt_plain=prompts[0],
-        **_clip_skip_hints(clip_skip),
+        **_clip_skip_hints(clip_skip if isinstance(clip_skip, int) else 1),
     )
 
 
@@ -101,6 +99,11 @@ def _bare(prompt_line: str) -> str:
 def _one_line(text: object) -> str:
     """Without line ends and control characters, which would end a line of the README's code."""
     return " ".join(harmless(str(text)).split())
+
+
+def _quotable(name: str) -> str:
+    """A name between Markdown's backticks."""
+    return _one_line(name).replace("`", "'")
 
 
 def value_at(node: Any, *keys: str) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from lorasweep.config.run import Run
-from lorasweep.core.atomic_write import write_atomically
+from lorasweep.core.atomic_write import FolderGoneError, write_atomically
 from lorasweep.data import dataset, kohya_folders, latents
 from lorasweep.data.captions import caption_images
 from lorasweep.judging.metrics.metric import Images
@@ -81,6 +81,9 @@ def new_run(run: Run, data: Path, texts: str) -> NewRun:
 
     Also writes captions.json and the data set's manifest.json into the run's folder.
     """
+    if not run.output_root.is_dir():
+        raise FolderGoneError(run.output_root)
+    run.output_dir.mkdir(parents=True, exist_ok=True)
     manifest = (data / "manifest.json").read_bytes()
     write_atomically(run.output_dir / "manifest.json", manifest)
     write_atomically(run.output_dir / "captions.json", texts.encode())

@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -22,7 +23,7 @@ from typing import Annotated, Any
 from pydantic import Field, PositiveInt
 
 from lorasweep.core.atomic_write import write_atomically
-from lorasweep.core.foreign_files import parse_shaped
+from lorasweep.core.foreign_files import ForeignFileError, parse_shaped, read_json, read_text
 from lorasweep.models.load_model import Model
 
 log = logging.getLogger(__name__)
@@ -220,11 +221,9 @@ def hub_copy(repo_id: str, revision: str | None) -> Path | None:
 
 def _hashes(files: Mapping[str, Path], cache: Path) -> dict[str, str]:
     """sha256 of large files, by their keys; noted in `cache` by path, size and time of change."""
-    try:
-        loaded = json.loads(cache.read_text())
-    except (OSError, ValueError):
-        loaded = {}
-    before: dict[str, Any] = loaded if isinstance(loaded, dict) else {}
+    before: dict[str, Any] = {}
+    with suppress(OSError, ForeignFileError):
+        before = read_json(cache)
     noted, found = dict(before), {}
     for key, path in files.items():
         place, state = str(path.resolve()), path.stat()
@@ -237,6 +236,7 @@ def _hashes(files: Mapping[str, Path], cache: Path) -> dict[str, str]:
                     found[key] = hashlib.file_digest(file, "sha256").hexdigest()
                 noted[place] = [*stamp, found[key]]
     if noted != before:
+        cache.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(cache, json.dumps(noted, indent=1).encode())
     return found
 
@@ -249,7 +249,13 @@ def note_companions(
     `members` are (run, its own epoch) in the pack's order, `failed` the runs that failed in it.
     """
     path, epoch = folder / PACK, dict(members)[name]
-    epochs = read_pack(path.read_text() if path.is_file() else None, path)
+    try:
+        epochs = read_pack(read_text(path), path)
+    except FileNotFoundError:
+        epochs = {}
+    except ForeignFileError as error:  # somebody has changed it
+        log.warning("%s; it is begun anew", error)
+        epochs = {}
     kept = {number: of for number, of in epochs.items() if number < epoch}
     kept[epoch] = {"members": [list(member) for member in members], "failed": sorted(failed)}
     write_atomically(path, json.dumps(kept).encode())

@@ -6,11 +6,21 @@ What goes on there is found by `run_folder.RunFolder` (was this very run begun h
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
-from lorasweep.core.foreign_files import read_json
+from lorasweep.core.foreign_files import ForeignFileError, read_json, refuse_links_out
 from lorasweep.core.settings import SettingsError
-from lorasweep.runs.run_folder import MULTIRUN, RECORD, is_free, read_record, sweep_name
+from lorasweep.runs.run_folder import (
+    MULTIRUN,
+    RECORD,
+    RunJson,
+    is_free,
+    read_record,
+    sweep_name,
+)
+
+log = logging.getLogger(__name__)
 
 
 def find_broken_off(parent: Path, record: str, settings: str) -> Path | None:
@@ -21,9 +31,9 @@ def find_broken_off(parent: Path, record: str, settings: str) -> Path | None:
     for path in sorted(parent.glob(f"*/{record}"), reverse=True):
         try:
             found = read_json(path)
-            wanted = found["status"] == "unfinished" and found["settings"] == settings
-        except (ValueError, KeyError, OSError):
+        except (ForeignFileError, OSError):
             continue  # not ours, or torn: whoever trains there says so
+        wanted = found.get("status") == "unfinished" and found.get("settings") == settings
         if wanted and is_free(path.parent):
             return path.parent
     return None
@@ -33,7 +43,7 @@ def find(target: str, output_root: Path) -> Path:
     """The folder to go on in, of a run or a sweep by its name or its folder.
 
     A run of a multirun goes on with the others, for a pack rounds by its members. Raises
-    SettingsError.
+    SettingsError, and ForeignFileError for a folder with a link out of it.
     """
     folder = Path(target)
     if not folder.is_dir():
@@ -41,14 +51,21 @@ def find(target: str, output_root: Path) -> Path:
     if (folder.parent / MULTIRUN).is_file():
         folder = folder.parent
     if (folder / MULTIRUN).is_file() or (folder / RECORD).is_file():
+        refuse_links_out(folder)  # before Hydra writes its files there
         return folder.absolute()
     raise SettingsError(f"{target} is no folder of a run or of a sweep: nothing was begun there")
 
 
 def _named(name: str, output_root: Path) -> Path:
-    records = [*output_root.glob(f"*/*/{RECORD}"), *output_root.glob(f"*/*/*/{RECORD}")]
+    paths = [*output_root.glob(f"*/*/{RECORD}"), *output_root.glob(f"*/*/*/{RECORD}")]
+    records = [path for path in paths if path.is_file()]
     records.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-    found = {path.parent: read_record(path.parent) for path in records}
+    found: dict[Path, RunJson | None] = {}
+    for path in records:
+        try:
+            found[path.parent] = read_record(path.parent)
+        except SettingsError as error:
+            log.warning("%s", error)
     open_ones = {p: one.name for p, one in found.items() if one and one.status == "unfinished"}
     for folder, known in open_ones.items():
         if known == name:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 import shutil
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -17,6 +18,12 @@ from filelock import FileLock, Timeout
 
 from lorasweep.config.settings_digest import settings_digest
 from lorasweep.core.atomic_write import delete_temporaries, write_atomically
+from lorasweep.core.foreign_files import (
+    ForeignFileError,
+    parse_shaped,
+    read_bytes,
+    refuse_links_out,
+)
 from lorasweep.core.interrupts import Interrupts
 from lorasweep.core.settings import SettingsError
 from lorasweep.lora_files.checkpoint import checkpoint_path
@@ -26,6 +33,8 @@ from lorasweep.training import saved_states
 if TYPE_CHECKING:
     from lorasweep.config.run import Run
     from lorasweep.judging.metrics.metric import Scores, Terms
+
+log = logging.getLogger(__name__)
 
 Status = Literal["unfinished", "finished", "failed", "dropped"]
 
@@ -58,9 +67,10 @@ class RunFolder:
         """Take the folder for `run` on `data`, a digest of images and captions.
 
         Raises SettingsError if another process trains there, or if what was begun there can't go
-        on with these settings or images.
+        on with these settings or images; ForeignFileError for a link out of the folder.
         """
         self.path = run.output_dir
+        refuse_links_out(self.path)
         self._lock = lock(self.path)
         settings = settings_digest(run.params)
         self._record = RunJson(name=run.name, status="unfinished", settings=settings, data=data)
@@ -194,14 +204,14 @@ def write_sweep(folder: Path, settings: str, status: Status) -> None:
 
 def read_record(folder: Path) -> RunJson | None:
     """What was begun in a folder; None where nothing was."""
+    path = folder / RECORD
     try:
-        return RunJson(**json.loads((folder / RECORD).read_text()))
+        found = parse_shaped(read_bytes(path), path, RunJson)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, TypeError) as error:
-        raise SettingsError(
-            f"{folder / RECORD} can't be read ({error}); delete the folder to train anew"
-        ) from None
+    except ForeignFileError as error:
+        raise SettingsError(f"{error}; delete the folder to train anew") from None
+    return RunJson(**{one.name: found[one.name] for one in fields(RunJson)})
 
 
 def read_scores(folder: Path, epoch: int) -> tuple[Scores, Terms] | None:
@@ -210,10 +220,22 @@ def read_scores(folder: Path, epoch: int) -> tuple[Scores, Terms] | None:
     if record is not None and record.checkpoint is not None:
         return record.scores, record.checkpoint.terms
     path = folder / OLD_SCORES / f"{epoch:06d}.json"
-    if not path.is_file():
+    try:
+        found = parse_shaped(read_bytes(path), path, _OldScores)
+    except FileNotFoundError:
         return None
-    found = json.loads(path.read_text())
+    except ForeignFileError as error:
+        log.warning("%s; the checkpoint counts as not scored", error)
+        return None
     return found["scores"], found["terms"]
+
+
+@dataclass(frozen=True)
+class _OldScores:
+    """The shape of a file of OLD_SCORES."""
+
+    scores: dict[str, float]
+    terms: dict[str, list[float]]
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,13 @@ from types import TracebackType
 
 from lorasweep.config.error_messages import one_line
 from lorasweep.config.run import Run
-from lorasweep.core.atomic_write import DiskFullError
+from lorasweep.core.atomic_write import DiskError, write_atomically
 from lorasweep.core.clock import Clock
 from lorasweep.core.failures import FailureKind, RunError
 from lorasweep.core.interrupts import Interrupts
 from lorasweep.core.progress import Screen, Show
 from lorasweep.core.settings import SettingsError
+from lorasweep.core.text import size_of
 from lorasweep.data import kohya_folders
 from lorasweep.judging.judge import Judge
 from lorasweep.judging.metrics.metric import Scores, Terms
@@ -92,7 +93,7 @@ def failure_kind(error: BaseException) -> FailureKind:
     """The kind of failure that an error is which broke a pack or a job."""
     if isinstance(error, RunError):
         return error.kind
-    if isinstance(error, DiskFullError | TrackingError):
+    if isinstance(error, DiskError | TrackingError):
         return FailureKind.ENVIRONMENT
     return FailureKind.SETUP if isinstance(error, ValueError) else FailureKind.OWN
 
@@ -170,8 +171,8 @@ class Session:
     ) -> None:
         """Write what waits for MLflow; runs that an error broke off are marked there."""
         try:
-            if isinstance(error, KeyboardInterrupt | DiskFullError):
-                with suppress(DiskFullError):  # then MLflow learns of it when the run goes on
+            if isinstance(error, KeyboardInterrupt | DiskError):
+                with suppress(DiskError):  # then MLflow learns of it when the run goes on
                     for member in self._runs.values():
                         member.log.suspend(str(error) or "stopped by a signal")
             self._tracker.__exit__(kind, error, trace)
@@ -346,8 +347,8 @@ class Session:
         free = shutil.disk_usage(run.output_dir).free
         if needed > free:
             raise SettingsError(
-                f"{run.name}: checkpoints and states will take about {needed / 1e9:.1f} GB with"
-                f" those of the runs beside it, and {run.output_dir} has {free / 1e9:.1f} GB left;"
+                f"{run.name}: checkpoints and states will take about {size_of(needed)} with"
+                f" those of the runs beside it, and {run.output_dir} has {size_of(free)} left;"
                 " free some, or try trainer.save_dtype=fp16, fewer epochs, or another output_root"
             )
 
@@ -453,7 +454,8 @@ class Session:
             log.info("%s: contact sheet %s", run.name, sheet)
         run_log.log_file(run.output_dir / "captions.json")
         timing = run.output_dir / "seconds.json"
-        timing.write_text(json.dumps(self.clock.since(member.begun), indent=1))
+        seconds = json.dumps(self.clock.since(member.begun), indent=1)
+        write_atomically(timing, seconds.encode())
         run_log.log_file(timing)
         if dropped:
             run_log.tag(PRUNED_TAG, "true")

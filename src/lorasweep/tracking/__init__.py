@@ -5,8 +5,14 @@ from there (`publish.py`), on one thread beside the training or by `lorasweep sy
 logged runs are read back from MLflow (`read_candidates.py`, `history.py`). Open `tracker.py` first.
 """
 
-from lorasweep.tracking.model_registry import record_choice
-from lorasweep.tracking.read_candidates import Candidate, candidates, config_of, fetch_file
+from lorasweep.tracking.model_registry import check_place, record_choice
+from lorasweep.tracking.read_candidates import (
+    Candidate,
+    candidates,
+    config_of,
+    local_file,
+    read_checkpoint,
+)
 from lorasweep.tracking.records import NewRun
 from lorasweep.tracking.store import Tracking, TrackingError
 from lorasweep.tracking.sync import sync
@@ -19,8 +25,10 @@ __all__ = [
     "Tracking",
     "TrackingError",
     "candidates",
+    "check_place",
     "config_of",
-    "fetch_file",
+    "local_file",
+    "read_checkpoint",
     "record_choice",
     "sync",
 ]

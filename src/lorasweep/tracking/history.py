@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
-from lorasweep.tracking.read_candidates import Candidate, download, search_candidates
+from lorasweep.core.foreign_files import ForeignFileError, read_text
+from lorasweep.core.text import shown
+from lorasweep.tracking import artifact_folder
+from lorasweep.tracking.read_candidates import Candidate, search_candidates
 from lorasweep.tracking.store import (
     HASH_TAG,
     RUN_TAG,
@@ -84,18 +87,16 @@ class Log:
         return {one.epoch: one for one in found if one.run_id == run.run_id}
 
     def text(self, run: LoggedRun, name: str) -> str | None:
-        """A text among the run's artifacts, None if there is none."""
-        with self.file(run, name) as path:
-            return None if path is None else path.read_text(encoding="utf-8")
+        """A text among the run's artifacts, None if there is none.
 
-    @contextmanager
-    def file(self, run: LoggedRun, name: str) -> Iterator[Path | None]:
-        """A copy of one of the run's artifacts, for as long as the block lasts."""
-        there = {file.path for file in self._client.list_artifacts(run.run_id)}
-        with tempfile.TemporaryDirectory() as folder:
-            yield (
-                download(self.uri, f"runs:/{run.run_id}/{name}", folder) if name in there else None
-            )
+        Raises ForeignFileError for what is no text.
+        """
+        with self.file(run, name) as path:
+            return None if path is None else read_text(path)
+
+    def file(self, run: LoggedRun, name: str) -> AbstractContextManager[Path | None]:
+        """One of the run's artifacts, to be read for as long as the block lasts."""
+        return artifact_folder.of_run(self._client, run.run_id).file(name)
 
     def curve(self, run: LoggedRun, key: str) -> dict[int, float]:
         """A metric's values by step; of a step that was logged twice, the later one."""
@@ -109,22 +110,24 @@ class Log:
     def samples(self, run: LoggedRun) -> dict[tuple[str, int], str]:
         """The run's pictures, by the prompt's key and epoch: names for `picture`."""
         found = {}
-        for file in self._client.list_artifacts(run.run_id, "images"):
-            match = _SAMPLE.fullmatch(unquote(file.path).removeprefix("images/"))
+        for file in artifact_folder.of_run(self._client, run.run_id).names("images"):
+            match = _SAMPLE.fullmatch(unquote(file))
             if match is not None:
-                found[match["key"], int(match["step"])] = str(file.path)
+                found[match["key"], int(match["step"])] = f"images/{file}"
         return found
 
     def picture(self, run: LoggedRun, name: str) -> Image.Image:
-        """One of the pictures that `samples` names."""
+        """One of the pictures that `samples` names. Raises ForeignFileError if it is none."""
         from PIL import Image
 
-        where = f"runs:/{run.run_id}/{name}"
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            Image.open(download(self.uri, where, folder)) as image,
-        ):
-            return image.convert("RGB")
+        with self.file(run, name) as path:
+            if path is None:
+                raise ForeignFileError(f"{shown(name)} of {run.name} is gone from MLflow")
+            try:
+                with Image.open(path, formats=["PNG"]) as image:
+                    return image.convert("RGB")
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+                raise ForeignFileError(f"{shown(name)} of {run.name} is no PNG picture") from None
 
     def tag(self, run: LoggedRun, tags: Mapping[str, str]) -> None:
         """Set tags of a run that may have ended."""
@@ -136,7 +139,7 @@ class Log:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / name
             path.write_text(text, encoding="utf-8")
-            self._client.log_artifact(run.run_id, str(path))
+            artifact_folder.of_run(self._client, run.run_id).add(path)
 
     def _search(self, where: str) -> list[LoggedRun]:
         found = search_runs(self._client, self._experiment_id, where)

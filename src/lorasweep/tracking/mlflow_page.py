@@ -14,8 +14,9 @@ import re
 import zlib
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
+from lorasweep.tracking import artifact_folder
 from lorasweep.tracking.read_candidates import Candidate
 from lorasweep.tracking.store import PICKED_TAG, SWEEP_TAG, is_server, open_experiment
 
@@ -45,7 +46,8 @@ def experiment_page(uri: str, experiment: str, port: int = DEFAULT_PORT) -> str:
 def page(uri: str, candidate: Candidate, port: int = DEFAULT_PORT) -> str:
     """Address of the candidate's page: on its server, or on the one that `lorasweep ui` starts."""
     root = _server(uri, port)
-    address = f"{root}/#/experiments/{candidate.experiment_id}/models/{candidate.model_id}"
+    experiment, model = quote(candidate.experiment_id, ""), quote(candidate.model_id, "")
+    address = f"{root}/#/experiments/{experiment}/models/{model}"
     return f"{address}?{TRAINING_VIEW}"
 
 
@@ -145,8 +147,8 @@ def _chart(uuid: str, kind: str, section: str) -> dict[str, Any]:
 def _sample_keys(client: MlflowClient, runs: Sequence[Run]) -> list[str]:
     """Prompts of the newest run that has pictures."""
     for run in runs:
-        names = [unquote(file.path) for file in client.list_artifacts(run.info.run_id, "images")]
-        keys = {name.removeprefix("images/").partition("+step+")[0] for name in names}
+        names = artifact_folder.of_run(client, run.info.run_id).names("images")
+        keys = {unquote(name).partition("+step+")[0] for name in names}
         if keys:
             return sorted(key.replace("~", "/") for key in keys)
     return []

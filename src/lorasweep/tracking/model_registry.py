@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from lorasweep.tracking import artifact_folder
 from lorasweep.tracking.read_candidates import Candidate
 from lorasweep.tracking.store import (
     CHECKPOINT_TAG,
@@ -23,6 +24,11 @@ from lorasweep.tracking.store import (
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+
+def check_place(uri: str, candidate: Candidate) -> None:
+    """Raise TrackingError if the store would have the candidate's files put where none may go."""
+    artifact_folder.of_model(client_of(uri), candidate.model_id)
 
 
 def record_choice(
@@ -45,7 +51,7 @@ def record_choice(
         client.set_tag(candidate.run_id, key, value)
     client.set_logged_model_tags(candidate.model_id, tags)
     if upload is not None:
-        client.log_model_artifacts(candidate.model_id, str(upload))
+        artifact_folder.of_model(client, candidate.model_id).add(upload)
     version = _register(client, settings.registered_model, candidate, tags)
     client.set_registered_model_alias(settings.registered_model, "best", version)
     return version

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
+import logging
+import math
+import re
+import sys
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorasweep.core.atomic_write import write_atomically
-from lorasweep.tracking.records import hash_of
+from lorasweep.core.foreign_files import ForeignFileError, inside, parse_json, read_text
+from lorasweep.core.safetensors_header import CheckpointError
+from lorasweep.core.text import listed, shown
+from lorasweep.lora_files import checkpoint
+from lorasweep.tracking import artifact_folder
 from lorasweep.tracking.store import (
     CHECKPOINT_TAG,
     EPOCH_TAG,
     HASH_TAG,
+    MAX_TAG,
     PATH_TAG,
     RUN_TAG,
     SWEEP_TAG,
     TERMS_TAG,
     TrackingError,
     client_of,
+    each_model,
     open_experiment,
-    quieten_mlflow,
-    search_models,
     search_runs,
     tagged,
 )
@@ -33,8 +39,10 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel
 
+log = logging.getLogger(__name__)
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
     """A checkpoint with its scores: what `pick` chooses among."""
 
@@ -43,6 +51,7 @@ class Candidate:
     sweep: str
     epoch: int
     path: Path
+    """Where it was written; what lies there is to be had from `checkpoint_file` alone."""
     scores: Mapping[str, float]
     terms: Mapping[str, Sequence[float]]
     """What scores are means of, in the same order for all checkpoints of a sweep."""
@@ -53,6 +62,10 @@ class Candidate:
     """Milliseconds since 1970."""
     hash: str | None = None
     """sha256 of its data (kohya's sshs_model_hash), if that was logged."""
+
+
+class _BrokenEntryError(ValueError):
+    """What the store says of a checkpoint is not what lorasweep writes."""
 
 
 def sweeps(uri: str, experiment: str) -> list[str]:
@@ -72,74 +85,147 @@ def candidates(
 
 
 def search_candidates(client: MlflowClient, experiment_id: str, where: str) -> list[Candidate]:
-    """The scored checkpoints that fit MLflow's filter, in the order written."""
-    found = [
-        _candidate(model)
-        for model in search_models(client, experiment_id, where)
-        if CHECKPOINT_TAG in model.tags and str(model.status) == "READY"
-    ]
+    """The scored checkpoints that fit MLflow's filter, in the order written.
+
+    What others have written of a checkpoint may be anything: then it is left out, with a warning.
+    """
+    found, broken = [], []
+    for model in each_model(client, experiment_id, where):
+        if CHECKPOINT_TAG in model.tags and str(model.status) == "READY":
+            try:
+                found.append(_candidate(model))
+            except (ValueError, TypeError) as error:  # also numbers where MLflow has texts
+                broken.append(f"{shown(str(model.tags[CHECKPOINT_TAG]), 40)} ({error})")
+    if broken:
+        log.warning("left out, for their entries in the tracking store: %s", listed(broken))
     return sorted(found, key=lambda one: one.created)
 
 
 def config_of(uri: str, candidate: Candidate) -> str:
-    """The resolved config, as YAML, of the run that a candidate comes from."""
-    with tempfile.TemporaryDirectory() as folder:
-        return download(uri, f"runs:/{candidate.run_id}/config.yaml", folder).read_text()
+    """The resolved config, as YAML, of the run that a candidate comes from.
 
-
-def fetch_file(uri: str, candidate: Candidate, target: Path) -> None:
-    """Copy the candidate's file to `target`. Raises TrackingError where it is gone."""
-    with checkpoint_file(uri, candidate) as path:
+    Raises TrackingError where there is none, ForeignFileError where it is no text.
+    """
+    with artifact_folder.of_run(client_of(uri), candidate.run_id).file("config.yaml") as path:
         if path is None:
-            raise TrackingError(
-                f"{candidate.path} is gone and MLflow has no copy; set tracking.upload=all to keep"
-                " them"
-            )
-        write_atomically(target, path.read_bytes())
+            raise TrackingError(f"{candidate.run}: its config.yaml is not in the tracking store")
+        return read_text(path)
+
+
+def read_checkpoint(uri: str, candidate: Candidate, output_root: Path) -> bytes:
+    """The candidate's file. Raises TrackingError where it is gone."""
+    with checkpoint_file(uri, candidate, output_root) as path:
+        if path is None:
+            raise TrackingError(_gone(candidate, output_root))
+        return path.read_bytes()
+
+
+def _gone(candidate: Candidate, output_root: Path) -> str:
+    path = shown(str(candidate.path), 300)
+    if candidate.hash is None:
+        return f"{path}: no hash of it was logged, so what lies there can't be known to be it"
+    if not _is_inside(output_root, candidate.path):
+        return (
+            f"{path} lies outside {output_root}, so it is not read, and MLflow has no copy; give"
+            " output_root=FOLDER that it was trained in"
+        )
+    what = "is another file by now" if candidate.path.is_file() else "is gone"
+    return f"{path} {what} and MLflow has no copy; set tracking.upload=all to keep them"
+
+
+def local_file(candidate: Candidate, output_root: Path) -> Path | None:
+    """A candidate's file where it was written, if it still lies there.
+
+    It lies below `output_root` once links are followed, is a safetensors file, and its data have
+    the hash that was logged.
+    """
+    if not _is_inside(output_root, candidate.path):
+        return None
+    path = inside(output_root, candidate.path)
+    return path if _is_it(candidate, path) else None
 
 
 @contextmanager
-def checkpoint_file(uri: str, candidate: Candidate) -> Iterator[Path | None]:
+def checkpoint_file(uri: str, candidate: Candidate, output_root: Path) -> Iterator[Path | None]:
     """A candidate's file where it was written, else MLflow's copy, else None.
 
-    What lies there now with another hash is another attempt's.
+    A store's word is not taken for either: see `local_file`.
     """
-    path = candidate.path
-    if path.is_file() and (candidate.hash is None or hash_of(path) == candidate.hash):
+    path = local_file(candidate, output_root)
+    if path is not None:
         yield path
         return
-    client = client_of(uri)
-    stored = {file.path for file in client.list_logged_model_artifacts(candidate.model_id)}
-    fitting = {path.name, f"{candidate.name}.safetensors"} & stored  # a picked one has this name
-    if not fitting:
-        yield None
-        return
-    location = client.get_logged_model(candidate.model_id).artifact_location
-    with tempfile.TemporaryDirectory() as folder:
-        yield download(uri, f"{location}/{min(fitting)}", folder)
+    files = artifact_folder.of_model(client_of(uri), candidate.model_id)
+    for name in (candidate.path.name, f"{candidate.name}.safetensors"):  # as a picked one is called
+        with files.file(name) as path:
+            if path is not None and _is_it(candidate, path):
+                yield path
+                return
+    yield None
 
 
-def download(uri: str, artifact_uri: str, folder: str) -> Path:
-    """A copy of one of the store's files, in `folder`."""
-    quieten_mlflow()
-    from mlflow.artifacts import download_artifacts
+def _is_inside(output_root: Path, path: Path) -> bool:
+    try:
+        inside(output_root, path)
+    except ForeignFileError:
+        return False
+    return True
 
-    return Path(download_artifacts(artifact_uri, dst_path=folder, tracking_uri=uri))
+
+def _is_it(candidate: Candidate, path: Path) -> bool:
+    """Is it the file that was logged? What lies there by now may be another attempt's."""
+    try:
+        checkpoint.read_metadata(path)
+        return candidate.hash is not None and checkpoint.data_hash(path) == candidate.hash
+    except (CheckpointError, OSError):
+        return False
 
 
 def _candidate(model: LoggedModel) -> Candidate:
-    """The checkpoint that a model of MLflow's is."""
+    """The checkpoint that a model of MLflow's is. Raises _BrokenEntryError.
+
+    What many candidates have in common is kept once: there may be ten thousands of them.
+    """
+    tags: dict[str, str] = model.tags
+    missing = [tag for tag in (RUN_TAG, SWEEP_TAG, EPOCH_TAG, PATH_TAG) if not tags.get(tag)]
+    if missing:
+        raise _BrokenEntryError(f"no {', '.join(missing)}")
+    if not model.source_run_id:
+        raise _BrokenEntryError("of no run")
+    name, path, epoch = tags[CHECKPOINT_TAG], tags[PATH_TAG], tags[EPOCH_TAG]
+    if not re.fullmatch(r"[\w-]{1,250}", name):
+        raise _BrokenEntryError("its name is not made of letters, digits, - and _")
+    if not re.fullmatch(r"[0-9]{1,9}", epoch):
+        raise _BrokenEntryError(f"its epoch is {shown(epoch, 20)}")
+    if "\0" in path or not Path(path).is_absolute() or not path.endswith(".safetensors"):
+        raise _BrokenEntryError(f"its path is {shown(path, 60)}")
     return Candidate(
-        name=model.tags[CHECKPOINT_TAG],
-        run=model.tags[RUN_TAG],
-        sweep=model.tags[SWEEP_TAG],
-        epoch=int(model.tags[EPOCH_TAG]),
-        path=Path(model.tags[PATH_TAG]),
-        scores={metric.key: metric.value for metric in model.metrics or []},
-        terms=json.loads(model.tags.get(TERMS_TAG, "{}")),
-        run_id=model.source_run_id,
+        name=name,
+        run=sys.intern(tags[RUN_TAG]),
+        sweep=sys.intern(tags[SWEEP_TAG]),
+        epoch=int(epoch),
+        path=Path(path),
+        scores={sys.intern(m.key): m.value for m in model.metrics or [] if math.isfinite(m.value)},
+        terms=_terms(tags.get(TERMS_TAG, "{}")),
+        run_id=sys.intern(model.source_run_id),
         model_id=model.model_id,
-        experiment_id=model.experiment_id,
+        experiment_id=sys.intern(model.experiment_id),
         created=model.creation_timestamp,
-        hash=model.tags.get(HASH_TAG),
+        hash=tags.get(HASH_TAG),
     )
+
+
+def _terms(text: str) -> dict[str, Sequence[float]]:
+    """Raises _BrokenEntryError."""
+    try:
+        if len(text) > MAX_TAG:
+            raise ValueError("more than is ever logged")
+        terms = parse_json(text, "text")
+        found: dict[str, Sequence[float]] = {
+            sys.intern(key): array("d", values) for key, values in terms.items()
+        }
+    except (ValueError, TypeError, OverflowError):
+        raise _BrokenEntryError(f"its terms are {shown(text, 20)}") from None
+    if not all(math.isfinite(one) for values in found.values() for one in values):
+        raise _BrokenEntryError("its terms are not finite")
+    return found

@@ -101,6 +101,7 @@ class NativeTraining:
         With a saved state it goes on where that was written. Raises ValueError where its settings
         can't be trained on this base; the others go on.
         """
+        run.output_dir.mkdir(parents=True, exist_ok=True)
         optimizer = run.optimizer
         adapters = Pack.new(
             self.base.parts,

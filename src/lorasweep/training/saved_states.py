@@ -15,7 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
+
 from lorasweep.core.atomic_write import write_atomically
+from lorasweep.core.foreign_files import parse_json
 from lorasweep.training.training_state import Snapshot
 
 if TYPE_CHECKING:
@@ -43,6 +47,27 @@ class SavedState:
     snapshot: Snapshot
 
 
+class _SnapshotShape(TypedDict):
+    parameters: list[Any]
+    optimizer: dict[Any, Any]
+    lr_scheduler: dict[Any, Any]
+    scaler: dict[Any, Any]
+    num_epochs: int
+    num_batches: int
+    num_steps: int
+    num_micro_steps: int
+    records: tuple[tuple[int, dict[str, Any]], ...]
+
+
+class _StateShape(TypedDict):
+    """What a file holds, of which the checksum of another's may be right."""
+
+    run: str
+    pack: tuple[tuple[str, int, int], ...]
+    started: float
+    snapshot: _SnapshotShape
+
+
 def folder_of(output_dir: Path) -> Path:
     """Where a run's states are."""
     return output_dir / "states"
@@ -54,7 +79,7 @@ def path_of(output_dir: Path, step: int) -> Path:
 
 
 def write(output_dir: Path, state: SavedState) -> None:
-    """Write the state whole or not at all. Raises DiskFullError."""
+    """Write the state whole or not at all. Raises DiskError."""
     import numpy as np
     import torch
     from safetensors.torch import save
@@ -70,14 +95,19 @@ def write(output_dir: Path, state: SavedState) -> None:
 
 def read(path: Path) -> SavedState:
     """A state. Raises StateError for a file that isn't as it was written."""
+    from safetensors import SafetensorError
     from safetensors.torch import load
 
-    content = path.read_bytes()
+    content = path.read_bytes() if path.is_file() else b""
     if hashlib.sha256(content[DIGEST:]).digest() != content[:DIGEST]:
         raise StateError(f"{path} is torn or was changed")
-    tensors = load(content[DIGEST:])
-    values = _unpacked(json.loads(tensors.pop(_JSON).numpy().tobytes()), tensors)
-    return SavedState(**{**values, "snapshot": Snapshot(**values["snapshot"])})
+    try:
+        tensors = load(content[DIGEST:])
+        values = _unpacked(parse_json(tensors.pop(_JSON).numpy().tobytes(), path), tensors)
+        TypeAdapter(_StateShape).validate_python(values, strict=True)
+        return SavedState(**{**values, "snapshot": Snapshot(**values["snapshot"])})
+    except (SafetensorError, LookupError, TypeError, ValueError, RecursionError) as error:
+        raise StateError(f"{path} is not a state of a run ({type(error).__name__})") from None
 
 
 def keep_last(output_dir: Path, number: int) -> None:

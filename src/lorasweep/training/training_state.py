@@ -133,7 +133,12 @@ class TrainingState:
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot, into the tensors the parameters are bound to."""
-        for parameter, value in zip(self._all_parameters(), snapshot.parameters, strict=True):
+        parameters = self._all_parameters()
+        if [p.shape for p in parameters] != [
+            getattr(p, "shape", None) for p in snapshot.parameters
+        ]:
+            raise ValueError(f"{self.run.name}: its state is of another adapter; delete `states`")
+        for parameter, value in zip(parameters, snapshot.parameters, strict=True):
             parameter.data.copy_(value)
         self.optimizer.load_state_dict(snapshot.optimizer)
         self.lr_scheduler.load_state_dict(snapshot.lr_scheduler)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorasweep.core.atomic_write import write_atomically
-from lorasweep.core.foreign_files import read_json
+from lorasweep.core.foreign_files import ForeignFileError, read_json
 from lorasweep.data.dataset import ImageFile
 
 logger = logging.getLogger(__name__)
@@ -38,13 +38,14 @@ class CaptionCache:
         return {sha256: text for sha256, text in found.items() if text is not None}
 
     def put(self, image: ImageFile, caption: str) -> None:
-        """Keep a caption. Raises DiskFullError."""
+        """Keep a caption. Raises DiskError."""
         entry = {
             "caption": caption,
             "captioner": self.identity,
             "image": image.sha256,
             "check": self._check(image.sha256, caption),
         }
+        self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self._path(image.sha256), json.dumps(entry).encode())
 
     @contextmanager
@@ -67,7 +68,7 @@ class CaptionCache:
     def _get(self, sha256: str) -> str | None:
         try:
             entry = read_json(self._path(sha256))
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, ForeignFileError):
             return None
         match entry:
             case {"caption": str(caption), "check": str(check)}:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
-from lorasweep.core.foreign_files import MAX_BYTES
+from lorasweep.core.foreign_files import MAX_BYTES, ForeignFileError, parse_json
 from lorasweep.core.settings import Settings
 from lorasweep.core.text import listed, shown
 from lorasweep.data.captions.caption_images import CaptionerError, Repeats
@@ -84,9 +83,9 @@ class Sidecar(Settings):
 
     def _parse(self, line: str, where: str) -> tuple[str, str]:
         try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise CaptionerError(f"{where} is not JSON ({error}); mend it") from None
+            entry = parse_json(line, where, object)
+        except ForeignFileError as error:
+            raise CaptionerError(f"{error}; mend it") from None
         match entry:
             case {"file": str(file), self.text_key: str(text)}:
                 return _key(file), text
