@@ -137,3 +137,13 @@ def test_a_resolution_the_model_cannot_take_is_refused(base, settings, tmp_path)
         ValueError, match=r"dataset.resolution=\[66, 64\].*multiples of 4.*nearest is"
     ):
         latents.encode(base, [arm(path)], replace(settings, resolution=(66, 64)), tmp_path)
+
+
+def test_with_buckets_the_resolution_is_an_area_and_the_buckets_are_computed(
+    base, settings, tmp_path
+):
+    """As with kohya, who takes 512x650."""
+    path = picture(tmp_path / "a.png")
+    area = bucketed(settings, resolution=(66, 63), min_bucket_reso=32, bucket_reso_steps=4)
+    (item,) = latents.encode(base, [arm(path)], area, tmp_path)
+    assert item.bucket == (64, 64)

@@ -50,7 +50,7 @@ def adapted_parts_are_trained(run: Run) -> Iterator[str]:
 
 
 def the_model_computes_the_resolution(run: Run) -> None:
-    """Width and height, and every bucket's."""
+    """Width and height, or with buckets, to which they are an area alone, every bucket's."""
     from lorasweep.data.buckets import buckets, check_size
     from lorasweep.models.model_files import read_sizes
 
@@ -59,9 +59,11 @@ def the_model_computes_the_resolution(run: Run) -> None:
         buckets(run.dataset)  # there is one
     if sizes is None:
         return
-    check_size(sizes, run.dataset.size)
+    if not run.dataset.enable_bucket:
+        check_size(sizes, run.dataset.size)
+        return
     step, multiple = run.dataset.bucket_reso_steps, sizes.vae_scale_factor
-    if run.dataset.enable_bucket and step % multiple:
+    if step % multiple:
         raise SettingsError(
             f"dataset.bucket_reso_steps={step}: this model needs multiples of {multiple} pixels"
         )

@@ -44,7 +44,8 @@ def encode(base: BaseModel, arms: Sequence[Arm], settings: Dataset, cache_dir: P
     Raises SettingsError for a resolution that the model can't take, or an image too small for a
     bucket.
     """
-    check_size(base, settings.size)
+    if not settings.enable_bucket:
+        check_size(base, settings.size)
     by_content: dict[str, tuple[Size, Tensor, Tensor | None]] = {}
     items = []
     for arm in arms:
