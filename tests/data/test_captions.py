@@ -262,6 +262,18 @@ def test_captions_are_read_from_files_beside_the_images(tmp_path):
     assert captioner.identity() == "sidecar suffix=_wd.txt"
 
 
+def test_of_several_lines_the_first_is_the_caption_and_one_warning_says_so(tmp_path, caplog):
+    """As kohya reads them: `lines[0].strip()`."""
+    images = numbered(tmp_path, 4)
+    texts = ["a fox\n\n", "a fox\nin snow\n", "\r\na fox", "a fox\r\nin snow"]
+    for image, text in zip(images, texts, strict=True):
+        image.path.with_suffix(".txt").write_bytes(text.encode())
+    captions = run(option("sidecar", "sidecar"), images, tmp_path)
+    assert [text.strip() for text in captions] == ["a fox", "a fox", "", "a fox"]
+    (said,) = caplog.messages
+    assert "only the first line is read of 3 files" in said
+
+
 def jsonl_captioner(path: Path, lines: Sequence[str], text_key: str = "wd") -> Sidecar:
     path.write_text("\n".join(lines), encoding="utf-8")
     return Sidecar(repeats=1, suffix=None, jsonl=path, text_key=text_key)
