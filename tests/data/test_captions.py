@@ -20,7 +20,7 @@ from PIL import Image
 
 from lorasweep.core.settings import SettingsError, build
 from lorasweep.data.captions.caption_cache import CaptionCache
-from lorasweep.data.captions.caption_images import caption_images
+from lorasweep.data.captions.caption_images import are_tags, caption_images
 from lorasweep.data.captions.empty import Empty
 from lorasweep.data.captions.kosmos2 import Kosmos2
 from lorasweep.data.captions.sidecar import Sidecar
@@ -105,6 +105,13 @@ def test_every_option_defines_arms_with_repeats():
         "sidecar": {"sidecar": 10},
         "wd14": {"wd": 10},
     }
+
+
+def test_tags_are_tags_and_sentences_are_not():
+    """By default; shuffling tore sentences apart."""
+    asked = {("wd14", "wd"): True, ("kosmos2", "kosmos"): False, ("empty", "empty"): False}
+    asked |= {("demo", "wd"): True, ("demo", "kosmos"): False, ("sidecar", "sidecar"): True}
+    assert {which: are_tags(option(*which)) for which in asked} == asked
 
 
 @pytest.mark.parametrize(

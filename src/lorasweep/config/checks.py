@@ -125,6 +125,19 @@ def overrides_have_an_effect(run: Run) -> None:
             )
 
 
+def shuffled_captions_are_tags(run: Run) -> Iterator[str]:
+    """What shuffles and drops tags has some."""
+    from lorasweep.data.captions.caption_images import are_tags
+
+    if not any(are_tags(captioner) for captioner in run.captions.values()):
+        for name in ("shuffle_caption", "caption_tag_dropout_rate"):
+            if getattr(run.dataset, name):
+                yield (
+                    f"dataset.{name} has no effect: no arm's captions are tags; set"
+                    " captions.ARM.tags=true for one whose captions are"
+                )
+
+
 def pick_is_by_a_score(run: Run) -> None:
     """What the command line wants to choose by is scored."""
     scores = names(run.metrics.values(), run.captions, run.dataset.num_holdout)
@@ -168,6 +181,7 @@ CHECKS: tuple[Check, ...] = (
     adapted_parts_are_trained,
     overrides_choose_one_option,
     overrides_have_an_effect,
+    shuffled_captions_are_tags,
     pick_is_by_a_score,
     alpha_is_at_most_the_rank,
     saved_factors_are_exact,

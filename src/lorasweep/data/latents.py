@@ -36,6 +36,7 @@ class Item:
     bucket: Size
     latents: Tensor  # (C, h, w)
     flipped: Tensor | None  # likewise, of the mirrored image
+    tags: bool = True  # may the caption's parts be shuffled and dropped?
 
 
 def encode(base: BaseModel, arms: Sequence[Arm], settings: Dataset, cache_dir: Path) -> list[Item]:

@@ -62,8 +62,8 @@ class ModelSizes:
     """Layers of the text encoder."""
 
 
-_NOT_HERE = ModelSizes(vae_scale_factor=8, size_multiple=64, num_text_layers=12)
-"""Those of every released Stable Diffusion 1.x."""
+_NOT_HERE = ModelSizes(vae_scale_factor=8, size_multiple=8, num_text_layers=12)
+"""Those of every released Stable Diffusion 1.x, but for the least side, which none trains at."""
 
 
 def read_sizes(settings: ModelSettings) -> ModelSizes | None:

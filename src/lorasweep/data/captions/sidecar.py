@@ -34,6 +34,8 @@ class Sidecar(Settings):
     jsonl: Path | None
     """One JSON object a line; `file` is the image's path relative to dataset.image_dir."""
     text_key: str | None
+    tags: bool = True
+    """May the parts between commas be shuffled and dropped?"""
 
     def __post_init__(self) -> None:
         if (self.suffix is None) == (self.jsonl is None):
