@@ -8,13 +8,14 @@ doctor` run all of them.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorasweep.config.run import COMPONENTS
 from lorasweep.core.settings import SettingsError
-from lorasweep.core.text import listed
+from lorasweep.core.text import listed, shown
 from lorasweep.judging.metrics.metric import names
 
 if TYPE_CHECKING:
@@ -125,6 +126,19 @@ def overrides_have_an_effect(run: Run) -> None:
             )
 
 
+def commas_of_prompts_are_quoted(run: Run) -> Iterator[str]:
+    """A comma outside of quotes begins another prompt, also within the text of --n."""
+    for key, value in _overrides(run):
+        bare = re.sub(r"'[^']*'|\"[^\"]*\"", "", value)
+        if key.endswith(".prompts") and (
+            found := re.search(r"--n ((?:(?! --)[^,])*),\s*([^,\]]+)", bare)
+        ):
+            yield (
+                f"{key}: the comma after --n {shown(found[1])} begins a new prompt,"
+                f" {shown(found[2])!r}; put quotes around a prompt that holds commas"
+            )
+
+
 def shuffled_captions_are_tags(run: Run) -> Iterator[str]:
     """What shuffles and drops tags has some."""
     from lorasweep.data.captions.caption_images import are_tags
@@ -181,6 +195,7 @@ CHECKS: tuple[Check, ...] = (
     adapted_parts_are_trained,
     overrides_choose_one_option,
     overrides_have_an_effect,
+    commas_of_prompts_are_quoted,
     shuffled_captions_are_tags,
     pick_is_by_a_score,
     alpha_is_at_most_the_rank,

@@ -32,12 +32,20 @@ def sweep_digest(cfg: DictConfig) -> str:
 
 def settings_digest(params: Mapping[str, Any]) -> str:
     """A digest of flat settings (`Run.params`), but for places and what doesn't change a result."""
-    counted = {
+    named = {
         key: first_name(value) if key.endswith("._target_") else value
+        for key, value in that_count(params).items()
+    }
+    return _digest(sorted(named.items(), key=str))
+
+
+def that_count(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The flat settings that a run must have again to go on."""
+    return {
+        key: value
         for key, value in params.items()
         if not changes_nothing(key) and not _shuffles_as_ever(key, value, params)
     }
-    return _digest(sorted(counted.items(), key=str))
 
 
 def _shuffles_as_ever(key: str, value: object, params: Mapping[str, Any]) -> bool:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from lorasweep.adapters.pack import Pack
 from lorasweep.core.atomic_write import write_atomically
 from lorasweep.core.clock import Clock
+from lorasweep.core.text import shown
 from lorasweep.judging import contact_sheet
 from lorasweep.judging.metrics.metric import Images, Metric, Scored, Scores
 from lorasweep.judging.sampling import Sampling, render
@@ -43,6 +44,9 @@ class Judge:
         """`size` is the training's width and height in pixels, that of prompts which give none."""
         self.base, self.sampling, self.clock = base, sampling, clock
         self.prompts = sampling.resolve(size, base.vae_scale_factor)
+        if sampling.every_n_epochs > 0:  # a comma in an override may have made two of one
+            texts = " | ".join(shown(line) for line in sampling.prompts)
+            log.info("pictures of %d prompts: %s", len(self.prompts), texts)
         prepared = (metric.prepare(base, images) for metric in metrics)
         self.scorers = [scorer for scorer in prepared if scorer is not None]
         self._drawn_by_base: list[Image.Image] | None = None

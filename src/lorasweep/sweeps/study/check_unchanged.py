@@ -10,7 +10,7 @@ import optuna
 
 from lorasweep.config.conf_folder import PACKAGE
 from lorasweep.config.run import Run
-from lorasweep.config.settings_digest import changes_nothing
+from lorasweep.config.settings_digest import changes_nothing, that_count
 from lorasweep.core.components import with_short_names
 from lorasweep.core.settings import SettingsError
 from lorasweep.sweeps.study.search_space import Space
@@ -93,7 +93,7 @@ def _varying(points: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 def _settings(run: Run) -> dict[str, Any]:
     """The settings of a run of the sweep that must stay."""
-    plain = {key: value for key, value in run.params.items() if not _is_free(key)}
+    plain = {key: value for key, value in that_count(run.params).items() if not _is_free(key)}
     text = json.dumps(plain, default=str)
     found: dict[str, Any] = json.loads(text.replace(str(PACKAGE), ""))  # may be installed elsewhere
     return found
