@@ -594,7 +594,8 @@ TURNED = Image.Exif()
 TURNED[0x0112] = 6
 REPAIRS = [
     repaired_caption("a caption with a BOM", "\ufeffa cat\n", "a cat"),
-    repaired_caption("a caption with CRLF", "a cat\r\nand a dog\r\n", "a cat and a dog"),
+    repaired_caption("a caption with CRLF", "a cat\r\n", "a cat"),
+    Repair("a caption of several lines", both(photos(1), file("photos/0.txt", "a cat\nand a dog\n")), {"a cat"}, "only the first line is read"),
     repaired_caption("a caption with NUL and a bell", "a\0 c\x07at", "a cat"),
     repaired_caption("a caption with a terminal's code", "a \x1b[31mcat", "a [31mcat"),
     repaired_caption("a caption of zero bytes", b"", ""),

@@ -67,6 +67,7 @@ SHARED = [
     "dataset.bucket_reso_steps=16",
     "dataset.flip_aug=true",
     "dataset.shuffle_caption=true",
+    "captions.kosmos.tags=true",
     "dataset.keep_tokens=1",
     "dataset.caption_dropout_rate=0.1",
     "dataset.caption_tag_dropout_rate=0.2",

@@ -13,6 +13,7 @@ from lorasweep.cli.train_command import flags_first
 from lorasweep.config.build_run import build_run
 from lorasweep.config.compose import compose
 from lorasweep.config.error_messages import one_line
+from lorasweep.config.settings_digest import settings_digest
 from lorasweep.core.settings import SettingsError, unknown_key
 from lorasweep.data import dataset
 
@@ -178,6 +179,17 @@ def test_a_part_without_adapters_or_learning_rate_is_said(make_run, caplog):
     assert "optimizer.text_encoder_lr has no effect" in caplog.text
     with pytest.raises(SettingsError, match=r"adapts the unet only, whose learning rate is 0"):
         make_run("adapter.targets=unet-only", "optimizer.unet_lr=0")
+
+
+def test_shuffling_where_no_captions_are_tags_is_said(make_run, caplog):
+    make_run("captions=[kosmos2]", "dataset.shuffle_caption=true")
+    assert "dataset.shuffle_caption has no effect" in caplog.text
+    caplog.clear()
+    kosmos = make_run("captions=[kosmos2]", "captions.kosmos.tags=true")
+    make_run("captions=[kosmos2]", "dataset.shuffle_caption=true", "captions.kosmos.tags=true")
+    assert not caplog.text
+    without = {key: value for key, value in kosmos.params.items() if not key.endswith(".tags")}
+    assert settings_digest(kosmos.params) == settings_digest(without)  # of an older version
 
 
 def test_alpha_above_rank_is_a_warning(make_run, caplog):

@@ -20,7 +20,7 @@ from PIL import Image
 
 from lorasweep.core.settings import SettingsError, build
 from lorasweep.data.captions.caption_cache import CaptionCache
-from lorasweep.data.captions.caption_images import caption_images
+from lorasweep.data.captions.caption_images import are_tags, caption_images
 from lorasweep.data.captions.empty import Empty
 from lorasweep.data.captions.kosmos2 import Kosmos2
 from lorasweep.data.captions.sidecar import Sidecar
@@ -105,6 +105,13 @@ def test_every_option_defines_arms_with_repeats():
         "sidecar": {"sidecar": 10},
         "wd14": {"wd": 10},
     }
+
+
+def test_tags_are_tags_and_sentences_are_not():
+    """By default; shuffling tore sentences apart."""
+    asked = {("wd14", "wd"): True, ("kosmos2", "kosmos"): False, ("empty", "empty"): False}
+    asked |= {("demo", "wd"): True, ("demo", "kosmos"): False, ("sidecar", "sidecar"): True}
+    assert {which: are_tags(option(*which)) for which in asked} == asked
 
 
 @pytest.mark.parametrize(
@@ -260,6 +267,18 @@ def test_captions_are_read_from_files_beside_the_images(tmp_path):
     captioner = option("sidecar", "sidecar", suffix="_wd.txt")
     assert run(captioner, images, tmp_path) == ["tag 0, ü", "tag 1, ü"]
     assert captioner.identity() == "sidecar suffix=_wd.txt"
+
+
+def test_of_several_lines_the_first_is_the_caption_and_one_warning_says_so(tmp_path, caplog):
+    """As kohya reads them: `lines[0].strip()`."""
+    images = numbered(tmp_path, 4)
+    texts = ["a fox\n\n", "a fox\nin snow\n", "\r\na fox", "a fox\r\nin snow"]
+    for image, text in zip(images, texts, strict=True):
+        image.path.with_suffix(".txt").write_bytes(text.encode())
+    captions = run(option("sidecar", "sidecar"), images, tmp_path)
+    assert [text.strip() for text in captions] == ["a fox", "a fox", "", "a fox"]
+    (said,) = caplog.messages
+    assert "only the first line is read of 3 files" in said
 
 
 def jsonl_captioner(path: Path, lines: Sequence[str], text_key: str = "wd") -> Sidecar:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, features
 
 from lorasweep.core.settings import SettingsError, build
 from lorasweep.data.dataset import BadImagesError, Dataset, find, select
@@ -281,3 +281,39 @@ def test_width_and_height_are_those_of_the_upright_image(tmp_path):
     Image.new("RGB", (24, 16)).save(tmp_path / "a.jpg", exif=exif)
     (image,) = select(settings(tmp_path)).train
     assert (image.width, image.height) == (16, 24)
+
+
+def test_pictures_of_types_that_are_not_read_are_told(tmp_path, caplog):
+    write_image(tmp_path / "a.png")
+    for name in ("b.heic", "sub/c.JXL", "notes.txt", ".hidden.heic"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert [path.name for path in find(settings(tmp_path))] == ["a.png"]
+    (said,) = caplog.messages
+    assert "2 pictures" in said and "b.heic, sub/c.JXL" in said and "convert" in said
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow was built without AVIF")
+def test_avif_is_read(tmp_path):
+    write_image(tmp_path / "a.avif", size=(80, 64))
+    (image,) = select(settings(tmp_path, min_size=32, num_holdout=0, num_images=1)).train
+    assert (image.name, image.width, image.height) == ("a.avif", 80, 64)
+
+
+def test_masks_beside_images_are_no_pictures(tmp_path, caplog):
+    pictures = ["a.jpg", "b.png", "c_mask.png", "d-masklabel.png", "sub/a_mask.png", "a_mask.jpg"]
+    for seed, name in enumerate([*pictures, "a-masklabel.png", "b_mask.png"]):
+        write_image(tmp_path / name, seed=seed)
+    found = [path.relative_to(tmp_path).as_posix() for path in find(settings(tmp_path))]
+    assert found == sorted(pictures)
+    (said,) = caplog.messages
+    assert "2 masks" in said and "a-masklabel.png, b_mask.png" in said
+
+
+@pytest.mark.parametrize("given", ["photos", "photos/20_charA woman"])
+def test_repeats_in_the_names_of_folders_are_said_not_to_be_read(tmp_path, caplog, given):
+    for name in ("20_charA woman/a.png", "2024_holiday/b.png"):
+        write_image(tmp_path / "photos" / name)
+    find(settings(tmp_path / given))
+    (said,) = caplog.messages
+    assert "20_charA woman" in said and "captions.*.repeats" in said and "2024" not in said

@@ -1,7 +1,9 @@
 """Images as a trainer sees them: buckets as kohya sorts them, latents cached by content."""
 
+import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,35 +40,40 @@ def bucketed(settings, **changes):
     return replace(settings, **{**values, **changes})
 
 
-@pytest.mark.parametrize(
-    ("size", "bucket"),
-    [
-        ((512, 512), (512, 512)),
-        ((1000, 1000), (512, 512)),
-        ((1600, 1000), (640, 384)),
-        ((1000, 1600), (384, 640)),
-        ((4000, 1000), (1024, 256)),
-        ((100, 3000), (256, 1024)),
-    ],
-)
-def test_an_image_goes_to_the_bucket_of_the_nearest_ratio(size, bucket, settings):
-    assert buckets.bucket_of(size, bucketed(settings)) == bucket
+KOHYA = json.loads((Path(__file__).parents[1] / "recorded" / "kohya_buckets.json").read_text())
+"""What sd-scripts' own BucketManager answers for 200 sizes under each of six settings."""
 
 
-def test_buckets_fit_the_area_and_the_steps(settings):
-    for width, height in buckets.buckets(bucketed(settings)):
-        assert width * height <= 512 * 512
-        assert width % 64 == height % 64 == 0
+@pytest.mark.parametrize("recorded", KOHYA["answers"], ids=lambda one: str(one["settings"]))
+def test_images_go_to_the_buckets_that_kohya_gives_them(recorded, settings):
+    """And what kohya scales before it crops is scaled here."""
+    ours = replace(settings, enable_bucket=True, **recorded["settings"])
+    if recorded["buckets"] is not None:
+        assert buckets.buckets(ours) == [tuple(size) for size in recorded["buckets"]]
+    for width, height, *answer in recorded["images"]:
+        bucket = buckets.bucket_of((width, height), ours)
+        assert bucket == tuple(answer[:2]), (width, height)
+        if not buckets.is_scaled((width, height), ours):
+            assert answer[2:] == [width, height]
+        else:  # to cover the bucket
+            scale = max(bucket[0] / width, bucket[1] / height)
+            assert answer[2:] == [int(width * scale + 0.5), int(height * scale + 0.5)]
 
 
-def test_without_upscaling_a_bucket_is_the_image_cut_to_the_steps(settings):
+def test_an_image_without_a_bucket_is_refused(settings):
     small = bucketed(settings, bucket_no_upscale=True)
-    assert buckets.bucket_of((300, 200), small) == (256, 192)
-    assert buckets.bucket_of((1024, 512), small)[0] < 1024
-    # rounding errors must not cost a step
-    assert {buckets.bucket_of((side, side), small) for side in range(513, 1000)} == {(512, 512)}
-    with pytest.raises(ValueError, match=r"too small for dataset\.bucket_reso_steps=64"):
-        buckets.bucket_of((300, 50), small)
+    for size in [(300, 50), (50_000, 60)]:
+        with pytest.raises(ValueError, match=r"too small for dataset\.bucket_reso_steps=64"):
+            buckets.bucket_of(size, small)
+    with pytest.raises(ValueError, match=r"dataset\.min_bucket_reso=32: must be at least"):
+        bucketed(settings, min_bucket_reso=32)
+
+
+def test_without_upscaling_small_images_are_cropped_pixel_by_pixel(settings):
+    image = Image.effect_noise((301, 203), 80).convert("RGB")
+    small = bucketed(settings, bucket_no_upscale=True)
+    fitted = buckets.fit(image, (256, 192), scale=buckets.is_scaled(image.size, small))
+    assert fitted.tobytes() == image.crop((22, 5, 278, 197)).tobytes()
 
 
 def test_without_buckets_every_image_has_the_resolution(settings):
@@ -126,5 +133,17 @@ def test_a_torn_cache_file_is_made_again(base, settings, tmp_path, caplog):
 
 def test_a_resolution_the_model_cannot_take_is_refused(base, settings, tmp_path):
     path = picture(tmp_path / "a.png")
-    with pytest.raises(ValueError, match=r"dataset.resolution=\[66, 64\].*multiples of 4"):
+    with pytest.raises(
+        ValueError, match=r"dataset.resolution=\[66, 64\].*multiples of 4.*nearest is"
+    ):
         latents.encode(base, [arm(path)], replace(settings, resolution=(66, 64)), tmp_path)
+
+
+def test_with_buckets_the_resolution_is_an_area_and_the_buckets_are_computed(
+    base, settings, tmp_path
+):
+    """As with kohya, who takes 512x650."""
+    path = picture(tmp_path / "a.png")
+    area = bucketed(settings, resolution=(66, 63), min_bucket_reso=32, bucket_reso_steps=4)
+    (item,) = latents.encode(base, [arm(path)], area, tmp_path)
+    assert item.bucket == (64, 64)

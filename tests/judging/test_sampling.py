@@ -31,6 +31,20 @@ def test_options_of_a_prompt_line_override_the_settings(make_run):
     assert (second.text, second.width, second.seed) == ("plain", 64, 1)
 
 
+def test_one_prompt_needs_no_list(make_run):
+    (prompt,) = make_run("sampling.prompts=a fox").sampling.resolve((64, 64), 32)
+    assert prompt.text == "a fox"
+
+
+def test_a_comma_that_splits_an_option_is_said(make_run, caplog):
+    split = make_run("sampling.prompts=[a fox, black ink --n bad, ugly]")
+    assert split.sampling.prompts == ("a fox", "black ink --n bad", "ugly")
+    assert "the comma after --n bad begins a new prompt, 'ugly'" in caplog.text
+    caplog.clear()
+    make_run("sampling.prompts=['a fox, black ink --n bad, ugly', b --n c --d 7, d]")
+    assert not caplog.text
+
+
 def test_a_prompt_may_hold_dashes_that_are_no_option(make_run):
     (prompt,) = make_run("sampling.prompts=['black-and-white -- drawing']").sampling.resolve(
         (64, 64), 32

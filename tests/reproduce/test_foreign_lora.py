@@ -1,15 +1,18 @@
 """A LoRA file of kohya's scripts gives the nearest config, and a list of what is not known."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from lorasweep.cli import main
 from lorasweep.config.build_run import build_run
 from lorasweep.config.compose import compose
+from lorasweep.data.dataset import select
 from lorasweep.reproduce import foreign_lora
 
 KOHYA = json.loads((Path(__file__).parents[1] / "recorded/kohya_metadata.json").read_text())
@@ -111,6 +114,35 @@ def test_a_lycoris_file_with_its_data_set_in_a_toml(tmp_path):
     assert "ss_network_args: use_scalar=True" in unknown
     assert "ss_num_reg_images=20" in unknown
     assert "seed" in unknown
+
+
+def test_what_kohya_did_otherwise_is_told(tmp_path):
+    """20 steps are two whole epochs of the reference, 15 end within the second."""
+    entries = {
+        "ss_max_train_steps": "15",
+        "ss_zero_terminal_snr": "True",
+        "modelspec.timestep_range": "200,800",
+    }
+    found = foreign_lora.read_settings(file_of(tmp_path, {**KOHYA, **entries}))
+    told = dict(found.unknown)
+    assert "2 whole epochs have 20 steps" in told["ss_max_train_steps=15"]
+    assert "rescale_betas_zero_snr" in told["ss_zero_terminal_snr=True"]
+    assert "part of the timesteps" in told["modelspec.timestep_range=200,800"]
+
+
+def test_small_images_and_empty_captions_are_trained_on_again(tmp_path):
+    folders = {name: {"n_repeats": 3, "img_count": 1} for name in ("3_empty", "3_wd")}
+    entries = {
+        "ss_dataset_dirs": json.dumps(folders),
+        "ss_tag_frequency": json.dumps({"3_empty": {}, "3_wd": {"fox": 1}}),
+    }
+    found = foreign_lora.read_settings(file_of(tmp_path, {**KOHYA, **entries}))
+    run = run_of(found, tmp_path / "config")
+    kinds = {arm: (type(one).__name__, one.repeats) for arm, one in run.captions.items()}
+    assert kinds == {"empty": ("Empty", 3), "wd": ("Sidecar", 3)}
+    Image.new("RGB", (40, 30)).save(tmp_path / "small.png")
+    images = select(replace(run.dataset, image_dir=tmp_path))
+    assert [image.name for image in images.train] == ["small.png"]
 
 
 def test_without_metadata_the_tensors_speak(tmp_path):

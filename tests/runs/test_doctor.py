@@ -207,6 +207,14 @@ def test_what_train_refuses_before_any_work_is_a_problem(
     assert check in examined.problems(DEMO, override)
 
 
+def test_a_resolution_is_refused_before_its_model_is_here(examined: Examined) -> None:
+    """Captions may take hours, and the model is downloaded after them."""
+    found = examined.problems("model=sd15", "dataset.resolution=[500,516]")
+    assert "multiples of 8" in found["dataset"].text
+    assert "[496, 512]" in found["dataset"].text + found["dataset"].remedy
+    assert "dataset" not in examined.problems("model=sd15", "dataset.resolution=[504,512]")
+
+
 def test_output_root_that_cannot_be_written_is_a_problem(
     examined: Examined, tmp_path: Path
 ) -> None:

@@ -12,7 +12,7 @@ from conftest import FEW
 from lorasweep import tracking
 from lorasweep.core.settings import SettingsError
 from lorasweep.runs import session as run_module
-from lorasweep.runs.prepare import write_folders
+from lorasweep.runs.prepare import encoded_images, write_folders
 from lorasweep.runs.run_folder import delete_if_nothing_began
 from lorasweep.runs.session import EpochReport, Failure, Finished, Session, run_pack
 from lorasweep.training.native_trainer import NativeTraining
@@ -121,6 +121,13 @@ def test_the_users_folder_is_left_as_it_was(make_run, tmp_path):
     assert after == before
     (data,) = [p for p in (output_root / "datasets").iterdir() if p.is_dir()]
     assert {p.name for p in (data / "train").iterdir()} == {"1_empty", "2_sidecar"}
+
+
+def test_an_arm_says_whether_its_captions_are_tags(make_run, base):
+    run = make_run("dataset.num_images=2", "dataset.num_holdout=1", "dataset.shuffle_caption=true")
+    images = encoded_images(base, run, write_folders(run))
+    found = {item.arm: item.tags for item in (*images.train, *images.holdout)}
+    assert found == {"empty": False, "wd": True, "kosmos": False}
 
 
 def mlflow_runs(run, query=""):

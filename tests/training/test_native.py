@@ -338,6 +338,16 @@ def test_shuffled_captions_keep_their_first_tags_in_place(data):
     assert {caption[6:] for caption in captions} == {"c, d", "d, c"}
 
 
+def test_sentences_are_neither_shuffled_nor_dropped_in_parts(data):
+    sentence = "black ink on a white background, a high contrast icon of a rabbit"
+    item = replace(data.items[0], caption=sentence, tags=False)
+    settings = replace(data.settings, shuffle_caption=True, caption_tag_dropout_rate=0.5)
+    seen = {caption_of(item, settings, seed=0, epoch=1, place=(n, 0)) for n in range(20)}
+    assert seen == {sentence}
+    emptied = replace(settings, caption_dropout_rate=1.0)
+    assert caption_of(item, emptied, seed=0, epoch=1, place=(0, 0)) == ""
+
+
 def test_captions_are_dropped_as_often_as_asked(data):
     whole = captions_seen(data, "a, b", caption_dropout_rate=0.25)
     assert 0.15 < whole.count("") / len(whole) < 0.35

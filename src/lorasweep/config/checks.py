@@ -8,13 +8,14 @@ doctor` run all of them.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorasweep.config.run import COMPONENTS
 from lorasweep.core.settings import SettingsError
-from lorasweep.core.text import listed
+from lorasweep.core.text import listed, shown
 from lorasweep.judging.metrics.metric import names
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def adapted_parts_are_trained(run: Run) -> Iterator[str]:
 
 
 def the_model_computes_the_resolution(run: Run) -> None:
-    """Width and height, and every bucket's, as far as the model's configs are on this machine."""
+    """Width and height, or with buckets, to which they are an area alone, every bucket's."""
     from lorasweep.data.buckets import buckets, check_size
     from lorasweep.models.model_files import read_sizes
 
@@ -59,16 +60,18 @@ def the_model_computes_the_resolution(run: Run) -> None:
         buckets(run.dataset)  # there is one
     if sizes is None:
         return
-    check_size(sizes, run.dataset.size)
+    if not run.dataset.enable_bucket:
+        check_size(sizes, run.dataset.size)
+        return
     step, multiple = run.dataset.bucket_reso_steps, sizes.vae_scale_factor
-    if run.dataset.enable_bucket and step % multiple:
+    if step % multiple:
         raise SettingsError(
             f"dataset.bucket_reso_steps={step}: this model needs multiples of {multiple} pixels"
         )
 
 
 def the_text_encoder_has_the_layer(run: Run) -> None:
-    """clip_skip counts layers, as far as the model's configs are on this machine."""
+    """clip_skip counts layers."""
     from lorasweep.models.load_model import check_clip_skip
     from lorasweep.models.model_files import read_sizes
 
@@ -121,6 +124,32 @@ def overrides_have_an_effect(run: Run) -> None:
             raise SettingsError(
                 f"{key} has no effect without {unused[key]}; set that or leave it out"
             )
+
+
+def commas_of_prompts_are_quoted(run: Run) -> Iterator[str]:
+    """A comma outside of quotes begins another prompt, also within the text of --n."""
+    for key, value in _overrides(run):
+        bare = re.sub(r"'[^']*'|\"[^\"]*\"", "", value)
+        if key.endswith(".prompts") and (
+            found := re.search(r"--n ((?:(?! --)[^,])*),\s*([^,\]]+)", bare)
+        ):
+            yield (
+                f"{key}: the comma after --n {shown(found[1])} begins a new prompt,"
+                f" {shown(found[2])!r}; put quotes around a prompt that holds commas"
+            )
+
+
+def shuffled_captions_are_tags(run: Run) -> Iterator[str]:
+    """What shuffles and drops tags has some."""
+    from lorasweep.data.captions.caption_images import are_tags
+
+    if not any(are_tags(captioner) for captioner in run.captions.values()):
+        for name in ("shuffle_caption", "caption_tag_dropout_rate"):
+            if getattr(run.dataset, name):
+                yield (
+                    f"dataset.{name} has no effect: no arm's captions are tags; set"
+                    " captions.ARM.tags=true for one whose captions are"
+                )
 
 
 def pick_is_by_a_score(run: Run) -> None:
@@ -185,6 +214,8 @@ CHECKS: tuple[Check, ...] = (
     adapted_parts_are_trained,
     overrides_choose_one_option,
     overrides_have_an_effect,
+    commas_of_prompts_are_quoted,
+    shuffled_captions_are_tags,
     pick_is_by_a_score,
     mlflows_variables_are_not_read,
     alpha_is_at_most_the_rank,

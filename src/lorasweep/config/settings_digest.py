@@ -49,8 +49,18 @@ def that_count(params: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: value
         for key, value in params.items()
-        if not changes_nothing(key) and not (key in _LATER and value == _LATER[key])
+        if not changes_nothing(key)
+        and not (key in _LATER and value == _LATER[key])
+        and not _shuffles_as_ever(key, value, params)
     }
+
+
+def _shuffles_as_ever(key: str, value: object, params: Mapping[str, Any]) -> bool:
+    """Is it captions.ARM.tags, and its captions are read as by versions that had no such key?"""
+    if not (key.startswith("captions.") and key.endswith(".tags")):
+        return False
+    changed = ("dataset.shuffle_caption", "dataset.caption_tag_dropout_rate")
+    return bool(value) or not any(params.get(one) for one in changed)
 
 
 def changes_nothing(key: str) -> bool:

@@ -15,13 +15,17 @@ from difflib import get_close_matches
 from importlib.machinery import PathFinder
 from typing import Annotated, Any, ClassVar, cast, get_args, get_type_hints
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from lorasweep.core.components import MODULES, dotted_path, short_name
 from lorasweep.core.text import shown
 
 Probability = Annotated[float, Field(ge=0, lt=1)]
 """A share of the time, from 0 up to but not including 1."""
+Texts = Annotated[
+    tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
+]
+"""Several texts; one alone needs no list."""
 Count = Annotated[int, Field(gt=0, le=10_000)]
 """How many of something; a larger number is a typing error that would show after hours."""
 MAX_NAME = 100  # bytes of a name; file systems allow 255, and numbers and endings are added

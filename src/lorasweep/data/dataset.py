@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from lorasweep.data import image_files
 logger = logging.getLogger(__name__)
 
 _MAX_SIDE = 8192  # pixels: a typing error above it, which would take all memory before it failed
+_REPEATS = re.compile(r"[1-9]\d{0,2}_.+")  # of a folder: 20_woman; 2024_holiday is a year
 
 
 class BadImagesError(SettingsError):
@@ -129,12 +131,18 @@ class Dataset(Settings):
             )
         if not self.enable_bucket:
             return
-        if self.min_bucket_reso > min(self.size):
+        step = self.bucket_reso_steps  # as kohya: the least side is rounded down, the greatest up
+        if self.min_bucket_reso < step:
+            raise SettingsError(
+                f"dataset.min_bucket_reso={self.min_bucket_reso}: must be at least"
+                f" dataset.bucket_reso_steps={step}; raise it or lower the steps"
+            )
+        if self.min_bucket_reso // step * step > min(self.size):
             raise SettingsError(
                 f"dataset.min_bucket_reso={self.min_bucket_reso}: must be at most the shorter side "
                 f"of dataset.resolution, {min(self.size)}"
             )
-        if self.max_bucket_reso < max(self.size):
+        if -(-self.max_bucket_reso // step) * step < max(self.size):
             raise SettingsError(
                 f"dataset.max_bucket_reso={self.max_bucket_reso}: must be at least the longer side "
                 f"of dataset.resolution, {max(self.size)}"
@@ -202,12 +210,15 @@ def find(settings: Dataset) -> tuple[Path, ...]:
     """All image files below `image_dir`, sorted by their relative names.
 
     Hidden files and folders and files of other types are left out. Links are followed as long as
-    they stay inside the folder; the others are left out with a warning.
+    they stay inside the folder; the others are left out with a warning, and so are masks
+    (`X_mask.png` or `X-masklabel.png` beside an image X) and pictures of types that aren't read.
     """
     root = _root(settings)
-    files, links_out = [], []
+    files, links_out, unread = [], [], []
     for path in _walk(root):
         is_folder = path.is_dir()  # a link to one: its images are found where they are
+        if not is_folder and path.suffix.lower() in image_files.UNREAD_SUFFIXES:
+            unread.append(path.relative_to(root).as_posix())
         if not is_folder and path.suffix.lower() not in image_files.SUFFIXES:
             continue
         if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(root):
@@ -221,12 +232,54 @@ def find(settings: Dataset) -> tuple[Path, ...]:
             len(links_out),
             listed(links_out),
         )
+    masks = _masks([*files, *(root / name for name in unread)])
+    files = [path for path in files if path not in masks]
+    if masks:
+        logger.warning(
+            "dataset.image_dir: %d masks beside their images are not taken as pictures (%s); "
+            "rename what is a picture",
+            len(masks),
+            listed(sorted(path.relative_to(root).as_posix() for path in masks)),
+        )
+    if unread:
+        logger.warning(
+            "dataset.image_dir: %d pictures of types that are not read are passed over (%s); "
+            "convert them to PNG or JPEG",
+            len(unread),
+            listed(sorted(unread)),
+        )
+    _warn_of_repeats(files)
     if not files:
         raise SettingsError(
             f"dataset.image_dir={settings.image_dir}: no images in it; give a folder that holds "
-            "PNG, JPEG, WebP, BMP, GIF or TIFF files"
+            "PNG, JPEG, WebP, BMP, GIF, TIFF or AVIF files"
         )
     return tuple(sorted(files, key=lambda path: path.relative_to(root).as_posix()))
+
+
+def _masks(paths: Sequence[Path]) -> set[Path]:
+    """Those named as other trainers name the mask of the image beside them."""
+    images = {path.with_suffix("") for path in paths}
+    return {
+        path
+        for path in paths
+        for end in ("-masklabel", "_mask")
+        if path.suffix.lower() == ".png"
+        and path.stem.endswith(end)
+        and path.with_name(path.stem.removesuffix(end)) in images
+    }
+
+
+def _warn_of_repeats(files: Sequence[Path]) -> None:
+    """kohya reads repeats and words from the names of the folders that images lie in."""
+    named = {path.parent for path in files if _REPEATS.fullmatch(path.parent.name)}
+    if named:
+        logger.warning(
+            "dataset.image_dir: repeats and words in folders' names, as kohya reads them, are not"
+            " read here (%s): all images count alike; set captions.*.repeats, and put the words"
+            " into caption files (captions=sidecar)",
+            listed(sorted(path.name for path in named)),
+        )
 
 
 def _root(settings: Dataset) -> Path:

@@ -10,11 +10,16 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SUFFIXES = frozenset(
-    {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+    {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 )
+UNREAD_SUFFIXES = frozenset(
+    {".heic", ".heif", ".hif", ".jxl", ".jp2", ".tga", ".psd", ".exr", ".svg"}
+    | {".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2"}
+)
+"""Pictures of types that PIL doesn't read, or not as a photo."""
 MAX_PIXELS = 178_956_970
 """PIL itself refuses larger images."""
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 
 
 def open_image(source: Path | IO[bytes]) -> Image.Image:
@@ -74,7 +79,7 @@ def reason(error: Exception) -> str:
     from PIL import UnidentifiedImageError
 
     if isinstance(error, UnidentifiedImageError):
-        return "is not a readable PNG, JPEG, WebP, BMP, GIF or TIFF file"
+        return "is not a readable PNG, JPEG, WebP, BMP, GIF, TIFF or AVIF file"
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return f"cannot be decoded: {text or type(error).__name__}"
 

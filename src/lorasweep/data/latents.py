@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from lorasweep.core.atomic_write import write_atomically
 from lorasweep.core.foreign_files import ForeignFileError, parse_json
 from lorasweep.core.settings import SettingsError
-from lorasweep.data.buckets import Size, bucket_of, check_size, fit
+from lorasweep.data.buckets import Size, bucket_of, check_size, fit, is_scaled
 from lorasweep.data.dataset import Dataset
 from lorasweep.data.image_files import open_image
 from lorasweep.data.kohya_folders import Arm
@@ -36,6 +36,7 @@ class Item:
     bucket: Size
     latents: Tensor  # (C, h, w)
     flipped: Tensor | None  # likewise, of the mirrored image
+    tags: bool = True  # may the caption's parts be shuffled and dropped?
 
 
 def encode(base: BaseModel, arms: Sequence[Arm], settings: Dataset, cache_dir: Path) -> list[Item]:
@@ -44,7 +45,8 @@ def encode(base: BaseModel, arms: Sequence[Arm], settings: Dataset, cache_dir: P
     Raises SettingsError for a resolution that the model can't take, or an image too small for a
     bucket.
     """
-    check_size(base, settings.size)
+    if not settings.enable_bucket:
+        check_size(base, settings.size)
     by_content: dict[str, tuple[Size, Tensor, Tensor | None]] = {}
     items = []
     for arm in arms:
@@ -75,31 +77,32 @@ def _encoded(
     image = open_image(path)
     try:
         bucket = bucket_of(image.size, settings)
+        check_size(base, bucket, "its bucket")
     except SettingsError as error:
         raise SettingsError(f"{path.name}: {error}") from None
-    check_size(base, bucket)
-    folder = cache_dir / "latents"
-    latents = _cached(base, image, digest, bucket, folder, flip=False)
+    folder, scale = cache_dir / "latents", is_scaled(image.size, settings)
+    fitted = fit(image, bucket, scale=scale)
+    # what is only cropped has entries of its own
+    identity = ("checked", digest, base.vae_identity, bucket) + (() if scale else ("cropped",))
+    latents = _cached(base, fitted, identity, folder, flip=False)
     if not settings.flip_aug:
         return bucket, latents, None
-    return bucket, latents, _cached(base, image, digest, bucket, folder, flip=True)
+    return bucket, latents, _cached(base, fitted, identity, folder, flip=True)
 
 
 def _cached(
-    base: BaseModel, image: Image.Image, digest: str, bucket: Size, folder: Path, *, flip: bool
+    base: BaseModel, fitted: Image.Image, identity: tuple[object, ...], folder: Path, *, flip: bool
 ) -> Tensor:
     """The latents from the cache's file, which is made where it isn't there or is torn."""
     from PIL import ImageOps
 
-    depends = repr(("checked", digest, base.vae_identity, bucket, flip))
-    key = hashlib.sha256(depends.encode()).hexdigest()
+    key = hashlib.sha256(repr((*identity, flip)).encode()).hexdigest()
     file = folder / f"{key}.safetensors"
     if file.exists():
         found = _unpacked(file.read_bytes(), key)
         if found is not None:
             return found.to(base.device)
         log.warning("%s is torn and is made again", file)
-    fitted = fit(image, bucket)
     pixel_values = pixels(ImageOps.mirror(fitted) if flip else fitted)
     latents = base.encode_images(pixel_values[None])[0]
     folder.mkdir(parents=True, exist_ok=True)

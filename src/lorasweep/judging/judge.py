@@ -44,6 +44,9 @@ class Judge:
         """`size` is the training's width and height in pixels, that of prompts which give none."""
         self.base, self.sampling, self.clock = base, sampling, clock
         self.prompts = sampling.resolve(size, base.vae_scale_factor)
+        if sampling.every_n_epochs > 0:  # a comma in an override may have made two of one
+            lines = " | ".join(shown(line) for line in sampling.prompts)
+            log.info("pictures of %d prompts: %s", len(self.prompts), lines)
         texts = [text for one in self.prompts for text in (one.text, one.negative)]
         if cut := base.too_long(texts):
             log.warning(

@@ -13,7 +13,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from lorasweep.adapters.pack import Pack, computing_with
 from lorasweep.core import rng
-from lorasweep.core.settings import Settings, SettingsError
+from lorasweep.core.settings import Settings, SettingsError, Texts
 from lorasweep.models.base_model import BaseModel
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Prompt:
 class Sampling(Settings):
     """Which pictures are drawn of every checkpoint."""
 
-    prompts: tuple[str, ...]
+    prompts: Texts
     every_n_epochs: NonNegativeInt
     width: Side | None
     height: Side | None

@@ -62,11 +62,19 @@ class ModelSizes:
     """Layers of the text encoder."""
 
 
+_NOT_HERE = ModelSizes(vae_scale_factor=8, size_multiple=8, num_text_layers=12)
+"""Those of every released Stable Diffusion 1.x, but for the least side, which none trains at."""
+
+
 def read_sizes(settings: ModelSettings) -> ModelSizes | None:
-    """The sizes of a model, if its configs are on this machine and say them."""
+    """The sizes that a model's configs say, if they do.
+
+    Where they are not on this machine yet, those of Stable Diffusion 1.x: what it can't compute is
+    known before captions are made and the model is downloaded.
+    """
     folder = _configs_here(settings)
     if folder is None:
-        return None
+        return _NOT_HERE
     try:
         unet, vae, text = (
             read_object(folder / part / CONFIGS[part], "")

@@ -40,6 +40,8 @@ class FoundSettings:
     """What is not known or can't be said here, and what stands instead."""
     arms: dict[str, int] = field(default_factory=dict)
     """Caption folders with their repeats."""
+    empty_arms: set[str] = field(default_factory=set)
+    """Those of them whose captions are all empty."""
 
     def choose(self, group: str, option: str, source: str) -> None:
         """Take an option of conf/."""
@@ -95,6 +97,9 @@ def read_settings(path: Path) -> FoundSettings:
         if (said := metadata.get(key)) is not None and said not in neutral:
             found.unknown.append((f"{key}={said}", f"{meaning}: not in lorasweep, left out"))
     _drop_without_effect(found.settings)
+    if not metadata.get("modelspec.timestep_range") and "modelspec.architecture" not in metadata:
+        found.unknown.append(("min_timestep, max_timestep", "all timesteps are used"))
+    _end_within_an_epoch(found, metadata)
     found.unknown += kohya.NEVER_LOGGED
     return found
 
@@ -114,7 +119,10 @@ def write_config(found: FoundSettings, folder: Path, overrides: Sequence[str] = 
             OmegaConf.update(cfg, setting, literal(value), merge=False)
     values = plain_values(cfg)
     arms = {
-        arm: {**values["captions"]["sidecar"], "repeats": repeats}
+        arm: {
+            **({"_target_": "Empty"} if arm in found.empty_arms else values["captions"]["sidecar"]),
+            "repeats": repeats,
+        }
         for arm, repeats in found.arms.items()
     }
     values |= {"name": found.name, "captions": arms or values["captions"]}
@@ -259,6 +267,8 @@ def _dataset(found: FoundSettings, metadata: Metadata) -> None:
 def _folders(found: FoundSettings, metadata: Metadata) -> None:
     """An arm of captions for each of kohya's folders, with its repeats."""
     counts = []
+    found.take("dataset.min_size", 1, "kohya trains on images of any size")
+    tags = _parsed(metadata, "ss_tag_frequency", dict)
     for folder, entry in _parsed(metadata, "ss_dataset_dirs", dict).items():
         values = entry if isinstance(entry, dict) else {}
         repeats, images = values.get("n_repeats"), values.get("img_count")
@@ -268,6 +278,8 @@ def _folders(found: FoundSettings, metadata: Metadata) -> None:
             found.unknown.append((f"repeats of {folder}", "left out"))
             continue
         found.arms[arm or number] = repeats
+        if tags.get(folder) == {}:  # kohya counts a folder's tags; it found none
+            found.empty_arms.add(arm or number)
         counts.append(images if isinstance(images, int) else 0)
     if not counts:
         found.unknown.append(("folders and repeats", "one arm of .txt files, conf/'s repeats"))
@@ -300,6 +312,30 @@ def _model(found: FoundSettings, metadata: Metadata) -> None:
         metadata.get("modelspec.prediction_type") == "v"
     ):
         found.take("model.prediction_type", "v_prediction", "modelspec.prediction_type=v")
+
+
+def _end_within_an_epoch(found: FoundSettings, metadata: Metadata) -> None:
+    """kohya ends at max_train_steps; ss_num_epochs are the epochs that it begins until then."""
+    try:
+        steps, epochs, batches, accumulated = (
+            int(metadata.get(key, default))
+            for key, default in (
+                ("ss_max_train_steps", "0"),
+                ("ss_num_epochs", "0"),
+                ("ss_num_batches_per_epoch", "0"),
+                ("ss_gradient_accumulation_steps", "1"),
+            )
+        )
+    except ValueError:
+        return
+    whole = epochs * -(-batches // max(accumulated, 1))
+    if 0 < steps < whole:
+        found.unknown.append(
+            (
+                f"ss_max_train_steps={steps}",
+                f"kohya ended there, within an epoch; {epochs} whole epochs have {whole} steps",
+            )
+        )
 
 
 def _drop_without_effect(settings: dict[str, Any]) -> None:

@@ -127,6 +127,12 @@ NOT_IN_LORASWEEP: dict[str, tuple[tuple[str, ...], str]] = {
     "ss_debiased_estimation": (("False", "None"), "debiased loss"),
     "ss_max_token_length": (("None", "75"), "prompts longer than the text encoder's"),
     "ss_prior_loss_weight": (("1.0", "1", "None"), "weight of regularisation images"),
+    "ss_zero_terminal_snr": (
+        ("False", "None"),
+        "a noise schedule down to no signal, unless the base's own scheduler has"
+        " rescale_betas_zero_snr",
+    ),
+    "modelspec.timestep_range": (("0,1000", "None"), "a part of the timesteps"),
     "ss_v2": (("False", "None"), "Stable Diffusion 2's layout"),
 }
 """Entry -> values under which it says nothing, and what it means otherwise."""
@@ -139,7 +145,6 @@ NEVER_LOGGED: list[tuple[str, str]] = [
     ),
     ("order, noise and first weights", "kohya draws them otherwise from the same seed"),
     ("latents", "kohya's are one random draw of the VAE, ours its most likely value"),
-    ("min_timestep, max_timestep", "all timesteps are used"),
 ]
 """What no entry says, and what stands instead."""
 

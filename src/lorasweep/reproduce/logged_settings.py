@@ -126,6 +126,7 @@ def with_captions(values: Mapping[str, Any], image_dir: Path, jsonl: Path) -> di
             "suffix": None,
             "jsonl": str(jsonl),
             "text_key": arm,
+            "tags": node.get("tags", True),
         }
         for arm, node in values["captions"].items()
     }

@@ -24,7 +24,7 @@ def caption_of(
     draw = rng.python_random(seed, "caption", *place)
     if draw.random() < settings.caption_dropout_rate:
         return ""
-    if not settings.shuffle_caption and settings.caption_tag_dropout_rate == 0:
+    if not item.tags or not captions_vary(settings):
         return item.caption
     tags = [tag.strip() for tag in item.caption.split(",")]
     fixed, rest = tags[: settings.keep_tokens], tags[settings.keep_tokens :]

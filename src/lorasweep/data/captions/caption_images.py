@@ -63,6 +63,14 @@ def caption_images(
         raise SettingsError(f"captions.{arm}.{error}") from None
 
 
+def are_tags(captioner: Captioner) -> bool:
+    """May the parts of the captions between commas be shuffled and dropped? Sentences' may not.
+
+    The captioner's `tags` says it; of one that has none they may, as kohya does with all.
+    """
+    return bool(getattr(captioner, "tags", True))
+
+
 def identity(captioner: Captioner, *, arm: str) -> str:
     """What decides an arm's captions besides the images, its model found or downloaded.
 

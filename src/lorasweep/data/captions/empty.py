@@ -16,6 +16,7 @@ class Empty(Settings):
     """No words for any image."""
 
     cached: ClassVar[bool] = False
+    tags: ClassVar[bool] = False
 
     repeats: Repeats
 

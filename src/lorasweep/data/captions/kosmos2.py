@@ -39,6 +39,8 @@ class Kosmos2(Settings):
     dtype: Precision
     batch_size: PositiveInt
     device: Device
+    tags: bool = True  # as runs were of which this was not asked; conf/ says false
+    """May the parts between commas be shuffled and dropped?"""
 
     def identity(self) -> str:
         """The weights' revision or hash and what else decides the words."""

@@ -14,14 +14,17 @@ from lorasweep.core.foreign_files import MAX_BYTES, ForeignFileError, parse_json
 from lorasweep.core.settings import Settings
 from lorasweep.core.text import listed, shown
 from lorasweep.data.captions.caption_images import CaptionerError, Repeats
-from lorasweep.data.dataset import ImageFile
+from lorasweep.data.dataset import ImageFile, logger
 
 MAX_CAPTION = 1_000_000  # bytes of a file; 10,000 long tags have a fifth of it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sidecar(Settings):
-    """Reads captions from `suffix` files beside the images or from the `text_key` of a JSONL."""
+    """Reads captions from `suffix` files beside the images or from the `text_key` of a JSONL.
+
+    Of a file with several lines the first is the caption, as kohya reads it.
+    """
 
     cached: ClassVar[bool] = False
 
@@ -31,6 +34,8 @@ class Sidecar(Settings):
     jsonl: Path | None
     """One JSON object a line; `file` is the image's path relative to dataset.image_dir."""
     text_key: str | None
+    tags: bool = True
+    """May the parts between commas be shuffled and dropped?"""
 
     def __post_init__(self) -> None:
         if (self.suffix is None) == (self.jsonl is None):
@@ -67,7 +72,19 @@ class Sidecar(Settings):
         }
         for image, path in zip(images, files.values(), strict=True):
             _refuse_link_out(path, image)
-        return {key: _read(path, "suffix") for key, path in files.items() if path.is_file()}
+        texts = {
+            key: _read(path, "suffix").partition("\n")
+            for key, path in files.items()
+            if path.is_file()
+        }
+        if longer := {files[key].name for key, (_, _, rest) in texts.items() if rest.strip()}:
+            logger.warning(
+                "captions.sidecar: only the first line is read of %d files (%s); put all of a"
+                " caption into one line",
+                len(longer),
+                listed(sorted(longer)),
+            )
+        return {key: first for key, (first, _, _) in texts.items()}
 
     def _from_jsonl(self, jsonl: Path) -> dict[str, str]:
         captions: dict[str, str] = {}

@@ -58,6 +58,8 @@ class WD14(Settings):
     remove_underscore: bool
     batch_size: PositiveInt
     device: Device
+    tags: bool = True
+    """May the parts between commas be shuffled and dropped?"""
 
     def identity(self) -> str:
         """The weights' revision or hash and what chooses and spells the tags."""

@@ -11,7 +11,7 @@ from pydantic import Field, PositiveInt
 
 from lorasweep.adapters.pack import Pack, computing_with
 from lorasweep.core import rng
-from lorasweep.core.settings import Settings, SettingsError
+from lorasweep.core.settings import Settings, SettingsError, Texts
 from lorasweep.judging.metrics.metric import Images, Scored, Scorer, Scores
 from lorasweep.models.base_model import BaseModel
 
@@ -20,7 +20,7 @@ from lorasweep.models.base_model import BaseModel
 class PriorDrift(Settings):
     """Mean squared distance to the base's predictions on points of its own denoising."""
 
-    prompts: tuple[str, ...]
+    prompts: Texts
     num_timesteps: Annotated[int, Field(gt=0, le=1000)]
     seed: int
     batch_size: PositiveInt
