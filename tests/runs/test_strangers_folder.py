@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sqlite3
 import stat
 from collections.abc import Callable
 from dataclasses import replace
@@ -104,6 +105,21 @@ def test_one_folder_that_is_left_out_does_not_hold_up_the_others(root: Path) -> 
     change(root / "b/mlflow.json", lambda run: run.update(uid="f" * 32, uri="http://evil.example"))
     first, second = tracking.sync(SETTINGS, root)
     assert (first.is_done, second.is_done) == (True, False)
+
+
+def test_a_folder_with_the_names_of_ones_own_run_replaces_no_run(root: Path) -> None:
+    tracking.sync(SETTINGS, root)
+    shutil.copytree(root / "a", root / "b")
+    (root / "b/.tracking/published.json").unlink()
+    change(root / "b/mlflow.json", lambda run: run.update(uid="f" * 32))
+    for path in (root / "b/epochs").glob("*.json"):
+        change(path, lambda one: one.update(uid="f" * 32))
+    (result,) = tracking.sync(SETTINGS, root)
+    assert result.is_done
+    with sqlite3.connect(root / "mlflow.db") as store:
+        stages = store.execute("SELECT name, lifecycle_stage FROM runs").fetchall()
+    assert len(stages) == 2
+    assert {stage for _, stage in stages} == {"active"}
 
 
 def test_sync_writes_nothing_through_a_link_out_of_the_folder(root: Path, secret: Path) -> None:

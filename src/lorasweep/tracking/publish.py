@@ -36,6 +36,7 @@ from lorasweep.tracking.records import (
 from lorasweep.tracking.store import (
     CHECKPOINT_TAG,
     EPOCH_TAG,
+    FOLDER_TAG,
     HASH_TAG,
     MAX_PARAM,
     MAX_TAG,
@@ -195,13 +196,17 @@ class _Sending:
             self.store.experiment_id,
             start_time=self.run.begun,
             run_name=new.name,
-            tags={**SOURCE_TAGS, **tags, **self._run_tags, UID_TAG: self.run.uid},
+            tags={**SOURCE_TAGS, **tags, **self._run_tags, **self._own_tags},
         )
         return str(created.info.run_id)
 
     @property
     def _run_tags(self) -> dict[str, str]:
         return {SWEEP_TAG: self.run.new.sweep_or_name, RUN_TAG: self.run.new.name}
+
+    @property
+    def _own_tags(self) -> dict[str, str]:
+        return {UID_TAG: self.run.uid, FOLDER_TAG: str(self.records.output_dir.absolute())}
 
     def _send_settings(self, run_id: str) -> None:
         """Params, data set and texts."""
@@ -230,7 +235,9 @@ class _Sending:
             client.log_artifacts(run_id, name)
 
     def _delete_earlier_attempt(self) -> None:
-        found = self._search_runs(self._run_tags)
+        """Delete what was begun before in this folder; another's run may have the same names."""
+        own = self._own_tags
+        found = self._search_runs({**self._run_tags, FOLDER_TAG: own[FOLDER_TAG]})
         earlier = {r.info.run_id for r in found if r.data.tags.get(UID_TAG) != self.run.uid}
         if not earlier:
             return

@@ -38,6 +38,7 @@ REASON_TAG = "lorasweep.reason"
 TERMS_TAG = "lorasweep.terms"
 TRIAL_TAG = "lorasweep.trial"
 PRUNED_TAG = "lorasweep.pruned"
+FOLDER_TAG = "lorasweep.folder"  # of the run, where it was trained
 UID_TAG = "lorasweep.uid"  # made where a run is begun, so that it is found without MLflow's id
 SUSPENDED_TAG = "lorasweep.suspended"
 HASH_TAG = "lorasweep.hash"  # of a checkpoint's data: kohya's sshs_model_hash
