@@ -330,12 +330,7 @@ def _end_within_an_epoch(found: FoundSettings, metadata: Metadata) -> None:
         return
     whole = epochs * -(-batches // max(accumulated, 1))
     if 0 < steps < whole:
-        found.unknown.append(
-            (
-                f"ss_max_train_steps={steps}",
-                f"kohya ended there, within an epoch; {epochs} whole epochs have {whole} steps",
-            )
-        )
+        found.take("trainer.max_train_steps", steps, f"ss_max_train_steps={steps}")
 
 
 def _drop_without_effect(settings: dict[str, Any]) -> None:
