@@ -206,10 +206,14 @@ def test_a_file_of_an_unknown_base_asks_for_it(lora, tmp_path):
 
 def test_a_run_means_its_best_checkpoint_in_its_newest_sweep(monkeypatch, tmp_path, base):
     file = tmp_path / "a.safetensors"
-    file.touch()
+    checkpoint.write(file, {"lora_unet_x.alpha": torch.ones(())}, {})
+    digest = checkpoint.read_metadata(file)["sshs_model_hash"]
     found = [
         replace(candidate(1, loss_rel=0.1), sweep="older"),
-        *(replace(candidate(n, loss_rel=x), path=file) for n, x in ((2, 0.5), (3, 0.4), (4, 0.6))),
+        *(
+            replace(candidate(n, loss_rel=x), path=file, hash=digest)
+            for n, x in ((2, 0.5), (3, 0.4), (4, 0.6))
+        ),
         candidate(5, run="b", loss_rel=0.2),
     ]
     target = f"_target_: Model, path: {base.settings.path}"

@@ -57,7 +57,7 @@ def test_a_prompt_that_is_cut_is_warned_of(line, base, make_run, caplog):
     lines = [line.replace("cat", " ".join(["cat"] * 100)), "a fox"]
     settings = replace(make_run().sampling, prompts=lines)
     Judge(base, Images(train=[], holdout=[]), [], settings, (64, 64), Clock())
-    (said,) = [one for one in caplog.messages if "cat" in one]
+    (said,) = [one for one in caplog.messages if "longer than" in one]
     assert said.startswith(f"sampling.prompts: {'cat ' * 15}… is longer than the {base.max_tokens}")
 
 

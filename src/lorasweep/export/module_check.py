@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
-from lorasweep.adapters.kohya_names import every_site
+from lorasweep.adapters.kohya_names import every_norm, every_site
 from lorasweep.core.rng import generator
 from lorasweep.core.text import shown
 from lorasweep.export import picture_check
@@ -57,14 +57,14 @@ def outputs_with(
     if names is None:
         sites = [entry.site for pack, _ in adapters for entry in pack.entries]
     else:
-        known = every_site(base.parts).values()
+        known = (every_site(base.parts) | every_norm(base.parts)).values()
         sites = [site for site in known if f"{site.part}.{site.path}" in names]
     with attached(adapters):
         return outputs({f"{site.part}.{site.path}": site.module for site in sites})
 
 
 def outputs(modules: Mapping[str, Module]) -> dict[str, Tensor]:
-    """What each Linear or convolution, hooks at work, makes of inputs that its name decides.
+    """What each Linear, convolution or norm, hooks at work, makes of inputs that its name decides.
 
     Modules may be what PEFT has put in the place of one.
     """
@@ -73,7 +73,9 @@ def outputs(modules: Mapping[str, Module]) -> dict[str, Tensor]:
     found = {}
     for key, module in modules.items():
         weight = module.get_parameter("weight")
-        shape = (4, weight.shape[1], *([3, 3] if weight.dim() == 4 else []))
+        is_image = weight.dim() == 4 or isinstance(module, torch.nn.GroupNorm)
+        channels = weight.shape[1] if weight.dim() > 1 else weight.shape[0]  # of a norm
+        shape = (4, channels, *([3, 3] if is_image else []))
         given = torch.randn(shape, generator=generator(0, "module_check", key))
         with torch.no_grad():
             found[key] = module(given.to(weight))
