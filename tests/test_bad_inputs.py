@@ -339,6 +339,8 @@ SWEEPS = [
     Case("a pipe for a study", f"{TRAIN.replace('train', 'sweep rank_lr')} study.storage=p captions=[empty]", "p is not a file", fifo("p")),
     Case("a journal that is not UTF-8", "ui --optuna x-s", "is damaged, or no journal", file("outputs/x/s/study.journal", b"\xff\xfe\n")),
     Case("a journal of the future", "ui --optuna x-s", "is damaged, or no journal", file("outputs/x/s/study.journal", '{"op_code":99,"worker_id":"a"}\n')),
+    Case("a multirun for a dead server", f"{TRAIN.replace('train', 'train -m')} adapter.rank=4,8 tracking.uri=http://127.0.0.1:9", "can't be opened: connection refused", lambda _: None),
+    Case("a sweep for a dead server", f"{TRAIN.replace('train', 'sweep rank_lr')} tracking.uri=http://127.0.0.1:9", "can't be opened: connection refused", lambda _: None),
     Case("one bad value of a grid", f"{TRAIN.replace('train', 'train -m')} adapter.rank=4,nope", "adapter.rank=nope: must be a valid integer", lambda _: None),
     Case("one bad option of a grid", f"{TRAIN.replace('train', 'train -m')} adapter=lora,nope", "adapter=nope: there is no such option", lambda _: None),
     Case("one folder of two isn't there", f"{TRAIN.replace('train', 'train -m')} dataset.image_dir=BASE,nope", "dataset.image_dir=", lambda _: None),
@@ -559,6 +561,12 @@ def test_a_setting_is_refused_before_any_work_and_leaves_no_folder(case, here, c
     monkeypatch.setattr(session, "run_pack", lambda *_: pytest.fail("work was begun"))
     refused(case, here, capsys)
     assert not (here / "out").exists() and not (here / "cache").exists()
+
+
+@pytest.mark.parametrize("case", [one for one in SWEEPS if "dead server" in one.name])
+def test_a_server_that_is_away_is_told_before_a_sweep_leaves_a_folder(case, here, capsys):
+    refused(case, here, capsys)
+    assert not (here / "out").exists() and not (here / "outputs").exists()
 
 
 @pytest.mark.parametrize("case", CASES, ids=ids(CASES))

@@ -17,7 +17,7 @@ from lorasweep.data.captions import caption_images
 from lorasweep.judging.metrics.metric import Images
 from lorasweep.models.base_model import BaseModel
 from lorasweep.runs import provenance
-from lorasweep.tracking import NewRun
+from lorasweep.tracking import NewRun, Tracker
 from lorasweep.tracking.store import TRIAL_TAG
 
 
@@ -39,6 +39,16 @@ def check_inputs(runs: Iterable[Run]) -> None:
             caption_images.caption_images(
                 captioner, found[images].images, runs[0].cache_dir, arm=arm
             )
+
+
+def check_server(run: Run) -> None:
+    """Raise TrackingError for a tracking server that can't be reached; before a sweep, likewise.
+
+    One that has a run of the sweep may be away, with a warning.
+    """
+    if run.tracking.is_remote and not run.tracking.offline:
+        with Tracker(run.tracking, run.output_root) as tracker:
+            tracker.ready(run.output_dir, run.sweep)
 
 
 def write_folders(run: Run) -> Path:

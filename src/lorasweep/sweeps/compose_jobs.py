@@ -17,7 +17,7 @@ from lorasweep.config.foreign_settings import check_job
 from lorasweep.config.run import Run
 from lorasweep.core.settings import SettingsError
 from lorasweep.judging.metrics import metric
-from lorasweep.runs.prepare import check_inputs
+from lorasweep.runs.prepare import check_inputs, check_server
 from lorasweep.sweeps.sweep_file import Search
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ class TrialJobs:
         points = map(self._search.space.overrides, self._search.space.probes())
         probes = {" ".join(point): self._composed(point, 0).run for point in points}
         check_inputs(probes.values())
+        check_server(next(iter(probes.values())))
         for run in probes.values():
             run.check()
             scores = _scores(run)

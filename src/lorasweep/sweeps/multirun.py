@@ -20,13 +20,14 @@ from lorasweep.core.failures import FailureKind, RunError
 from lorasweep.core.settings import Settings, SettingsError
 from lorasweep.models.devices import choose_devices
 from lorasweep.runs import run_folder
-from lorasweep.runs.prepare import check_inputs
+from lorasweep.runs.prepare import check_inputs, check_server
 from lorasweep.runs.session import Failure
 from lorasweep.sweeps.compose_jobs import Job, compose_job, own_config, save_hydra_files
 from lorasweep.sweeps.read_yaml_once import read_yaml_once
 from lorasweep.sweeps.slurm_ray_joblib import Engine, train_by_jobs
 from lorasweep.sweeps.trial_job import JobsStudy
 from lorasweep.sweeps.worker_pool import WorkerPool
+from lorasweep.tracking import TrackingError
 from lorasweep.tracking.sync import publish_left
 
 if TYPE_CHECKING:
@@ -84,9 +85,10 @@ def launch(
             study = JobsStudy.of(jobs[0].config, jobs[0].config.hydra)
             if study is None:  # whose driver has looked through them once
                 check_inputs(job.run for job in jobs)
+                check_server(jobs[0].run)
             for job in jobs:
                 job.run.check()
-        except (ValueError, OSError):  # the command is refused
+        except (ValueError, OSError, TrackingError):  # the command is refused
             run_folder.delete_if_nothing_began(
                 Path(config.hydra.sweep.dir), Path(str(config.output_root))
             )
