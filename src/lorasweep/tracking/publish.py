@@ -236,9 +236,12 @@ class _Sending:
 
     def _delete_earlier_attempt(self) -> None:
         """Delete what was begun before in this folder; another's run may have the same names."""
-        own = self._own_tags
-        found = self._search_runs({**self._run_tags, FOLDER_TAG: own[FOLDER_TAG]})
-        earlier = {r.info.run_id for r in found if r.data.tags.get(UID_TAG) != self.run.uid}
+        earlier = {
+            found.info.run_id
+            for found in self._search_runs(self._run_tags)
+            if found.data.tags.get(FOLDER_TAG) == self._own_tags[FOLDER_TAG]
+            and found.data.tags.get(UID_TAG) != self.run.uid
+        }
         if not earlier:
             return
         client, experiment_id = self.store.client, self.store.experiment_id
