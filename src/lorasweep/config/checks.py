@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from lorasweep.config.run import COMPONENTS
@@ -96,10 +97,12 @@ def check_place(key: str, folder: Path) -> None:
     there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
     if not there.is_dir():
         problem = f"{there} is no folder"
-    elif not os.access(there, os.W_OK | os.X_OK):
-        problem = f"{there} can't be written"
     else:
-        return
+        try:  # root may write anywhere, by the permissions, but not on a read-only disk or in /proc
+            TemporaryDirectory(dir=there, prefix=".lorasweep-").cleanup()
+            return
+        except OSError as error:
+            problem = f"{there} can't be written ({error.strerror})"
     raise SettingsError(f"{key}={folder}: {problem}; give a folder that you can write to")
 
 
