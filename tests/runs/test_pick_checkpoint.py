@@ -20,6 +20,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from candidates import BY
+from logged import SETTINGS as ANY_STORE
 from lorasweep import tracking
 from lorasweep.lora_files import checkpoint
 from lorasweep.lora_files.checkpoint import Checkpoint
@@ -30,14 +31,7 @@ CONFIG = """\
 model: {path: some/base-model, clip_skip: 2}
 sampling: {prompts: ["a rocket --w 64 --s 9", a house]}
 """
-SETTINGS = Tracking(
-    uri=None,
-    experiment="e",
-    registered_model="style",
-    upload="picked",
-    offline=False,
-    max_wait_seconds=15,
-)
+SETTINGS = replace(ANY_STORE, upload="picked", registered_model="style")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from PIL import Image
 from rich.console import Console
 
 from candidates import BY
+from logged import SETTINGS as ANY_STORE
 from lorasweep import tracking
 from lorasweep.lora_files import checkpoint
 from lorasweep.runs import pick_checkpoint, pick_table
@@ -116,14 +117,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Store:
     secret.mkdir()
     (secret / "id_rsa").write_text(SECRET)
     write_lora(secret / "private.safetensors", 7.0)
-    settings = Tracking(
-        uri=None,
-        experiment="e",
-        registered_model="style",
-        upload="picked",
-        offline=False,
-        max_wait_seconds=15,
-    )
+    settings = replace(ANY_STORE, upload="picked", registered_model="style")
     open_store(settings, root)
     return Store(root, secret, settings, MlflowClient(settings.resolve(root)))
 

@@ -21,6 +21,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from PIL import Image
 
+from logged import SETTINGS as ANY_STORE
 from logged import run_id
 from lorasweep import tracking
 from lorasweep.core.settings import SettingsError
@@ -29,7 +30,6 @@ from lorasweep.lora_files.checkpoint import Checkpoint
 from lorasweep.tracking import (
     NewRun,
     Tracker,
-    Tracking,
     TrackingError,
     mlflow_page,
     read_candidates,
@@ -37,14 +37,7 @@ from lorasweep.tracking import (
 )
 from lorasweep.tracking.store import sqlite_path
 
-SETTINGS = Tracking(
-    uri=None,
-    experiment="e",
-    registered_model="m",
-    upload="none",
-    offline=False,
-    max_wait_seconds=15,
-)
+SETTINGS = replace(ANY_STORE, upload="none")
 SCORES = {"val/loss_rel": 0.8, "val/prior_drift": 0.1}
 
 
