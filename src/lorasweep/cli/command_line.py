@@ -83,9 +83,13 @@ def tracking_settings(arguments: argparse.Namespace) -> tuple[Any, Any, Path]:
     from lorasweep.config.build_run import absolute_folder
     from lorasweep.config.compose import compose_without_images
     from lorasweep.core.settings import build
+    from lorasweep.tracking.moved_store import follow_move
 
     cfg = compose_without_images(arguments.overrides, arguments.config_dir)
-    return cfg, build(cfg.tracking, "tracking"), absolute_folder(cfg.output_root, "output_root")
+    settings = build(cfg.tracking, "tracking")
+    output_root = absolute_folder(cfg.output_root, "output_root")
+    follow_move(settings, output_root)
+    return cfg, settings, output_root
 
 
 def say_unsent(output_root: Path) -> None:

@@ -17,6 +17,7 @@ from lorasweep.core.text import listed, shown
 from lorasweep.export import diffusers_folder
 from lorasweep.judging.pick_rule import rank, with_finite_score
 from lorasweep.lora_files import checkpoint
+from lorasweep.tracking.moved_store import follow_move
 from lorasweep.tracking.store import sqlite_path
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ def _of_run(
     """A run's file, how it was found, and its base with a line about it."""
     settings: Tracking = build(cfg.tracking, "tracking")
     output_root = absolute_folder(cfg.output_root, "output_root")
+    follow_move(settings, output_root)
     uri = settings.resolve(output_root)
     found = tracking.candidates(uri, settings.experiment)
     wanted = [one for one in found if name in (one.run, one.name)]
@@ -156,7 +158,9 @@ def unknown_base(path: Path) -> str:
 def _by_hash(wanted: str, cfg: Any) -> tuple[Model, str] | None:
     """The base of the run whose checkpoint has this hash; a store that isn't there has none."""
     settings: Tracking = build(cfg.tracking, "tracking")
-    uri = settings.resolve(Path(cfg.output_root).absolute())
+    output_root = absolute_folder(cfg.output_root, "output_root")
+    follow_move(settings, output_root)
+    uri = settings.resolve(output_root)
     store = sqlite_path(uri)
     if store is not None and not store.is_file():
         return None

@@ -146,15 +146,19 @@ def _gone(candidate: Candidate, output_root: Path) -> str:
 
 
 def local_file(candidate: Candidate, output_root: Path) -> Path | None:
-    """A candidate's file where it was written, if it still lies there.
+    """A candidate's file where it was written, or at the same place of an output_root that moved.
 
     It lies below `output_root` once links are followed, is a safetensors file, and its data have
     the hash that was logged.
     """
-    if not _is_inside(output_root, candidate.path):
-        return None
-    path = inside(output_root, candidate.path)
-    return path if _is_it(candidate, path) else None
+    parts = candidate.path.parts
+    moved = (output_root.joinpath(*parts[start:]) for start in range(1, len(parts)))
+    for path in (candidate.path, *moved):
+        if _is_inside(output_root, path) and path.is_file():
+            found = inside(output_root, path)
+            if _is_it(candidate, found):
+                return found
+    return None
 
 
 @contextmanager
