@@ -9,10 +9,12 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import old_runs
 from command_line import exit_code
 from lorasweep.config.compose import begun_by
+from lorasweep.export import picture_check
 from lorasweep.tracking import ui_server
 from old_runs import BROKEN, FINISHED, SEARCH
 
@@ -55,8 +57,14 @@ def places(database: Path) -> set[str]:
 
 
 def test_pick_sync_and_export_work_at_the_present_place(
-    moved: Path, old: Path, caplog: pytest.LogCaptureFixture
+    moved: Path,
+    old: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    picture = Image.new("RGB", (8, 8))  # what is exported is not the question here
+    monkeypatch.setattr(picture_check, "draw", lambda *_, **__: picture)
+    monkeypatch.setattr(picture_check, "draw_with", lambda *_, **__: picture)
     assert exit_code("pick") == 0
     assert list((moved / "outputs" / "picked").rglob("*.safetensors"))
     assert "the project was moved" in caplog.text
