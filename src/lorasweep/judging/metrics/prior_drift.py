@@ -58,6 +58,7 @@ class _Drift:
                 met.append(latents)
                 predicted.append(prediction)
                 latents = scheduler.step(prediction, timestep, latents).prev_sample
+        self.drawn = latents
         self.latents, self.predictions = torch.cat(met), torch.cat(predicted)  # (T * P, C, h, w)
         self.timesteps = scheduler.timesteps.repeat_interleave(len(prompts))
         self.prompts = list(range(len(prompts))) * len(met)
