@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SHORT, LONG = (1, 2, 3, 5, 7, 10), (2, 5, 10, 15, 20, 30, 40, 50, 60)
+SHORT, LONG = (1, 3, 5, 7, 10), (3, 6, 10, 15, 20, 30, 45, 60)
 """Epochs whose checkpoints are measured."""
 
 
@@ -85,7 +85,6 @@ def _record(sweep: Sweep, work: Path) -> dict[str, Any]:
     """Train a sweep, unless it is trained, and measure its checkpoints."""
     from benchmarks import choice_styles
     from benchmarks.choice_scores import Features, Recorder, load
-
     from lorasweep.config.build_run import build_run
     from lorasweep.config.compose import compose
 
@@ -97,7 +96,9 @@ def _record(sweep: Sweep, work: Path) -> dict[str, Any]:
     recorder = Recorder(run, style, Features())
     checkpoints = []
     for epoch in sweep.epochs:
-        files = [one.parent / f"{sweep.style}-{one.parent.name}-{epoch:06d}.safetensors" for one in runs]
+        files = [
+            one.parent / f"{sweep.style}-{one.parent.name}-{epoch:06d}.safetensors" for one in runs
+        ]
         measured = recorder.measure(load(files, recorder.base))
         for number, (one, values) in enumerate(zip(runs, measured, strict=True)):
             steps = json.loads((one / f"{epoch:06d}.json").read_text())["steps"]

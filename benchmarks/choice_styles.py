@@ -29,8 +29,8 @@ LEARNED = (  # 46 to train on and to hold out: none of the concepts that are dra
     *demo.VALIDATED,
     *("lion", "bird", "pear", "castle", "glasses", "dress", "television", "axe"),
 )
-DRAWN = 24  # concepts that the base knows and no run sees, drawn in the style
-UNRELATED = 12  # concepts drawn as the base was taught to, to see what was forgotten
+DRAWN = 16  # concepts that the base knows and no run sees, drawn in the style
+UNRELATED = 8  # concepts drawn as the base was taught to, to see what was forgotten
 NUM_POSES = 46
 HERO = "sauropod"
 POSES = tuple(product(("left", "right"), ("small", "large"), ("upright", "tilted")))
