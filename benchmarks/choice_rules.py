@@ -56,8 +56,8 @@ class Grid:
 
 def ranks(values: Values) -> Values:
     """0 for the smallest; equal ones share the mean."""
-    order = np.array([(values < one).sum() + ((values == one).sum() - 1) / 2 for one in values])
-    return order
+    less_and_equal = [((values < one).sum(), (values == one).sum()) for one in values]
+    return np.array([less + (equal - 1) / 2 for less, equal in less_and_equal])
 
 
 def spearman(a: Values, b: Values) -> float:

@@ -1,4 +1,4 @@
-"""What is recorded of a checkpoint: its truth by pictures, and the losses that scores are made of."""
+"""What is recorded of a checkpoint: its truth by pictures, and the losses behind its scores."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lorasweep.config.run import Run
 from lorasweep.data import kohya_folders, latents
 from lorasweep.data.latents import Item
 from lorasweep.judging.metrics.caption_gain import Swaps, swaps
-from lorasweep.judging.metrics.prior_drift import PriorDrift, _Drift
+from lorasweep.judging.metrics.prior_drift import Drift, PriorDrift
 from lorasweep.judging.metrics.tuple_losses import LossTuple, tuple_losses
 from lorasweep.judging.sampling import Sampling, render
 from lorasweep.runs.prepare import write_folders
@@ -102,7 +102,7 @@ class Recorder:
         drawings = [*style.drawings, *style.unrelated]
         self.sampling: Sampling = replace(
             run.sampling,
-            prompts=[one.prompt for one in drawings],
+            prompts=tuple(one.prompt for one in drawings),
             num_inference_steps=STEPS,
             guidance_scale=GUIDANCE,
             batch_size=96,
@@ -110,7 +110,7 @@ class Recorder:
         self.prompts = self.sampling.resolve((64, 64), self.base.vae_scale_factor)
         drift = run.metrics["prior_drift"]
         assert isinstance(drift, PriorDrift)
-        self.drift = _Drift(replace(drift, num_timesteps=4), self.base, train[0].latents.shape)
+        self.drift = Drift(replace(drift, num_timesteps=4), self.base, train[0].latents.shape)
         drawn = [
             replace(holdout[0], arm="prior", caption=prompt, latents=own)
             for prompt, own in zip(drift.prompts, self.drift.drawn, strict=True)
@@ -175,7 +175,7 @@ def _losses(base: Any, pack: Pack | None, measured: _Measured) -> list[Mapping[s
     noises = sorted({t.noise for t in tuples})
     order = [at[i, t, n] for i in images for t in TIMESTEPS for n in noises]
     shape = (len(images), len(TIMESTEPS), len(noises))
-    found = []
+    found: list[Mapping[str, Any]] = []
     for run in range(len(own)):
         grids = {name: losses[run][order].view(shape) for name, losses in parts.items()}
         values = {name: _short(grid.mean((0, 2))) for name, grid in grids.items()}

@@ -35,10 +35,10 @@ class PriorDrift(Settings):
 
     def prepare(self, base: BaseModel, images: Images) -> Scorer | None:
         """Let the base denoise each prompt and keep what it met and predicted on the way."""
-        return _Drift(self, base, images.train[0].latents.shape)
+        return Drift(self, base, images.train[0].latents.shape)
 
 
-class _Drift:
+class Drift:
     def __init__(self, settings: PriorDrift, base: BaseModel, shape: Sequence[int]) -> None:
         """DDIM from noise: latents of the base's own making fit every timestep and prompt."""
         import torch
