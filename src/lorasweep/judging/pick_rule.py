@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 DRIFT = "val/prior_drift"
-LARGER_IS_BETTER = ("val/caption_gain", "val/prior_gain")
+LARGER_IS_BETTER = "val/caption_gain"
 BOOTSTRAP = 1000
 
 
