@@ -20,6 +20,12 @@ from lorasweep.data import dataset
 GROUPS = ["model", "adapter", "optimizer", "lr_scheduler", "trainer", "sampling", "tracking"]
 
 
+def test_a_name_may_be_a_number(make_run):
+    run = make_run("name=2026", "tracking.experiment=7")
+    assert (run.name, run.tracking.registered_model) == ("2026", "2026")
+    assert run.tracking.experiment == "7"
+
+
 @pytest.mark.parametrize(
     ("group", "name"), [(group, name) for group in GROUPS for name in options(group)]
 )

@@ -40,7 +40,7 @@ class Settings:
     """Base of every component's settings. Values are checked against the fields' types."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(
-        extra="forbid", use_enum_values=True, allow_inf_nan=False
+        extra="forbid", use_enum_values=True, allow_inf_nan=False, coerce_numbers_to_str=True
     )
 
 

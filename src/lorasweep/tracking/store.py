@@ -74,7 +74,7 @@ class Tracking(Settings):
 
     uri: str | None
     experiment: str
-    registered_model: str
+    registered_model: str = field(compare=False)  # pick's alone: the runs may share a pack
     upload: Literal["none", "picked", "all"]
     offline: bool
     max_wait_seconds: PositiveFloat
