@@ -352,7 +352,7 @@ SWEEPS = [
 
 COMMANDS = [
     Case("no command", "", "required: COMMAND; see lorasweep --help", lambda _: None),
-    Case("a command that isn't there", "nope", "invalid choice: 'nope'", lambda _: None),
+    Case("a command that isn't there", "nope", "nope: there is no such command", lambda _: None),
     Case("a flag that isn't there", "doctor --nope", "unrecognized arguments: --nope", lambda _: None),
     Case("a word too many", "doctor x", "x: not understood", lambda _: None),
     Case("the doctor of a wrong value", "doctor adapter.rank=0", "adapter.rank=0: must be", lambda _: None),
