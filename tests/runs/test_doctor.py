@@ -96,7 +96,8 @@ def test_too_few_images_are_a_warning_with_both_numbers(examined: Examined, tmp_
     Image.new("RGB", (64, 64)).save(tmp_path / "photos" / "one.png")
     finding = examined(DEMO, f"dataset.image_dir={tmp_path / 'photos'}")["dataset.image_dir"]
     assert finding.level == "warning"
-    assert "1 images, 38 wanted" in finding.text
+    assert "1 of 1 images are trained on, 0 held out" in finding.text
+    assert "38 wanted" in finding.text
 
 
 @pytest.mark.parametrize(
