@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -64,6 +65,18 @@ def test_guide_experiment_is_the_guides_recipe(tmp_path):
     assert (run.optimizer.unet_lr, run.optimizer.text_encoder_lr) == (1e-4, 5e-5)
     assert run.max_train_epochs == 100
     assert run.sampling.every_n_epochs == 1
+
+
+def test_quick_takes_own_images_and_captions_on_the_embedded_model():
+    own = ["experiment=quick", "dataset.image_dir=photos"]
+    run = build_run(compose(own), output_dir=Path(), checks=())
+    assert (run.name, set(run.captions), run.model.path.endswith("base_model")) == (
+        "photos",
+        {"empty"},
+        True,
+    )
+    cfg = compose([*own, "captions=[empty,sidecar]"])
+    assert set(build_run(cfg, output_dir=Path(), checks=()).captions) == {"empty", "sidecar"}
 
 
 def test_alpha_follows_the_rank(make_run):
