@@ -53,7 +53,7 @@ def check_server(run: Run) -> None:
 
 def write_folders(run: Run) -> Path:
     """Draw, caption and write the images into kohya's folders; the same inputs share one place."""
-    images = _select_once_told(run.dataset)
+    images = dataset.select(run.dataset)
     captions = run.captions.items()
     models = {arm: caption_images.identity(one, arm=arm) for arm, one in captions}  # all are here
     texts = {
@@ -72,20 +72,6 @@ def write_folders(run: Run) -> Path:
     root.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(root.with_name(f".{name}.lock")):
         return kohya_folders.write(images, texts, root, run.dataset.caption_extension)
-
-
-_told: set[dataset.Dataset] = set()
-"""Those of whose folders this process has said everything; each pack of a sweep draws again."""
-
-
-def _select_once_told(settings: dataset.Dataset) -> dataset.ImageSet:
-    was = dataset.logger.disabled
-    dataset.logger.disabled = was or settings in _told
-    try:
-        return dataset.select(settings)
-    finally:
-        dataset.logger.disabled = was
-        _told.add(settings)
 
 
 def captions_used(run: Run, data: Path) -> str:
