@@ -352,7 +352,7 @@ SWEEPS = [
 
 COMMANDS = [
     Case("no command", "", "required: COMMAND; see lorasweep --help", lambda _: None),
-    Case("a command that isn't there", "nope", "invalid choice: 'nope'", lambda _: None),
+    Case("a command that isn't there", "nope", "nope: there is no such command", lambda _: None),
     Case("a flag that isn't there", "doctor --nope", "unrecognized arguments: --nope", lambda _: None),
     Case("a word too many", "doctor x", "x: not understood", lambda _: None),
     Case("the doctor of a wrong value", "doctor adapter.rank=0", "adapter.rank=0: must be", lambda _: None),
@@ -420,7 +420,7 @@ LORAS = [
     bad_lora("resize with a LoRA for a base", "is a LoRA, not a whole model", lora(), "resize a.safetensors --rank 1 --model a.safetensors"),
     bad_lora("export of a base unknown", "which base model is it for?", lora(), "export a.safetensors --to merged"),
     bad_lora("export of no run", "nothing is tracked yet", lora(), "export ../x --to merged"),
-    bad_lora("export to what isn't there", "invalid choice: 'nope'", lora(), "export a.safetensors --to nope"),
+    bad_lora("export to what isn't there", "--to: nope: there is no such form or program", lora(), "export a.safetensors --to nope"),
     bad_lora("export at NaN", "--strength nan", lora(), "export a.safetensors --to merged model=embedded --strength nan"),
     bad_lora("export with NaN of another", "--with a.safetensors=nan: give a number", lora(), "export a.safetensors --to merged model=embedded --with a.safetensors=nan"),
     bad_lora("export of a pickle", "only .safetensors files are read", file("a.ckpt", PICKLE), "export a.ckpt --to diffusers-lora model=embedded"),

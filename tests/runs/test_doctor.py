@@ -14,6 +14,7 @@ from mlflow import MlflowClient
 from PIL import Image
 from safetensors.torch import save
 
+from lorasweep import __version__
 from lorasweep.config.compose import compose
 from lorasweep.core.settings import SettingsError
 from lorasweep.runs import doctor, doctor_probes
@@ -72,11 +73,19 @@ def test_demo_has_all_it_needs_and_leaves_nothing_behind(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_need_gives_exit_code_1(
-    examined: Examined, capsys: pytest.CaptureFixture[str]
+def test_a_missing_need_comes_first_and_gives_exit_code_1(
+    examined: Examined, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     assert doctor.examine(compose([*examined.places, DEMO, "model.path=nobody/none"])) == 1
-    assert "1 to mend" in capsys.readouterr().out
+    said = capsys.readouterr().out.splitlines()
+    lines = said[said.index(f"lorasweep {__version__}") :]  # others' libraries may have spoken
+    assert lines[1].startswith("problem model.path: nobody/none")
+    remedies = [line for line in lines if line.startswith("    ")]
+    assert any("hf download nobody/none" in line for line in remedies)  # uncut
+    well = [line for line in lines if line.startswith("OK")]
+    assert well and all(len(line) <= 80 for line in well)
+    assert len(lines) <= 28 and lines[-1].startswith("1 to fix")
 
 
 def test_works_without_an_image_folder(examined: Examined) -> None:
@@ -96,7 +105,8 @@ def test_too_few_images_are_a_warning_with_both_numbers(examined: Examined, tmp_
     Image.new("RGB", (64, 64)).save(tmp_path / "photos" / "one.png")
     finding = examined(DEMO, f"dataset.image_dir={tmp_path / 'photos'}")["dataset.image_dir"]
     assert finding.level == "warning"
-    assert "1 images, 38 wanted" in finding.text
+    assert "1 of 1 images are trained on, 0 held out" in finding.text
+    assert "38 wanted" in finding.text
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
+from command_line import exit_code
 from conftest import SMALL
 from lorasweep.cli import main
 from lorasweep.config.build_run import build_run
@@ -478,6 +479,25 @@ def test_resume_names_what_was_broken_off(command, monkeypatch, tmp_path, capsys
         main.main(["resume", "other"])
     assert "other: no such run" in (said := capsys.readouterr().err)
     assert said.rstrip().endswith("broken off: mine")
+
+
+def test_resume_without_a_name_lists_what_was_broken_off(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for place, name, status in (
+        ("mine/1", "run.json", "unfinished"),
+        ("mine/2", "run.json", "completed"),
+        ("mine/3/0", "run.json", "unfinished"),
+        ("mine/3", "sweep.json", "unfinished"),
+    ):
+        folder = tmp_path / "outputs" / place
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps({"status": status}))
+    (tmp_path / "outputs" / "mine" / "3" / "multirun.yaml").touch()
+    assert exit_code("resume") == 0
+    said = sorted(capsys.readouterr().out.splitlines())
+    assert said == [f"lorasweep resume outputs/mine/{one}" for one in (1, 3)]
+    assert exit_code("resume", "output_root=none") == 0
+    assert "Nothing in none was broken off" in capsys.readouterr().out
 
 
 def test_a_corrupt_record_is_one_line(make_run):

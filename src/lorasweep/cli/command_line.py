@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,10 +18,20 @@ class OneLineParser(argparse.ArgumentParser):
     """argparse, without its lines of usage before each mistake."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise SettingsError with the message."""
+        """Raise SettingsError with the message, and what an unknown flag was meant to be."""
         from lorasweep.core.settings import SettingsError
+        from lorasweep.core.trainer_words import meant
 
-        raise SettingsError(f"{message}; see {self.prog} --help")
+        hint = f"see {self.prog} --help"
+        if found := re.match(r"unrecognized arguments: (--[\w-]+)", message):
+            flag = found[1]
+            flags = [*re.findall(r"--[\w-]+", self.format_help()), "--config-dir"]
+            close = meant(flag, flags)
+            if close and not close.startswith("-"):
+                hint = f"did you mean {close}=VALUE? Settings are given without dashes"
+            elif close:
+                hint = f"did you mean {close}?"
+        raise SettingsError(f"{message}; {hint}")
 
 
 def add_command(

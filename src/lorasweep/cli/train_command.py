@@ -79,7 +79,7 @@ def flags_first(argv: Sequence[str]) -> list[str]:
     the flags that Hydra documents (hydra.cc, "Hydra's command line flags"), but for those that take
     a whole configuration from elsewhere: --config-path, and --experimental-rerun, of a pickle.
     """
-    parser = OneLineParser(prog="lorasweep train", add_help=False)
+    parser = OneLineParser(prog="lorasweep train", add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*")
     for names in ("--hydra-help", "--version", "--resolve", "--run -r", "--multirun -m"):
         parser.add_argument(*names.split(), action="store_true")

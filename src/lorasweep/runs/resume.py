@@ -14,6 +14,7 @@ from lorasweep.core.settings import SettingsError
 from lorasweep.runs.run_folder import (
     MULTIRUN,
     RECORD,
+    SWEEP_RECORD,
     RunJson,
     is_free,
     read_record,
@@ -37,6 +38,23 @@ def find_broken_off(parent: Path, record: str, settings: str) -> Path | None:
         if wanted and is_free(path.parent):
             return path.parent
     return None
+
+
+def broken_off(output_root: Path) -> list[Path]:
+    """Folders of runs and sweeps that have not ended and that nobody trains in; newest first."""
+    patterns = (f"*/*/{RECORD}", f"*/*/*/{RECORD}", f"*/*/{SWEEP_RECORD}")
+    records = [path for pattern in patterns for path in output_root.glob(pattern)]
+    records.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    found: dict[Path, None] = {}
+    for path in records:
+        try:
+            status = read_json(path).get("status")
+        except (ForeignFileError, OSError):
+            continue  # not ours, or torn: whoever trains there says so
+        if status == "unfinished" and is_free(path.parent):
+            in_sweep = (path.parent.parent / MULTIRUN).is_file()
+            found[path.parent.parent if in_sweep else path.parent] = None
+    return [folder for folder in found if is_free(folder)]
 
 
 def find(target: str, output_root: Path) -> Path:
