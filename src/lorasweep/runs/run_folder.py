@@ -28,6 +28,7 @@ from lorasweep.core.interrupts import Interrupts
 from lorasweep.core.settings import SettingsError
 from lorasweep.lora_files.checkpoint import checkpoint_path
 from lorasweep.tracking.records import forget_run, read_epoch
+from lorasweep.tracking.store import TrackingError
 from lorasweep.training import saved_states
 
 if TYPE_CHECKING:
@@ -194,6 +195,16 @@ def delete_if_nothing_began(folder: Path, output_root: Path) -> None:
         for parent in folder.absolute().parents:
             if any(parent != top and parent.is_relative_to(top) for top in tops):
                 parent.rmdir()
+
+
+@contextmanager
+def nothing_left_if_refused(folder: Path, output_root: Path) -> Iterator[None]:
+    """Delete a multirun's folder if the command is refused while its settings are checked."""
+    try:
+        yield
+    except (ValueError, OSError, TrackingError):
+        delete_if_nothing_began(folder, output_root)
+        raise
 
 
 def write_sweep(folder: Path, settings: str, status: Status) -> None:
