@@ -91,7 +91,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def refused(case: Case, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Run the command and check all that is promised of a refusal."""
     case.make(here)
-    before = outputs(here)
+    before, had_folders = outputs(here), (here / "outputs").exists()
     with pytest.raises(SystemExit) as exit_:
         main.main(shlex.split(case.command.replace("BASE", str(BASE))))
     told = capsys.readouterr().err
@@ -102,6 +102,7 @@ def refused(case: Case, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert all(line.startswith("  ") for line in more), told  # a list of files, indented
     assert "Traceback" not in told and told.replace("\n", "").isprintable()
     assert outputs(here) == before, "something was left that looks like an output"
+    assert had_folders or not list(here.glob("outputs/*/2*")), "a folder was left"
     assert not (here / "PWNED").exists()
 
 

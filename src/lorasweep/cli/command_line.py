@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lorasweep.cli.completion import complete_word
+
 Commands = Any
 """What argparse's `add_subparsers` returns; its class is private."""
 
@@ -51,9 +53,21 @@ def add_command(
     parser.set_defaults(command=run, takes=words.split(), needs=f"{name} what? Give {words_help}")
     told = "; ".join(filter(None, (words_help, "KEY=VALUE: settings to change")))
     metavar = " ".join(filter(None, (words, "KEY=VALUE")))
-    parser.add_argument("words", nargs="*", metavar=metavar, help=told)
+    takes = parser.add_argument("words", nargs="*", metavar=metavar, help=told)
+    takes.completer = complete_word  # type: ignore[attr-defined]  # argcomplete looks for it
     parser.add_argument("--config-dir", type=Path, help="folder of your own options")
     return parser
+
+
+def show_examples(
+    parser: argparse.ArgumentParser, examples: Sequence[str], settings: str = ""
+) -> None:
+    """End a command's help with examples, without `lorasweep`, and the settings that it takes."""
+    lines = ["examples:", *(f"  lorasweep {example}" for example in examples)]
+    if settings:
+        lines += ["", f"settings: {settings}"]
+    parser.epilog = "\n".join(lines)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:

@@ -6,7 +6,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from lorasweep.cli.command_line import Commands, add_command, say_lines
+from lorasweep.cli.command_line import Commands, add_command, say_lines, show_examples
 from lorasweep.core.text import shown
 from lorasweep.models.base_model import PRECISIONS
 
@@ -51,6 +51,14 @@ def add_parser(commands: Commands) -> None:
         help="read .ckpt and .pt LoRAs too: only those that you trust, for they can run any code",
     )
     export.add_argument("--overwrite", action="store_true", help="replace what is there")
+    show_examples(
+        export,
+        [
+            "export photos-3-e012 --to comfyui",
+            "export photos-3 --to merged --out merged.safetensors",
+        ],
+        settings="model=…, model.path, output_root, tracking.*",
+    )
 
 
 def _form(word: str) -> str:

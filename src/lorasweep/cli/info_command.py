@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lorasweep.cli.command_line import Commands, say_lines
+from lorasweep.cli.command_line import Commands, say_lines, show_examples
 
 
 def add_parser(commands: Commands) -> None:
@@ -14,6 +14,7 @@ def add_parser(commands: Commands) -> None:
     info.set_defaults(command=_info)
     info.add_argument("file", type=Path, help="a .safetensors file of kohya, LyCORIS, diffusers …")
     info.add_argument("--json", action="store_true", help="as JSON")
+    show_examples(info, ["info style.safetensors", "info style.safetensors --json"])
 
 
 def _info(arguments: argparse.Namespace) -> int:

@@ -25,6 +25,7 @@ from lorasweep.cli import (
     ui_command,
 )
 from lorasweep.cli.command_line import Commands, OneLineParser, end_with, parse
+from lorasweep.cli.completion import answer_shell
 from lorasweep.core.text import shown
 
 _EPILOG = """\
@@ -72,6 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             _HYDRA_APPS[argv[0]](argv[1:])
             return
         parser, commands = _parser()
+        if "_ARGCOMPLETE" in os.environ:
+            answer_shell(parser)
         if argv:
             _refuse_unknown(argv[0], commands.choices)
         arguments = parse(parser, argv)

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-from lorasweep.cli.command_line import Commands, add_command, say_unsent, tracking_settings
+from lorasweep.cli.command_line import (
+    Commands,
+    add_command,
+    say_unsent,
+    show_examples,
+    tracking_settings,
+)
 
 
 def add_parser(commands: Commands) -> None:
@@ -14,6 +20,11 @@ def add_parser(commands: Commands) -> None:
     pick.add_argument("--run", help="only this run's; together with --epoch it is your own choice")
     pick.add_argument("--epoch", type=int, help="only this epoch's checkpoints")
     pick.add_argument("--limit", type=_count, default=15, help="rows of the table (default 15)")
+    show_examples(
+        pick,
+        ["pick", "pick --run photos-3 --epoch 12"],
+        settings="pick.*, output_root, tracking.*",
+    )
 
 
 def _count(text: str) -> int:

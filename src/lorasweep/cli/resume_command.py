@@ -5,20 +5,25 @@ from __future__ import annotations
 import argparse
 import os
 
-from lorasweep.cli.command_line import Commands, add_command, say_lines
+from lorasweep.cli.command_line import Commands, add_command, say_lines, show_examples
 from lorasweep.cli.train_command import train_by_hydra
 
 
 def add_parser(commands: Commands) -> None:
     """Add the command's words."""
     text = "go on with a run or a sweep that was broken off"
-    add_command(
+    resume = add_command(
         commands,
         "resume",
         _resume,
         text,
         "[RUN|DIR]",
         "name or folder of a run or of a sweep; without: list what was broken off",
+    )
+    show_examples(
+        resume,
+        ["resume", "resume outputs/photos/20261128-101500"],
+        settings="output_root",
     )
 
 
