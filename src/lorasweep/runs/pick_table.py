@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING
 
 from lorasweep.core.text import shown
@@ -48,7 +49,7 @@ def summary(result: Pick) -> list[str]:
         f"{result.winner.name}, {who}: {result.folder / result.winner.name}.safetensors",
         f"How to use it: {result.folder / 'README.md'}",
         *([f"Its run's contact sheet: {sheet}"] if sheet.exists() else []),
-        "Look at everything: lorasweep ui",
+        f"Look at all of it: lorasweep ui {shlex.quote(result.winner.sweep)}",
     ]
 
 
