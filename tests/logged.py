@@ -37,6 +37,7 @@ def new_run(output_root: Path, name: str = "a", sweep: str | None = "grid") -> N
         overrides=["adapter.rank=4"],
         image_dir=output_root / "icons",
         dataset_digest="ab" * 32,
+        pick_by="val/loss_rel",
     )
 
 

@@ -90,6 +90,12 @@ def test_without_held_out_images_validation_is_left_out_and_said(base, run, imag
     assert "no held-out images" in caplog.text
 
 
+def test_few_held_out_images_are_said(base, run, images, caplog):
+    run.metrics["validation"].prepare(base, images)
+    assert "held-out images: only 2, so" in caplog.text
+    assert "dataset.num_holdout=8 or more" in caplog.text
+
+
 def test_the_gain_is_what_swapped_captions_add_to_the_loss(base, make_run, images, pack):
     """By hand, tuple by tuple: of two images each gets the other's caption."""
     import torch

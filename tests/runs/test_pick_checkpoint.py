@@ -180,6 +180,15 @@ def test_the_table_shows_the_winner_the_ties_and_what_was_left_out(store: Store)
     assert "0.7100" in rows[0]
     assert "2 more" in text
     assert "one-e003 is left out" in text
+    assert "held-out image" not in text
+
+
+@pytest.mark.parametrize(("number", "is_few"), [(4, True), (8, False)])
+def test_a_pick_by_few_held_out_images_says_so(store: Store, number: int, is_few: bool) -> None:
+    result = store.pick()
+    winner = replace(result.winner, terms={BY: [0.7] * number})
+    caption = str(pick_table.table(replace(result, winner=winner)).caption)
+    assert ("a mean over 4 held-out images only" in caption) == is_few
 
 
 @pytest.mark.slow

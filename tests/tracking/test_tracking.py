@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import torch
@@ -327,6 +328,48 @@ def test_the_opened_page_shows_scores_first_then_all_prompts_in_one_table(store:
     assert address.endswith("viewStateShareKey=lorasweep")
     assert charts[0]["metricKey"] == "val/loss_rel"
     assert {"samples/0 a rocket_ red", "samples/1 a/b"} <= set(pictures["imageKeys"])
+
+
+def test_a_page_may_show_one_sweep_its_best_runs_first(store: Store) -> None:
+    what = mlflow_page.Shown(sweep="grid", by="val/loss_rel")
+    address = unquote(mlflow_page.experiment_page(store.uri, "e", what=what))
+    where = re.search("&searchFilter=(.*?)&", address)
+    order = re.search("&orderByKey=(.*?)&orderByAsc=true", address)
+    assert where is not None
+    assert order is not None
+    found = store.client.search_runs(["1"], where[1], order_by=[f"{order[1]} ASC"])  # as MLflow's
+    assert [run.data.tags["lorasweep.sweep"] for run in found] == ["grid"] * len(found)
+    assert found
+    with pytest.raises(TrackingError, match=r"no sweep gird; there are: .*grid"):
+        mlflow_page.experiment_page(store.uri, "e", what=mlflow_page.Shown(sweep="gird"))
+
+
+def test_a_run_carries_its_best_so_far_so_that_tables_sort_by_it(tmp_path: Path) -> None:
+    by = "val/loss_rel"
+    with Tracker(SETTINGS, tmp_path) as tracker:
+        for name, sign in (("small", 1), ("large", -1)):
+            log = tracker.open_run(replace(new_run(tmp_path, name), pick_by=by, pick_sign=sign))
+            log.log_base({by: 0.0 if sign == 1 else 9.0}, {})  # no checkpoint: it can't be picked
+            for epoch, score in enumerate([math.nan, 0.7, 0.4, 0.5, math.nan], start=1):
+                log.log_epoch(checkpoint(tmp_path, name, epoch), {by: score}, {})
+                if (name, epoch) == ("small", 3):  # it goes on in another process
+                    log.suspend("killed")
+                    break
+    with Tracker(SETTINGS, tmp_path) as tracker:
+        log = tracker.open_run(new_run(tmp_path, "small"), goes_on=True)
+        for epoch, score in ((4, 0.5), (5, 0.4)):
+            log.log_epoch(checkpoint(tmp_path, "small", epoch), {by: score}, {})
+    client = MlflowClient(SETTINGS.resolve(tmp_path))
+    found = {run.info.run_name: run for run in client.search_runs(["1"])}
+    assert [found["small"].data.metrics[f"best/{key}"] for key in (by, "epoch")] == [0.4, 3]
+    assert [found["large"].data.metrics[f"best/{key}"] for key in (by, "epoch")] == [0.7, 2]
+    curve = client.get_metric_history(found["small"].info.run_id, f"best/{by}")
+    assert [(one.step, one.value) for one in curve] == [(2, 0.7), (3, 0.4), (4, 0.4), (5, 0.4)]
+    assert all(
+        not key.startswith("best/")
+        for one in tracking.candidates(SETTINGS.resolve(tmp_path), "e")
+        for key in one.scores
+    )
 
 
 def test_a_port_in_use_is_refused_in_one_line(tmp_path: Path) -> None:

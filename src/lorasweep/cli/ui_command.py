@@ -16,7 +16,8 @@ from lorasweep.cli.command_line import (
 
 def add_parser(commands: Commands) -> None:
     """Add the command's flags."""
-    ui = add_command(commands, "ui", _ui, "show MLflow's pages for this project, on localhost")
+    text = "show MLflow's pages for this project, on localhost"
+    ui = add_command(commands, "ui", _ui, text, "[SWEEP]", "SWEEP: only its runs")
     ui.add_argument(
         "--optuna",
         nargs="?",
@@ -40,7 +41,9 @@ def _port(text: str) -> int:
 
 
 def _ui(arguments: argparse.Namespace) -> int:
+    from lorasweep.judging.pick_rule import sign
     from lorasweep.tracking import ui_server
+    from lorasweep.tracking.mlflow_page import Shown
 
     if arguments.optuna and "=" in arguments.optuna and not is_there(arguments.optuna):
         arguments.overrides.append(arguments.optuna)  # a setting, which argparse took for the sweep
@@ -53,4 +56,6 @@ def _ui(arguments: argparse.Namespace) -> int:
         return study_storage.show(arguments.optuna or None, where, output_root, arguments.port)
     uri, artifacts = settings.resolve(output_root), settings.artifacts(output_root)
     say_unsent(output_root)
-    return ui_server.serve(uri, settings.experiment, artifacts, arguments.port)
+    by = cfg.pick.by
+    what = Shown(sweep=arguments.word, by=by, smaller_first=sign(by) == 1)
+    return ui_server.serve(uri, settings.experiment, artifacts, arguments.port, what)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING
 
 from lorasweep.core.text import shown
 from lorasweep.judging.contact_sheet import FILE_NAME as CONTACT_SHEET
-from lorasweep.judging.pick_rule import DRIFT, sign, ties
+from lorasweep.judging.pick_rule import DRIFT, FEW_IMAGES, TIE_BOUND, sign, ties
 from lorasweep.runs.pick_checkpoint import Pick
 from lorasweep.tracking import Candidate
 from lorasweep.tracking.mlflow_page import page
@@ -48,12 +49,22 @@ def summary(result: Pick) -> list[str]:
         f"{result.winner.name}, {who}: {result.folder / result.winner.name}.safetensors",
         f"How to use it: {result.folder / 'README.md'}",
         *([f"Its run's contact sheet: {sheet}"] if sheet.exists() else []),
-        "Look at everything: lorasweep ui",
+        f"Look at all of it: lorasweep ui {shlex.quote(result.winner.sweep)}",
     ]
 
 
 def _caption(result: Pick, limit: int) -> str:
-    lines = ["≈ can't be told from the smallest score; of these, the least drift wins."]
+    lines = [
+        f"≈ can't be told from the best score, and lies within {TIE_BOUND:.0%} of it; of these, the"
+        " least drift wins."
+    ]
+    number = len(result.winner.terms.get(result.by, ()))
+    if 0 < number < FEW_IMAGES:
+        images = "image" if number == 1 else "images"
+        lines.append(
+            f"{result.by} is a mean over {number} held-out {images} only, so the order is partly"
+            f" luck: dataset.num_holdout={FEW_IMAGES} or more tells better."
+        )
     if len(result.ranked) > limit:
         lines.append(f"{len(result.ranked) - limit} more are in MLflow (`lorasweep ui`).")
     lines += result.left_out[:limit]

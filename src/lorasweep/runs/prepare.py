@@ -15,6 +15,7 @@ from lorasweep.core.atomic_write import FolderGoneError, write_atomically
 from lorasweep.data import dataset, kohya_folders, latents
 from lorasweep.data.captions import caption_images
 from lorasweep.judging.metrics.metric import Images
+from lorasweep.judging.pick_rule import sign
 from lorasweep.models.base_model import BaseModel
 from lorasweep.runs import provenance
 from lorasweep.tracking import NewRun, Tracker
@@ -98,6 +99,7 @@ def new_run(run: Run, data: Path, texts: str) -> NewRun:
     manifest = (data / "manifest.json").read_bytes()
     write_atomically(run.output_dir / "manifest.json", manifest)
     write_atomically(run.output_dir / "captions.json", texts.encode())
+    pick_by = str(run.params.get("pick.by") or "")
     return NewRun(
         name=run.name,
         sweep=run.sweep,
@@ -114,6 +116,8 @@ def new_run(run: Run, data: Path, texts: str) -> NewRun:
             **({} if run.number is None else {TRIAL_TAG: str(run.number)}),
             **run.tags,
         },
+        pick_by=pick_by or None,
+        pick_sign=sign(pick_by),
     )
 
 

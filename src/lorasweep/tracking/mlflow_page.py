@@ -13,12 +13,22 @@ import json
 import re
 import zlib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
 
+from lorasweep.core.text import listed, shown
 from lorasweep.tracking import artifact_folder
-from lorasweep.tracking.read_candidates import Candidate
-from lorasweep.tracking.store import PICKED_TAG, SWEEP_TAG, is_server, open_experiment
+from lorasweep.tracking.read_candidates import Candidate, sweeps
+from lorasweep.tracking.store import (
+    BEST,
+    PICKED_TAG,
+    SWEEP_TAG,
+    TrackingError,
+    is_server,
+    open_experiment,
+    tagged,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -34,11 +44,38 @@ MAX_TAG = 20_000  # characters of an experiment's tag
 MAX_COLUMNS = 8
 
 
-def experiment_page(uri: str, experiment: str, port: int = DEFAULT_PORT) -> str:
-    """Address of the experiment's runs, with their curves and pictures as they are now."""
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """Which runs a page shows first: MLflow draws curves and pictures of ten."""
+
+    sweep: str | None = None
+    """Only its runs."""
+    by: str | None = None
+    """The runs with the best checkpoints by this score come first; None: the newest."""
+    smaller_first: bool = True
+
+
+def experiment_page(
+    uri: str, experiment: str, port: int = DEFAULT_PORT, what: Shown | None = None
+) -> str:
+    """Address of the experiment's runs, with their curves and pictures as they are now.
+
+    Raises TrackingError where there is no such sweep.
+    """
+    what = what or Shown()
     client, experiment_id = open_experiment(uri, experiment)
     root = _server(uri, port)
     address = f"{root}/#/experiments/{experiment_id}/runs?{TRAINING_VIEW}&compareRunsMode=CHART"
+    if what.sweep is not None:
+        names = sweeps(uri, experiment)
+        if what.sweep not in names:
+            raise TrackingError(
+                f"there is no sweep {shown(what.sweep)}; there are: {listed(names) or 'none yet'}"
+            )
+        address += f"&searchFilter={quote(tagged({SWEEP_TAG: what.sweep}), '')}"
+    if what.by is not None:
+        key = quote(f"metrics.`{BEST}{what.by}`", "")
+        address += f"&orderByKey={key}&orderByAsc={str(what.smaller_first).lower()}"
     is_saved = _save_view(client, experiment_id)
     return f"{address}&viewStateShareKey={VIEW_KEY}" if is_saved else address
 
@@ -71,12 +108,14 @@ def _save_view(client: MlflowClient, experiment_id: str) -> bool:
 
 
 def _view(metrics: Sequence[str], samples: Sequence[str], params: Iterable[str]) -> dict[str, Any]:
-    scores = [key for key in metrics if not key.startswith("train/")]
+    best = [key for key in metrics if key.startswith(BEST)]
+    scores = [key for key in metrics if not key.startswith((BEST, "train/"))]
     ends = tuple(key for key in scores if key.endswith(("_lo", "_hi")))  # of intervals
     ordered = [key for key in FIRST if key in scores]
     ordered += [key for key in scores if key not in ordered and key not in ends]
     training = [key for key in metrics if key.startswith("train/")]
-    columns = [f"params.`{key}`" for key in params] + [f"metrics.`{key}`" for key in ordered[:3]]
+    columns = [f"params.`{key}`" for key in params]
+    columns += [f"metrics.`{key}`" for key in [*best[::-1], *ordered[:3]]]
     return {
         "selectedColumns": [*columns, f"tags.`{PICKED_TAG}`", f"tags.`{SWEEP_TAG}`"],
         "compareRunSections": [

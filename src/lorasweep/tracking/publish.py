@@ -276,7 +276,7 @@ class _Sending:
         if self.run.upload:
             self._upload(checkpoint, model_id)
         scores = _metrics(record.epoch, record.time, record.scores, model_id)
-        self._log_metrics([*steps, *scores])
+        self._log_metrics([*steps, *scores, *_metrics(record.epoch, record.time, record.best)])
         # last, so that a model that is READY always has its file and scores
         client.finalize_logged_model(model_id, "READY")
         for late in found[1:]:

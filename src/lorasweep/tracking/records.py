@@ -98,6 +98,8 @@ class EpochRecord(JsonRecord):
     pictures: Mapping[str, Path]
     """PNG files by the prompt's key."""
     checkpoint: CheckpointRecord | None
+    best: Mapping[str, float] = field(default_factory=dict)
+    """The run's best so far: best/SCORE and best/epoch; older versions kept none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +118,10 @@ class NewRun(JsonRecord):
     image_dir: Path
     dataset_digest: str
     tags: Mapping[str, str] = field(default_factory=dict)
+    pick_by: str | None = None
+    """The score whose best the run carries."""
+    pick_sign: int = 1
+    """-1 where larger is better."""
 
     @property
     def sweep_or_name(self) -> str:

@@ -44,6 +44,8 @@ SUSPENDED_TAG = "lorasweep.suspended"
 HASH_TAG = "lorasweep.hash"  # of a checkpoint's data: kohya's sshs_model_hash
 NOTE_TAG = "mlflow.note.content"  # MLflow shows it above a run
 
+BEST = "best/"  # metrics of a run's best checkpoint so far: best/val/loss_rel, best/epoch
+
 MAX_PARAM = 6000  # characters, MLflow's limits
 MAX_TAG = 8000
 MAX_KEY = 250

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -29,7 +30,7 @@ from lorasweep.tracking.records import (
     hash_of,
     now,
 )
-from lorasweep.tracking.store import Tracking, TrackingError, public_uri
+from lorasweep.tracking.store import BEST, Tracking, TrackingError, public_uri
 
 log = logging.getLogger(__name__)
 
@@ -194,6 +195,7 @@ class RunLog:
         sent = read_ledger(records.output_dir, run).sent  # an older version kept no records
         self._known = {*known, *(int(item[6:]) for item in sent if item.startswith("epoch "))}
         self._logged = frozenset(self._known)
+        self._ranked = {n: self._rank_of(one.scores) for n, one in known.items() if one.checkpoint}
         logged = [step.step for record in known.values() for step in record.steps]
         self._steps = [s for s in records.unfinished(run.uid) if s.step > max(logged, default=-1)]
         written = [*logged, *(step.step for step in self._steps)]
@@ -286,6 +288,8 @@ class RunLog:
     ) -> None:
         if epoch in self._known:
             return
+        if checkpoint is not None:
+            self._ranked[epoch] = self._rank_of(scores)
         record = EpochRecord(
             uid=self._run.uid,
             epoch=epoch,
@@ -294,11 +298,26 @@ class RunLog:
             scores={key: float(value) for key, value in scores.items()},
             pictures={key: self._relative(path) for key, path in pictures.items()},
             checkpoint=checkpoint,
+            best=self._best(epoch),
         )
         self._records.write_epoch(record)
         self._known.add(epoch)
         self._steps, self._num_held = [], 0
         self._thread.publish(self._records)
+
+    def _rank_of(self, scores: Mapping[str, float]) -> float:
+        """Smaller is better; infinite where there is no score to pick by."""
+        score = scores.get(self._run.new.pick_by or "", math.nan)
+        return self._run.new.pick_sign * score if math.isfinite(score) else math.inf
+
+    def _best(self, last: int) -> dict[str, float]:
+        """The best checkpoint up to an epoch; tables show a metric's last value."""
+        found = {n: rank for n, rank in self._ranked.items() if n <= last and rank < math.inf}
+        if not found:
+            return {}
+        epoch = min(found, key=lambda n: (found[n], n))
+        score = self._run.new.pick_sign * found[epoch]
+        return {f"{BEST}{self._run.new.pick_by}": score, f"{BEST}epoch": epoch}
 
     def _flush(self) -> None:
         if self._num_held:

@@ -8,22 +8,30 @@ from pathlib import Path
 from typing import NoReturn
 
 from lorasweep.core.local_pages import HOST, allowed_hosts, check_port
-from lorasweep.tracking.mlflow_page import DEFAULT_PORT, experiment_page
+from lorasweep.tracking.mlflow_page import DEFAULT_PORT, Shown, experiment_page
 from lorasweep.tracking.store import create_store, is_server
 
 
-def serve(uri: str, experiment: str, artifacts: Path | None, port: int = DEFAULT_PORT) -> int:
+def serve(
+    uri: str,
+    experiment: str,
+    artifacts: Path | None,
+    port: int = DEFAULT_PORT,
+    what: Shown | None = None,
+) -> int:
     """Show the store in MLflow's own pages, on this machine only, until interrupted.
 
     This process becomes the server; it returns only when the store is behind one already. Raises
     SettingsError when the port is taken, TrackingError when the store can't be opened.
     """
     if is_server(uri):
-        print(f"This project is tracked on a server: open {experiment_page(uri, experiment)}")
+        address = experiment_page(uri, experiment, what=what)
+        print(f"This project is tracked on a server: open {address}")
         return 0
     check_port(port)
     create_store(uri, experiment, artifacts)
-    print(f"MLflow starts, which takes some seconds: {experiment_page(uri, experiment, port)}")
+    address = experiment_page(uri, experiment, port, what)
+    print(f"MLflow starts, which takes some seconds: {address}")
     print("Stop it with Ctrl-C.", flush=True)
     return _become_server(uri, artifacts, port)
 

@@ -22,6 +22,7 @@ from lorasweep.data.latents import Item
 from lorasweep.judging.metrics.caption_gain import Swaps, swaps
 from lorasweep.judging.metrics.metric import Images, Scored, Scorer, Scores, Terms
 from lorasweep.judging.metrics.tuple_losses import LossTuple, tuple_losses
+from lorasweep.judging.pick_rule import FEW_IMAGES
 from lorasweep.models.base_model import BaseModel
 
 if TYPE_CHECKING:
@@ -68,6 +69,14 @@ class Validation(Settings):
         if not images.holdout:
             log.warning("no held-out images: val/* is left out (dataset.num_holdout is 0)")
             return None
+        number = len({item.path.name for item in images.holdout})
+        if number < FEW_IMAGES:
+            log.warning(
+                "held-out images: only %d, so which checkpoint scores best is partly luck; give"
+                " dataset.num_holdout=%d or more",
+                number,
+                FEW_IMAGES,
+            )
         return _Validator(self, base, images)
 
 
