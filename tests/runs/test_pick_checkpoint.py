@@ -12,6 +12,7 @@ import sys
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,7 +45,12 @@ class Store:
 
     def pick(self, **choice: str | int | None) -> pick_checkpoint.Pick:
         by = {"by": BY, "sweep": "grid", **choice}
-        return pick_checkpoint.pick(self.settings, self.root, **by)  # type: ignore[arg-type]
+        return pick(self.settings, self.root, **by)
+
+
+def pick(settings: Tracking, root: Path, **choice: Any) -> pick_checkpoint.Pick:
+    chosen = pick_checkpoint.choose(settings, root, **choice)
+    return pick_checkpoint.record(chosen, settings, root, replaces=True)
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +127,23 @@ def test_a_persons_choice_replaces_the_rules_and_is_recorded_as_such(store: Stor
     assert version.tags["lorasweep.chosen_by"] == "person"
     assert "lorasweep.picked" not in store.client.get_run(by_rule.run_id).data.tags
     assert "lorasweep.picked" not in store.client.get_logged_model(by_rule.model_id).tags
+
+
+def test_the_rule_takes_a_persons_place_only_if_it_is_told_to(store: Store) -> None:
+    store.pick(run="two", epoch=1)
+    by_rule = pick_checkpoint.choose(store.settings, store.root, by=BY, sweep="grid")
+    assert by_rule.before is not None and by_rule.before.name == "two-e001"
+    assert "choice: two-e001, by person" in pick_table.not_recorded(by_rule)[0]
+    of_another_sweep = pick_checkpoint.choose(store.settings, store.root, by=BY, sweep="alone")
+    for choice in (by_rule, of_another_sweep):  # of which `best` is the alias too
+        with pytest.raises(pick_checkpoint.PickError, match="two-e001 is a person's choice"):
+            pick_checkpoint.record(choice, store.settings, store.root, replaces=False)
+    version = store.client.get_model_version_by_alias("style", "best")
+    assert version.tags["lorasweep.checkpoint"] == "two-e001"
+    done = pick_checkpoint.record(by_rule, store.settings, store.root, replaces=True)
+    assert "takes the place of two-e001, a person's choice" in pick_table.summary(done)[1]
+    again = pick_checkpoint.choose(store.settings, store.root, by=BY, sweep="alone")
+    pick_checkpoint.record(again, store.settings, store.root, replaces=False)
 
 
 def test_picking_the_same_twice_makes_no_second_version(store: Store) -> None:
@@ -261,8 +284,8 @@ def test_a_pick_takes_no_other_picks_place_and_its_path_tells_the_sweep(tmp_path
     for sweep, score in (("first", 0.1), ("second", 0.2), ("first", 0.3)):
         with Tracker(settings, tmp_path) as tracker:  # the last one trains the first run anew
             fill(tracker, tmp_path, "same", sweep, [(score, score, 0.1)])
-        file = pick_checkpoint.pick(settings, tmp_path, by=BY, sweep=sweep).folder
-        assert pick_checkpoint.pick(settings, tmp_path, by=BY, sweep=sweep).folder == file
+        file = pick(settings, tmp_path, by=BY, sweep=sweep).folder
+        assert pick(settings, tmp_path, by=BY, sweep=sweep).folder == file
         found[file.relative_to(tmp_path / "picked").as_posix()] = score
     assert found == {"first/same-e001": 0.1, "second/same-e001": 0.2, "first/same-e001-2": 0.3}
     for folder, score in found.items():
@@ -281,13 +304,13 @@ def test_what_was_deleted_in_mlflow_is_not_chosen(tmp_path: Path) -> None:
     by_name = {one.run: one.run_id for one in tracking.candidates(uri, "e")}
     client.delete_run(by_name["good"])
     client.delete_run(by_name["alone"])
-    result = pick_checkpoint.pick(settings, tmp_path, by=BY)  # the newest sweep that is there
+    result = pick(settings, tmp_path, by=BY)  # the newest sweep that is there
     assert [one.run for one in result.ranked] == ["fair"]
     assert [one.run for one in tracking.candidates(uri, "e")] == ["fair"]
     with pytest.raises(pick_checkpoint.PickError, match=r"no sweep alone; there are: s$"):
-        pick_checkpoint.pick(settings, tmp_path, by=BY, sweep="alone")
+        pick(settings, tmp_path, by=BY, sweep="alone")
     client.restore_run(by_name["good"])
-    assert pick_checkpoint.pick(settings, tmp_path, by=BY).winner.run == "good"
+    assert pick(settings, tmp_path, by=BY).winner.run == "good"
 
 
 def test_an_experiment_that_was_renamed_or_deleted_is_said(tmp_path: Path) -> None:
@@ -297,13 +320,13 @@ def test_an_experiment_that_was_renamed_or_deleted_is_said(tmp_path: Path) -> No
     experiment = client.get_experiment_by_name("e").experiment_id
     client.rename_experiment(experiment, "renamed")
     with pytest.raises(tracking.TrackingError, match="there are: renamed"):
-        pick_checkpoint.pick(SETTINGS, tmp_path, by=BY)
+        pick(SETTINGS, tmp_path, by=BY)
     settings = replace(SETTINGS, experiment="renamed")
-    assert pick_checkpoint.pick(settings, tmp_path, by=BY).winner.run == "a"
+    assert pick(settings, tmp_path, by=BY).winner.run == "a"
     client.delete_experiment(experiment)
     said = f"was deleted in MLflow; .*restore -x {experiment}"
     with pytest.raises(tracking.TrackingError, match=said):
-        pick_checkpoint.pick(settings, tmp_path, by=BY)
+        pick(settings, tmp_path, by=BY)
     with pytest.raises(tracking.TrackingError, match=said), Tracker(settings, tmp_path) as tracker:
         tracker.ready(tmp_path / "b", "other")
     assert not (tmp_path / "b").exists()

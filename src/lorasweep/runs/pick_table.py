@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lorasweep.core.text import shown
 from lorasweep.judging.contact_sheet import FILE_NAME as CONTACT_SHEET
 from lorasweep.judging.pick_rule import DRIFT, FEW_IMAGES, TIE_BOUND, sign, ties
-from lorasweep.runs.pick_checkpoint import Pick
+from lorasweep.runs.pick_checkpoint import Choice, Pick
 from lorasweep.tracking import Candidate
 from lorasweep.tracking.mlflow_page import page
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 TABLE_LIMIT = 15
 
 
-def table(result: Pick, limit: int = TABLE_LIMIT) -> Table:
+def table(result: Choice, limit: int = TABLE_LIMIT) -> Table:
     """The first `limit` candidates, best first, and the chosen one wherever it stands.
 
     `≈` marks those that tie with the smallest score.
@@ -26,7 +26,8 @@ def table(result: Pick, limit: int = TABLE_LIMIT) -> Table:
     from rich.table import Table
 
     score = _escaped(result.by.rpartition("/")[2])
-    chosen = "own choice" if result.chosen_by == "person" else "picked"
+    by_rule = "picked" if isinstance(result, Pick) else "first by the rule:"
+    chosen = "own choice" if result.chosen_by == "person" else by_rule
     title = _escaped(f"{result.winner.sweep}: {chosen} {result.winner.name}")
     found = Table(title=title, caption=_caption(result, limit), caption_justify="left")
     for header in ("rank", "run", "epoch", f"{score} [lo, hi]", "gap", "drift"):
@@ -47,13 +48,29 @@ def summary(result: Pick) -> list[str]:
     sheet = result.folder / CONTACT_SHEET
     return [
         f"{result.winner.name}, {who}: {result.folder / result.winner.name}.safetensors",
+        *_replaced(result),
         f"How to use it: {result.folder / 'README.md'}",
         *([f"Its run's contact sheet: {sheet}"] if sheet.exists() else []),
         f"Look at all of it: lorasweep ui {shlex.quote(result.winner.sweep)}",
     ]
 
 
-def _caption(result: Pick, limit: int) -> str:
+def not_recorded(choice: Choice) -> list[str]:
+    """That the sweep's choice is what it was, and how to choose."""
+    before = choice.before
+    now = f"{before.name}, by {before.chosen_by}" if before else "none yet"
+    return [f"Nothing was recorded. The sweep's choice: {now}. To choose: lorasweep pick"]
+
+
+def _replaced(result: Pick) -> list[str]:
+    before = result.before
+    if before is None or before.model_id == result.winner.model_id:
+        return []
+    whose = "a person's choice" if before.chosen_by == "person" else "the rule's choice"
+    return [f"It takes the place of {before.name}, {whose}."]
+
+
+def _caption(result: Choice, limit: int) -> str:
     lines = [
         f"≈ can't be told from the best score, and lies within {TIE_BOUND:.0%} of it; of these, the"
         " least drift wins."
@@ -73,7 +90,7 @@ def _caption(result: Pick, limit: int) -> str:
     return "\n".join(_escaped(line) for line in lines)
 
 
-def _cells(result: Pick, number: int, candidate: Candidate, smallest: Candidate) -> list[str]:
+def _cells(result: Choice, number: int, candidate: Candidate, smallest: Candidate) -> list[str]:
     by, scores = result.by, candidate.scores
     interval = f" [{_short(scores.get(f'{by}_lo'))}, {_short(scores.get(f'{by}_hi'))}]"
     return [

@@ -20,6 +20,7 @@ from lorasweep.lora_files import checkpoint
 from lorasweep.tracking import artifact_folder
 from lorasweep.tracking.store import (
     CHECKPOINT_TAG,
+    CHOSEN_BY_TAG,
     EPOCH_TAG,
     HASH_TAG,
     MAX_TAG,
@@ -63,6 +64,8 @@ class Candidate:
     """Milliseconds since 1970."""
     hash: str | None = None
     """sha256 of its data (kohya's sshs_model_hash), if that was logged."""
+    chosen_by: str | None = None
+    """By whom it is the sweep's choice, `rule` or `person`; None for the others."""
 
 
 class _BrokenEntryError(ValueError):
@@ -228,6 +231,7 @@ def _candidate(model: LoggedModel) -> Candidate:
         experiment_id=sys.intern(model.experiment_id),
         created=model.creation_timestamp,
         hash=tags.get(HASH_TAG),
+        chosen_by=tags.get(CHOSEN_BY_TAG),
     )
 
 
