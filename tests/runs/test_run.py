@@ -42,9 +42,12 @@ def test_every_checkpoint_is_reported_once_with_scores(make_run):
     assert all(spent > 0 for spent in seconds.values())
 
 
-def test_a_run_whose_steps_end_within_an_epoch_is_finished_then(make_run):
+def test_a_run_whose_steps_end_within_an_epoch_is_finished_then(make_run, caplog):
     run = replace(make_run("trainer.max_train_steps=1", "sampling.every_n_epochs=0"), metrics={})
-    _, report, end = run_pack([run])
+    with caplog.at_level(logging.INFO):
+        _, report, end = run_pack([run])
+    assert "in batches of" in caplog.text and "in all 1 steps, epochs: 1" in caplog.text
+    assert any(one.startswith("captions, such as of") and "wd '" in one for one in caplog.messages)
     assert (report.checkpoint.epoch, report.checkpoint.step) == (1, 1)
     assert end == Finished(run=run.name, dropped=False)
 

@@ -36,6 +36,7 @@ from lorasweep.runs.run_folder import (
     read_scores,
     scored_checkpoints,
 )
+from lorasweep.runs.training_plan import plan
 from lorasweep.tracking import Tracker, TrackingError
 from lorasweep.tracking.records import InUseError
 from lorasweep.tracking.store import PRUNED_TAG
@@ -235,11 +236,14 @@ class Session:
         """Load the base model, encode the images, and score the bare base."""
         first = self.first
         with self.clock("prepare"):
+            log.info("loading %s on %s", first.model.path, self.device)
             self._base = self._load(first, self.device)
             if not first.tracking.is_remote:  # a store that can't be written ends it here
                 self._tracker.ready(first.output_dir, first.sweep)
             images = encoded_images(self._base, first, self._folder)
             warn_of_cut_captions(self._base, [*images.train, *images.holdout])
+            for line in plan(first, images):
+                log.info(line)
             self._data = TrainingData(images.train, first.dataset)
             self._judge = Judge(
                 self._base,

@@ -76,6 +76,7 @@ def launch(
             if not job_overrides:
                 swept = [word for word in config.hydra.overrides.task if "range(" in word]
                 raise SettingsError(f"{' '.join(swept)}: the range is empty")
+            log.info("%d runs go to %s", len(job_overrides), run_folder.as_typed(folder))
             read_yaml_once(config_loader)
             pool = open_pool(settings, config.trainer.device)
             if pool:

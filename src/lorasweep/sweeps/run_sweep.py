@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from lorasweep.config.foreign_settings import check_job
 from lorasweep.config.run import Run
 from lorasweep.core.progress import say
-from lorasweep.runs.run_folder import nothing_left_if_refused, stoppable, sweep_name
+from lorasweep.runs.run_folder import as_typed, nothing_left_if_refused, stoppable, sweep_name
 from lorasweep.sweeps import sweep_file
 from lorasweep.sweeps.compose_jobs import TrialJobs
 from lorasweep.sweeps.read_yaml_once import read_yaml_once
@@ -40,6 +40,7 @@ def sweep(config: DictConfig, config_loader: Any, launcher: Any, arguments: Sequ
     with ExitStack() as workers:
         with nothing_left_if_refused(folder, Path(str(config.output_root))):
             check_job(config, config.hydra)
+            log.info("the sweep's runs go to %s", as_typed(folder))
             read_yaml_once(config_loader)
             found = sweep_file.read_search(config, config_loader, arguments)
             settings = sweep_file.read_study_settings(config, config.hydra.overrides.task)
