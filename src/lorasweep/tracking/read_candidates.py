@@ -27,6 +27,8 @@ from lorasweep.tracking.store import (
     RUN_TAG,
     SWEEP_TAG,
     TERMS_TAG,
+    TRIAL_TAG,
+    Tracking,
     TrackingError,
     client_of,
     each_model,
@@ -38,7 +40,7 @@ from lorasweep.tracking.store import (
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import LoggedModel
+    from mlflow.entities import LoggedModel, Run
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +96,30 @@ def candidates(
     deleted = {one.info.run_id for one in each_run(client, experiment_id, where, deleted=True)}
     found = search_candidates(client, experiment_id, where)
     return [one for one in found if one.run_id not in deleted]
+
+
+def deleted_trials(settings: Tracking, output_root: Path, sweep: str) -> set[int]:
+    """Numbers of the trials of a sweep whose runs somebody has deleted in MLflow.
+
+    None are known where the store can't be asked now.
+    """
+    if settings.offline:
+        return set()
+    from mlflow.exceptions import MlflowException
+
+    where = f"{tagged({SWEEP_TAG: sweep})} AND tags.`{TRIAL_TAG}` != ''"
+    try:
+        client, experiment_id = open_experiment(settings.resolve(output_root), settings.experiment)
+        gone = set(_trials(each_run(client, experiment_id, where, deleted=True)))
+        # an earlier attempt is deleted where one of the same number is there
+        return gone - set(_trials(each_run(client, experiment_id, where))) if gone else gone
+    except (TrackingError, MlflowException):
+        return set()
+
+
+def _trials(runs: Iterator[Run]) -> Iterator[int]:
+    numbers = (run.data.tags[TRIAL_TAG] for run in runs)
+    return (int(number) for number in numbers if number.isdecimal())
 
 
 def search_candidates(client: MlflowClient, experiment_id: str, where: str) -> list[Candidate]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 from rich.markup import escape
 from rich.table import Table
 
+from lorasweep.core.text import listed
 from lorasweep.sweeps.study.study import Study
 from lorasweep.sweeps.study.trial_attributes import (
     ATTEMPT,
@@ -43,6 +44,8 @@ class TrialRow:
     """How many times it failed and was begun again."""
     reason: str
     """Why it failed last."""
+    deleted: bool
+    """Its run was deleted in MLflow: it can't be chosen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +66,9 @@ class StudySummary:
     objectives: Sequence[str]
 
 
-def summarise(study: Study) -> StudySummary:
-    """Sum up what the study knows now."""
-    rows = [_row(trial) for trial in study.trials]
+def summarise(study: Study, deleted: Collection[int] = ()) -> StudySummary:
+    """Sum up what the study knows now; the runs of the trials in `deleted` are gone from MLflow."""
+    rows = [replace(_row(trial), deleted=trial.number in deleted) for trial in study.trials]
     ended = [row for row in rows if row.state in ("complete", "pruned")]
     return StudySummary(
         name=study.name,
@@ -114,6 +117,8 @@ def lines(summary: StudySummary) -> list[str]:
             f"Trained {summary.epochs} epochs of {summary.planned} planned:"
             f" pruning saved {saved} ({share:.0%})."
         )
+    if deleted := [str(row.number) for row in summary.rows if row.deleted]:
+        said.append(f"Deleted in MLflow, so not to be chosen: trial {listed(deleted)}.")
     failed = [row for row in summary.rows if row.state == "failed"]
     said += [f"Trial {row.number} failed: {row.reason}" for row in failed]
     repeated = [row for row in summary.rows if row.attempts and row.state != "failed"]
@@ -140,12 +145,13 @@ def _row(trial: FrozenTrial) -> TrialRow:
         params=trial.params,
         attempts=int(attrs.get(ATTEMPT, 0)),
         reason=str(attrs.get(REASON, "")),
+        deleted=False,
     )
 
 
 def _best(rows: Sequence[TrialRow], study: Study) -> list[TrialRow]:
     """The best trials; those that keep the constraints go before those that don't."""
-    known = [row for row in rows if row.best is not None]
+    known = [row for row in rows if row.best is not None and not row.deleted]
     usable = [row for row in known if row.feasible] or known
     if not study.settings.pareto:
         return sorted(usable, key=lambda row: _losses(row, study)[0])[:1]
@@ -190,7 +196,8 @@ def _cells(row: TrialRow, names: Sequence[str], objectives: Sequence[str]) -> li
     scores = [_number(best["scores"].get(name), 4) for name in objectives]
     planned = f"{row.epochs}/{row.planned}" if row.planned else ""
     params = [_number(row.params.get(name)) for name in names]
-    return [str(row.number), row.state, *scores, str(best["epoch"]), planned, *params]
+    state = "deleted" if row.deleted else row.state
+    return [str(row.number), state, *scores, str(best["epoch"]), planned, *params]
 
 
 def _number(value: object, digits: int = 3) -> str:
