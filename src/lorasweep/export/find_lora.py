@@ -125,7 +125,7 @@ def _best(candidates: Sequence[Candidate], by: str) -> tuple[Candidate, str]:
         return candidates[0], "its only checkpoint"
     if not scored:
         return candidates[-1], f"its newest, for none has a {by}"
-    best = rank(scored, by)[0]
+    best = rank(scored, by)[0].file
     return best, f"the best of its {len(candidates)} by {by} ({best.scores[by]:.4f})"
 
 

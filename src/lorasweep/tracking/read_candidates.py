@@ -25,6 +25,8 @@ from lorasweep.tracking.store import (
     MAX_TAG,
     PATH_TAG,
     RUN_TAG,
+    SEED_TAG,
+    SETTING_TAG,
     SWEEP_TAG,
     TERMS_TAG,
     TRIAL_TAG,
@@ -65,6 +67,9 @@ class Candidate:
     """Milliseconds since 1970."""
     hash: str | None = None
     """sha256 of its data (kohya's sshs_model_hash), if that was logged."""
+    setting: str | None = None
+    """Equal for runs that differ in their seed alone; None if an older version logged it."""
+    seed: str | None = None
 
 
 class _BrokenEntryError(ValueError):
@@ -237,6 +242,9 @@ def _candidate(model: LoggedModel) -> Candidate:
         raise _BrokenEntryError(f"its epoch is {shown(epoch, 20)}")
     if "\0" in path or not Path(path).is_absolute() or not path.endswith(".safetensors"):
         raise _BrokenEntryError(f"its path is {shown(path, 60)}")
+    setting, seed = tags.get(SETTING_TAG), tags.get(SEED_TAG)
+    if seed is not None and not re.fullmatch(r"-?[0-9]{1,20}", seed):
+        raise _BrokenEntryError(f"its seed is {shown(seed, 20)}")
     return Candidate(
         name=name,
         run=sys.intern(tags[RUN_TAG]),
@@ -250,6 +258,8 @@ def _candidate(model: LoggedModel) -> Candidate:
         experiment_id=sys.intern(model.experiment_id),
         created=model.creation_timestamp,
         hash=tags.get(HASH_TAG),
+        setting=sys.intern(setting) if setting else None,
+        seed=sys.intern(seed) if seed else None,
     )
 
 
