@@ -561,7 +561,7 @@ def test_what_a_killed_driver_had_dropped_is_not_trained_by_packs_as_jobs(sweep,
     assert study.trials[0].user_attrs["epochs"] == 1
 
 
-def test_hydras_own_grammar_on_the_command_line_is_searched(sweep):
+def test_hydras_own_grammar_on_the_command_line_is_searched(sweep, capsys):
     study, _ = sweep(
         "adapter.rank=choice(16,32)",
         "seed=range(0,3)",
@@ -579,6 +579,7 @@ def test_hydras_own_grammar_on_the_command_line_is_searched(sweep):
     }
     assert trial.params["adapter.rank"] in (16, 32)
     assert isinstance(trial.params["trainer.max_train_epochs"], int)
+    assert "seed is searched: random takes it" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_shuffled_range_has_every_point(sweep):

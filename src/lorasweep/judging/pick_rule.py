@@ -121,13 +121,19 @@ def _over_seeds(some: Sequence[T], by: str) -> Ranked[T]:
     best_first = sorted(some, key=lambda one: sign(by) * one.scores[by])
     shared = set.intersection(*(set(one.scores) for one in some))
     scores = {name: statistics.fmean(one.scores[name] for one in some) for name in shared}
-    own = [one.scores[by] for one in some]
-    half = T_975[min(len(own) - 1, len(T_975)) - 1] * statistics.stdev(own) / math.sqrt(len(own))
-    ends = {f"{by}_lo": scores[by] - half, f"{by}_hi": scores[by] + half}
+    scores[f"{by}_lo"], scores[f"{by}_hi"] = interval_of_mean([one.scores[by] for one in some])
     terms = [one.terms.get(by, ()) for one in some]
     is_same = len({len(of) for of in terms}) == 1
     means = [statistics.fmean(of) for of in zip(*terms, strict=True)] if is_same else []
-    return Ranked(best_first, {**scores, **ends}, {by: means})
+    return Ranked(best_first, scores, {by: means})
+
+
+def interval_of_mean(values: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of the mean of what at least two seeds gave, by Student's t."""
+    mean, freedom = statistics.fmean(values), len(values) - 1
+    quantile = T_975[min(freedom, len(T_975)) - 1]
+    half = quantile * statistics.stdev(values) / math.sqrt(len(values))
+    return mean - half, mean + half
 
 
 def ties(candidate: HasScores, smallest: HasScores, by: str) -> bool:

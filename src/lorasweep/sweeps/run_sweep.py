@@ -106,6 +106,12 @@ def open_study(
             settings.n_trials,
             study.n_trials,
         )
+    if "seed" in found.space.parameters and settings.sampler != "grid":
+        log.warning(
+            "seed is searched: %s takes it for a setting like any other, and will find lucky seeds;"
+            " study.sampler=grid trains every setting with every seed, and ranks by their mean",
+            settings.sampler,
+        )
     warm_start(study, run.output_root, folder)
     if settings.pareto and settings.pruner != "none":
         log.info(
