@@ -9,7 +9,6 @@ import random
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -65,10 +64,11 @@ def fill(
     name: str,
     sweep: str | None,
     scored: list[tuple[float, float, float]],
-    params: Mapping[str, object] | None = None,
+    setting: str | None = None,
+    seed: int | None = None,
 ) -> None:
     """One run with an epoch for each (score, upper end of its interval, drift)."""
-    log = tracker.open_run(replace(new_run(name, sweep, root), params=params or {}))
+    log = tracker.open_run(replace(new_run(name, sweep, root), setting=setting, seed=seed))
     for epoch, (score, high, drift) in enumerate(scored, start=1):
         path = root / name / f"{name}-{epoch:06d}.safetensors"
         checkpoint.write(path, {"lora_unet_x.alpha": torch.tensor(score)}, {"ss_output_name": name})
@@ -278,8 +278,7 @@ def test_of_several_seeds_the_best_one_of_the_best_mean_is_picked(tmp_path: Path
         for number, (rank, scores) in enumerate(((4, (0.5, 0.9, 0.6)), (16, (0.58, 0.62, 0.6)))):
             for seed, score in enumerate(scores):
                 name = f"r-{number * 3 + seed}"
-                params = {"adapter.rank": rank, "seed": seed, "name": name}
-                fill(tracker, tmp_path, name, "s", [(score, score, 0.1)], params)
+                fill(tracker, tmp_path, name, "s", [(score, score, 0.1)], f"rank {rank}", seed)
         fill(tracker, tmp_path, "older", "s", [(0.7, 0.7, 0.1)])  # whose seed isn't known
     result = pick_checkpoint.pick(settings, tmp_path, by=BY)
     assert [one.scores[BY] for one in result.ranked] == pytest.approx([0.6, 2 / 3, 0.7])

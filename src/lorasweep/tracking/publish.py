@@ -7,7 +7,6 @@ Points of curves, pictures and files that are sent twice replace themselves.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -29,7 +28,6 @@ from lorasweep.tracking.records import (
     CheckpointRecord,
     DamagedRecordError,
     EpochRecord,
-    NewRun,
     RunEnd,
     RunRecord,
     RunRecords,
@@ -72,7 +70,7 @@ SOURCE_TAGS = {
     "mlflow.source.type": "LOCAL",
     "mlflow.loggedImages": "true",  # what makes MLflow look for sample cards
 }
-DIGEST = 16  # characters of digests in MLflow; the data set's profile has its own whole
+DIGEST = 16  # characters of the data set's digest in MLflow's tables; the profile has it whole
 PREVIEW = 256  # pixels at most, as MLflow's own
 ENLARGED = 128  # pixels at most to which smaller pictures are enlarged
 MAX_PICTURE_KEY = 100  # characters; the key becomes a part of a file's name
@@ -287,12 +285,13 @@ class _Sending:
             client.delete_logged_model(late.model_id)
 
     def _create_model(self, epoch: int, checkpoint: CheckpointRecord) -> str:
+        new = self.run.new
         tags = {
             **self._run_tags,
             CHECKPOINT_TAG: checkpoint.name,
             EPOCH_TAG: str(epoch),
             PATH_TAG: str(self._own(checkpoint.file)),
-            **_setting_tags(self.run.new),
+            **({SETTING_TAG: new.setting, SEED_TAG: str(new.seed)} if new.setting else {}),
             **({HASH_TAG: checkpoint.hash} if checkpoint.hash else {}),
         }
         terms = {name: [round(x, 7) for x in of] for name, of in checkpoint.terms.items()}
@@ -390,16 +389,6 @@ class _Sending:
 
     def _log_metrics(self, metrics: Sequence[Metric]) -> None:
         self.store.client.log_batch(self._run_id, metrics=metrics)
-
-
-def _setting_tags(new: NewRun) -> dict[str, str]:
-    """By which checkpoints are known that differ in their run's seed alone."""
-    seed = new.params.get("seed")
-    if seed is None:
-        return {}
-    others = {key: str(value) for key, value in new.params.items() if key not in ("seed", "name")}
-    told = json.dumps([sorted(others.items()), new.dataset_digest])
-    return {SETTING_TAG: hashlib.sha256(told.encode()).hexdigest()[:DIGEST], SEED_TAG: str(seed)}
 
 
 def _cut(value: str) -> str:
