@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pytest
+from scipy.stats import sem
+from scipy.stats import t as student
 
-from lorasweep.judging.pick_rule import BOOTSTRAP, rank, ties
+from lorasweep.judging.pick_rule import BOOTSTRAP, Ranked, rank, ties
 
 BY = "val/loss_rel"
 
@@ -19,6 +22,7 @@ class Candidate:
     epoch: int
     scores: Mapping[str, float]
     terms: Mapping[str, Sequence[float]]
+    setting: str | None = None
 
 
 def candidate(epoch: int, terms: Sequence[float] = (), **scores: float) -> Candidate:
@@ -26,7 +30,7 @@ def candidate(epoch: int, terms: Sequence[float] = (), **scores: float) -> Candi
     return Candidate(epoch, named, {BY: terms})
 
 
-def epochs(ranked: list[Candidate]) -> list[int]:
+def epochs(ranked: list[Ranked[Candidate]]) -> list[int]:
     return [one.epoch for one in ranked]
 
 
@@ -119,6 +123,43 @@ def test_ties_are_those_of_a_bootstrap_by_the_letter(num_terms: int) -> None:
         assert ties(*pair, BY) == by_the_letter(ours, best), (ours, best)
         seen.add(ties(*pair, BY))
     assert seen == {False, True}
+
+
+def seeds(setting: str, epoch: int, *scores: float) -> list[Candidate]:
+    return [Candidate(epoch, {BY: score}, {}, setting) for score in scores]
+
+
+def test_what_differs_in_its_seed_alone_is_ranked_by_the_mean_over_seeds() -> None:
+    """One seed of the first setting has the smallest score of all."""
+    lucky, steady = seeds("a", 1, 0.60, 0.48, 0.75), seeds("b", 1, 0.52, 0.50, 0.51)
+    other_epoch, alone = seeds("b", 2, 0.56), [candidate(1, loss_rel=0.58)]
+    ranked = rank([*lucky, *other_epoch, *steady, *alone], BY)
+    assert [one.scores[BY] for one in ranked] == pytest.approx([0.51, 0.56, 0.58, 0.61])
+    assert [one.file.scores[BY] for one in ranked] == [0.50, 0.56, 0.58, 0.48]
+    assert [len(one.checkpoints) for one in ranked] == [3, 1, 1, 3]
+
+
+@pytest.mark.parametrize("number", [2, 3, 6, 12])
+def test_the_interval_over_seeds_is_students(number: int) -> None:
+    draw = random.Random(number)
+    scores = [draw.uniform(0.4, 0.6) for _ in range(number)]
+    (one,) = rank(seeds("a", 1, *scores), BY)
+    low, high = student.interval(0.95, number - 1, loc=statistics.fmean(scores), scale=sem(scores))
+    found = one.scores[f"{BY}_lo"], one.scores[f"{BY}_hi"]
+    assert found == pytest.approx((low, high), abs=0.003)
+
+
+def test_ties_of_settings_are_those_of_their_means_image_by_image() -> None:
+    def setting(name: str, drift: float, *terms: Sequence[float]) -> list[Candidate]:
+        return [
+            Candidate(1, {BY: sum(of) / len(of), "val/prior_drift": drift}, {BY: of}, name)
+            for of in terms
+        ]
+
+    best = setting("a", 0.9, [0.4, 0.6, 0.5], [0.5, 0.5, 0.4])
+    like = setting("b", 0.1, [0.5, 0.5, 0.46], [0.4, 0.62, 0.45])
+    worse = setting("c", 0.0, [0.41, 0.61, 0.51], [0.51, 0.51, 0.41])  # on every image
+    assert [one.file.setting for one in rank([*best, *worse, *like], BY)] == ["b", "a", "c"]
 
 
 def test_20000_candidates_are_ranked_in_seconds() -> None:

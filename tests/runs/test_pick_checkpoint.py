@@ -70,9 +70,11 @@ def fill(
     name: str,
     sweep: str | None,
     scored: list[tuple[float, float, float]],
+    setting: str | None = None,
+    seed: int | None = None,
 ) -> None:
     """One run with an epoch for each (score, upper end of its interval, drift)."""
-    log = tracker.open_run(new_run(name, sweep, root))
+    log = tracker.open_run(replace(new_run(name, sweep, root), setting=setting, seed=seed))
     for epoch, (score, high, drift) in enumerate(scored, start=1):
         path = root / name / f"{name}-{epoch:06d}.safetensors"
         checkpoint.write(path, {"lora_unet_x.alpha": torch.tensor(score)}, {"ss_output_name": name})
@@ -152,7 +154,7 @@ def test_picking_the_same_twice_makes_no_second_version(store: Store) -> None:
 
 def test_candidates_without_a_finite_score_are_left_out_by_name(store: Store) -> None:
     result = store.pick()
-    assert [one.name for one in result.ranked][:1] == ["one-e002"]
+    assert result.ranked[0].file.name == "one-e002"
     assert len(result.ranked) == 4
     assert [line.split()[0] for line in result.left_out] == ["one-e003", "two-e003"]
 
@@ -293,6 +295,34 @@ def test_a_pick_takes_no_other_picks_place_and_its_path_tells_the_sweep(tmp_path
         assert tensors["lora_unet_x.alpha"].item() == pytest.approx(score)
 
 
+def test_of_several_seeds_the_best_one_of_the_best_mean_is_picked(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, upload="none")
+    with Tracker(settings, tmp_path) as tracker:
+        for number, (rank, scores) in enumerate(((4, (0.5, 0.9, 0.6)), (16, (0.58, 0.62, 0.6)))):
+            for seed, score in enumerate(scores):
+                name = f"r-{number * 3 + seed}"
+                fill(tracker, tmp_path, name, "s", [(score, score, 0.1)], f"rank {rank}", seed)
+        fill(tracker, tmp_path, "older", "s", [(0.7, 0.7, 0.1)])  # whose seed isn't known
+    result = pick(settings, tmp_path, by=BY)
+    assert [one.scores[BY] for one in result.ranked] == pytest.approx([0.6, 2 / 3, 0.7])
+    assert (result.winner.name, result.winner.seed) == ("r-3-e001", "0")
+    text = (result.folder / "README.md").read_text()
+    assert f"{BY} = 0.5800." in text
+    assert f"seed 0 of 0, 1, 2, over which {BY} is 0.6000 on average [0.5503, 0.6497]" in text
+    assert "r-3-e001, picked by val/loss_rel, seed 0 of 0, 1, 2: " in pick_table.summary(result)[0]
+    console = Console(width=160, file=io.StringIO(), record=True)
+    console.print(pick_table.table(result))
+    rows = [line for line in console.export_text().splitlines() if line.startswith("│")]
+    assert [[cell.strip() for cell in row.split("│")[2:5]] for row in rows] == [
+        ["r-3", "1", "0.6000 [0.5503, 0.6497]"],
+        ["r-0", "1", "0.6667 [0.1495, 1.1838]"],
+        ["older", "1", "0.7000 [, 0.7000]"],
+    ]
+    assert [row.split("│")[-2].strip() for row in rows] == ["0, 1, 2", "0, 1, 2", ""]
+    # of one run the rule sees no other seeds
+    assert pick(settings, tmp_path, by=BY, run="r-1").winner.run == "r-1"
+
+
 def test_what_was_deleted_in_mlflow_is_not_chosen(tmp_path: Path) -> None:
     settings = replace(SETTINGS, upload="none")
     with Tracker(settings, tmp_path) as tracker:
@@ -305,7 +335,7 @@ def test_what_was_deleted_in_mlflow_is_not_chosen(tmp_path: Path) -> None:
     client.delete_run(by_name["good"])
     client.delete_run(by_name["alone"])
     result = pick(settings, tmp_path, by=BY)  # the newest sweep that is there
-    assert [one.run for one in result.ranked] == ["fair"]
+    assert [one.file.run for one in result.ranked] == ["fair"]
     assert [one.run for one in tracking.candidates(uri, "e")] == ["fair"]
     with pytest.raises(pick_checkpoint.PickError, match=r"no sweep alone; there are: s$"):
         pick(settings, tmp_path, by=BY, sweep="alone")

@@ -7,12 +7,14 @@ from functools import partial
 
 import pytest
 import torch
+from mlflow import MlflowClient
 
 from conftest import FEW
 from lorasweep import tracking
 from lorasweep.core.settings import SettingsError
+from lorasweep.judging.pick_rule import rank
 from lorasweep.runs import session as run_module
-from lorasweep.runs.prepare import encoded_images, write_folders
+from lorasweep.runs.prepare import encoded_images, new_run, write_folders
 from lorasweep.runs.run_folder import delete_if_nothing_began
 from lorasweep.runs.session import EpochReport, Failure, Finished, Session, run_pack
 from lorasweep.training.native_trainer import NativeTraining
@@ -40,6 +42,36 @@ def test_every_checkpoint_is_reported_once_with_scores(make_run):
     seconds = json.loads((runs[0].output_dir / "seconds.json").read_text())
     assert set(seconds) == {"prepare", "train", "score", "sample"}
     assert all(spent > 0 for spent in seconds.values())
+    (ranked,) = by_epoch(runs[0], 2)
+    assert sorted(one.seed for one in ranked.checkpoints) == ["0", "1"]
+    first = ranked.file
+    client = MlflowClient(runs[0].tracking.resolve(runs[0].output_root))
+    metrics = client.get_run(first.run_id).data.metrics
+    of_run = [one for one in found if one.run == first.run]
+    best = min(of_run, key=lambda one: one.scores["val/loss_rel"])
+    assert metrics["best/val/loss_rel"] == best.scores["val/loss_rel"]
+    assert metrics["best/epoch"] == best.checkpoint.epoch
+
+
+def by_epoch(run, epoch):
+    """What `pick` would rank of an epoch."""
+    store = run.tracking.resolve(run.output_root), run.tracking.experiment
+    found = [one for one in tracking.candidates(*store) if one.epoch == epoch]
+    return rank(found, "val/loss_rel")
+
+
+def test_runs_are_of_one_setting_if_they_differ_in_nothing_but_seed_and_name(make_run):
+    run = make_run()
+    folder = write_folders(run)
+
+    def setting(*overrides):
+        return new_run(make_run(*overrides), folder, "{}").setting
+
+    same = setting("seed=1", "name=other", "tracking.offline=true")
+    assert setting() == same
+    others = [setting(key) for key in ("adapter.rank=3", "dataset.seed=7")]
+    edited = new_run(run, folder, '{"train": {}}').setting  # other captions
+    assert len({same, edited, *others}) == 4
 
 
 def test_a_run_whose_steps_end_within_an_epoch_is_finished_then(make_run, caplog):

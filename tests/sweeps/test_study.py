@@ -5,6 +5,7 @@ import math
 import pickle
 import statistics
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 from typing import get_args
 
@@ -809,6 +810,24 @@ def test_the_summary_says_what_pruning_saved_what_failed_and_what_mattered(open_
     assert "Trial 0 was begun again: out of memory" in said
     assert "What mattered for val/loss_rel: " in said
     assert f"Best: trial {summary.best[0].number}, epoch 1" in said
+
+
+def test_trials_that_differ_in_their_seed_alone_are_compared_by_their_mean(open_study):
+    space = Space({"adapter.rank": RANK, "seed": Choice("seed", (0, 1), ("0", "1"))}, {})
+    study = open_study(space, sampler="grid", pruner="none", n_trials=None)
+    lucky = {(4, 0): 0.40, (4, 1): 0.80, (8, 0): 0.55, (8, 1): 0.45, (16, 0): 0.6, (16, 1): 0.6}
+    point = itemgetter("adapter.rank", "seed")
+    run(study, score=lambda trial, epoch: lucky[point(trial.params)], epochs=1)
+    summary = summarise(study)
+    (best,) = summary.best
+    assert (best.params["adapter.rank"], best.params["seed"]) == (8, 1)
+    first, second, *_ = lines(summary)
+    assert first.startswith(f"Best: trial {best.number}, epoch 1, val/loss_rel 0.45: ")
+    numbers = [row.number for row in summary.rows if row.params["adapter.rank"] == 8]
+    assert second == (
+        "Its setting has val/loss_rel 0.5 [-0.1353, 1.135] on average over seeds 0, 1 (trials"
+        f" {numbers[0]}, {numbers[1]})."
+    )
 
 
 def test_the_summary_knows_the_candidates_of_trials_that_train_or_failed(open_study):

@@ -11,6 +11,8 @@ from types import SimpleNamespace
 
 import optuna
 import pytest
+import torch
+from mlflow import MlflowClient
 from omegaconf import OmegaConf
 from optuna.trial import TrialState
 from PIL import Image
@@ -23,11 +25,15 @@ from lorasweep.config.conf_folder import conf_dir
 from lorasweep.core import local_pages
 from lorasweep.core.failures import FailureKind
 from lorasweep.core.settings import SettingsError
+from lorasweep.judging.pick_rule import rank
+from lorasweep.lora_files import checkpoint as lora
+from lorasweep.lora_files.checkpoint import Checkpoint
 from lorasweep.runs import run_folder
 from lorasweep.runs.session import Failure, Finished
 from lorasweep.sweeps import multirun, sweep_limits
 from lorasweep.sweeps import run_sweep as sweeping
 from lorasweep.sweeps.study import study_storage
+from lorasweep.tracking.read_candidates import deleted_trials
 
 SWEEP = """\
 # @package _global_
@@ -110,6 +116,53 @@ def test_the_summary_of_a_sweep_may_meet_a_closed_stdout(sweep, monkeypatch):
     with os.fdopen(theirs, "w") as stdout, monkeypatch.context() as patched:
         patched.setattr(sys, "stdout", stdout)
         sweep("study.n_trials=1")  # has ended: it says nothing but its summary
+
+
+def test_the_best_is_none_whose_run_was_deleted_in_mlflow(sweep, tmp_path, capsys):
+    study, workers = sweep("study.n_trials=3")
+    runs = workers.submitted
+    log_in_mlflow(runs, study)
+    first = runs[0]
+    client = MlflowClient(first.tracking.resolve(first.output_root))
+    ids = {one.run: one.run_id for one in tracking.candidates(client.tracking_uri, "lorasweep")}
+    best, *others = sorted(study.trials, key=lambda trial: trial.value)
+    client.delete_run(ids[f"demo-{best.number}"])
+    log_in_mlflow([runs[others[1].number]], study)  # its earlier attempt is deleted, not itself
+    capsys.readouterr()
+    sweep("study.n_trials=3")
+    said = capsys.readouterr().out
+    assert f"Best: trial {others[0].number}, epoch 2" in said
+    assert f"Deleted in MLflow, so not to be chosen: trial {best.number}." in said
+    left = tracking.candidates(client.tracking_uri, "lorasweep")  # what pick chooses among
+    assert rank(left, "val/loss_rel")[0].run == f"demo-{others[0].number}"
+    place = first.tracking, first.output_root, "demo-mine"
+    assert deleted_trials(*place) == {best.number}
+    (tmp_path / "outputs" / "mlflow.db").unlink()
+    assert deleted_trials(*place) == set()
+
+
+def log_in_mlflow(runs, study):
+    """As their workers would: each trial's best."""
+    with tracking.Tracker(runs[0].tracking, runs[0].output_root) as tracker:
+        for run in runs:
+            found = study.trials[run.number].user_attrs["best"]
+            path = Path(found["path"])
+            lora.write(path, {"lora_unet_x.alpha": torch.ones(())}, {})
+            new = tracking.NewRun(
+                name=run.name,
+                sweep=run.sweep,
+                output_dir=run.output_dir,
+                params=run.params,
+                config_yaml=run.config_yaml,
+                overrides=run.overrides,
+                image_dir=run.dataset.image_dir,
+                dataset_digest="ab" * 32,
+                tags={"lorasweep.trial": str(run.number)},
+            )
+            log = tracker.open_run(new)
+            scored = Checkpoint(path=path, run=run.name, epoch=found["epoch"], step=2)
+            log.log_epoch(scored, found["scores"], {})
+            log.finish("FINISHED")
 
 
 def test_what_would_train_without_a_sweep_is_tried_first(sweep):
@@ -508,7 +561,7 @@ def test_what_a_killed_driver_had_dropped_is_not_trained_by_packs_as_jobs(sweep,
     assert study.trials[0].user_attrs["epochs"] == 1
 
 
-def test_hydras_own_grammar_on_the_command_line_is_searched(sweep):
+def test_hydras_own_grammar_on_the_command_line_is_searched(sweep, capsys):
     study, _ = sweep(
         "adapter.rank=choice(16,32)",
         "seed=range(0,3)",
@@ -526,6 +579,7 @@ def test_hydras_own_grammar_on_the_command_line_is_searched(sweep):
     }
     assert trial.params["adapter.rank"] in (16, 32)
     assert isinstance(trial.params["trainer.max_train_epochs"], int)
+    assert "seed is searched: random takes it" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_shuffled_range_has_every_point(sweep):

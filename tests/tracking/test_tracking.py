@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import pytest
@@ -321,13 +322,19 @@ def test_reading_where_nothing_was_tracked_says_so_and_makes_no_file(tmp_path: P
 def test_the_opened_page_shows_scores_first_then_all_prompts_in_one_table(store: Store) -> None:
     address = mlflow_page.experiment_page(store.uri, "e")
     (tag,) = store.client.get_experiment("1").tags.items()
-    view = json.loads(zlib.decompress(base64.b64decode(tag[1].removeprefix("deflate;"))))
+    view = view_of(tag[1])
     charts = view["compareRunCharts"]
     (pictures,) = [chart for chart in charts if chart["type"] == "IMAGE"]
     assert tag[0] == "mlflow.sharedViewState.lorasweep"
     assert address.endswith("viewStateShareKey=lorasweep")
     assert charts[0]["metricKey"] == "val/loss_rel"
     assert {"samples/0 a rocket_ red", "samples/1 a/b"} <= set(pictures["imageKeys"])
+
+
+def view_of(tag: str) -> dict[str, Any]:
+    view = json.loads(zlib.decompress(base64.b64decode(tag.removeprefix("deflate;"))))
+    assert isinstance(view, dict)
+    return view
 
 
 def test_a_page_may_show_one_sweep_its_best_runs_first(store: Store) -> None:
@@ -365,6 +372,11 @@ def test_a_run_carries_its_best_so_far_so_that_tables_sort_by_it(tmp_path: Path)
     assert [found["large"].data.metrics[f"best/{key}"] for key in (by, "epoch")] == [0.7, 2]
     curve = client.get_metric_history(found["small"].info.run_id, f"best/{by}")
     assert [(one.step, one.value) for one in curve] == [(2, 0.7), (3, 0.4), (4, 0.4), (5, 0.4)]
+    mlflow_page.experiment_page(SETTINGS.resolve(tmp_path), "e")
+    (tag,) = client.get_experiment("1").tags.values()
+    columns, charts = (view_of(tag)[key] for key in ("selectedColumns", "compareRunCharts"))
+    assert [f"metrics.`best/{by}`", "metrics.`best/epoch`"] == columns[:2]
+    assert not [one for one in charts if one.get("metricKey", "").startswith("best/")]
     assert all(
         not key.startswith("best/")
         for one in tracking.candidates(SETTINGS.resolve(tmp_path), "e")

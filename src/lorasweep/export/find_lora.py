@@ -130,9 +130,10 @@ def _best(candidates: Sequence[Candidate], by: str) -> tuple[Candidate, str]:
         return candidates[0], "its only checkpoint"
     if not scored:
         return candidates[-1], f"its newest, for none has a {by}"
-    best = rank(scored, by)[0]
-    top = min(scored, key=lambda one: sign(by) * one.scores[by])
+    ranked = rank(scored, by)
+    best = ranked[0].file
     why = f"the best of its {len(candidates)} by {by} ({best.scores[by]:.4f})"
+    top = min(scored, key=lambda one: sign(by) * one.scores[by])
     if top is best:
         return best, why
     more = "drifts more" if DRIFT in best.scores else "comes later"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,10 +25,12 @@ By so much another seed alone changes the score: over the five seeds of benchmar
 standard deviation of val/loss_rel of one setting and epoch is 0.8 % (median), 1.4 % for the runs
 that come below 0.6.
 """
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""97.5 % quantile of Student's t for 1, 2, … degrees of freedom; the last one for more."""
 
 
 class HasScores(Protocol):
-    """What the rule looks at of a checkpoint."""
+    """What the rule compares."""
 
     @property
     def epoch(self) -> int:
@@ -41,7 +45,36 @@ class HasScores(Protocol):
         """What scores are means of, in the same order for all checkpoints that are compared."""
 
 
-T = TypeVar("T", bound=HasScores)
+class HasSetting(HasScores, Protocol):
+    """A checkpoint."""
+
+    @property
+    def setting(self) -> str | None:
+        """Equal for runs that differ in their seed alone; None where that isn't known."""
+
+
+T = TypeVar("T", bound=HasSetting)
+
+
+@dataclass(frozen=True)
+class Ranked(Generic[T]):
+    """What is ranked: a checkpoint, or those of an epoch that differ in their seed alone."""
+
+    checkpoints: Sequence[T]
+    """The best by its own score first."""
+    scores: Mapping[str, float]
+    """Means over the seeds; `_lo` and `_hi` are then the 95 % interval of the mean over seeds."""
+    terms: Mapping[str, Sequence[float]]
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that they were written after."""
+        return self.checkpoints[0].epoch
+
+    @property
+    def file(self) -> T:
+        """The checkpoint that is taken."""
+        return self.checkpoints[0]
 
 
 def with_finite_score(candidates: Iterable[T], by: str) -> list[T]:
@@ -54,22 +87,53 @@ def sign(by: str) -> int:
     return -1 if by.startswith(LARGER_IS_BETTER) else 1
 
 
-def rank(candidates: Iterable[T], by: str) -> list[T]:
+def rank(candidates: Iterable[T], by: str) -> list[Ranked[T]]:
     """Candidates with the best first, by a score; smaller is better unless its `sign` is -1.
 
-    The scores are measured on few images, so the smallest is partly luck. As in the
-    one-standard-error rule (Breiman et al., 1984), all that can't be told from the smallest one
-    and lie close to it (`ties`) count as equal to it, and among them the most modest comes first:
-    the lowest `val/prior_drift`, then the earlier epoch. The rest follow by their score.
+    Checkpoints that differ in their seed alone count as one, by their mean. The scores are
+    measured on few images, so the smallest is partly luck. As in the one-standard-error rule
+    (Breiman et al., 1984), all that can't be told from the smallest one and lie close to it
+    (`ties`) count as equal to it, and among them the most modest comes first: the lowest
+    `val/prior_drift`, then the earlier epoch. The rest follow by their score.
     """
-    by_score = sorted(candidates, key=lambda one: (sign(by) * one.scores[by], one.epoch))
+    found = by_setting(candidates, by)
+    by_score = sorted(found, key=lambda one: (sign(by) * one.scores[by], one.epoch))
 
-    def order(one: T) -> tuple[bool, float, int]:
+    def order(one: Ranked[T]) -> tuple[bool, float, int]:
         if ties(one, by_score[0], by):
             return False, one.scores.get(DRIFT, math.inf), one.epoch
         return True, sign(by) * one.scores[by], one.epoch
 
     return sorted(by_score, key=order)
+
+
+def by_setting(candidates: Iterable[T], by: str) -> list[Ranked[T]]:
+    """Candidates, those together that differ in their seed alone, in the order they come."""
+    found: dict[tuple[object, int], list[T]] = {}
+    for number, one in enumerate(candidates):
+        found.setdefault((one.setting or number, one.epoch), []).append(one)
+    return [_over_seeds(some, by) for some in found.values()]
+
+
+def _over_seeds(some: Sequence[T], by: str) -> Ranked[T]:
+    if len(some) == 1:
+        return Ranked(some, some[0].scores, some[0].terms)
+    best_first = sorted(some, key=lambda one: sign(by) * one.scores[by])
+    shared = set.intersection(*(set(one.scores) for one in some))
+    scores = {name: statistics.fmean(one.scores[name] for one in some) for name in shared}
+    scores[f"{by}_lo"], scores[f"{by}_hi"] = interval_of_mean([one.scores[by] for one in some])
+    terms = [one.terms.get(by, ()) for one in some]
+    is_same = len({len(of) for of in terms}) == 1
+    means = [statistics.fmean(of) for of in zip(*terms, strict=True)] if is_same else []
+    return Ranked(best_first, scores, {by: means})
+
+
+def interval_of_mean(values: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of the mean of what at least two seeds gave, by Student's t."""
+    mean, freedom = statistics.fmean(values), len(values) - 1
+    quantile = T_975[min(freedom, len(T_975)) - 1]
+    half = quantile * statistics.stdev(values) / math.sqrt(len(values))
+    return mean - half, mean + half
 
 
 def ties(candidate: HasScores, smallest: HasScores, by: str) -> bool:

@@ -15,7 +15,7 @@ from lorasweep.core.atomic_write import write_atomically
 from lorasweep.core.foreign_files import ForeignFileError, inside, parse_yaml
 from lorasweep.core.text import listed, shown
 from lorasweep.judging.contact_sheet import FILE_NAME as CONTACT_SHEET
-from lorasweep.judging.pick_rule import rank, with_finite_score
+from lorasweep.judging.pick_rule import Ranked, rank, with_finite_score
 from lorasweep.runs.picked_readme import ChosenBy, readme, value_at
 from lorasweep.tracking import Candidate, Tracking
 from lorasweep.tracking.model_registry import own_choice
@@ -31,7 +31,7 @@ class Choice:
     """What is to be chosen, and among what."""
 
     winner: Candidate
-    ranked: Sequence[Candidate]
+    ranked: Sequence[Ranked[Candidate]]
     """Best first; without those in `left_out`."""
     left_out: Sequence[str]
     """One line for each candidate that has no usable score."""
@@ -40,6 +40,11 @@ class Choice:
     before: Candidate | None
     """The sweep's choice until now."""
     uri: str
+
+    @property
+    def of_winner(self) -> Ranked[Candidate] | None:
+        """What the winner is ranked as; None for one without a usable score."""
+        return _of(self.winner, self.ranked)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +82,10 @@ def choose(
     ranked = rank(usable, by)
     by_person = run is not None and epoch is not None
     # newest first: a run that was trained again under its name is meant in its last form
-    winner = _choose(found[::-1] if by_person else ranked, run, epoch, by)
+    if by_person:
+        winner = _fitting(found, run, epoch, by)[-1]
+    else:
+        winner = rank(_fitting(usable, run, epoch, by), by)[0].file
     return Choice(
         winner=winner,
         ranked=ranked,
@@ -101,9 +109,8 @@ def record(choice: Choice, settings: Tracking, output_root: Path, *, replaces: b
     settings = replace(settings, registered_model=_registered_model(config.values, settings))
     if chosen_by == "rule" and not replaces:
         _check_no_own_choice(choice, settings.registered_model)
-    folder = _copy_out(
-        uri, winner, output_root, config, readme(winner, config.values, choice.by, chosen_by)
-    )
+    how_to_use = readme(winner, config.values, choice.by, chosen_by, choice.of_winner)
+    folder = _copy_out(uri, winner, output_root, config, how_to_use)
     upload = None if settings.upload == "none" else folder
     version = tracking.record_choice(uri, settings, winner, chosen_by=chosen_by, upload=upload)
     return Pick(**vars(choice), folder=folder, version=version)
@@ -134,10 +141,14 @@ def _find(uri: str, experiment: str, sweep: str | None) -> list[Candidate]:
     raise PickError(f"there is no sweep {name}; there are: {listed(names) or 'none yet'}")
 
 
-def _choose(
+def _of(winner: Candidate, ranked: Sequence[Ranked[Candidate]]) -> Ranked[Candidate] | None:
+    return next((one for one in ranked if winner in one.checkpoints), None)
+
+
+def _fitting(
     candidates: Sequence[Candidate], run: str | None, epoch: int | None, by: str
-) -> Candidate:
-    """The first candidate of that run and epoch (None: any)."""
+) -> list[Candidate]:
+    """The candidates of that run and epoch (None: any), of which there is at least one."""
     if not candidates:
         raise PickError(f"no checkpoint has a finite {by}: set pick.by, or give --run and --epoch")
     of_run = [one for one in candidates if run in (None, one.run)]
@@ -152,7 +163,7 @@ def _choose(
     if not fitting:
         epochs = listed([str(number) for number in sorted({one.epoch for one in of_run})])
         raise PickError(f"there is no checkpoint of epoch {epoch}; there are: {epochs}")
-    return fitting[0]
+    return fitting
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from lorasweep.core.text import shown
 from lorasweep.judging.contact_sheet import FILE_NAME as CONTACT_SHEET
-from lorasweep.judging.pick_rule import DRIFT, FEW_IMAGES, TIE_BOUND, sign, ties
+from lorasweep.judging.pick_rule import DRIFT, FEW_IMAGES, TIE_BOUND, Ranked, sign, ties
 from lorasweep.runs.pick_checkpoint import Choice, Pick
+from lorasweep.runs.picked_readme import seeds_of
 from lorasweep.tracking import Candidate
 from lorasweep.tracking.mlflow_page import page
 
@@ -30,15 +31,21 @@ def table(result: Choice, limit: int = TABLE_LIMIT) -> Table:
     chosen = "own choice" if result.chosen_by == "person" else by_rule
     title = _escaped(f"{result.winner.sweep}: {chosen} {result.winner.name}")
     found = Table(title=title, caption=_caption(result, limit), caption_justify="left")
+    several = any(len(one.checkpoints) > 1 for one in result.ranked)
     for header in ("rank", "run", "epoch", f"{score} [lo, hi]", "gap", "drift"):
         found.add_column(header, justify="left" if header == "run" else "right", overflow="fold")
-    by = result.by
+    if several:
+        found.add_column("seeds", overflow="fold")
+    by, winner = result.by, result.of_winner
     smallest = min(result.ranked, key=lambda one: sign(by) * one.scores[by], default=None)
-    for number, candidate in enumerate(result.ranked, start=1):
-        is_winner = candidate.model_id == result.winner.model_id
-        if number <= limit or is_winner:
-            cells = _cells(result, number, candidate, smallest or candidate)
-            found.add_row(*cells, style="bold green" if is_winner else None)
+    for number, one in enumerate(result.ranked, start=1):
+        if number <= limit or one is winner:
+            cells = [
+                f"≈ {number}" if ties(one, smallest or one, by) else str(number),
+                *_cells(result, one, result.winner if one is winner else one.file),
+                *([_escaped(seeds_of(one))] if several else []),
+            ]
+            found.add_row(*cells, style="bold green" if one is winner else None)
     return found
 
 
@@ -46,6 +53,9 @@ def summary(result: Pick) -> list[str]:
     """What was picked and where it is now, in lines for a person."""
     who = "your own choice" if result.chosen_by == "person" else f"picked by {result.by}"
     sheet = result.folder / CONTACT_SHEET
+    of = result.of_winner
+    if of is not None and len(of.checkpoints) > 1:
+        who += f", seed {result.winner.seed} of {seeds_of(of)}"
     return [
         f"{result.winner.name}, {who}: {result.folder / result.winner.name}.safetensors",
         *_replaced(result),
@@ -75,6 +85,11 @@ def _caption(result: Choice, limit: int) -> str:
         f"≈ can't be told from the best score, and lies within {TIE_BOUND:.0%} of it; of these, the"
         " least drift wins."
     ]
+    if any(len(one.checkpoints) > 1 for one in result.ranked):
+        lines.append(
+            "Of several seeds: the score is their mean, with its 95 % interval over the seeds; the"
+            " run is that of the best one."
+        )
     number = len(result.winner.terms.get(result.by, ()))
     if 0 < number < FEW_IMAGES:
         images = "image" if number == 1 else "images"
@@ -90,13 +105,12 @@ def _caption(result: Choice, limit: int) -> str:
     return "\n".join(_escaped(line) for line in lines)
 
 
-def _cells(result: Choice, number: int, candidate: Candidate, smallest: Candidate) -> list[str]:
-    by, scores = result.by, candidate.scores
+def _cells(result: Choice, one: Ranked[Candidate], file: Candidate) -> list[str]:
+    by, scores = result.by, one.scores
     interval = f" [{_short(scores.get(f'{by}_lo'))}, {_short(scores.get(f'{by}_hi'))}]"
     return [
-        f"≈ {number}" if ties(candidate, smallest, by) else str(number),
-        _link(candidate.run, page(result.uri, candidate)),
-        _link(str(candidate.epoch), candidate.path.as_uri()),
+        _link(file.run, page(result.uri, file)),
+        _link(str(file.epoch), file.path.as_uri()),
         _short(scores[by]) + _escaped(interval if f"{by}_hi" in scores else ""),
         _short(scores.get("val/gap")),
         _short(scores.get(DRIFT), "#.3g"),

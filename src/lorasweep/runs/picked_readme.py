@@ -8,7 +8,8 @@ import shlex
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from lorasweep.core.text import harmless, markdown
+from lorasweep.core.text import harmless, listed, markdown
+from lorasweep.judging.pick_rule import Ranked
 from lorasweep.tracking import Candidate
 
 ChosenBy = Literal["rule", "person"]
@@ -54,8 +55,17 @@ Copy `{name}.safetensors` into `models/loras/`, and put the node *Load LoRA* (`L
 {skip_comfy}"""
 
 
-def readme(winner: Candidate, config: Mapping[str, Any], by: str, chosen_by: ChosenBy) -> str:
-    """The text for a checkpoint of a run that was trained with this config."""
+def readme(
+    winner: Candidate,
+    config: Mapping[str, Any],
+    by: str,
+    chosen_by: ChosenBy,
+    ranked: Ranked[Candidate] | None = None,
+) -> str:
+    """The text for a checkpoint of a run that was trained with this config.
+
+    `ranked` is the checkpoint with those of other seeds.
+    """
     lines = value_at(config, "sampling", "prompts")
     prompts = [_bare(str(line)) for line in lines] if isinstance(lines, list) else []
     prompts = prompts or ["your prompt"]
@@ -67,7 +77,7 @@ def readme(winner: Candidate, config: Mapping[str, Any], by: str, chosen_by: Cho
         epoch=winner.epoch,
         sweep=_quotable(winner.sweep),
         chosen="a person" if chosen_by == "person" else f"rule ({by}; of equals, the lowest drift)",
-        score=f"{by} = {winner.scores[by]:.4f}.\n" if by in winner.scores else "",
+        score=_score(winner, by, ranked),
         base=markdown(base),
         base_python=json.dumps(base, ensure_ascii=False),
         base_shell=shlex.quote(base),
@@ -77,6 +87,25 @@ def readme(winner: Candidate, config: Mapping[str, Any], by: str, chosen_by: Cho
         prompt_plain=prompts[0],
         **_clip_skip_hints(clip_skip if isinstance(clip_skip, int) else 1),
     )
+
+
+def _score(winner: Candidate, by: str, ranked: Ranked[Candidate] | None) -> str:
+    if by not in winner.scores:
+        return ""
+    own = f"{by} = {winner.scores[by]:.4f}.\n"
+    if ranked is None or len(ranked.checkpoints) == 1:
+        return own
+    mean, low, high = (ranked.scores[f"{by}{part}"] for part in ("", "_lo", "_hi"))
+    return (
+        f"{own}This is seed {winner.seed} of {seeds_of(ranked)}, over which {by} is {mean:.4f} on"
+        f" average [{low:.4f}, {high:.4f}].\n"
+    )
+
+
+def seeds_of(ranked: Ranked[Candidate]) -> str:
+    """The seeds that a setting was trained with: 0, 1, 2."""
+    seeds = {one.seed for one in ranked.checkpoints if one.seed is not None}
+    return listed(sorted(seeds, key=int))
 
 
 def _clip_skip_hints(clip_skip: int) -> dict[str, str]:

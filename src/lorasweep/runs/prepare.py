@@ -11,6 +11,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from lorasweep.config.run import Run
+from lorasweep.config.settings_digest import settings_digest
 from lorasweep.core.atomic_write import FolderGoneError, write_atomically
 from lorasweep.data import dataset, kohya_folders, latents
 from lorasweep.data.captions import caption_images
@@ -99,6 +100,8 @@ def new_run(run: Run, data: Path, texts: str) -> NewRun:
     manifest = (data / "manifest.json").read_bytes()
     write_atomically(run.output_dir / "manifest.json", manifest)
     write_atomically(run.output_dir / "captions.json", texts.encode())
+    digest = hashlib.sha256(manifest + texts.encode()).hexdigest()
+    others = {key: value for key, value in run.params.items() if key not in ("seed", "name")}
     pick_by = str(run.params.get("pick.by") or "")
     return NewRun(
         name=run.name,
@@ -108,7 +111,7 @@ def new_run(run: Run, data: Path, texts: str) -> NewRun:
         config_yaml=run.config_yaml,
         overrides=run.overrides,
         image_dir=run.dataset.image_dir,
-        dataset_digest=hashlib.sha256(manifest + texts.encode()).hexdigest(),
+        dataset_digest=digest,
         tags={
             **provenance.source_tags(),
             "lorasweep.output_dir": str(run.output_dir),
@@ -118,6 +121,8 @@ def new_run(run: Run, data: Path, texts: str) -> NewRun:
         },
         pick_by=pick_by or None,
         pick_sign=sign(pick_by),
+        setting=settings_digest({**others, "images": digest}),
+        seed=run.seed,
     )
 
 

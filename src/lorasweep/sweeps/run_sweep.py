@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from lorasweep.sweeps.study.study_storage import only_driver
 from lorasweep.sweeps.sweep_file import Search
 from lorasweep.sweeps.sweep_limits import StopRules, SweepError
 from lorasweep.sweeps.sweep_loop import TrialsInBatches, TrialsOneByOne
+from lorasweep.tracking.read_candidates import deleted_trials
 
 if TYPE_CHECKING:
     from lorasweep.sweeps.study.study import Study
@@ -58,11 +59,13 @@ def sweep(config: DictConfig, config_loader: Any, launcher: Any, arguments: Sequ
             if left := study.take_over():
                 said = "trials that an ended driver left go on: %s"
                 log.warning(said, ", ".join(map(str, left)))
+            goes_on = bool(study.trials)  # runs of an earlier command may be deleted by now
             try:
                 same_setup = all(map(first.can_share_pack, others))
                 drive(study, jobs, pool or launcher, same_setup=same_setup)
             finally:
-                _show(study)
+                place = first.tracking, first.output_root
+                _show(study, deleted_trials(*place, study.name) if goes_on else set())
 
 
 def drive(study: Study, jobs: TrialJobs, trains: Any, *, same_setup: bool) -> None:
@@ -107,6 +110,12 @@ def open_study(
             settings.n_trials,
             study.n_trials,
         )
+    if "seed" in found.space.parameters and settings.sampler != "grid":
+        log.warning(
+            "seed is searched: %s takes it for a setting like any other, and will find lucky seeds;"
+            " study.sampler=grid trains every setting with every seed, and ranks by their mean",
+            settings.sampler,
+        )
     warm_start(study, run.output_root, folder)
     if settings.pareto and settings.pruner != "none":
         log.info(
@@ -115,12 +124,12 @@ def open_study(
     return study
 
 
-def _show(study: Study) -> None:
+def _show(study: Study, deleted: Collection[int]) -> None:
     from rich.console import Console
 
     from lorasweep.sweeps.study.study_summary import lines, summarise, table
 
-    summary, console = summarise(study), Console()
+    summary, console = summarise(study, deleted), Console()
     with console.capture() as shown:  # rich itself exits where stdout is closed
         console.print(table(summary))
         for line in lines(summary):

@@ -16,6 +16,7 @@ from lorasweep.core.text import shown
 from lorasweep.tracking import artifact_folder
 from lorasweep.tracking.read_candidates import Candidate, search_candidates
 from lorasweep.tracking.store import (
+    BEST,
     HASH_TAG,
     RUN_TAG,
     SWEEP_TAG,
@@ -104,8 +105,9 @@ class Log:
         return {point.step: point.value for point in sorted(history, key=lambda p: p.timestamp)}
 
     def metrics(self, run: LoggedRun) -> list[str]:
-        """The names of the run's curves."""
-        return sorted(self._client.get_run(run.run_id).data.metrics)
+        """The names of the run's curves, without what follows from others."""
+        found = self._client.get_run(run.run_id).data.metrics
+        return sorted(key for key in found if not key.startswith(BEST))
 
     def samples(self, run: LoggedRun) -> dict[tuple[str, int], str]:
         """The run's pictures, by the prompt's key and epoch: names for `picture`."""

@@ -44,6 +44,8 @@ from lorasweep.tracking.store import (
     PATH_TAG,
     REASON_TAG,
     RUN_TAG,
+    SEED_TAG,
+    SETTING_TAG,
     SUSPENDED_TAG,
     SWEEP_TAG,
     TERMS_TAG,
@@ -283,11 +285,13 @@ class _Sending:
             client.delete_logged_model(late.model_id)
 
     def _create_model(self, epoch: int, checkpoint: CheckpointRecord) -> str:
+        new = self.run.new
         tags = {
             **self._run_tags,
             CHECKPOINT_TAG: checkpoint.name,
             EPOCH_TAG: str(epoch),
             PATH_TAG: str(self._own(checkpoint.file)),
+            **({SETTING_TAG: new.setting, SEED_TAG: str(new.seed)} if new.setting else {}),
             **({HASH_TAG: checkpoint.hash} if checkpoint.hash else {}),
         }
         terms = {name: [round(x, 7) for x in of] for name, of in checkpoint.terms.items()}

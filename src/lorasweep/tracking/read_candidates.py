@@ -26,8 +26,12 @@ from lorasweep.tracking.store import (
     MAX_TAG,
     PATH_TAG,
     RUN_TAG,
+    SEED_TAG,
+    SETTING_TAG,
     SWEEP_TAG,
     TERMS_TAG,
+    TRIAL_TAG,
+    Tracking,
     TrackingError,
     client_of,
     each_model,
@@ -39,7 +43,7 @@ from lorasweep.tracking.store import (
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import LoggedModel
+    from mlflow.entities import LoggedModel, Run
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +70,9 @@ class Candidate:
     """sha256 of its data (kohya's sshs_model_hash), if that was logged."""
     chosen_by: str | None = None
     """By whom it is the sweep's choice, `rule` or `person`; None for the others."""
+    setting: str | None = None
+    """Equal for runs that differ in their seed alone; None if an older version logged it."""
+    seed: str | None = None
 
 
 class _BrokenEntryError(ValueError):
@@ -97,6 +104,30 @@ def candidates(
     deleted = {one.info.run_id for one in each_run(client, experiment_id, where, deleted=True)}
     found = search_candidates(client, experiment_id, where)
     return [one for one in found if one.run_id not in deleted]
+
+
+def deleted_trials(settings: Tracking, output_root: Path, sweep: str) -> set[int]:
+    """Numbers of the trials of a sweep whose runs somebody has deleted in MLflow.
+
+    None are known where the store can't be asked now.
+    """
+    if settings.offline:
+        return set()
+    from mlflow.exceptions import MlflowException
+
+    where = f"{tagged({SWEEP_TAG: sweep})} AND tags.`{TRIAL_TAG}` != ''"
+    try:
+        client, experiment_id = open_experiment(settings.resolve(output_root), settings.experiment)
+        gone = set(_trials(each_run(client, experiment_id, where, deleted=True)))
+        # an earlier attempt is deleted where one of the same number is there
+        return gone - set(_trials(each_run(client, experiment_id, where))) if gone else gone
+    except (TrackingError, MlflowException):
+        return set()
+
+
+def _trials(runs: Iterator[Run]) -> Iterator[int]:
+    numbers = (run.data.tags[TRIAL_TAG] for run in runs)
+    return (int(number) for number in numbers if number.isdecimal())
 
 
 def search_candidates(client: MlflowClient, experiment_id: str, where: str) -> list[Candidate]:
@@ -218,6 +249,9 @@ def _candidate(model: LoggedModel) -> Candidate:
         raise _BrokenEntryError(f"its epoch is {shown(epoch, 20)}")
     if "\0" in path or not Path(path).is_absolute() or not path.endswith(".safetensors"):
         raise _BrokenEntryError(f"its path is {shown(path, 60)}")
+    setting, seed = tags.get(SETTING_TAG), tags.get(SEED_TAG)
+    if seed is not None and not re.fullmatch(r"-?[0-9]{1,20}", seed):
+        raise _BrokenEntryError(f"its seed is {shown(seed, 20)}")
     return Candidate(
         name=name,
         run=sys.intern(tags[RUN_TAG]),
@@ -232,6 +266,8 @@ def _candidate(model: LoggedModel) -> Candidate:
         created=model.creation_timestamp,
         hash=tags.get(HASH_TAG),
         chosen_by=tags.get(CHOSEN_BY_TAG),
+        setting=sys.intern(setting) if setting else None,
+        seed=sys.intern(seed) if seed else None,
     )
 
 

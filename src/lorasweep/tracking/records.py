@@ -122,6 +122,9 @@ class NewRun(JsonRecord):
     """The score whose best the run carries."""
     pick_sign: int = 1
     """-1 where larger is better."""
+    setting: str | None = None
+    """A digest of what it is trained with, but for the seed; older versions made none."""
+    seed: int | None = None
 
     @property
     def sweep_or_name(self) -> str:

@@ -41,6 +41,8 @@ PRUNED_TAG = "lorasweep.pruned"
 FOLDER_TAG = "lorasweep.folder"  # of the run, where it was trained
 UID_TAG = "lorasweep.uid"  # made where a run is begun, so that it is found without MLflow's id
 SUSPENDED_TAG = "lorasweep.suspended"
+SETTING_TAG = "lorasweep.setting"  # of a checkpoint: a digest of its settings without the seed
+SEED_TAG = "lorasweep.seed"  # of a checkpoint
 HASH_TAG = "lorasweep.hash"  # of a checkpoint's data: kohya's sshs_model_hash
 NOTE_TAG = "mlflow.note.content"  # MLflow shows it above a run
 

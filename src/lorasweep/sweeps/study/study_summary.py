@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from optuna.importance import get_param_importances
@@ -14,6 +15,8 @@ from optuna.trial import FrozenTrial, TrialState
 from rich.markup import escape
 from rich.table import Table
 
+from lorasweep.core.text import listed
+from lorasweep.judging.pick_rule import interval_of_mean
 from lorasweep.sweeps.study.study import Study
 from lorasweep.sweeps.study.trial_attributes import (
     ATTEMPT,
@@ -24,6 +27,7 @@ from lorasweep.sweeps.study.trial_attributes import (
     was_pruned,
 )
 
+SEED = "seed"  # the parameter
 MIN_COMPLETE = 8  # trials; with fewer, what matters can't be told
 
 
@@ -43,6 +47,8 @@ class TrialRow:
     """How many times it failed and was begun again."""
     reason: str
     """Why it failed last."""
+    deleted: bool
+    """Its run was deleted in MLflow: it can't be chosen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,16 +67,20 @@ class StudySummary:
     """Epochs that the trials which ended well would have trained without pruning."""
     importance: dict[str, float]
     objectives: Sequence[str]
+    of_setting: Sequence[TrialRow]
+    """The best trial of one objective and those that differ from it in their seed alone."""
 
 
-def summarise(study: Study) -> StudySummary:
-    """Sum up what the study knows now."""
-    rows = [_row(trial) for trial in study.trials]
+def summarise(study: Study, deleted: Collection[int] = ()) -> StudySummary:
+    """Sum up what the study knows now; the runs of the trials in `deleted` are gone from MLflow."""
+    rows = [replace(_row(trial), deleted=trial.number in deleted) for trial in study.trials]
     ended = [row for row in rows if row.state in ("complete", "pruned")]
+    best, of_setting = _best(rows, study)
     return StudySummary(
         name=study.name,
         rows=rows,
-        best=_best(rows, study),
+        best=best,
+        of_setting=of_setting,
         epochs=sum(row.epochs for row in ended),
         planned=sum(max(row.planned, row.epochs) for row in ended),
         importance=_importance(study),
@@ -107,6 +117,8 @@ def lines(summary: StudySummary) -> list[str]:
         said.append(
             f"{what}: trial {row.number}, epoch {row.best['epoch']}, {scores}{breaks}: {path}"
         )
+    if len(summary.of_setting) > 1:
+        said.append(_over_seeds(summary.of_setting, summary.objectives[0]))
     saved = summary.planned - summary.epochs
     if summary.planned:
         share = saved / summary.planned
@@ -114,6 +126,8 @@ def lines(summary: StudySummary) -> list[str]:
             f"Trained {summary.epochs} epochs of {summary.planned} planned:"
             f" pruning saved {saved} ({share:.0%})."
         )
+    if deleted := [str(row.number) for row in summary.rows if row.deleted]:
+        said.append(f"Deleted in MLflow, so not to be chosen: trial {listed(deleted)}.")
     failed = [row for row in summary.rows if row.state == "failed"]
     said += [f"Trial {row.number} failed: {row.reason}" for row in failed]
     repeated = [row for row in summary.rows if row.attempts and row.state != "failed"]
@@ -140,20 +154,44 @@ def _row(trial: FrozenTrial) -> TrialRow:
         params=trial.params,
         attempts=int(attrs.get(ATTEMPT, 0)),
         reason=str(attrs.get(REASON, "")),
+        deleted=False,
     )
 
 
-def _best(rows: Sequence[TrialRow], study: Study) -> list[TrialRow]:
-    """The best trials; those that keep the constraints go before those that don't."""
-    known = [row for row in rows if row.best is not None]
+def _over_seeds(rows: Sequence[TrialRow], objective: str) -> str:
+    scores = [float(row.best["scores"][objective]) for row in rows if row.best]
+    low, high = interval_of_mean(scores)
+    return (
+        f"Its setting has {objective} {fmean(scores):.4g} [{low:.4g}, {high:.4g}] on average over"
+        f" seeds {listed(str(row.params[SEED]) for row in rows)} (trials"
+        f" {listed(str(row.number) for row in rows)})."
+    )
+
+
+def _best(rows: Sequence[TrialRow], study: Study) -> tuple[Sequence[TrialRow], Sequence[TrialRow]]:
+    """The best trials, and those of the best one's setting.
+
+    Those that keep the constraints go before those that don't. Trials that differ in their seed
+    alone are compared with others by their mean.
+    """
+    known = [row for row in rows if row.best is not None and not row.deleted]
     usable = [row for row in known if row.feasible] or known
     if not study.settings.pareto:
-        return sorted(usable, key=lambda row: _losses(row, study)[0])[:1]
-    return [
+        settings: dict[str, list[TrialRow]] = {}
+        for row in usable:
+            others = {name: value for name, value in row.params.items() if name != SEED}
+            key = repr(sorted(others.items())) if SEED in row.params else str(row.number)
+            settings.setdefault(key, []).append(row)
+        loss = {row.number: _losses(row, study)[0] for row in usable}
+        means = sorted(settings.values(), key=lambda some: fmean(loss[row.number] for row in some))
+        best = means[0] if means else []
+        return sorted(best, key=lambda row: loss[row.number])[:1], best
+    front = [
         row
         for row in usable
         if not any(_beats(_losses(other, study), _losses(row, study)) for other in usable)
     ]
+    return front, []
 
 
 def _losses(row: TrialRow, study: Study) -> list[float]:
@@ -190,7 +228,8 @@ def _cells(row: TrialRow, names: Sequence[str], objectives: Sequence[str]) -> li
     scores = [_number(best["scores"].get(name), 4) for name in objectives]
     planned = f"{row.epochs}/{row.planned}" if row.planned else ""
     params = [_number(row.params.get(name)) for name in names]
-    return [str(row.number), row.state, *scores, str(best["epoch"]), planned, *params]
+    state = "deleted" if row.deleted else row.state
+    return [str(row.number), state, *scores, str(best["epoch"]), planned, *params]
 
 
 def _number(value: object, digits: int = 3) -> str:
