@@ -19,15 +19,21 @@ def add_parser(commands: Commands) -> None:
 
 
 def _resume(arguments: argparse.Namespace) -> int:
+    from lorasweep.config.begun_command import begun_by
     from lorasweep.config.build_run import absolute_folder
-    from lorasweep.config.compose import begun_by, compose_without_images
+    from lorasweep.config.compose import compose_without_images
+    from lorasweep.core.settings import build
     from lorasweep.runs import resume
 
     places = [word for word in arguments.overrides if word.startswith("output_root=")]
     cfg = compose_without_images(places, arguments.config_dir)
-    folder = resume.find(arguments.word, absolute_folder(cfg.output_root, "output_root"))
-    argv, cwd = begun_by(folder, [word for word in arguments.overrides if word not in places])
-    os.chdir(cwd)
-    say_lines([f"lorasweep train {shlex.join(argv)}"])
-    train_by_hydra(argv)
+    said = [word for word in arguments.overrides if word not in places]
+    output_root = absolute_folder(cfg.output_root, "output_root")
+    folder = resume.find(arguments.word, output_root, also_ended=bool(said))
+    begun = begun_by(folder, said)
+    if begun.longer is not None:
+        resume.check_longer_runs(folder, build(begun.longer.lr_scheduler, "lr_scheduler"))
+    os.chdir(begun.cwd)
+    say_lines([f"lorasweep train {shlex.join(begun.argv)}"])
+    train_by_hydra(begun.argv)
     return 0

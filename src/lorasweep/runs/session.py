@@ -277,10 +277,12 @@ class Session:
                 opened.append(found)
             else:
                 reports += found
-        begun = {
-            one.run.name: one.run.output_dir for one in opened if one.folder.found == "unfinished"
-        }
-        states = saved_states.together(begun)
+        begun = [one for one in opened if one.folder.found == "unfinished"]
+        broken_off = [one for one in begun if not one.folder.had_ended]
+        states = saved_states.together({one.run.name: one.run.output_dir for one in broken_off})
+        for one in begun:
+            if one.folder.had_ended:  # each from its own end
+                states |= saved_states.together({one.run.name: one.run.output_dir})
         if fresh := [one.run.name for one in opened if one.run.name not in states]:
             log.info("training %s", ", ".join(fresh))
         reports += [self._start(one, states.get(one.run.name)) for one in opened]

@@ -89,6 +89,9 @@ class Tracker:
         if begun is not None and (begun.new.name, begun.new.sweep) == (new.name, new.sweep):
             # what was told when it began stays, but an older version didn't keep that
             run = replace(begun, **place, new=begun.new if begun.new.params else told, end=None)
+            if run.new.config_yaml != told.config_yaml:  # with more epochs, say
+                latest = {key: getattr(told, key) for key in ("params", "config_yaml", "overrides")}
+                run = replace(run, new=replace(run.new, **latest), changed=now())
             ledger = read_ledger(records.output_dir, run)
             if ledger.refused:  # it is tried again
                 write_ledger(records.output_dir, replace(ledger, refused={}))
