@@ -48,10 +48,10 @@ def settings_digest(params: Mapping[str, Any]) -> str:
     return _digest(sorted(named.items(), key=str))
 
 
-def epochs_of(digest: str, params: Mapping[str, Any]) -> int | None:
-    """With how many epochs, fewer than they have, settings have this digest; None: they differ."""
+def digests_with_fewer_epochs(params: Mapping[str, Any]) -> dict[str, int]:
+    """The digests that settings would have with fewer epochs, and how many those are."""
     fewer = range(1, int(params.get(NUM_EPOCHS) or 1))
-    return next((n for n in fewer if settings_digest({**params, NUM_EPOCHS: n}) == digest), None)
+    return {settings_digest({**params, NUM_EPOCHS: number}): number for number in fewer}
 
 
 def that_count(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from filelock import FileLock, Timeout
 
-from lorasweep.config.settings_digest import epochs_of, settings_digest
+from lorasweep.config.settings_digest import digests_with_fewer_epochs, settings_digest
 from lorasweep.core.atomic_write import delete_temporaries, write_atomically
 from lorasweep.core.foreign_files import (
     ForeignFileError,
@@ -102,7 +102,7 @@ class RunFolder:
             return None
         if replace(found, status=ours.status) == ours:
             return found.status
-        begun_with = epochs_of(found.settings, self._run.params)
+        begun_with = digests_with_fewer_epochs(self._run.params).get(found.settings)
         if begun_with and replace(found, status=ours.status, settings=ours.settings) == ours:
             if found.status == "dropped":
                 return None
@@ -136,8 +136,7 @@ class RunFolder:
         self._lock.release()
 
     def _write(self, status: Status) -> None:
-        values = {**vars(self._record), "status": status}
-        write_atomically(self.path / RECORD, json.dumps(values, indent=1).encode())
+        write_record(self.path, replace(self._record, status=status))
 
 
 @contextmanager
@@ -227,6 +226,11 @@ def read_record(folder: Path) -> RunJson | None:
     except ForeignFileError as error:
         raise SettingsError(f"{error}; delete the folder to train anew") from None
     return RunJson(**{one.name: found[one.name] for one in fields(RunJson)})
+
+
+def write_record(folder: Path, record: RunJson) -> None:
+    """Note what was begun in a folder."""
+    write_atomically(folder / RECORD, json.dumps(vars(record), indent=1).encode())
 
 
 def read_scores(folder: Path, epoch: int) -> tuple[Scores, Terms] | None:

@@ -36,6 +36,7 @@ from lorasweep.runs.run_folder import (
     read_scores,
     scored_checkpoints,
 )
+from lorasweep.runs.trained_before import take_trained
 from lorasweep.tracking import Tracker, TrackingError
 from lorasweep.tracking.records import InUseError
 from lorasweep.tracking.store import PRUNED_TAG
@@ -293,9 +294,11 @@ class Session:
         """Take a run's folder and begin its log; or what is said of a run that won't train."""
         new = new_run(run, self._folder, self._captions)
         try:
+            take_trained(run, new, self._tracker)
             folder = RunFolder(run, new.dataset_digest)
-        except ValueError as error:  # another's, or begun otherwise
-            kind = FailureKind.RETRY if isinstance(error, TakenError) else FailureKind.OWN
+        except (ValueError, InUseError) as error:  # another's, or begun otherwise
+            is_taken = isinstance(error, TakenError | InUseError)
+            kind = FailureKind.RETRY if is_taken else FailureKind.OWN
             return [Failure(run=run.name, reason=str(error), kind=kind)]
         if folder.found in ("finished", "dropped"):
             return self._ended_before(run, folder)
