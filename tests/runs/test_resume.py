@@ -533,15 +533,16 @@ def test_what_a_run_that_goes_on_cannot_change_is_named(
     assert (folder / ".hydra" / "hydra.yaml").read_text() == before
 
 
-def as_begun(tmp_path, words, status):
-    """A run's folder, as Hydra and we leave it; with no states."""
+def as_begun(tmp_path, words, status, *, multirun=False):
+    """A run's or a multirun's folder, as Hydra and we leave it; with no states."""
     folder = tmp_path / "outputs" / "mine" / "1"
     (folder / ".hydra").mkdir(parents=True)
     hydra = {
         "overrides": {"hydra": [], "task": words},
         "runtime": {"cwd": str(tmp_path), "config_sources": []},
     }
-    (folder / ".hydra" / "hydra.yaml").write_text(yaml.safe_dump({"hydra": hydra}))
+    file = folder / ("multirun.yaml" if multirun else ".hydra/hydra.yaml")
+    file.write_text(yaml.safe_dump({"hydra": hydra}))
     record = {"name": "mine", "status": status, "settings": "x", "data": "x"}
     (folder / "run.json").write_text(json.dumps(record))
     return folder
@@ -558,6 +559,24 @@ def test_what_changes_no_result_may_change_as_a_run_goes_on(command, tmp_path):
     assert [w for w in begun.argv if w.startswith("cache_dir")] == ["cache_dir=c"]
     longer = begun_by(folder, ["trainer.max_train_epochs=3"]).longer
     assert longer.trainer.max_train_epochs == 3
+
+
+def test_of_a_multirun_all_may_change_but_what_its_runs_differ_in(command, tmp_path):
+    words = [*command[1:], "adapter.rank=2,4", "optimizer.unet_lr=interval(1e-4,1e-3)"]
+    folder = as_begun(tmp_path, words, "finished", multirun=True)
+    begun = begun_by(folder, ["adapter.rank=2,4", "trainer.max_train_epochs=3"])
+    assert begun.argv[0] == "-m"
+    assert begun.argv[-2] == "trainer.max_train_epochs=3"
+    assert begun.longer is not None
+    for word in ("adapter.rank=2,4,8", "adapter.rank=2", "optimizer.unet_lr=1e-4", "seed=0,1"):
+        with pytest.raises(SettingsError, match=f"^{re.escape(word)}: .* change on the way"):
+            begun_by(folder, [word])
+    folder = as_begun(
+        tmp_path / "search", ["+sweeps=rank_lr", "experiment=demo"], "unfinished", multirun=True
+    )
+    begun_by(folder, ["study.n_trials=50", "study.pruner=none"])  # how it searches
+    with pytest.raises(SettingsError, match="alpha=3"):
+        begun_by(folder, ["adapter.alpha=3"])
 
 
 def test_a_job_that_failed_before_fails_again_whatever_launches_it(command, monkeypatch, capsys):
