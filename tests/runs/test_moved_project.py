@@ -13,7 +13,7 @@ from PIL import Image
 
 import old_runs
 from command_line import exit_code
-from lorasweep.config.compose import begun_by
+from lorasweep.config.begun_command import begun_by
 from lorasweep.export import picture_check
 from lorasweep.tracking import ui_server
 from old_runs import BROKEN, FINISHED, SEARCH
@@ -106,9 +106,9 @@ def test_a_renamed_output_root_is_gone_on_in(renamed: Path) -> None:
 
 def test_a_sweep_goes_on_where_it_lies(moved: Path, old: Path) -> None:
     folder = moved / "outputs" / SEARCH / "mine"
-    words, cwd = begun_by(folder)
-    assert cwd == moved
-    assert not [word for word in words if str(old) in word]
+    begun = begun_by(folder)
+    assert begun.cwd == moved
+    assert not [word for word in begun.argv if str(old) in word]
 
 
 def test_a_copy_is_a_project_of_its_own(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from filelock import FileLock, Timeout
 
-from lorasweep.config.settings_digest import settings_digest
+from lorasweep.config.settings_digest import digests_with_fewer_epochs, settings_digest
 from lorasweep.core.atomic_write import delete_temporaries, write_atomically
 from lorasweep.core.foreign_files import (
     ForeignFileError,
@@ -34,6 +34,7 @@ from lorasweep.training import saved_states
 if TYPE_CHECKING:
     from lorasweep.config.run import Run
     from lorasweep.judging.metrics.metric import Scores, Terms
+    from lorasweep.training.lr_schedulers import LRScheduler
 
 log = logging.getLogger(__name__)
 
@@ -67,10 +68,13 @@ class RunFolder:
     def __init__(self, run: Run, data: str) -> None:
         """Take the folder for `run` on `data`, a digest of images and captions.
 
+        A run that was begun there with fewer epochs goes on, also where it had trained them all.
         Raises SettingsError if another process trains there, or if what was begun there can't go
         on with these settings or images; ForeignFileError for a link out of the folder.
         """
-        self.path = run.output_dir
+        self.path, self._run = run.output_dir, run
+        self.had_ended = False
+        """Had it trained all epochs that it was begun with, of which there are more now?"""
         refuse_links_out(self.path)
         self._lock = lock(self.path)
         settings = settings_digest(run.params)
@@ -83,14 +87,14 @@ class RunFolder:
         for folder in (self.path, saved_states.folder_of(self.path), self.path / "samples"):
             delete_temporaries(folder)
         if self.found in ("finished", "dropped"):
-            saved_states.delete(self.path)  # a kill may have come between the record and that
+            _forget_states(self.path, self.found)  # a kill may have come between the record and it
             return
         if self.found is None:
             saved_states.delete(self.path)
             forget_run(self.path)
             for path in (self.path / OLD_SCORES).glob("*.json"):
                 path.unlink()
-            self._write("unfinished")
+        self._write("unfinished")
 
     def _found(self) -> Status | None:
         """This run's state in the folder: unfinished, finished or dropped; None for a new run."""
@@ -99,6 +103,17 @@ class RunFolder:
             return None
         if replace(found, status=ours.status) == ours:
             return found.status
+        begun_with = digests_with_fewer_epochs(self._run.params).get(found.settings)
+        if begun_with and replace(found, status=ours.status, settings=ours.settings) == ours:
+            if found.status == "dropped":
+                return None
+            check_longer(self.path, found, self._run.lr_scheduler)
+            self.had_ended = found.status == "finished"
+            log.info(
+                "%s was begun with %d epochs: it goes on to %d",
+                *(ours.name, begun_with, self._run.max_train_epochs),
+            )
+            return "unfinished"
         if found.status != "unfinished":
             return None
         if replace(found, status=ours.status, data=ours.data) == ours:
@@ -112,9 +127,9 @@ class RunFolder:
         )
 
     def end(self, status: Status) -> None:
-        """The run has come to its end here: no state of it is needed any more."""
+        """The run has come to its end here; from its last state it may be trained further."""
         self._write(status)
-        saved_states.delete(self.path)
+        _forget_states(self.path, status)
         self.release()
 
     def release(self) -> None:
@@ -122,8 +137,7 @@ class RunFolder:
         self._lock.release()
 
     def _write(self, status: Status) -> None:
-        values = {**vars(self._record), "status": status}
-        write_atomically(self.path / RECORD, json.dumps(values, indent=1).encode())
+        write_record(self.path, replace(self._record, status=status))
 
 
 @contextmanager
@@ -225,6 +239,11 @@ def read_record(folder: Path) -> RunJson | None:
     return RunJson(**{one.name: found[one.name] for one in fields(RunJson)})
 
 
+def write_record(folder: Path, record: RunJson) -> None:
+    """Note what was begun in a folder."""
+    write_atomically(folder / RECORD, json.dumps(vars(record), indent=1).encode())
+
+
 def read_scores(folder: Path, epoch: int) -> tuple[Scores, Terms] | None:
     """What the checkpoint of an epoch of the folder's run scored; None if it hasn't been."""
     record = read_epoch(folder, epoch)
@@ -276,8 +295,38 @@ def ended(run: Run) -> Status | None:
     status = status_of(run)
     if status not in ("finished", "failed"):
         return None
-    saved_states.delete(run.output_dir)
+    _forget_states(run.output_dir, status)
     return status
+
+
+def check_longer(folder: Path, record: RunJson, schedule: LRScheduler) -> None:
+    """Raise SettingsError if what was begun in a folder can't go on to more epochs.
+
+    That is so where the learning rate follows the number of steps in all, and where a run that has
+    ended left no state.
+    """
+    if record.status == "failed":
+        return  # it begins anew
+    if reason := schedule.follows_the_end:
+        raise SettingsError(
+            f"{folder}: {reason} follows the number of steps in all, so the epochs that"
+            f" {record.name} has trained are not the first ones of a longer run; train anew, with"
+            " another name or hydra.run.dir"
+        )
+    if record.status == "finished" and not saved_states.together({record.name: folder}):
+        raise SettingsError(
+            f"{folder}: {record.name} has ended and left no state to go on from"
+            " (trainer.keep_states=0, or an older lorasweep); train anew, with another name or"
+            " hydra.run.dir"
+        )
+
+
+def _forget_states(folder: Path, status: Status) -> None:
+    """Delete the states that a run which ended so needs no more."""
+    if status == "finished":
+        saved_states.keep_last(folder, 1)  # more epochs go on from there
+    else:
+        saved_states.delete(folder)
 
 
 def status_of(run: Run) -> Status | None:

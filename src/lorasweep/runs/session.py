@@ -36,6 +36,7 @@ from lorasweep.runs.run_folder import (
     read_scores,
     scored_checkpoints,
 )
+from lorasweep.runs.trained_before import take_trained
 from lorasweep.runs.training_plan import plan
 from lorasweep.tracking import Tracker, TrackingError
 from lorasweep.tracking.records import InUseError
@@ -281,10 +282,12 @@ class Session:
                 opened.append(found)
             else:
                 reports += found
-        begun = {
-            one.run.name: one.run.output_dir for one in opened if one.folder.found == "unfinished"
-        }
-        states = saved_states.together(begun)
+        begun = [one for one in opened if one.folder.found == "unfinished"]
+        broken_off = [one for one in begun if not one.folder.had_ended]
+        states = saved_states.together({one.run.name: one.run.output_dir for one in broken_off})
+        for one in begun:
+            if one.folder.had_ended:  # each from its own end
+                states |= saved_states.together({one.run.name: one.run.output_dir})
         if fresh := [one.run.name for one in opened if one.run.name not in states]:
             log.info("training %s", ", ".join(fresh))
         reports += [self._start(one, states.get(one.run.name)) for one in opened]
@@ -295,9 +298,11 @@ class Session:
         """Take a run's folder and begin its log; or what is said of a run that won't train."""
         new = new_run(run, self._folder, self._captions)
         try:
+            take_trained(run, new, self._tracker)
             folder = RunFolder(run, new.dataset_digest)
-        except ValueError as error:  # another's, or begun otherwise
-            kind = FailureKind.RETRY if isinstance(error, TakenError) else FailureKind.OWN
+        except (ValueError, InUseError) as error:  # another's, or begun otherwise
+            is_taken = isinstance(error, TakenError | InUseError)
+            kind = FailureKind.RETRY if is_taken else FailureKind.OWN
             return [Failure(run=run.name, reason=str(error), kind=kind)]
         if folder.found in ("finished", "dropped"):
             return self._ended_before(run, folder)

@@ -40,6 +40,7 @@ TRIAL_TAG = "lorasweep.trial"
 PRUNED_TAG = "lorasweep.pruned"
 FOLDER_TAG = "lorasweep.folder"  # of the run, where it was trained
 UID_TAG = "lorasweep.uid"  # made where a run is begun, so that it is found without MLflow's id
+TRAINED_AS_TAG = "lorasweep.trained_as"  # of a run that was copied: whose weights it has
 SUSPENDED_TAG = "lorasweep.suspended"
 SETTING_TAG = "lorasweep.setting"  # of a checkpoint: a digest of its settings without the seed
 SEED_TAG = "lorasweep.seed"  # of a checkpoint
