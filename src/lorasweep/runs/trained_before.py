@@ -46,7 +46,7 @@ def take_trained(run: Run, new: NewRun, tracker: Tracker) -> bool:
     libraries and code; one that is whole: no checkpoint was deleted. For the jobs of sweeps alone:
     a run that someone asks for by itself is trained.
     """
-    if run.number is None or run.output_dir.parents[2] != run.output_root:
+    if run.number is None or run.output_dir.parent.parent.parent != run.output_root:
         return False
     held = lock(run.output_dir)
     try:
@@ -69,7 +69,7 @@ def _equal_runs(run: Run, data: str) -> Iterator[tuple[Path, RunJson, int | None
 
     None: all of the run.
     """
-    home = run.output_dir.parents[1]
+    home = run.output_dir.parent.parent
     paths = [path for depth in ("*", "*/*") for path in home.glob(f"{depth}/{RECORD}")]
     paths.sort(key=lambda path: path.stat().st_mtime, reverse=True)
     found: list[tuple[Path, RunJson]] = []
@@ -139,7 +139,7 @@ def _copy(folder: Path, theirs: RunJson, run: Run, new: NewRun, tracker: Tracker
 
 def _whence(folder: Path, run: Run) -> str:
     """The sweep of a run's folder; of one that was trained alone itself."""
-    alone = folder.parent == run.output_dir.parents[1]
+    alone = folder.parent == run.output_dir.parent.parent
     return sweep_name(folder if alone else folder.parent)
 
 
