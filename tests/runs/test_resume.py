@@ -513,6 +513,7 @@ def of(output_root):
     [
         ([], ["optimizer.unet_lr=1"], "optimizer.unet_lr=1: .* was begun with optimizer.unet_lr=0"),
         ([], ["trainer.max_train_epochs=1"], "begun with trainer.max_train_epochs=2.* only grow"),
+        ([], ["trainer.max_train_epochs=many"], "max_train_epochs=many: .* only grow"),
         ([], ["adapter=locon"], "adapter._target_=LoCon: .* begun with adapter._target_=LoRA"),
         ([], ["optimizer.args.eps=1e-7"], "optimizer.args.eps=1e-07: .* was begun without it"),
         ([], ["seed=1,2"], "seed=1,2: .* was begun without it"),

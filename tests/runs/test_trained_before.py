@@ -121,7 +121,7 @@ def test_a_sweep_of_more_epochs_goes_on_where_the_shorter_one_has_ended(
 
 
 @pytest.mark.parametrize(
-    "change", ["seed", "images", "versions", "checkpoint", "schedule", "state", "by itself"]
+    "change", ["seed", "images", "versions", "checkpoint", "schedule", "state", "torn", "by itself"]
 )
 def test_what_is_not_the_same_is_trained(change, root, make_job, monkeypatch):
     old = root / "demo" / "old" / "0"
@@ -130,6 +130,7 @@ def test_what_is_not_the_same_is_trained(change, root, make_job, monkeypatch):
         "seed": ["seed=1"],
         "schedule": ["trainer.max_train_epochs=2", "lr_scheduler=cosine"],
         "state": ["trainer.max_train_epochs=2"],
+        "torn": ["trainer.max_train_epochs=2"],
     }
     if change == "images":
         record = json.loads((old / "run.json").read_text())
@@ -140,6 +141,9 @@ def test_what_is_not_the_same_is_trained(change, root, make_job, monkeypatch):
         (old / "demo-0-000001.safetensors").unlink()
     elif change == "state":
         shutil.rmtree(old / "states")
+    elif change == "torn":
+        (state,) = (old / "states").iterdir()
+        state.write_bytes(state.read_bytes()[:-1])
     run = make_job(root, "new", None if change == "by itself" else 0, *words.get(change, []))
     assert not take_trained(run, new, tracker=None)
 

@@ -144,10 +144,15 @@ def _changed(
     old, new = flat(plain_values(before)), flat(plain_values(cfg))
     changed = [key for key in {**old, **new} if old.get(key, _NONE) != new.get(key, _NONE)]
     for key in changed:
-        if not changes_nothing(key) and not (key == NUM_EPOCHS and new[key] > old[key]):
+        grows = key == NUM_EPOCHS and _grows(old.get(key), new.get(key))
+        if not changes_nothing(key) and not grows:
             said, was = (f"{key}={one[key]}" if key in one else "" for one in (new, old))
             raise _cannot_change(said or f"without {key}", was, folder)
     return cfg if NUM_EPOCHS in changed else None
+
+
+def _grows(old: object, new: object) -> bool:
+    return isinstance(old, int) and isinstance(new, int) and new > old
 
 
 def _cannot_change(what: str, before: str, folder: Path) -> SettingsError:

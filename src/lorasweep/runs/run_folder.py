@@ -110,7 +110,7 @@ class RunFolder:
             check_longer(self.path, found, self._run.lr_scheduler)
             self.had_ended = found.status == "finished"
             log.info(
-                "%s was begun with %d epochs: it goes on to %d",
+                "%s was begun with trainer.max_train_epochs=%d: it goes on to %d",
                 *(ours.name, begun_with, self._run.max_train_epochs),
             )
             return "unfinished"

@@ -41,12 +41,12 @@ _AS_THEY_ARE = (provenance.ORIGIN, provenance.DIFF, "seconds.json", "contact_she
 def take_trained(run: Run, new: NewRun, tracker: Tracker) -> bool:
     """Copy an equal run of another command into the folder of `run`; is there one?
 
-    Of a run with fewer epochs only the state and what it has are there then. Taken is the newest
-    run below output_root/NAME that has ended, of equal settings, images, captions, base model,
-    libraries and code; one that is whole: no checkpoint was deleted. For the jobs of sweeps alone:
-    a run that someone asks for by itself is trained.
+    Equal are settings, images, captions, base model, libraries and code, of a run below
+    output_root/NAME that has ended and is whole: no checkpoint was deleted. The newest is taken;
+    if there is none, the longest that has fewer epochs, with its last state, to be trained further.
+    Only for the jobs of sweeps: a run that someone asks for by itself is trained.
     """
-    if run.number is None or run.output_dir.parents[2] != run.output_root:
+    if run.number is None or run.output_dir.parent.parent.parent != run.output_root:
         return False
     held = lock(run.output_dir)
     try:
@@ -65,11 +65,11 @@ def take_trained(run: Run, new: NewRun, tracker: Tracker) -> bool:
 
 
 def _equal_runs(run: Run, data: str) -> Iterator[tuple[Path, RunJson, int | None]]:
-    """Folders of runs that can be taken, the longest first, then the newest; epochs that they have.
+    """Folders of runs that can be taken, the longest first, then the newest.
 
-    None: all of the run.
+    With each the epochs that it was begun with, if they are fewer; else None.
     """
-    home = run.output_dir.parents[1]
+    home = run.output_dir.parent.parent
     paths = [path for depth in ("*", "*/*") for path in home.glob(f"{depth}/{RECORD}")]
     paths.sort(key=lambda path: path.stat().st_mtime, reverse=True)
     found: list[tuple[Path, RunJson]] = []
@@ -92,7 +92,9 @@ def _equal_runs(run: Run, data: str) -> Iterator[tuple[Path, RunJson, int | None
     found.sort(key=lambda one: shorter.get(one[1].settings, 0), reverse=True)
     for folder, record in found:
         epochs = shorter.get(record.settings)
-        if epochs is not None and _is_whole(folder, record) and _last_state(folder):
+        if epochs is None or not _is_whole(folder, record):
+            continue
+        if saved_states.together({record.name: folder}):
             yield folder, record, epochs
 
 
@@ -111,10 +113,6 @@ def _is_whole(folder: Path, record: RunJson) -> bool:
     return (
         known == list(range(1, len(known) + 1)) and bool(files) and all(f.is_file() for f in files)
     )
-
-
-def _last_state(folder: Path) -> bool:
-    return any(saved_states.folder_of(folder).glob("*.state"))
 
 
 def _copy(folder: Path, theirs: RunJson, run: Run, new: NewRun, tracker: Tracker) -> None:
@@ -139,7 +137,7 @@ def _copy(folder: Path, theirs: RunJson, run: Run, new: NewRun, tracker: Tracker
 
 def _whence(folder: Path, run: Run) -> str:
     """The sweep of a run's folder; of one that was trained alone itself."""
-    alone = folder.parent == run.output_dir.parents[1]
+    alone = folder.parent == run.output_dir.parent.parent
     return sweep_name(folder if alone else folder.parent)
 
 
