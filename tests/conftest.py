@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -32,8 +33,12 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a shared machine: no busy waiting
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the network
 
+import omegaconf
 import pytest
 import yaml
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra.plugins.config_source import ConfigResult
+from omegaconf import _utils, grammar_parser
 
 from lorasweep.config.build_run import build_run
 from lorasweep.config.compose import compose
@@ -43,6 +48,25 @@ from lorasweep.core.atomic_write import write_atomically
 from lorasweep.tracking import store
 
 yaml.SafeLoader = yaml.CSafeLoader  # Hydra's files are parsed thousands of times
+
+
+def read_shipped_files_once() -> None:
+    """conf/ stays as it is while tests run, and is read for each of a thousand configs."""
+    read, kept = FileConfigSource.load_config, {}
+
+    def load_config(self: FileConfigSource, config_path: str) -> ConfigResult:
+        if Path(self.path) != conf_dir():
+            return read(self, config_path)
+        key = config_path, self.provider
+        if key not in kept:
+            kept[key] = pickle.dumps(read(self, config_path))
+        return pickle.loads(kept[key])
+
+    FileConfigSource.load_config = load_config
+
+
+read_shipped_files_once()
+grammar_parser.parse = _utils.parse = omegaconf.base.parse = cache(grammar_parser.parse)
 
 SMALL = [
     "experiment=demo",
@@ -110,11 +134,18 @@ def make_run(tmp_path: Path, cache_dir: Path) -> Callable[..., Run]:
     """Build a Run from overrides on the small demo."""
 
     def make(*overrides: str, number: int | None = None) -> Run:
-        cfg = compose([*SMALL, f"output_root={tmp_path}", f"cache_dir={cache_dir}", *overrides])
+        cfg = pickle.loads(_composed(overrides))
+        cfg.output_root, cfg.cache_dir = str(tmp_path), str(cache_dir)
         output_dir = tmp_path / "run" / str(number or 0)
         return build_run(cfg, output_dir=output_dir, overrides=overrides, sweep="s", number=number)
 
     return make
+
+
+@cache
+def _composed(overrides: tuple[str, ...]) -> bytes:
+    """Pickled: many tests ask for the same."""
+    return pickle.dumps(compose([*SMALL, *overrides]))
 
 
 @pytest.fixture(scope="session")
