@@ -7,7 +7,7 @@ import pytest
 from mlflow import MlflowClient
 from omegaconf import OmegaConf
 
-from command_line import exit_code, lorasweep
+from command_line import done_here, exit_code, lorasweep
 from conftest import FEW, SMALL
 from lorasweep import tracking
 from lorasweep.lora_files import checkpoint
@@ -17,10 +17,10 @@ RANKS = (2, 4)
 
 
 @pytest.fixture(scope="module")
-def sweep(tmp_path_factory, cache_dir):
+def sweep(tmp_path_factory, cache_dir, forked_workers):
     """A sweep over two ranks, and a third job whose learning rate breaks it."""
     folder = tmp_path_factory.mktemp("sweep")
-    result = lorasweep(
+    result = done_here(
         "train",
         "-m",
         *SMALL,
@@ -29,7 +29,6 @@ def sweep(tmp_path_factory, cache_dir):
         f"adapter.rank={','.join(map(str, RANKS))}",
         "optimizer.unet_lr=1e-3,1e30",
         cwd=folder,
-        check=False,
     )
     return folder, result
 
