@@ -1,11 +1,12 @@
 """What the tests share.
 
 Here: `SMALL`, `FEW` and `options`, and the fixtures
-  cache_dir    a cache of latents, captions and hashes, the same for all tests of a process
-  make_run     overrides -> a Run of the small demo below `tmp_path`
-  base         the embedded base model, loaded
-  shared_base  sessions in this process take `base`, of each kind they ask for, from memory
-  empty_store  an MLflow store without runs, copied wherever a test would make one
+  cache_dir       a cache of latents, captions and hashes, the same for all tests of a process
+  make_run        overrides -> a Run of the small demo below `tmp_path`
+  base            the embedded base model, loaded
+  shared_base     sessions in this process take `base`, of each kind they ask for, from memory
+  forked_workers  a sweep's worker processes begin as copies of this one
+  empty_store     an MLflow store without runs, copied wherever a test would make one
 
 Helper modules beside this file, named by what they hold:
   small_training    training in this process, and its losses, checkpoints, reports and weights
@@ -24,16 +25,24 @@ recorded/ holds what other programs have written.
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
+import pickle
 from collections.abc import Callable, Iterator
 from functools import cache
+from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a shared machine: no busy waiting
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the network
 
+import omegaconf
 import pytest
 import yaml
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra.plugins.config_source import ConfigResult
+from omegaconf import _utils, grammar_parser
 
 from lorasweep.config.build_run import build_run
 from lorasweep.config.compose import compose
@@ -43,6 +52,25 @@ from lorasweep.core.atomic_write import write_atomically
 from lorasweep.tracking import store
 
 yaml.SafeLoader = yaml.CSafeLoader  # Hydra's files are parsed thousands of times
+
+
+def read_shipped_files_once() -> None:
+    """conf/ stays as it is while tests run, and is read for each of a thousand configs."""
+    read, kept = FileConfigSource.load_config, {}
+
+    def load_config(self: FileConfigSource, config_path: str) -> ConfigResult:
+        if Path(self.path) != conf_dir():
+            return read(self, config_path)
+        key = config_path, self.provider
+        if key not in kept:
+            kept[key] = pickle.dumps(read(self, config_path))
+        return pickle.loads(kept[key])
+
+    FileConfigSource.load_config = load_config
+
+
+read_shipped_files_once()
+grammar_parser.parse = _utils.parse = omegaconf.base.parse = cache(grammar_parser.parse)
 
 SMALL = [
     "experiment=demo",
@@ -110,11 +138,18 @@ def make_run(tmp_path: Path, cache_dir: Path) -> Callable[..., Run]:
     """Build a Run from overrides on the small demo."""
 
     def make(*overrides: str, number: int | None = None) -> Run:
-        cfg = compose([*SMALL, f"output_root={tmp_path}", f"cache_dir={cache_dir}", *overrides])
+        cfg = pickle.loads(_composed(overrides))
+        cfg.output_root, cfg.cache_dir = str(tmp_path), str(cache_dir)
         output_dir = tmp_path / "run" / str(number or 0)
         return build_run(cfg, output_dir=output_dir, overrides=overrides, sweep="s", number=number)
 
     return make
+
+
+@cache
+def _composed(overrides: tuple[str, ...]) -> bytes:
+    """Pickled: many tests ask for the same."""
+    return pickle.dumps(compose([*SMALL, *overrides]))
 
 
 @pytest.fixture(scope="session")
@@ -140,6 +175,30 @@ def quick_stores(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if request.path.parent.name != "tracking":
             patch.setattr(store, "_create_database", copied)
+        yield
+
+
+@pytest.fixture(scope="module")
+def forked_workers() -> Iterator[None]:
+    """Worker processes are copies of this one, which has its libraries loaded: 7 s less for each.
+
+    That they begin on their own, too, is for the tests of kills to show.
+    """
+    import torch
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    from lorasweep.sweeps import worker_pool, worker_process
+
+    def work(connection: Connection) -> None:
+        torch.set_num_threads(1)  # a thread pool is not copied
+        for engine in SqlAlchemyStore._engine_map.values():
+            engine.dispose(close=False)  # the connections stay the driver's
+        worker_process.work(connection)
+
+    forked = SimpleNamespace(get_context=lambda _: multiprocessing.get_context("fork"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker_pool, "multiprocessing", forked)
+        patch.setattr(worker_pool, "work", work)
         yield
 
 

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
 from importlib.machinery import PathFinder
 from typing import Annotated, Any, ClassVar, cast, get_args, get_type_hints
 
@@ -65,9 +66,15 @@ def build_class(cls: type, values: Mapping[str, Any], key: str) -> Any:
     """Build `cls` from plain values, as `build` does once the class is known."""
     _refuse_bools(cls, values, key)
     try:
-        return TypeAdapter(cls).validate_python(dict(values))
+        return _checker(cls).validate_python(dict(values))
     except ValidationError as error:
         raise SettingsError(_explain(error, cls, key)) from None
+
+
+@cache
+def _checker(cls: type) -> TypeAdapter[Any]:
+    """A sweep builds each class for each trial."""
+    return TypeAdapter(cls)
 
 
 def name_for_files(name: object, key: str) -> str:
