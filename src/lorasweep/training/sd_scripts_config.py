@@ -153,7 +153,7 @@ def dataset_config(data: TrainingData) -> str | None:
         "[[datasets]]",
     ]
     for folder, item in folders.items():
-        subset = {
+        subset: dict[str, Value] = {
             "image_dir": str(folder),
             "num_repeats": item.repeats,
             "class_tokens": folder.name.partition("_")[2],
@@ -271,7 +271,7 @@ def _lr_scheduler(run: TrainingRun) -> Section:
 
 
 def _training(trainer: SdScriptsTrainer, run: TrainingRun, start: Start) -> Section:
-    attention = {name: True for name in _ATTENTION if name == trainer.attention}
+    attention = {str(name): True for name in _ATTENTION if name == trainer.attention}
     return {
         # max_train_epochs would outdo the steps
         "max_train_steps": start.num_steps,

@@ -6,6 +6,7 @@ The parent writes lines to stdin: pause, go. The end of stdin is the parent's en
 about (kill -9 too), and ends the group at once. A file without lorasweep, for it must start fast.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -29,10 +30,8 @@ def _obey(group: int) -> None:
 
 
 def _send(group: int, number: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(group, number)
-    except ProcessLookupError:
-        pass
 
 
 if __name__ == "__main__":
