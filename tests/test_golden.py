@@ -81,6 +81,7 @@ SHARED = [
     "metrics.validation.max_tuples=12",
     "metrics.validation.num_probe_images=2",
     "metrics.validation.num_bootstrap=50",
+    "metrics.validation.num_swaps=0",  # recorded before there were any
     "metrics.prior_drift.num_timesteps=2",
     "metrics.prior_drift.prompts=[flat emoji of cat face,3d emoji of house]",
 ]

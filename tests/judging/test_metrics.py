@@ -2,13 +2,17 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
 from adapter_packs import trained
+from lorasweep.core import rng
 from lorasweep.data import kohya_folders, latents
+from lorasweep.judging.metrics.caption_gain import swaps
 from lorasweep.judging.metrics.held_out_loss import tuples
 from lorasweep.judging.metrics.metric import Images
+from lorasweep.judging.metrics.tuple_losses import LossTuple
 from lorasweep.runs.prepare import write_folders
 
 
@@ -49,7 +53,9 @@ def test_a_metric_names_the_scores_that_it_gives_and_those_with_terms(
 ):
     named = run.metrics[name].names(run.captions, run.dataset.num_holdout)
     for scored in run.metrics[name].prepare(base, images).score(pack):
-        assert set(named) == set(scored.scores)
+        # of an arm, whether captions differ is only known once they are read
+        assert set(named) - set(scored.scores) <= {"val/caption_gain_empty"}
+        assert set(scored.scores) <= set(named)
         assert {one for one, has_terms in named.items() if has_terms} == set(scored.terms)
 
 
@@ -82,6 +88,83 @@ def test_without_held_out_images_validation_is_left_out_and_said(base, run, imag
     assert run.metrics["validation"].prepare(base, none) is None
     assert run.metrics["validation"].names(run.captions, 0) == {}
     assert "no held-out images" in caplog.text
+
+
+def test_the_gain_is_what_swapped_captions_add_to_the_loss(base, make_run, images, pack):
+    """By hand, tuple by tuple: of two images each gets the other's caption."""
+    import torch
+
+    from lorasweep.adapters.pack import computing_with
+    from lorasweep.models.diffusion_loss import squared_errors
+
+    settings = make_run("metrics.validation.max_tuples=null").metrics["validation"]
+    first = pack.select([0])
+    (scored,) = settings.prepare(base, images).score(first)
+    of = {arm: [i for i in images.holdout if i.arm == arm] for arm in ("wd", "kosmos")}
+    own, swapped = [], []
+    for items in of.values():
+        for t in tuples(settings, items, 1000, "holdout"):
+            if t.timestep < 500:
+                continue
+            draw = rng.generator(settings.seed, "validation", t.image, t.timestep, t.noise)
+            noise = torch.randn(t.item.latents.shape, generator=draw)
+            for losses, caption in ((own, t.image), (swapped, 1 - t.image)):
+                with torch.no_grad(), computing_with(first):
+                    embeds = base.encode_prompt([items[caption].caption])
+                    latents, timestep = t.item.latents[None], torch.tensor([t.timestep])
+                    losses.append(squared_errors(base, latents, noise[None], timestep, embeds))
+    gain = float(sum(swapped) / sum(own)) - 1
+    assert scored.scores["val/caption_gain"] == pytest.approx(gain, rel=1e-4)
+    assert abs(gain) > 1e-3
+    terms = scored.terms["val/caption_gain"]
+    assert sum(terms) / len(terms) == pytest.approx(gain, rel=1e-4)
+
+
+def test_the_gain_has_an_interval_arms_whose_captions_differ_and_a_value_of_the_base(
+    base, run, images, pack
+):
+    scorer = run.metrics["validation"].prepare(base, images)
+    for scores in (scorer.baseline(), scorer.score(pack)[1].scores):
+        of_gain = {key.removeprefix("val/caption_gain") for key in scores if "gain" in key}
+        assert of_gain == {"", "_lo", "_hi", "_wd", "_kosmos"}
+        gain = scores["val/caption_gain"]
+        assert scores["val/caption_gain_lo"] <= gain <= scores["val/caption_gain_hi"]
+
+
+def test_where_captions_tell_nothing_there_is_no_gain_and_it_is_said_once(
+    base, run, images, pack, caplog
+):
+    alike = [replace(item, caption="sks") for item in images.holdout]
+    scorer = run.metrics["validation"].prepare(base, Images(train=images.train, holdout=alike))
+    for scored in scorer.score(pack):
+        assert not any("gain" in key for key in [*scored.scores, *scored.terms])
+    assert "gain" not in str(scorer.baseline())
+    assert caplog.text.count("val/caption_gain") == 1
+    assert not any("gain" in name for name in run.metrics["validation"].names(["wd"], 1))
+
+
+def test_without_swaps_the_held_out_loss_is_the_same_to_the_last_bit(base, run, images, pack):
+    settings = run.metrics["validation"]
+    (with_gain, _) = settings.prepare(base, images).score(pack)
+    (without, _) = replace(settings, num_swaps=0).prepare(base, images).score(pack)
+    losses = {name: value for name, value in with_gain.scores.items() if "gain" not in name}
+    assert without.scores == losses
+    assert without.terms == {"val/loss_rel": with_gain.terms["val/loss_rel"]}
+
+
+def test_each_image_gets_others_captions_and_none_that_equals_its_own(images):
+    captions = ["a cat", "a dog", "a dog", "a fox", "a hen"]
+    like = images.holdout[0]
+    chosen = [LossTuple(replace(like, caption=c), n, 900, 0) for n, c in enumerate(captions)]
+    found = swaps(chosen, 2, seed=0)
+    assert list(found.own) == chosen
+    assert Counter(found.of) == dict.fromkeys(range(5), 2)
+    for t in found.swapped:
+        assert t.item.caption != captions[t.image]
+    different = [t for t in chosen if t.image != 2]  # all captions differ: each is used as often
+    used = Counter(t.item.caption for t in swaps(different, 3, seed=1).swapped)
+    assert used == dict.fromkeys(("a cat", "a dog", "a fox", "a hen"), 3)
+    assert swaps([replace(t, item=like) for t in chosen], 2, seed=0).own == []
 
 
 def test_all_tuples_cross_images_arms_timesteps_and_noises(make_run, images):

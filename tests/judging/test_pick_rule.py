@@ -121,3 +121,24 @@ def test_20000_candidates_are_ranked_in_seconds() -> None:
     begun = time.process_time()
     rank(found, BY)
     assert time.process_time() - begun < 8
+
+
+def test_of_a_gain_the_largest_is_best_and_ties_reach_up_to_it() -> None:
+    by = "val/caption_gain"
+
+    def gains(epoch: int, *terms: float, drift: float) -> Candidate:
+        mean = sum(terms) / len(terms)
+        return Candidate(epoch, {by: mean, "val/prior_drift": drift}, {by: terms})
+
+    small, large = gains(1, 0.1, 0.2, drift=0.0), gains(2, 0.5, 0.7, drift=0.2)
+    tied = gains(3, 0.6, 0.5, drift=0.1)
+    assert epochs(rank([small, large, tied], by)) == [3, 2, 1]
+    assert ties(tied, large, by)
+    assert not ties(small, large, by)
+    # without terms: within the best one's own interval
+    alone = [
+        Candidate(1, {by: 0.45}, {}),
+        Candidate(2, {by: 0.5, f"{by}_lo": 0.44}, {}),
+        Candidate(3, {by: 0.4}, {}),
+    ]
+    assert epochs(rank(alone, by)) == [1, 2, 3]

@@ -42,7 +42,7 @@ def test_a_comma_that_splits_an_option_is_said(make_run, caplog):
     assert "the comma after --n bad begins a new prompt, 'ugly'" in caplog.text
     caplog.clear()
     make_run("sampling.prompts=['a fox, black ink --n bad, ugly', b --n c --d 7, d]")
-    assert not caplog.text
+    assert "begins a new prompt" not in caplog.text
 
 
 def test_a_prompt_may_hold_dashes_that_are_no_option(make_run):

@@ -20,8 +20,10 @@ _PLACES = (
 _LATER: Mapping[str, object] = {
     "trainer.max_train_steps": None,
     "lr_scheduler.min_lr_ratio": None,
+    "metrics.validation.num_swaps": 3,  # these add a score, and change none
+    "metrics.validation.swap_from": 0.5,
 }
-"""Settings that older versions lack -> the value with which a run is as theirs were."""
+"""Settings that older versions lack -> the value with which a run goes on as theirs were."""
 _STATES = ("trainer.keep_states", "trainer.save_every_n_steps")
 
 

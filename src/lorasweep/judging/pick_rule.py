@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 DRIFT = "val/prior_drift"
+LARGER_IS_BETTER = "val/caption_gain"
 BOOTSTRAP = 1000
 
 
@@ -40,20 +41,25 @@ def with_finite_score(candidates: Iterable[T], by: str) -> list[T]:
     return [one for one in candidates if math.isfinite(one.scores.get(by, math.nan))]
 
 
+def sign(by: str) -> int:
+    """-1 for a score, or its part by arm, of which larger is better; else 1."""
+    return -1 if by.startswith(LARGER_IS_BETTER) else 1
+
+
 def rank(candidates: Iterable[T], by: str) -> list[T]:
-    """Candidates with the best first, by a score of which smaller is better.
+    """Candidates with the best first, by a score; smaller is better unless its `sign` is -1.
 
     The scores are measured on few images, so the smallest is partly luck. As in the
     one-standard-error rule (Breiman et al., 1984), all that can't be told from the smallest one
     (`ties`) count as equal to it, and among them the most modest comes first: the lowest
     `val/prior_drift`, then the earlier epoch. The rest follow by their score.
     """
-    by_score = sorted(candidates, key=lambda one: (one.scores[by], one.epoch))
+    by_score = sorted(candidates, key=lambda one: (sign(by) * one.scores[by], one.epoch))
 
     def order(one: T) -> tuple[bool, float, int]:
         if ties(one, by_score[0], by):
             return False, one.scores.get(DRIFT, math.inf), one.epoch
-        return True, one.scores[by], one.epoch
+        return True, sign(by) * one.scores[by], one.epoch
 
     return sorted(by_score, key=order)
 
@@ -67,9 +73,10 @@ def ties(candidate: HasScores, smallest: HasScores, by: str) -> bool:
     """
     ours, best = candidate.terms.get(by), smallest.terms.get(by)
     if ours and best and len(ours) == len(best):
-        return _reaches_zero([a - b for a, b in zip(ours, best, strict=True)])
-    limit = smallest.scores.get(f"{by}_hi", smallest.scores[by])
-    return candidate.scores[by] <= max(limit, smallest.scores[by])
+        return _reaches_zero([sign(by) * (a - b) for a, b in zip(ours, best, strict=True)])
+    worst = f"{by}_hi" if sign(by) == 1 else f"{by}_lo"
+    limit = sign(by) * smallest.scores.get(worst, smallest.scores[by])
+    return sign(by) * candidate.scores[by] <= max(limit, sign(by) * smallest.scores[by])
 
 
 def _reaches_zero(gaps: Sequence[float]) -> bool:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from lorasweep.core.text import shown
 from lorasweep.judging.contact_sheet import FILE_NAME as CONTACT_SHEET
-from lorasweep.judging.pick_rule import DRIFT, ties
+from lorasweep.judging.pick_rule import DRIFT, sign, ties
 from lorasweep.runs.pick_checkpoint import Pick
 from lorasweep.tracking import Candidate
 from lorasweep.tracking.mlflow_page import page
@@ -30,7 +30,8 @@ def table(result: Pick, limit: int = TABLE_LIMIT) -> Table:
     found = Table(title=title, caption=_caption(result, limit), caption_justify="left")
     for header in ("rank", "run", "epoch", f"{score} [lo, hi]", "gap", "drift"):
         found.add_column(header, justify="left" if header == "run" else "right", overflow="fold")
-    smallest = min(result.ranked, key=lambda one: one.scores[result.by], default=None)
+    by = result.by
+    smallest = min(result.ranked, key=lambda one: sign(by) * one.scores[by], default=None)
     for number, candidate in enumerate(result.ranked, start=1):
         is_winner = candidate.model_id == result.winner.model_id
         if number <= limit or is_winner:

@@ -1,4 +1,4 @@
-"""Held-out loss beside the base model's own on the same noise.
+"""Held-out loss beside the base model's own on the same noise, and what captions are worth in it.
 
 The loss on fixed (image, timestep, noise) tuples shows convergence where the training loss doesn't
 (DVAR, arXiv 2302.04841); timesteps are stratified, for a few hard-coded ones are not enough.
@@ -9,29 +9,38 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
-from lorasweep.adapters.pack import Pack, computing_with
+from lorasweep.adapters.pack import Pack
 from lorasweep.core import rng
 from lorasweep.core.settings import Count, Settings
 from lorasweep.data.latents import Item
-from lorasweep.judging.metrics.metric import Images, Scored, Scorer, Scores
-from lorasweep.judging.sampling import equal_batches
+from lorasweep.judging.metrics.caption_gain import Swaps, swaps
+from lorasweep.judging.metrics.metric import Images, Scored, Scorer, Scores, Terms
+from lorasweep.judging.metrics.tuple_losses import LossTuple, tuple_losses
 from lorasweep.models.base_model import BaseModel
-from lorasweep.models.diffusion_loss import squared_errors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 log = logging.getLogger(__name__)
 
+LOSS, GAIN = "val/loss_rel", "val/caption_gain"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Validation(Settings):
-    """val/loss, val/loss_rel with its interval and by arm, and val/gap."""
+    """val/loss, val/loss_rel with its interval and by arm, val/gap, and val/caption_gain likewise.
+
+    The gain is by how much other images' captions raise the loss, relative to it: 0 = the caption
+    makes no difference. It is measured where there is more noise than in `swap_from` of the
+    schedule, for there the caption decides what becomes of the image (Choi et al., arXiv
+    2204.00227), and what a model knows by heart weighs less.
+    """
 
     num_timesteps: Annotated[int, Field(gt=0, le=1000)]
     num_noises: Count
@@ -40,13 +49,19 @@ class Validation(Settings):
     num_bootstrap: Count
     seed: int
     batch_size: PositiveInt
+    num_swaps: NonNegativeInt = 0  # runs of older versions have none
+    swap_from: Annotated[float, Field(ge=0, lt=1)] = 0.5
 
     def names(self, arms: Collection[str], num_holdout: int) -> Mapping[str, bool]:
         """Those of all held-out images, and of each arm."""
         if num_holdout == 0:
             return {}
         parts = ["loss", "loss_rel_lo", "loss_rel_hi", "gap", *(f"loss_rel_{arm}" for arm in arms)]
-        return {"val/loss_rel": True, **{f"val/{part}": False for part in parts}}
+        found = {LOSS: True, **{f"val/{part}": False for part in parts}}
+        if self.num_swaps == 0 or num_holdout == 1:
+            return found
+        of_gain = ["_lo", "_hi", *(f"_{arm}" for arm in arms)]
+        return {**found, GAIN: True, **{f"{GAIN}{part}": False for part in of_gain}}
 
     def prepare(self, base: BaseModel, images: Images) -> Scorer | None:
         """Choose the tuples and compute the base's loss on them."""
@@ -56,20 +71,16 @@ class Validation(Settings):
         return _Validator(self, base, images)
 
 
-@dataclass(frozen=True)
-class LossTuple:
-    """One noised image whose noise is to be predicted."""
-
-    item: Item
-    image: int
-    timestep: int
-    noise: int
-
-
 def tuples(
-    settings: Validation, items: Sequence[Item], num_train_timesteps: int, split: str
+    settings: Validation,
+    items: Sequence[Item],
+    num_train_timesteps: int,
+    split: str,
+    start: float = 0,
 ) -> list[LossTuple]:
     """All (image, arm, timestep, noise) tuples, or an even choice of `max_tuples` of them.
+
+    Those of timesteps before `start`, a share of the schedule, are left out.
 
     Every arm gets the same images, timesteps and noises, so that arms compare. Of the crossing, a
     choice takes each image, timestep and noise as evenly as it can.
@@ -79,6 +90,7 @@ def tuples(
     num_images = min(len(of_arm) for of_arm in by_arm)
     width = num_train_timesteps / settings.num_timesteps
     timesteps = [int((part + 0.5) * width) for part in range(settings.num_timesteps)]
+    timesteps = [one for one in timesteps if one >= start * num_train_timesteps] or timesteps[-1:]
     cells = list(product(range(settings.num_noises), range(num_images), timesteps))
     if settings.max_tuples is not None and len(cells) * len(arms) > settings.max_tuples:
         keep = max(1, settings.max_tuples // len(arms))
@@ -104,111 +116,141 @@ def _even_choice(
     return cells
 
 
+@dataclass(frozen=True)
+class _Losses:
+    """Of one checkpoint or the bare base."""
+
+    holdout: Tensor
+    probe: Tensor
+    own: Tensor
+    """Of the tuples whose captions are swapped."""
+    excess: Tensor
+    """By how much other images' captions raise them."""
+
+
 class _Validator:
     def __init__(self, settings: Validation, base: BaseModel, images: Images) -> None:
         self.settings, self.base = settings, base
         length = base.noise_schedule.num_train_timesteps
         self.holdout = tuples(settings, images.holdout, length, "holdout")
         self.probe = tuples(settings, _probe(settings, images.train), length, "train")
-        self.base_holdout = self._losses(None, self.holdout)[0]
-        self.base_probe = self._losses(None, self.probe)[0]
+        self.swaps = _swaps(settings, images.holdout, length)
+        self.of_base = self._losses(None)[0]
 
     def baseline(self) -> Scores:
-        return self._scores(self.base_holdout, self.base_probe)
+        return {**self._scores(self.of_base), **self._gains(self.of_base)[0]}
 
     def score(self, pack: Pack) -> list[Scored]:
-        holdout = self._losses(pack, self.holdout)
-        probe = self._losses(pack, self.probe)
-        return [
-            Scored(self._scores(h, p), {"val/loss_rel": self._terms(h)})
-            for h, p in zip(holdout, probe, strict=True)
-        ]
+        found = []
+        for losses in self._losses(pack):
+            gains, terms = self._gains(losses)
+            found.append(
+                Scored({**self._scores(losses), **gains}, {LOSS: self._terms(losses), **terms})
+            )
+        return found
 
-    def _scores(self, holdout: Tensor, probe: Tensor) -> Scores:
-        relative = float(holdout.sum() / self.base_holdout.sum())
-        low, high = self._interval(holdout)
-        scores = {
-            "val/loss": float(holdout.mean()),
-            "val/loss_rel": relative,
-            "val/loss_rel_lo": low,
-            "val/loss_rel_hi": high,
-            "val/gap": relative - float(probe.sum() / self.base_probe.sum()),
-        }
-        for arm in sorted({t.item.arm for t in self.holdout}):
-            of_arm = [i for i, t in enumerate(self.holdout) if t.item.arm == arm]
-            ratio = float(holdout[of_arm].sum() / self.base_holdout[of_arm].sum())
-            scores[f"val/loss_rel_{arm}"] = ratio
-        return scores
-
-    def _interval(self, losses: Tensor) -> tuple[float, float]:
-        """95 % bootstrap interval of the ratio; whole images are drawn, as their tuples depend
-        on each other, and both models' losses on one draw are paired."""
+    def _losses(self, pack: Pack | None) -> list[_Losses]:
         import torch
 
-        ours, bases = self._by_image(losses), self._by_image(self.base_holdout)
+        settings = self.settings
+        of = partial(tuple_losses, self.base, pack, batch_size=settings.batch_size)
+        holdout, probe = (of(some, seed=settings.seed) for some in (self.holdout, self.probe))
+        known = {t.cell: n for n, t in enumerate(self.holdout)}
+        more = [t for t in self.swaps.own if t.cell not in known]
+        known |= {t.cell: len(self.holdout) + n for n, t in enumerate(more)}
+        every = torch.cat([holdout, of(more, seed=settings.seed)], dim=1)
+        own = every[:, [known[t.cell] for t in self.swaps.own]]
+        excess = of(self.swaps.swapped, seed=settings.seed)
+        excess = self.swaps.mean(excess) - own
+        return [_Losses(*each) for each in zip(holdout, probe, own, excess, strict=True)]
+
+    def _scores(self, losses: _Losses) -> Scores:
+        holdout, base_holdout = losses.holdout, self.of_base.holdout
+        relative = float(holdout.sum() / base_holdout.sum())
+        low, high = self._interval(
+            _by_image(holdout, self.holdout), _by_image(base_holdout, self.holdout)
+        )
+        scores = {
+            "val/loss": float(holdout.mean()),
+            LOSS: relative,
+            f"{LOSS}_lo": low,
+            f"{LOSS}_hi": high,
+            "val/gap": relative - float(losses.probe.sum() / self.of_base.probe.sum()),
+        }
+        for arm, of_arm in _by_arm(self.holdout).items():
+            ratio = float(holdout[of_arm].sum() / base_holdout[of_arm].sum())
+            scores[f"{LOSS}_{arm}"] = ratio
+        return scores
+
+    def _gains(self, losses: _Losses) -> tuple[Scores, Terms]:
+        """The caption gain, by arm too, and its terms; none where captions tell nothing."""
+        if not self.swaps.own:
+            return {}, {}
+        own, excess = losses.own, losses.excess
+        gain = float(excess.sum() / own.sum())
+        own_by_image, by_image = (_by_image(x, self.swaps.own) for x in (own, excess))
+        low, high = self._interval(by_image, own_by_image)
+        scores = {GAIN: gain, f"{GAIN}_lo": low, f"{GAIN}_hi": high}
+        for arm, of_arm in _by_arm(self.swaps.own).items():
+            scores[f"{GAIN}_{arm}"] = float(excess[of_arm].sum() / own[of_arm].sum())
+        # linear in what varies, so that the mean of a draw is nearly the draw's own ratio
+        terms = gain + (by_image - gain * own_by_image) / own_by_image.mean()
+        return scores, {GAIN: terms.tolist()}
+
+    def _interval(self, above: Tensor, below: Tensor) -> tuple[float, float]:
+        """95 % bootstrap interval of the ratio of two sums over images.
+
+        Whole images are drawn, as their tuples depend on each other, and both on one draw are
+        paired.
+        """
+        import torch
+
         draw = rng.generator(self.settings.seed, "bootstrap")
-        shape = (self.settings.num_bootstrap, len(ours))
-        chosen = torch.randint(len(ours), shape, generator=draw)
-        ratios = ours[chosen].sum(1) / bases[chosen].sum(1)
+        shape = (self.settings.num_bootstrap, len(above))
+        chosen = torch.randint(len(above), shape, generator=draw)
+        ratios = above[chosen].sum(1) / below[chosen].sum(1)
         if not bool(ratios.isfinite().all()):
             return float("nan"), float("nan")
         low, high = ratios.quantile(torch.tensor([0.025, 0.975])).tolist()
         return low, high
 
-    def _terms(self, losses: Tensor) -> list[float]:
+    def _terms(self, losses: _Losses) -> list[float]:
         """Each image's part in val/loss_rel, which is their mean."""
-        ours, bases = self._by_image(losses), self._by_image(self.base_holdout)
+        ours, bases = (_by_image(one.holdout, self.holdout) for one in (losses, self.of_base))
         terms: list[float] = (ours * len(ours) / bases.sum()).tolist()
         return terms
 
-    def _by_image(self, losses: Tensor) -> Tensor:
-        """Losses summed over each image's tuples."""
-        import torch
 
-        image = torch.tensor([t.image for t in self.holdout])
-        return torch.zeros(int(image.max()) + 1).index_add(0, image, losses)
+def _by_image(losses: Tensor, chosen: Sequence[LossTuple]) -> Tensor:
+    """Losses summed over the tuples of each image that there is, in the images' order."""
+    import torch
 
-    def _losses(self, pack: Pack | None, chosen: Sequence[LossTuple]) -> Tensor:
-        """Losses (K, N) of each checkpoint, or of the bare base, on the tuples."""
-        import torch
+    numbers = {image: n for n, image in enumerate(sorted({t.image for t in chosen}))}
+    of = torch.tensor([numbers[t.image] for t in chosen])
+    return torch.zeros(len(numbers)).index_add(0, of, losses)
 
-        num_runs = 1 if pack is None else len(pack)
-        rows = max(1, self.settings.batch_size // num_runs)
-        losses = torch.zeros(num_runs, len(chosen))
-        with torch.no_grad(), computing_with(pack), self.base.autocast():
-            embeds = self._embeds(num_runs, sorted({t.item.caption for t in chosen}))
-            for numbers in equal_batches([t.item.bucket for t in chosen], rows):
-                losses[:, numbers] = self._batch(num_runs, [chosen[i] for i in numbers], embeds)
-        return losses
 
-    def _embeds(self, num_runs: int, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Each caption's embeddings by all runs: (K, L, D)."""
-        size, embeds = max(1, self.settings.batch_size // num_runs), {}
-        for start in range(0, len(captions), size):
-            part = captions[start : start + size]
-            by_run = self.base.encode_prompt(list(part) * num_runs).unflatten(0, (num_runs, -1))
-            embeds.update({caption: by_run[:, number] for number, caption in enumerate(part)})
-        return embeds
+def _by_arm(chosen: Sequence[LossTuple]) -> dict[str, list[int]]:
+    """Which of the tuples are of each arm."""
+    found: dict[str, list[int]] = {arm: [] for arm in sorted({t.item.arm for t in chosen})}
+    for number, t in enumerate(chosen):
+        found[t.item.arm].append(number)
+    return found
 
-    def _batch(
-        self, num_runs: int, batch: Sequence[LossTuple], embeds: dict[str, Tensor]
-    ) -> Tensor:
-        import torch
 
-        latents = torch.stack([t.item.latents for t in batch]).repeat(num_runs, 1, 1, 1)
-        noise = torch.stack([self._noise(t) for t in batch]).to(latents.device)
-        noise = noise.repeat(num_runs, 1, 1, 1)
-        timesteps = torch.tensor([t.timestep for t in batch], device=latents.device)
-        timesteps = timesteps.repeat(num_runs)
-        context = torch.stack([embeds[t.item.caption] for t in batch], dim=1).flatten(0, 1)
-        losses = squared_errors(self.base, latents, noise, timesteps, context)
-        return losses.view(num_runs, -1).cpu()
-
-    def _noise(self, t: LossTuple) -> Tensor:
-        import torch
-
-        draw = rng.generator(self.settings.seed, "validation", t.image, t.timestep, t.noise)
-        return torch.randn(t.item.latents.shape, generator=draw)
+def _swaps(settings: Validation, holdout: Sequence[Item], length: int) -> Swaps:
+    """The tuples of the caption gain; none, and a warning, where captions tell nothing."""
+    if settings.num_swaps == 0:
+        return Swaps([], [], [])
+    noisy = tuples(settings, holdout, length, "holdout", settings.swap_from)
+    found = swaps(noisy, settings.num_swaps, settings.seed)
+    if not found.own:
+        log.warning(
+            "the captions of the held-out images don't tell them apart: %s, which says whether a"
+            " checkpoint listens to its prompt, is left out",
+            GAIN,
+        )
+    return found
 
 
 def _probe(settings: Validation, items: Sequence[Item]) -> list[Item]:

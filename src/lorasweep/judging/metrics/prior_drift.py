@@ -35,10 +35,10 @@ class PriorDrift(Settings):
 
     def prepare(self, base: BaseModel, images: Images) -> Scorer | None:
         """Let the base denoise each prompt and keep what it met and predicted on the way."""
-        return _Drift(self, base, images.train[0].latents.shape)
+        return Drift(self, base, images.train[0].latents.shape)
 
 
-class _Drift:
+class Drift:
     def __init__(self, settings: PriorDrift, base: BaseModel, shape: Sequence[int]) -> None:
         """DDIM from noise: latents of the base's own making fit every timestep and prompt."""
         import torch
@@ -58,6 +58,7 @@ class _Drift:
                 met.append(latents)
                 predicted.append(prediction)
                 latents = scheduler.step(prediction, timestep, latents).prev_sample
+        self.drawn = latents
         self.latents, self.predictions = torch.cat(met), torch.cat(predicted)  # (T * P, C, h, w)
         self.timesteps = scheduler.timesteps.repeat_interleave(len(prompts))
         self.prompts = list(range(len(prompts))) * len(met)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from lorasweep.core.settings import Settings, SettingsError
+from lorasweep.judging.pick_rule import sign
 
 SamplerName = Literal["tpe", "gp", "cmaes", "random", "grid", "qmc", "nsgaii", "nsgaiii"]
 PrunerName = Literal["median", "percentile", "hyperband", "asha", "wilcoxon", "patient", "none"]
@@ -86,4 +87,4 @@ class StudySettings(Settings):
     @property
     def signs(self) -> tuple[int, ...]:
         """For each objective 1, or -1 where larger is better."""
-        return tuple(-1 if name in self.maximize else 1 for name in self.objectives)
+        return tuple(-1 if name in self.maximize else sign(name) for name in self.objectives)

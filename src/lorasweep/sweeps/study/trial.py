@@ -11,6 +11,7 @@ from typing import Any
 
 import optuna
 
+from lorasweep.judging.pick_rule import sign
 from lorasweep.sweeps.study.pruners import FirstObjective
 from lorasweep.sweeps.study.search_space import Space
 from lorasweep.sweeps.study.study_settings import StudySettings
@@ -140,7 +141,7 @@ class Trial:
         terms: Mapping[str, Sequence[float]],
     ) -> BestCheckpoint | None:
         names = [*self._settings.objectives, *self._settings.constraints]
-        if not all(math.isfinite(scores[name]) for name in names):
+        if not all(math.isfinite(scores.get(name, math.nan)) for name in names):
             return None
         kept = {name: value for name, value in scores.items() if math.isfinite(value)}
         of_first = list(terms.get(self._settings.objectives[0], ()))
@@ -174,4 +175,4 @@ class Trial:
 
 def excess(scores: Mapping[str, float], bounds: Mapping[str, float]) -> dict[str, float]:
     """By how much scores break each constraint; at most 0 is good."""
-    return {name: scores[name] - bound for name, bound in bounds.items()}
+    return {name: sign(name) * (scores[name] - bound) for name, bound in bounds.items()}

@@ -1,0 +1,90 @@
+"""Losses on fixed (image, caption, timestep, noise) tuples, of a pack's checkpoints at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lorasweep.adapters.pack import Pack, computing_with
+from lorasweep.core import rng
+from lorasweep.data.latents import Item
+from lorasweep.judging.sampling import equal_batches
+from lorasweep.models.base_model import BaseModel
+from lorasweep.models.diffusion_loss import squared_errors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LossTuple:
+    """One noised image whose noise is to be predicted."""
+
+    item: Item
+    image: int
+    timestep: int
+    noise: int
+
+    @property
+    def cell(self) -> tuple[str, int, int, int]:
+        """What tells it apart from others of one set of images."""
+        return self.item.arm, self.image, self.timestep, self.noise
+
+
+def tuple_losses(
+    base: BaseModel, pack: Pack | None, chosen: Sequence[LossTuple], *, seed: int, batch_size: int
+) -> Tensor:
+    """Losses (K, N) of each checkpoint, or of the bare base, on the tuples.
+
+    The noise depends on seed, image, timestep and the tuple's number of a noise: not on captions.
+    """
+    import torch
+
+    num_runs = 1 if pack is None else len(pack)
+    rows = max(1, batch_size // num_runs)
+    losses = torch.zeros(num_runs, len(chosen))
+    with torch.no_grad(), computing_with(pack), base.autocast():
+        embeds = _embeds(base, num_runs, sorted({t.item.caption for t in chosen}), rows)
+        for numbers in equal_batches([t.item.bucket for t in chosen], rows):
+            batch = [chosen[i] for i in numbers]
+            losses[:, numbers] = _batch(base, num_runs, batch, embeds, seed)
+    return losses
+
+
+def _embeds(
+    base: BaseModel, num_runs: int, captions: Sequence[str], size: int
+) -> dict[str, Tensor]:
+    """Each caption's embeddings by all runs: (K, L, D)."""
+    embeds = {}
+    for start in range(0, len(captions), size):
+        part = captions[start : start + size]
+        by_run = base.encode_prompt(list(part) * num_runs).unflatten(0, (num_runs, -1))
+        embeds.update({caption: by_run[:, number] for number, caption in enumerate(part)})
+    return embeds
+
+
+def _batch(
+    base: BaseModel,
+    num_runs: int,
+    batch: Sequence[LossTuple],
+    embeds: dict[str, Tensor],
+    seed: int,
+) -> Tensor:
+    import torch
+
+    latents = torch.stack([t.item.latents for t in batch]).repeat(num_runs, 1, 1, 1)
+    noise = torch.stack([_noise(t, seed) for t in batch]).to(latents.device)
+    noise = noise.repeat(num_runs, 1, 1, 1)
+    timesteps = torch.tensor([t.timestep for t in batch], device=latents.device)
+    timesteps = timesteps.repeat(num_runs)
+    context = torch.stack([embeds[t.item.caption] for t in batch], dim=1).flatten(0, 1)
+    losses = squared_errors(base, latents, noise, timesteps, context)
+    return losses.view(num_runs, -1).cpu()
+
+
+def _noise(t: LossTuple, seed: int) -> Tensor:
+    import torch
+
+    draw = rng.generator(seed, "validation", t.image, t.timestep, t.noise)
+    return torch.randn(t.item.latents.shape, generator=draw)
