@@ -194,7 +194,7 @@ class SdScriptsTraining:
         if start.resume is None:
             shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(start.logging_dir, ignore_errors=True)
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         if (datasets := sd_scripts_config.dataset_config(self.data)) is not None:
             write_atomically(folder / sd_scripts_config.DATASET, datasets.encode())
         if self.settings.sample_every_n_epochs:
