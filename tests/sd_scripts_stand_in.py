@@ -18,7 +18,7 @@ if [ "$1" = -c ]; then
     exit 0
 fi
 shift 4
-"{python}" -I -S "$@"
+"{python}" -S "$@"
 code=$?
 if [ $code != 0 ]; then
     echo 'Traceback (most recent call last):

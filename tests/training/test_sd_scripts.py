@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import tomllib
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,11 +23,19 @@ import sd_scripts_stand_in as stand_in
 from conftest import options
 from lorasweep.adapters.pack import Pack
 from lorasweep.core.settings import SettingsError, build
+from lorasweep.data.latents import Item
 from lorasweep.lora_files import checkpoint as lora_file
+from lorasweep.models.noise_schedule import NoiseSchedule
 from lorasweep.training import saved_states
-from lorasweep.training.sd_scripts_config import Start, check_base, kohya_settings, text_of
+from lorasweep.training.sd_scripts_config import (
+    Start,
+    check_base,
+    dataset_config,
+    kohya_settings,
+    text_of,
+)
 from lorasweep.training.sd_scripts_trainer import SdScriptsTraining
-from lorasweep.training.training_run import Stopped
+from lorasweep.training.training_run import Stopped, TrainingData
 from small_training import load
 
 REAL = os.environ.get("LORASWEEP_SD_SCRIPTS")
@@ -213,7 +222,7 @@ def test_it_waits_while_an_epoch_is_scored(stood_in, make_run, base):
 @pytest.mark.parametrize(
     ("amiss", "said"),
     [
-        (("crash", 2), "in epoch 2 with exit code 1: Traceback (most recent call last): | Runtime"),
+        (("crash", 2), "sd-scripts ended in epoch 2 with exit code 1: "),
         (("crash", 2), "RuntimeError: the stars are wrong (all of it in "),
         (("oom", 2), "out of memory in epoch 2; try trainer.batch_size below 3"),
         (("torn", 2), "checkpoint of epoch 2: "),
@@ -295,12 +304,13 @@ def told(make_run, base, tmp_path):
     """All that sd-scripts is told of a run with these settings, read back from the TOML."""
     script = make_script(tmp_path)
 
-    def settings(*overrides, **begun):
+    def settings(*overrides, of_base=base):
         run = make_run(f"trainer.path={script}", *overrides)
         where = {"output_dir": tmp_path / "out", "logging_dir": tmp_path / "logs"}
-        begun = Start(**{**where, "num_steps": 8, "save_state": True, **begun})
-        data = load(run, base)
-        text = text_of(kohya_settings(run.trainer, run, base, data, begun), "a test").decode()
+        begun = Start(**where, num_steps=8, save_state=True)
+        image = Item(tmp_path / "train" / "1_wd" / "a.png", "wd", "a cat", 1, (64, 64), None, None)
+        data, of_run = TrainingData([image], run.dataset), replace(of_base, settings=run.model)
+        text = text_of(kohya_settings(run.trainer, run, of_run, data, begun), "a test").decode()
         flat = {}
         for section in tomllib.loads(text).values():
             assert not flat.keys() & section.keys()
@@ -322,7 +332,6 @@ SAID = {
     "trainer.min_snr_gamma=5": {"min_snr_gamma": 5.0},
     "trainer.sample_every_n_epochs=3": {"sample_every_n_epochs": 3},
     "model.clip_skip=2": {"clip_skip": 2},
-    "model.prediction_type=v_prediction": {"v_parameterization": True},
     "optimizer.unet_lr=3e-4": {"unet_lr": 3e-4, "learning_rate": 3e-4},
     "optimizer.text_encoder_lr=2e-5": {"text_encoder_lr": 2e-5},
     "optimizer.text_encoder_lr=0": {"network_train_unet_only": True},
@@ -387,22 +396,25 @@ def test_lycoris_is_told_its_algorithm(adapter, told):
     assert ("dora_wd" in args) == (adapter == "dora")
 
 
-def test_captions_that_are_sentences_keep_their_order(told, make_run, base, tmp_path):
-    from lorasweep.training.sd_scripts_config import dataset_config
-
+def test_captions_that_are_sentences_keep_their_order(make_run, base, tmp_path):
     run = make_run(f"trainer.path={make_script(tmp_path)}", "dataset.shuffle_caption=true")
-    subsets = tomllib.loads(dataset_config(load(run, base)))["datasets"][0]["subsets"]
+    data = load(run, base)
+    assert dataset_config(data) is None
+    items = [replace(item, tags=item.arm != "kosmos") for item in data.items]
+    subsets = tomllib.loads(dataset_config(replace(data, items=items)))["datasets"][0]["subsets"]
     shuffled = {Path(one["image_dir"]).name: one["shuffle_caption"] for one in subsets}
     assert shuffled == {"1_empty": True, "1_wd": True, "1_kosmos": False}
 
 
+RANKS = "{down:[2,2,2,2,2,2,2,2,2,2,2,2],mid:2,up:[2,2,2,2,2,2,2,2,2,2,2,2]}"
+BUCKETS = "dataset.enable_bucket=true dataset.min_bucket_reso=32"
 REFUSED = {
     "adapter.targets=[unet.*]": "adapter.targets",
     "adapter.init=pissa": "adapter.init=pissa",
-    "adapter=lora adapter.targets=full adapter.block_ranks={down:[1,1,1,1,1,1,1,1,1,1,1,1],"
-    "mid:1,up:[1,1,1,1,1,1,1,1,1,1,1,1]}": "adapter.block_ranks",
+    f"adapter=locon adapter.targets=full adapter.block_ranks={RANKS}": "adapter.block_ranks",
+    "adapter=loha adapter.targets=conv": "adapter.targets=conv",
     "model.allow_pickle=true": "model.allow_pickle",
-    "dataset.enable_bucket=true dataset.bucket_reso_steps=32": "dataset.bucket_reso_steps=32",
+    f"{BUCKETS} dataset.bucket_reso_steps=32": "dataset.bucket_reso_steps=32",
     "trainer.device=tpu": "trainer.device=tpu",
 }
 
@@ -421,13 +433,17 @@ def test_settings_of_the_native_trainer_alone_are_refused_by_name(make_run, tmp_
 
 
 def test_a_base_that_it_would_compute_otherwise_is_refused(base):
-    from copy import copy
-
     check_base(base)
-    other = copy(base)
-    other.scheduler_config = {**base.scheduler_config, "beta_end": 0.02}
+    schedule = NoiseSchedule({**base.scheduler_config, "beta_end": 0.02})
     with pytest.raises(SettingsError, match=r"noise schedule of beta_end 0\.02"):
-        check_base(other)
+        check_base(replace(base, noise_schedule=schedule))
+
+
+def test_a_model_of_v_prediction_is_told_as_that(told, base):
+    changed = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    schedule = NoiseSchedule({**base.scheduler_config, **changed})
+    settings = told(of_base=replace(base, noise_schedule=schedule))
+    assert settings["v_parameterization"] and settings["zero_terminal_snr"]
 
 
 def test_no_checkout_and_no_python_are_named(make_run, tmp_path):

@@ -40,7 +40,13 @@ _SAVED = {"fp32": "float", "fp16": "fp16", "bf16": "bf16"}
 _ATTENTION = ("sdpa", "xformers", "mem_eff_attn")
 VAE_SCALE = 0.18215  # what sd-scripts multiplies latents by, whatever the VAE's config says
 _BUCKET_STEP = 64
-_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+_SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "trained_betas": None,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +90,9 @@ def check_base(base: BaseModel) -> None:
         raise _cannot(
             f"{where} has a VAE of scaling factor {scale:g}", f"it takes {VAE_SCALE} for any VAE"
         )
-    for name, expected in _BETAS.items():
-        found = base.scheduler_config.get(name)
+    schedule = base.noise_schedule.scheduler.config
+    for name, expected in _SCHEDULE.items():
+        found = schedule.get(name)
         if found != expected:
             raise _cannot(f"{where} has a noise schedule of {name} {found}", f"it has {expected}")
 
