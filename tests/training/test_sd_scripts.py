@@ -219,26 +219,31 @@ def test_it_waits_while_an_epoch_is_scored(stood_in, make_run, base):
     assert gone(lambda: stood_in.is_running(run))
 
 
-@pytest.mark.parametrize(
-    ("amiss", "said"),
-    [
-        (("crash", 2), "sd-scripts ended in epoch 2 with exit code 1: "),
-        (("crash", 2), "RuntimeError: the stars are wrong (all of it in "),
-        (("oom", 2), "out of memory in epoch 2; try trainer.batch_size below 3"),
-        (("torn", 2), "checkpoint of epoch 2: "),
-        (("short", 1), "made 3 steps of epoch 1, and its folders hold 4"),
-    ],
-)
-def test_a_failure_is_that_runs_alone_and_says_why(amiss, said, stood_in, make_run, base):
-    runs = [make_run(*stood_in.overrides, number=number) for number in (1, 2)]
-    bad, good = (run.name for run in runs)
-    stood_in.plan(**{bad: amiss})
-    _, checkpoints, failures = train(base, load(runs[0], base), *runs)
-    assert list(failures) == [bad]
-    assert said in failures[bad] and failures[bad].startswith(f"{bad}: ")
-    assert "CalledProcessError" not in failures[bad] and "\n" not in failures[bad]
-    expected = [(bad, 1)] * (amiss[1] == 2) + [(good, 1), (good, 2)]
-    assert [(one.run, one.epoch) for one in checkpoints] == expected
+AMISS = {
+    ("crash", 2): (
+        "sd-scripts ended in epoch 2 with exit code 1: ",
+        "RuntimeError: the stars are wrong (all of it in ",
+    ),
+    ("oom", 2): ("out of memory in epoch 2; try trainer.batch_size below 3", stand_in.NO_MEMORY),
+    ("torn", 2): ("checkpoint of epoch 2: ",),
+    ("short", 1): ("made 3 steps of epoch 1, and its folders hold 4",),
+}
+"""What goes amiss in which epoch, and what is said of it."""
+
+
+def test_a_failure_is_that_runs_alone_and_says_why(stood_in, make_run, base):
+    first = make_run(*stood_in.overrides, number=1)
+    names = [*(kind for kind, _ in AMISS), "good"]
+    runs = [replace(first, name=name, output_dir=first.output_dir / name) for name in names]
+    stood_in.plan(**dict(zip(names, AMISS, strict=False)))
+    _, checkpoints, failures = train(base, load(first, base), *runs)
+    assert list(failures) == names[:-1]
+    for (name, _), words in AMISS.items():
+        assert failures[name].startswith(f"{name}: ")
+        assert all(word in failures[name] for word in words), failures[name]
+        assert "CalledProcessError" not in failures[name] and "\n" not in failures[name]
+    before = [(kind, 1) for kind, epoch in AMISS if epoch == 2]
+    assert [(one.run, one.epoch) for one in checkpoints] == [*before, ("good", 1), ("good", 2)]
 
 
 def test_asked_to_stop_it_ends_the_process_within_an_epoch(stood_in, make_run, base):
@@ -320,64 +325,65 @@ def told(make_run, base, tmp_path):
     return settings
 
 
-SAID = {
-    "seed=7": {"seed": 7},
-    "trainer.batch_size=5": {"train_batch_size": 5},
-    "trainer.gradient_accumulation_steps=2": {"gradient_accumulation_steps": 2},
-    "trainer.precision=bf16": {"mixed_precision": "bf16"},
-    "trainer.save_dtype=fp16": {"save_precision": "fp16"},
-    "trainer.gradient_checkpointing=true": {"gradient_checkpointing": True},
-    "trainer.attention=xformers": {"xformers": True},
-    "trainer.noise_offset=0.05": {"noise_offset": 0.05},
-    "trainer.min_snr_gamma=5": {"min_snr_gamma": 5.0},
-    "trainer.sample_every_n_epochs=3": {"sample_every_n_epochs": 3},
-    "model.clip_skip=2": {"clip_skip": 2},
-    "optimizer.unet_lr=3e-4": {"unet_lr": 3e-4, "learning_rate": 3e-4},
-    "optimizer.text_encoder_lr=2e-5": {"text_encoder_lr": 2e-5},
-    "optimizer.text_encoder_lr=0": {"network_train_unet_only": True},
-    "optimizer.unet_lr=0": {"network_train_text_encoder_only": True, "learning_rate": 5e-4},
-    "optimizer.max_grad_norm=0": {"max_grad_norm": 0.0},
-    "optimizer=lion": {"optimizer_type": "Lion", "optimizer_args": ["weight_decay=0.01"]},
-    "optimizer=adamw8bit": {"optimizer_type": "AdamW8bit"},
-    "optimizer=sgd": {"optimizer_type": "torch.optim.SGD", "optimizer_args": ["momentum=0.9"]},
-    "lr_scheduler=cosine lr_scheduler.warmup=0.1": {
-        "lr_scheduler": "cosine",
-        "lr_warmup_steps": 0.1,
+SAID = [
+    {
+        "seed=7": {"seed": 7},
+        "trainer.batch_size=5": {"train_batch_size": 5},
+        "trainer.gradient_accumulation_steps=2": {"gradient_accumulation_steps": 2},
+        "trainer.save_dtype=fp16": {"save_precision": "fp16"},
+        "trainer.gradient_checkpointing=true": {"gradient_checkpointing": True},
+        "trainer.attention=xformers": {"xformers": True, "sdpa": None},
+        "trainer.noise_offset=0.05": {"noise_offset": 0.05},
+        "trainer.min_snr_gamma=5": {"min_snr_gamma": 5.0},
+        "trainer.sample_every_n_epochs=3": {"sample_every_n_epochs": 3},
+        "model.clip_skip=2": {"clip_skip": 2},
+        "optimizer.unet_lr=3e-4": {"unet_lr": 3e-4, "learning_rate": 3e-4},
+        "optimizer.text_encoder_lr=2e-5": {"text_encoder_lr": 2e-5},
+        "optimizer.max_grad_norm=0": {"max_grad_norm": 0.0},
+        "lr_scheduler=cosine": {"lr_scheduler": "cosine"},
+        "lr_scheduler.warmup=0.1": {"lr_warmup_steps": 0.1},
+        "adapter.rank=6": {"network_module": "networks.lora", "network_dim": 6},
+        "adapter.alpha=2": {"network_alpha": 2.0},
+        "adapter.network_dropout=0.1": {"network_dropout": 0.1},
+        "adapter.rank_dropout=0.2": {"network_args": ["rank_dropout=0.2"]},
+        "adapter.scale_weight_norms=1": {"scale_weight_norms": 1.0},
+        "dataset.resolution=[64,128]": {"resolution": "64,128", "enable_bucket": False},
+        "dataset.flip_aug=true": {"flip_aug": True},
+        "dataset.caption_dropout_rate=0.1": {"caption_dropout_rate": 0.1},
+        "dataset.caption_dropout_every_n_epochs=2": {"caption_dropout_every_n_epochs": 2},
     },
-    "lr_scheduler=constant lr_scheduler.warmup=3": {"lr_scheduler": "constant_with_warmup"},
-    "lr_scheduler=polynomial lr_scheduler.power=2": {"lr_scheduler_power": 2.0},
-    "lr_scheduler=cosine_with_restarts lr_scheduler.num_cycles=3": {
-        "lr_scheduler_num_cycles": 3,
+    {
+        "optimizer=lion": {"optimizer_type": "Lion", "optimizer_args": ["weight_decay=0.01"]},
+        "optimizer.text_encoder_lr=0": {"network_train_unet_only": True, "text_encoder_lr": None},
+        "lr_scheduler.warmup=3": {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 3},
+        "trainer.precision=bf16": {"mixed_precision": "bf16"},
+        "trainer.attention=plain": {"sdpa": None, "xformers": None, "mem_eff_attn": None},
+        "dataset.enable_bucket=true": {"enable_bucket": True, "bucket_reso_steps": 64},
+        "dataset.min_bucket_reso=64": {"min_bucket_reso": 64},
     },
-    "adapter.rank=6 adapter.alpha=2": {
-        "network_module": "networks.lora",
-        "network_dim": 6,
-        "network_alpha": 2.0,
+    {
+        "optimizer=sgd": {"optimizer_type": "torch.optim.SGD", "optimizer_args": ["momentum=0.9"]},
+        "optimizer.unet_lr=0": {"network_train_text_encoder_only": True, "learning_rate": 5e-4},
+        "lr_scheduler=cosine_with_restarts": {"lr_scheduler": "cosine_with_restarts"},
+        "lr_scheduler.num_cycles=3": {"lr_scheduler_num_cycles": 3},
     },
-    "adapter.network_dropout=0.1": {"network_dropout": 0.1},
-    "adapter.rank_dropout=0.1": {"network_args": ["rank_dropout=0.1"]},
-    "adapter.scale_weight_norms=1": {"scale_weight_norms": 1.0},
-    "adapter=locon adapter.conv_rank=4 adapter.conv_alpha=1": {
-        "network_module": "networks.lora",
-        "network_args": ["conv_dim=4", "conv_alpha=1.0"],
+    {
+        "optimizer=adamw8bit": {"optimizer_type": "AdamW8bit"},
+        "lr_scheduler=polynomial": {"lr_scheduler": "polynomial", "lr_scheduler_args": None},
+        "lr_scheduler.power=2": {"lr_scheduler_power": 2.0},
+        "adapter=locon": {"network_module": "networks.lora"},
+        "adapter.conv_rank=4": {},
+        "adapter.conv_alpha=1": {"network_args": ["conv_dim=4", "conv_alpha=1.0"]},
     },
-    "dataset.resolution=[64,128]": {"resolution": "64,128"},
-    "dataset.enable_bucket=true dataset.min_bucket_reso=64": {
-        "enable_bucket": True,
-        "min_bucket_reso": 64,
-        "bucket_reso_steps": 64,
-    },
-    "dataset.flip_aug=true": {"flip_aug": True},
-    "dataset.caption_dropout_rate=0.1": {"caption_dropout_rate": 0.1},
-    "dataset.caption_dropout_every_n_epochs=2": {"caption_dropout_every_n_epochs": 2},
-}
-"""Settings of ours -> what sd-scripts is told then, beside or instead of the rest."""
+]
+"""Settings of ours, and what sd-scripts is told then."""
 
 
-@pytest.mark.parametrize("ours", SAID)
-def test_a_setting_is_told_in_kohyas_words(ours, told):
-    settings = told(*ours.split())
-    assert {key: settings.get(key) for key in SAID[ours]} == SAID[ours]
+@pytest.mark.parametrize("said", SAID)
+def test_settings_are_told_in_kohyas_words(said, told):
+    settings = told(*said)
+    expected = {key: value for one in said.values() for key, value in one.items()}
+    assert {key: settings.get(key) for key in expected} == expected
     # sd-scripts takes keys of a TOML that it doesn't know, and says nothing
     assert settings.keys() <= OPTIONS.keys()
     for key, choices in OPTIONS.items():
