@@ -26,6 +26,8 @@ from lorasweep.core.settings import SettingsError, build
 from lorasweep.data.latents import Item
 from lorasweep.lora_files import checkpoint as lora_file
 from lorasweep.models.noise_schedule import NoiseSchedule
+from lorasweep.runs import session
+from lorasweep.runs.session import run_pack
 from lorasweep.training import saved_states
 from lorasweep.training.sd_scripts_config import (
     Start,
@@ -299,6 +301,36 @@ def test_kill_9_of_ours_leaves_no_process(stood_in, make_run, base, tmp_path):
     ours.send_signal(signal.SIGKILL)
     ours.wait()
     assert gone(lambda: stood_in.is_running(run))
+
+
+def test_epochs_are_scored_and_drawn_and_a_broken_run_goes_on(
+    stood_in, make_run, base, monkeypatch
+):
+    """By the same session as the native trainer's; one run fails, and another is broken off."""
+    monkeypatch.setattr(session, "load_base", lambda run, device: base)
+    drawn = [*stood_in.overrides, "metrics.validation.max_tuples=3"]
+    first = make_run(*drawn, number=1)
+    runs = [
+        replace(first, name=name, output_dir=first.output_dir / name) for name in ("bad", "good")
+    ]
+    stood_in.plan(bad=("crash", 1), good=("hang", 2))
+    reports = run_pack(runs)
+    seen = [next(reports) for _ in range(4)]
+    assert [(type(one).__name__, one.run) for one in seen] == [
+        ("Started", "bad"),
+        ("Failure", "bad"),
+        ("Started", "good"),
+        ("EpochReport", "good"),
+    ]
+    assert "the stars are wrong" in seen[1].reason and seen[3].scores["val/loss_rel"] > 0
+    assert (runs[1].output_dir / "samples" / "good_e000001_00.png").is_file()
+    reports.close()
+    assert gone(lambda: stood_in.is_running(runs[1]))
+    stood_in.plan()
+    again = [(type(one).__name__, getattr(one, "checkpoint", None)) for one in run_pack(runs[1:])]
+    epochs = [one.epoch for kind, one in again if kind == "EpochReport"]
+    assert epochs == [1, 2] and again[-1][0] == "Finished"
+    assert not list(runs[1].output_dir.rglob("*-state"))
 
 
 # What it is told
