@@ -211,6 +211,14 @@ def test_a_run_whose_state_is_gone_says_so(stood_in, make_run, base):
         start(base, data, run, saved=saved)
 
 
+def test_modules_that_its_networks_adapt_otherwise_are_named(stood_in, make_run, base, caplog):
+    """The stand-in gives the text encoder too, whatever it is told."""
+    run = make_run(*stood_in.overrides, "optimizer.text_encoder_lr=0")
+    train(base, load(run, base), run)
+    (said,) = [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]
+    assert said.startswith("demo: sd-scripts does also adapt lora_te_text_model_encoder_layers_0")
+
+
 def test_it_waits_while_an_epoch_is_scored(stood_in, make_run, base):
     run = make_run(*stood_in.overrides)
     stood_in.plan(demo=("hang", 2))

@@ -14,6 +14,7 @@ from lorasweep.training import sd_scripts_checkout as checkout
 from lorasweep.training.training_run import SdScriptsTrainer
 
 _SECONDS = 180  # in which sd-scripts must have loaded its libraries
+_TWICE = "TimestepEmbedding"
 _PIN = re.compile(r"^([\w-]+)(?:\[\w+\])?==([\w.]+)", re.MULTILINE)
 
 
@@ -34,7 +35,9 @@ def sd_scripts(run: Run) -> Iterator[Finding]:
         yield Finding("trainer.python", f"{python}: Python {there.python}")
         yield _packages(trainer, run, there)
         if not checkout.missing(trainer, run, there):
-            yield _starts(trainer, run)
+            yield _starts(trainer)
+            if run.adapter.metadata()["ss_network_module"] == "lycoris.kohya":
+                yield _lycoris(trainer, there.packages["lycoris"])
     except SettingsError as error:
         yield problem_of("trainer.python", error)
 
@@ -61,11 +64,9 @@ def _packages(trainer: SdScriptsTrainer, run: Run, there: checkout.Environment) 
     return Finding("sd-scripts", text, "warning", remedy)
 
 
-def _starts(trainer: SdScriptsTrainer, run: Run) -> Finding:
+def _starts(trainer: SdScriptsTrainer) -> Finding:
     """Do its libraries load, and does its torch see the device? Takes some seconds."""
-    network = run.adapter.metadata()["ss_network_module"]
-    library = ", lycoris.kohya" if network == "lycoris.kohya" else ""
-    asked = f"import torch{library}; print(torch.__version__, torch.cuda.is_available())"
+    asked = "import torch; print(torch.__version__, torch.cuda.is_available())"
     version, _, has_cuda = checkout.run_there(trainer, ["-c", asked], _SECONDS).partition(" ")
     device = resolve_device(trainer.device)
     if device != "cpu" and has_cuda.strip() != "True":
@@ -74,3 +75,16 @@ def _starts(trainer: SdScriptsTrainer, run: Run) -> Finding:
     script = Path(trainer.path.expanduser().absolute(), checkout.SCRIPT)
     checkout.run_there(trainer, [str(script), "--help"], _SECONDS)
     return Finding("sd-scripts", f"{checkout.SCRIPT} starts with torch {version} on {device}")
+
+
+def _lycoris(trainer: SdScriptsTrainer, version: str) -> Finding:
+    """Does it load, and fit sd-scripts' UNet? 4.1.3 has presets that name modules of it twice."""
+    asked = (
+        "import lycoris.kohya; from lycoris.config import PRESET;"
+        f" print({_TWICE!r} in PRESET['full']['unet_target_module'])"
+    )
+    if checkout.run_there(trainer, ["-c", asked], _SECONDS).split()[-1:] == ["True"]:
+        text = f"LyCORIS {version} adapts SD1.5's time embedding twice with adapter.targets=full"
+        remedy = f"{checkout.interpreter(trainer)} -m pip install lycoris-lora==3.2.0.post2"
+        return Finding("sd-scripts", text, "warning", remedy)
+    return Finding("sd-scripts", f"LyCORIS {version} loads")

@@ -23,6 +23,7 @@ from lorasweep.core.atomic_write import write_atomically
 from lorasweep.core.progress import Bar, Show
 from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.core.settings import SettingsError
+from lorasweep.core.text import listed
 from lorasweep.lora_files import checkpoint
 from lorasweep.lora_files.checkpoint import Checkpoint
 from lorasweep.models.base_model import BaseModel, torch_dtype
@@ -110,7 +111,7 @@ class SdScriptsTraining:
             [run.optimizer.bare_blocks],
         )
         numbers = sum(view.numel() for views in adapters.views(0).values() for view in views)
-        member = _Member(run, numbers, run.num_steps(self.steps_per_epoch))
+        member = _Member(run, numbers, _modules(adapters), run.num_steps(self.steps_per_epoch))
         if saved is not None:
             member.started = saved.started
             member.num_epochs = saved.snapshot.num_epochs
@@ -289,6 +290,8 @@ class SdScriptsTraining:
             raise TrainerError(
                 f"{run.name}: sd-scripts' checkpoint of epoch {epoch}: {error}"
             ) from None
+        if epoch == 1:
+            self._compare_modules(member, frozenset(name.partition(".")[0] for name in tensors))
         # of a run that goes on it counts the steps since
         ours = {"ss_steps": str(member.num_steps), "lorasweep_version": __version__}
         checkpoint.write(path, tensors, {**metadata, **ours})
@@ -296,6 +299,15 @@ class SdScriptsTraining:
         if start.save_state or is_last:
             self._note_state(member, epoch)
         return Checkpoint(path=path, run=run.name, epoch=epoch, step=member.num_steps)
+
+    def _compare_modules(self, member: _Member, found: frozenset[str]) -> None:
+        """Warn where its networks adapt other modules: LyCORIS's presets differ by version."""
+        for what, names in (("also", found - member.modules), ("not", member.modules - found)):
+            if names:
+                log.warning(
+                    "%s: sd-scripts does %s adapt %s, other than adapter.targets=%s says here",
+                    *(member.run.name, what, listed(sorted(names)), member.run.adapter.targets),
+                )
 
     def _note_state(self, member: _Member, epoch: int) -> None:
         """Note that sd-scripts' state of an epoch is whole, and delete older ones."""
@@ -340,6 +352,8 @@ class _Member:
     run: TrainingRun
     numbers: int
     """Trained ones."""
+    modules: frozenset[str]
+    """The adapted ones, by their names in LoRA files."""
     total_steps: int
     num_epochs: int = 0
     """Finished ones."""
@@ -371,6 +385,10 @@ class _Member:
         """An epoch is over, with its files."""
         self.num_epochs += 1
         self.records = epoch.records
+
+
+def _modules(adapters: Pack) -> frozenset[str]:
+    return frozenset(name.partition(".")[0] for name in adapters.file_tensors(0))
 
 
 def _delete_states(folder: Path, but: Path | None = None) -> None:
