@@ -13,10 +13,12 @@ from pathlib import Path
 
 _PYTHON = """#!/bin/sh
 # `python -c QUESTION` and `python -m accelerate.commands.launch --config_file FILE SCRIPT …`
-if [ "$1" = -c ]; then
-    echo '{answer}'
-    exit 0
-fi
+case "$1 $2" in
+    -c*torch.__version__*) echo '2.6.0 False'; exit 0;;
+    -c*PRESET*) echo '{preset}'; exit 0;;
+    -c*) echo '{answer}'; exit 0;;
+    *--help) exit 0;;
+esac
 shift 4
 "{python}" -S "$@"
 code=$?
@@ -31,15 +33,18 @@ PACKAGES = ("torch", "accelerate", "diffusers", "transformers", "tensorboard", "
 NO_MEMORY = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB."
 
 
-def write(folder: Path, weights: Path, packages=PACKAGES) -> Path:
-    """The folder of a checkout, which gives these weights as every checkpoint; its Python."""
+def write(folder: Path, weights: Path, packages=PACKAGES, *, preset=False) -> Path:
+    """The folder of a checkout, which gives these weights as every checkpoint; its Python.
+
+    `preset`: are LyCORIS's presets those that name modules of SD1.5 twice?
+    """
     folder.mkdir()
     (folder / "train_network.py").write_text(Path(__file__).read_text())
     (folder / "weights.safetensors").write_bytes(weights.read_bytes())
     answer = json.dumps({"python": "3.10.14", "packages": dict.fromkeys(packages, "1.0")})
     python = folder / "venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
-    python.write_text(_PYTHON.format(answer=answer, python=sys.executable))
+    python.write_text(_PYTHON.format(answer=answer, python=sys.executable, preset=preset))
     python.chmod(0o755)
     plan(folder)
     return python
