@@ -103,6 +103,8 @@ HOSTILE_WORDS = [
     "launcher.engine={address: ray://evil.example}",
     "launcher.engine.slurm_setup=[touch RAN]",
     "launcher={engine: {x: {_target_: pandas.read_pickle}}}",
+    "trainer.path=theirs",
+    "trainer.python=theirs/python",
     "optimizer.type=touching.Thing",
     "optimizer.type=AdamW,touching.Thing",
     "sampling.prompts=['${oc.env:SECRET}']",
@@ -220,6 +222,7 @@ def option(text, name="experiment/x.yaml"):
 
 
 HEAD = "# @package _global_\n"
+KOHYA = f"{HEAD}defaults: [override /trainer: sd_scripts]\n"
 CALLED = f"{{_target_: pandas.read_pickle, {CALL}}}"
 CALLBACK = f"callbacks: {{x: {CALLED}}}"
 HOSTILE_OPTIONS = {
@@ -250,6 +253,8 @@ HOSTILE_OPTIONS = {
     "a server by its package": "# @package tracking\nuri: http://evil.example",
     "a program of the shell": "# @package launcher\npack_via: joblib\nengine: {n_jobs: 2}",
     "a call among a launcher's options": f"{HEAD}launcher: {{engine: {{x: {CALLED}}}}}",
+    "a folder of programs": f"{KOHYA}trainer: {{path: theirs}}",
+    "a program": f"{HEAD}trainer: {{python: theirs/python}}",
     "a module": f"{HEAD}optimizer: {{type: touching.Thing}}",
     "a class": f"{HEAD}adapter: {{_target_: touching.Thing}}",
     "a function": f"{HEAD}model: {CALLED}",

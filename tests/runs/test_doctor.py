@@ -14,6 +14,7 @@ from mlflow import MlflowClient
 from PIL import Image
 from safetensors.torch import save
 
+import sd_scripts_stand_in as stand_in
 from lorasweep import __version__
 from lorasweep.config.compose import compose
 from lorasweep.core.settings import SettingsError
@@ -107,6 +108,46 @@ def test_too_few_images_are_a_warning_with_both_numbers(examined: Examined, tmp_
     assert finding.level == "warning"
     assert "1 of 1 images are trained on, 0 held out" in finding.text
     assert "38 wanted" in finding.text
+
+
+def sd_scripts(examined: Examined, folder: Path, *overrides: str) -> list[tuple[str, str, str]]:
+    """What is said of a checkout: level, text and remedy."""
+    words = DEMO, "trainer=sd_scripts", f"trainer.path={folder}", *overrides
+    found = doctor.findings(compose([*examined.places, *words]), words)
+    checks = ("trainer", "trainer.path", "trainer.python", "sd-scripts")
+    return [(one.level, one.text, one.remedy) for one in found if one.check in checks]
+
+
+def test_a_checkout_of_sd_scripts_its_python_and_packages_are_examined(
+    examined: Examined, tmp_path: Path
+) -> None:
+    (tmp_path / "no.safetensors").touch()
+    stand_in.write(tmp_path / "checkout", tmp_path / "no.safetensors", preset=True)
+    pins = "accelerate==1.6.0\ndiffusers[torch]==1.0\n"
+    (tmp_path / "checkout" / "requirements.txt").write_text(pins)
+    folder, python, packages, starts = sd_scripts(examined, tmp_path / "checkout")
+    assert folder[0] == "OK" and "not from git" in folder[1]
+    assert python[0] == "OK" and "checkout/venv/bin/python: Python 3.10.14" in python[1]
+    assert packages[0] == "warning"
+    assert packages[1].endswith("and its requirements.txt asks for accelerate 1.6.0")
+    assert starts[:2] == ("OK", "train_network.py starts with torch 2.6.0 on cpu")
+    *_, lycoris = sd_scripts(examined, tmp_path / "checkout", "adapter=loha")
+    assert lycoris[0] == "warning" and "time embedding twice" in lycoris[1]
+
+
+def test_what_a_checkout_of_sd_scripts_lacks_is_a_problem_with_its_remedy(
+    examined: Examined, tmp_path: Path
+) -> None:
+    (problem,) = sd_scripts(examined, tmp_path)
+    assert problem[0] == "problem" and "there is no train_network.py" in problem[1]
+    (tmp_path / "no.safetensors").touch()
+    stand_in.write(tmp_path / "bare", tmp_path / "no.safetensors", ["torch", "toml"])
+    *_, problem = sd_scripts(examined, tmp_path / "bare")
+    assert problem[:2] == ("problem", "no accelerate, tensorboard there")
+    assert problem[2].endswith("venv/bin/python -m pip install accelerate tensorboard")
+    (tmp_path / "bare" / "venv" / "bin" / "python").write_text("#!/bin/sh\necho no >&2; exit 1\n")
+    *_, problem = sd_scripts(examined, tmp_path / "bare")
+    assert problem[0] == "problem" and "python failed: no" in problem[1]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,10 @@ from lorasweep.core.settings import SettingsError
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-_PLACES = ("output_root", "cache_dir", "tracking.", "launcher.", "pick.")
+_PLACES = (
+    *("output_root", "cache_dir", "tracking.", "launcher.", "pick."),
+    *("trainer.path", "trainer.python"),
+)
 _LATER: Mapping[str, object] = {
     "trainer.max_train_steps": None,
     "lr_scheduler.min_lr_ratio": None,

@@ -17,6 +17,7 @@ from lorasweep.core.text import harmless
 from lorasweep.models.model_files import ModelError
 from lorasweep.runs import doctor_probes
 from lorasweep.runs.doctor_probes import Finding, Level, problem_of
+from lorasweep.runs.sd_scripts_probe import sd_scripts
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -60,6 +61,7 @@ def findings(cfg: DictConfig, overrides: Sequence[str] = ()) -> list[Finding]:
         *doctor_probes.versions(),
         *doctor_probes.devices(run, cfg.launcher),
         *_checked(run),
+        *sd_scripts(run),
         doctor_probes.disk("output_root", run.output_root),
         doctor_probes.disk("cache_dir", run.cache_dir),
         doctor_probes.base_model(run, hub),

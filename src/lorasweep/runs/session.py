@@ -45,8 +45,9 @@ from lorasweep.tracking.tracker import RunLog
 from lorasweep.training import saved_states
 from lorasweep.training.native_trainer import NativeTraining
 from lorasweep.training.saved_states import SavedState
+from lorasweep.training.sd_scripts_trainer import SdScriptsTraining
 from lorasweep.training.training_captions import warn_of_cut_captions
-from lorasweep.training.training_run import Stopped, TrainedEpoch, TrainingData
+from lorasweep.training.training_run import SdScriptsTrainer, Stopped, TrainedEpoch, TrainingData
 
 log = logging.getLogger(__name__)
 
@@ -191,9 +192,7 @@ class Session:
             self.join(run)
         if not self._is_prepared:
             self._prepare()
-        self._training = NativeTraining(
-            self.first.trainer, self._base, [], self._data, self._show, self._log_step
-        )
+        self._training = self._new_training()
         epochs = iter(self._training)
         while True:
             while started := self._admit():  # those that wait, while there is room
@@ -229,6 +228,12 @@ class Session:
         known = (self.max_pack, self._fitting, self._training.max_runs)
         return min((number for number in known if number is not None), default=None)
 
+    def _new_training(self) -> NativeTraining | SdScriptsTraining:
+        trainer, rest = self.first.trainer, (self._data, self._show, self._log_step)
+        if isinstance(trainer, SdScriptsTrainer):
+            return SdScriptsTraining(trainer, self._base, [], *rest)
+        return NativeTraining(trainer, self._base, [], *rest)
+
     def _open_tracker(self) -> Tracker:
         self._tracker = Tracker(self.first.tracking, self.first.output_root)
         return self._tracker
@@ -259,11 +264,14 @@ class Session:
 
     def _measure(self) -> int | None:
         """Runs that fit into the device's memory; what a step takes grows with K x B."""
+        trainer = self.first.trainer
+        if isinstance(trainer, SdScriptsTrainer):
+            return None
 
         def step() -> None:
             for run, _ in self._waiting.values():
                 with suppress(ValueError):  # a run that can't start will say so itself
-                    NativeTraining(self.first.trainer, self._base, [run], self._data).probe()
+                    NativeTraining(trainer, self._base, [run], self._data).probe()
                     return
 
         number = memory_for(self.device, step)
