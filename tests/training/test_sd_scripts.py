@@ -28,7 +28,7 @@ from lorasweep.lora_files import checkpoint as lora_file
 from lorasweep.models.noise_schedule import NoiseSchedule
 from lorasweep.runs import session
 from lorasweep.runs.session import run_pack
-from lorasweep.training import saved_states
+from lorasweep.training import saved_states, sd_scripts_guard
 from lorasweep.training.sd_scripts_config import (
     Start,
     check_base,
@@ -309,6 +309,20 @@ def test_kill_9_of_ours_leaves_no_process(stood_in, make_run, base, tmp_path):
     ours.send_signal(signal.SIGKILL)
     ours.wait()
     assert gone(lambda: stood_in.is_running(run))
+
+
+def test_a_guard_that_is_ended_leaves_nothing_behind(tmp_path):
+    file = tmp_path / "pid"
+    work = f"import os, time, pathlib; pathlib.Path({str(file)!r}).write_text(f'{{os.getpid()}}.')"
+    command = [sys.executable, "-I", sd_scripts_guard.__file__, sys.executable, "-c"]
+    guard = subprocess.Popen([*command, f"{work}; time.sleep(60)"], stdin=subprocess.PIPE)
+    ends = time.monotonic() + 20
+    while not (file.exists() and file.read_text().endswith(".")) and time.monotonic() < ends:
+        time.sleep(0.02)
+    guard.terminate()
+    assert guard.wait(10) == 128 + signal.SIGKILL
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(file.read_text()[:-1]), 0)
 
 
 def test_epochs_are_scored_and_drawn_and_a_broken_run_goes_on(

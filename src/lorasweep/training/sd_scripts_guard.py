@@ -17,6 +17,7 @@ import threading
 def main() -> None:
     """Start the command and follow it to its end, whose exit status becomes ours."""
     child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True)
+    signal.signal(signal.SIGTERM, lambda *_: _send(child.pid, signal.SIGKILL))
     threading.Thread(target=_obey, args=(child.pid,), daemon=True).start()
     status = child.wait()
     _send(child.pid, signal.SIGKILL)  # what it has left behind
