@@ -249,7 +249,7 @@ def _curves(output_root: Path) -> dict[str, Any]:
     for run in client.search_runs(experiments):
         kinds: dict[str, Any] = {"steps": {}, "scores": {}}
         for key in sorted(run.data.metrics):
-            if key == "train/it_per_s":
+            if key == "train/it_per_s" or key.startswith("best/"):  # which follow from the scores
                 continue
             history = client.get_metric_history(run.info.run_id, key)
             values = [metric.value for metric in sorted(history, key=lambda one: one.step)]
