@@ -24,6 +24,7 @@ recorded/ holds what other programs have written.
 
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
 import os
@@ -108,6 +109,12 @@ LONGEST_FIRST = (
 )
 """Files that are given to the workers of pytest-xdist before others, so that none is left alone
 with a long one at the end."""
+
+
+def pytest_collection_finish() -> None:
+    """Take what was imported and collected out of every later look of the garbage collector."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
