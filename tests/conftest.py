@@ -38,13 +38,15 @@ from types import SimpleNamespace
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a shared machine: no busy waiting
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the network
 
+import hydra
 import omegaconf
 import pytest
 import yaml
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.plugins.config_source import ConfigResult
-from omegaconf import _utils, grammar_parser
+from omegaconf import DictConfig, _utils, grammar_parser
 
+from lorasweep.config import conf_folder
 from lorasweep.config.build_run import build_run
 from lorasweep.config.compose import compose
 from lorasweep.config.conf_folder import conf_dir
@@ -70,7 +72,23 @@ def read_shipped_files_once() -> None:
     FileConfigSource.load_config = load_config
 
 
+def compose_once() -> None:
+    """What is composed of conf/ alone is the same in every test."""
+    composed, kept = hydra.compose, {}
+
+    def compose(config_name: str, overrides: list[str]) -> DictConfig:
+        if conf_folder._OPTIONS.get() is not None:  # --config-dir: its files may change
+            return composed(config_name, overrides)
+        key = config_name, *overrides
+        if key not in kept:
+            kept[key] = pickle.dumps(composed(config_name, overrides))
+        return pickle.loads(kept[key])
+
+    hydra.compose = compose
+
+
 read_shipped_files_once()
+compose_once()
 grammar_parser.parse = _utils.parse = omegaconf.base.parse = cache(grammar_parser.parse)
 
 SMALL = [
@@ -145,18 +163,12 @@ def make_run(tmp_path: Path, cache_dir: Path) -> Callable[..., Run]:
     """Build a Run from overrides on the small demo."""
 
     def make(*overrides: str, number: int | None = None) -> Run:
-        cfg = pickle.loads(_composed(overrides))
+        cfg = compose([*SMALL, *overrides])
         cfg.output_root, cfg.cache_dir = str(tmp_path), str(cache_dir)
         output_dir = tmp_path / "run" / str(number or 0)
         return build_run(cfg, output_dir=output_dir, overrides=overrides, sweep="s", number=number)
 
     return make
-
-
-@cache
-def _composed(overrides: tuple[str, ...]) -> bytes:
-    """Pickled: many tests ask for the same."""
-    return pickle.dumps(compose([*SMALL, *overrides]))
 
 
 @pytest.fixture(scope="session")
