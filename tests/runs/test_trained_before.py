@@ -72,9 +72,11 @@ def steps(monkeypatch):
     return made
 
 
-def test_a_widened_grid_trains_only_its_new_points(root, make_job, steps):
+def test_a_widened_grid_trains_only_its_new_points(root, make_job, steps, caplog):
+    caplog.set_level("INFO")
     runs = [make_job(root, "new", 0, "adapter.rank=2"), make_job(root, "new", 1)]
     reports = list(run_pack(runs))
+    assert "1 of 2 runs are trained already: demo-1 as demo-0 of demo-old" in caplog.messages
     assert {name for names in steps for name in names} == {"demo-0"}
     assert [one.run for one in reports if isinstance(one, Finished)] == ["demo-1", "demo-0"]
     (epoch,) = [r for r in reports if isinstance(r, EpochReport) and r.run == "demo-1"]

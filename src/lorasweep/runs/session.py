@@ -160,6 +160,7 @@ class Session:
         self._is_prepared = False
         self._runs: dict[str, _OpenRun] = {}  # those that train
         self._waiting: dict[str, tuple[Run, dict[str, float]]] = {}  # and the clock as they came
+        self._taken: list[str] = []  # of those that came in last, what earlier sweeps have trained
         if not first.tracking.is_remote:  # a file is made once the images are known to be good
             self._open_tracker()
 
@@ -284,12 +285,17 @@ class Session:
         room = None if self.max_runs is None else max(0, self.max_runs - len(self._runs))
         reports: list[Report] = []
         opened: list[_OpenRun] = []
-        for name in list(self._waiting)[:room]:
+        self._taken.clear()
+        names = list(self._waiting)[:room]
+        for name in names:
             found = self._open(*self._waiting.pop(name))
             if isinstance(found, _OpenRun):
                 opened.append(found)
             else:
                 reports += found
+        if self._taken:
+            said = "%d of %d runs are trained already: %s"
+            log.info(said, len(self._taken), len(names), ", ".join(self._taken))
         begun = [one for one in opened if one.folder.found == "unfinished"]
         broken_off = [one for one in begun if not one.folder.had_ended]
         states = saved_states.together({one.run.name: one.run.output_dir for one in broken_off})
@@ -306,14 +312,16 @@ class Session:
         """Take a run's folder and begin its log; or what is said of a run that won't train."""
         new = new_run(run, self._folder, self._captions)
         try:
-            take_trained(run, new, self._tracker)
+            taken = take_trained(run, new, self._tracker)
             folder = RunFolder(run, new.dataset_digest)
         except (ValueError, InUseError) as error:  # another's, or begun otherwise
             is_taken = isinstance(error, TakenError | InUseError)
             kind = FailureKind.RETRY if is_taken else FailureKind.OWN
             return [Failure(run=run.name, reason=str(error), kind=kind)]
+        if taken is not None:
+            self._taken.append(taken)
         if folder.found in ("finished", "dropped"):
-            return self._ended_before(run, folder)
+            return self._ended_before(run, folder, is_said=taken is not None)
         try:
             run_log = self._tracker.open_run(new, goes_on=folder.found == "unfinished")
         except InUseError as error:
@@ -322,13 +330,14 @@ class Session:
         run_log.log_file(run.output_dir / "manifest.json")
         return _OpenRun(run, folder, run_log, begun)
 
-    def _ended_before(self, run: Run, folder: RunFolder) -> list[Report]:
+    def _ended_before(self, run: Run, folder: RunFolder, *, is_said: bool) -> list[Report]:
         """Reports of a run that came to its end or was dropped, for a driver not told yet."""
         folder.release()
         self._tracker.publish_left(run.output_dir)
         dropped = folder.found == "dropped"
         how = "dropped" if dropped else "trained"
-        log.info("%s was %s before, in %s", run.name, how, run.output_dir)
+        if not is_said:
+            log.info("%s was %s before, in %s", run.name, how, run.output_dir)
         epochs = [
             EpochReport(
                 run=run.name,

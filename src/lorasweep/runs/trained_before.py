@@ -6,7 +6,6 @@ last states of the old ones (`RunFolder`).
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -32,14 +31,12 @@ from lorasweep.tracking import NewRun, Tracker
 from lorasweep.tracking.records import RunRecords
 from lorasweep.training import saved_states
 
-log = logging.getLogger(__name__)
-
 _RENAMED = (".safetensors", ".png")
 _AS_THEY_ARE = (provenance.ORIGIN, provenance.DIFF, "seconds.json", "contact_sheet.png")
 
 
-def take_trained(run: Run, new: NewRun, tracker: Tracker) -> bool:
-    """Copy an equal run of another command into the folder of `run`; is there one?
+def take_trained(run: Run, new: NewRun, tracker: Tracker) -> str | None:
+    """Copy an equal run of another command into the folder of `run`; which, None if there is none.
 
     Equal are settings, images, captions, base model, libraries and code, of a run below
     output_root/NAME that has ended and is whole: no checkpoint was deleted. The newest is taken;
@@ -47,19 +44,17 @@ def take_trained(run: Run, new: NewRun, tracker: Tracker) -> bool:
     Only for the jobs of sweeps: a run that someone asks for by itself is trained.
     """
     if run.number is None or run.output_dir.parent.parent.parent != run.output_root:
-        return False
+        return None
     held = lock(run.output_dir)
     try:
         if read_record(run.output_dir) is not None:
-            return False
+            return None
         for folder, theirs, epochs in _equal_runs(run, new.dataset_digest):
             if provenance.is_made_alike(folder, run.model, run.cache_dir):
                 _copy(folder, theirs, run, new, tracker)
-                further = "" if epochs is None else f" to epoch {epochs}"
-                said = "%s is %s of %s, which is trained%s already"
-                log.info(said, run.name, theirs.name, _whence(folder, run), further)
-                return True
-        return False
+                as_far = "" if epochs is None else f" to epoch {epochs}"
+                return f"{run.name}{as_far} as {theirs.name} of {_whence(folder, run)}"
+        return None
     finally:
         held.release()
 
