@@ -18,6 +18,8 @@ Helper modules beside this file, named by what they hold:
   fake_worker_pool  stands in for a sweep's worker processes
   lora_tensors      a module's tensors of every type of LoRA file
   bad_files         images, LoRA files and models that are broken on purpose
+  narrow_sd15       a narrow base model of SD1.5's shape, which the real sd-scripts can train
+  sd_scripts_stand_in  a checkout of kohya's sd-scripts without torch, and what may go amiss in it
   old_runs          runs that an earlier lorasweep left (made by make_old_runs)
 recorded/ holds what other programs have written.
 """

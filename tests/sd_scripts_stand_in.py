@@ -72,7 +72,8 @@ def _train(settings, here):
 
     name, output = settings["output_name"], Path(settings["output_dir"])
     kind, when = json.loads((here / "plan.json").read_text()).get(name, ["", 0])
-    (here / f"{name}.pid").write_text(str(os.getpid()))
+    (here / f"{name}.new").write_text(str(os.getpid()))
+    (here / f"{name}.new").rename(here / f"{name}.pid")
     per_epoch = _steps(Path(settings["train_data_dir"]), settings["train_batch_size"])
     total = settings["max_train_steps"]
     num_epochs = -(-total // per_epoch)

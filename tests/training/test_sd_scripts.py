@@ -57,25 +57,24 @@ class Checkout:
     def plan(self, **amiss):
         stand_in.plan(self.path, **amiss)
 
+    def state_of(self, run):
+        """What /proc says of the process that trained a run: T is stopped; "" once it is gone."""
+        pid = (self.path / f"{run.name}.pid").read_text()
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return ""
+
     def is_running(self, run):
-        """Does the process that trained a run live?"""
-        pid = int((self.path / f"{run.name}.pid").read_text())
-        return Path(f"/proc/{pid}/stat").exists() and state_of(pid) != "Z"
-
-    def is_paused(self, run):
-        return state_of(int((self.path / f"{run.name}.pid").read_text())) == "T"
+        return self.state_of(run) not in ("", "Z")
 
 
-def state_of(pid):
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-
-
-def gone(is_there):
-    """Wait for something to be gone; False if it stays."""
+def soon(holds):
+    """Wait until a condition holds; False if it doesn't within seconds."""
     until = time.monotonic() + 10
-    while is_there() and time.monotonic() < until:
+    while not holds() and time.monotonic() < until:
         time.sleep(0.02)
-    return not is_there()
+    return holds()
 
 
 @pytest.fixture(scope="module")
@@ -224,9 +223,9 @@ def test_it_waits_while_an_epoch_is_scored(stood_in, make_run, base):
     stood_in.plan(demo=("hang", 2))
     epochs = iter(start(base, load(run, base), run)[0])
     next(epochs)
-    assert gone(lambda: not stood_in.is_paused(run))
+    assert soon(lambda: stood_in.state_of(run) == "T")
     epochs.close()
-    assert gone(lambda: stood_in.is_running(run))
+    assert soon(lambda: not stood_in.is_running(run))
 
 
 AMISS = {
@@ -265,7 +264,7 @@ def test_asked_to_stop_it_ends_the_process_within_an_epoch(stood_in, make_run, b
     threading.Timer(0.2, training.stop).start()
     with pytest.raises(Stopped):
         next(epochs)
-    assert gone(lambda: stood_in.is_running(run))
+    assert soon(lambda: not stood_in.is_running(run))
 
 
 def test_a_dropped_runs_process_is_ended_and_the_next_run_trains(stood_in, make_run, base):
@@ -274,7 +273,7 @@ def test_a_dropped_runs_process_is_ended_and_the_next_run_trains(stood_in, make_
     epochs = iter(training)
     next(epochs)
     training.drop(first.name)
-    assert gone(lambda: stood_in.is_running(first))
+    assert soon(lambda: not stood_in.is_running(first))
     rest = [(one.run, one.epoch) for epoch in epochs for one in epoch.checkpoints]
     assert rest == [(second.name, 1), (second.name, 2)]
     assert not list(first.output_dir.rglob("*-state"))
@@ -304,11 +303,11 @@ def test_kill_9_of_ours_leaves_no_process(stood_in, make_run, base, tmp_path):
     toml.write_bytes(text_of(sections, "a test"))
     places = [*map(str, (run.trainer.path, run.trainer.python, toml))]
     ours = subprocess.Popen([sys.executable, "-c", KILLED, *places], stdin=subprocess.PIPE)
-    assert gone(lambda: not (stood_in.path / "demo.pid").exists())
+    assert soon((stood_in.path / "demo.pid").exists)
     assert stood_in.is_running(run)
     ours.send_signal(signal.SIGKILL)
     ours.wait()
-    assert gone(lambda: stood_in.is_running(run))
+    assert soon(lambda: not stood_in.is_running(run))
 
 
 def test_a_guard_that_is_ended_leaves_nothing_behind(tmp_path):
@@ -347,7 +346,7 @@ def test_epochs_are_scored_and_drawn_and_a_broken_run_goes_on(
     assert "the stars are wrong" in seen[1].reason and seen[3].scores["val/loss_rel"] > 0
     assert (runs[1].output_dir / "samples" / "good_e000001_00.png").is_file()
     reports.close()
-    assert gone(lambda: stood_in.is_running(runs[1]))
+    assert soon(lambda: not stood_in.is_running(runs[1]))
     stood_in.plan()
     again = [(type(one).__name__, getattr(one, "checkpoint", None)) for one in run_pack(runs[1:])]
     epochs = [one.epoch for kind, one in again if kind == "EpochReport"]

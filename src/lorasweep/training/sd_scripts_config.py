@@ -67,7 +67,7 @@ def check(
     trainer: SdScriptsTrainer, run: TrainingRun, model: ModelSettings, dataset: Dataset
 ) -> None:
     """Raise SettingsError, naming the setting, for what sd-scripts can't be told."""
-    if model.revision is not None and not Path(model.path).exists():
+    if model.revision is not None and not Path(model.path).expanduser().exists():
         raise _cannot(
             f"model.revision={model.revision}", "download it and give its folder as model.path"
         )
@@ -185,9 +185,10 @@ def sample_prompts(trainer: SdScriptsTrainer, size: tuple[int, int]) -> str:
 
 
 def _model(base: BaseModel) -> Section:
-    path = Path(base.settings.path)
+    path = Path(base.settings.path).expanduser()
+    name = str(path.absolute()) if path.exists() else base.settings.path  # a hub id
     return {
-        "pretrained_model_name_or_path": str(path.absolute() if path.exists() else path),
+        "pretrained_model_name_or_path": name,
         "clip_skip": base.settings.clip_skip if base.settings.clip_skip > 1 else None,
         "no_half_vae": True,  # ours computes in fp32, and fp16 gives NaN
     }
