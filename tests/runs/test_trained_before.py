@@ -104,6 +104,8 @@ def test_a_sweep_of_more_epochs_goes_on_where_the_shorter_one_has_ended(
     root, make_job, steps, tmp_path
 ):
     """To the bit: what it comes to is what a longer run alone comes to from the start."""
+    old = root / "demo" / "old" / "0"
+    before = {path: path.read_bytes() for path in old.rglob("*") if path.is_file()}
     longer = "trainer.max_train_epochs=2"
     run, once = make_job(root, "new", 3, longer), make_job(tmp_path / "once", "new", 3, longer)
     reports = list(run_pack([run]))
@@ -120,6 +122,8 @@ def test_a_sweep_of_more_epochs_goes_on_where_the_shorter_one_has_ended(
         assert ours.scores == theirs.scores
         assert [one.step for one in ours.steps] == [one.step for one in theirs.steps]
     assert run_folder.status_of(run) == "finished"
+    assert unsent(root) == []
+    assert {path: path.read_bytes() for path in before} == before  # its files are linked
 
 
 @pytest.mark.parametrize(
