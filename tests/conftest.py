@@ -6,6 +6,7 @@ Here: `SMALL`, `FEW` and `options`, and the fixtures
   base            the embedded base model, loaded
   shared_base     sessions in this process take `base`, of each kind they ask for, from memory
   forked_workers  a sweep's worker processes begin as copies of this one
+  short_pictures  an export's check draws its pictures in few steps
   empty_store     an MLflow store without runs, copied wherever a test would make one
 
 Helper modules beside this file, named by what they hold:
@@ -115,17 +116,27 @@ FEW = "adapter.targets=[unet.*.attn2.*,unet.*.proj_in,text_encoder.*.q_proj]"
 
 
 LONGEST_FIRST = (
+    "test_sweep.py",
     "test_resume.py",
     "test_native.py",
-    "test_sweep.py",
+    "test_bad_inputs.py",
+    "test_adapters.py",
+    "test_shipped_sweeps.py",
+    "test_states.py",
+    "test_reproduce.py",
+    "test_hostile_log.py",
+    "test_foreign_settings.py",
+    "test_resize_and_draw.py",
+    "test_sdxl.py",
     "test_end_to_end.py",
     "test_old_runs.py",
     "test_golden.py",
-    "test_reproduce.py",
-    "test_states.py",
-    "test_adapters.py",
+    "test_merge.py",
+    "test_convert.py",
+    "test_combine_loras.py",
     "test_run.py",
-    "test_worker_pool.py",
+    "test_config.py",
+    "test_kills.py",
 )
 """Files that are given to the workers of pytest-xdist before others, so that none is left alone
 with a long one at the end."""
@@ -221,6 +232,14 @@ def forked_workers() -> Iterator[None]:
         patch.setattr(worker_pool, "multiprocessing", forked)
         patch.setattr(worker_pool, "work", work)
         yield
+
+
+@pytest.fixture
+def short_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An export's check draws its pictures in 2 steps, not 8: what it finds here shows in them."""
+    from lorasweep.export import picture_check
+
+    monkeypatch.setattr(picture_check, "NUM_STEPS", 2)
 
 
 @pytest.fixture(scope="session")

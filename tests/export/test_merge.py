@@ -22,6 +22,8 @@ from lorasweep.export.generic_diffusion_feature import offline_lora
 from lorasweep.export.picture_check import EXACT
 from lorasweep.lora_files import checkpoint, read_lora_file
 
+pytestmark = pytest.mark.usefixtures("short_pictures")
+
 
 @pytest.fixture(scope="module")
 def source(base):

@@ -16,6 +16,8 @@ from lorasweep.export.svd_ranks import SvdRanks
 from lorasweep.lora_files import checkpoint, read_lora_file
 from lorasweep.models.model_files import ModelError
 
+pytestmark = pytest.mark.usefixtures("short_pictures")
+
 LINEAR = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
 CONV = "lora_unet_mid_block_resnets_0_conv1"
 

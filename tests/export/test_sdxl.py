@@ -36,6 +36,8 @@ from lorasweep.models.load_model import Model
 from lorasweep.models.model_files import ModelError
 from lorasweep.models.sdxl import SDXLModel
 
+pytestmark = pytest.mark.usefixtures("short_pictures")
+
 KEYS = json.loads(
     gzip.decompress((Path(__file__).parents[1] / "recorded/kohya_sdxl_keys.json.gz").read_bytes())
 )
