@@ -9,6 +9,7 @@ import random
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,9 +73,11 @@ def fill(
     scored: list[tuple[float, float, float]],
     setting: str | None = None,
     seed: int | None = None,
+    params: Mapping[str, str] | None = None,
 ) -> None:
     """One run with an epoch for each (score, upper end of its interval, drift)."""
-    log = tracker.open_run(replace(new_run(name, sweep, root), setting=setting, seed=seed))
+    new = replace(new_run(name, sweep, root), setting=setting, seed=seed, params=params or {})
+    log = tracker.open_run(new)
     for epoch, (score, high, drift) in enumerate(scored, start=1):
         path = root / name / f"{name}-{epoch:06d}.safetensors"
         checkpoint.write(path, {"lora_unet_x.alpha": torch.tensor(score)}, {"ss_output_name": name})
@@ -203,6 +206,10 @@ def test_the_table_shows_the_winner_the_ties_and_what_was_left_out(store: Store)
         (True, "two"),
     ]
     assert "0.7100" in rows[0]
+    assert [row.split("│")[-2].strip() for row in rows] == [
+        "tied, and drifts least",
+        "tied, but drifts more",
+    ]
     assert "2 more" in text
     assert "one-e003 is left out" in text
     assert "held-out image" not in text
@@ -301,7 +308,13 @@ def test_of_several_seeds_the_best_one_of_the_best_mean_is_picked(tmp_path: Path
         for number, (rank, scores) in enumerate(((4, (0.5, 0.9, 0.6)), (16, (0.58, 0.62, 0.6)))):
             for seed, score in enumerate(scores):
                 name = f"r-{number * 3 + seed}"
-                fill(tracker, tmp_path, name, "s", [(score, score, 0.1)], f"rank {rank}", seed)
+                values = {
+                    "adapter.rank": f"{rank}",
+                    "adapter.alpha": f"{rank / 2}",
+                    "seed": f"{seed}",
+                }
+                row = [(score, score, 0.1)]
+                fill(tracker, tmp_path, name, "s", row, f"rank {rank}", seed, values)
         fill(tracker, tmp_path, "older", "s", [(0.7, 0.7, 0.1)])  # whose seed isn't known
     result = pick(settings, tmp_path, by=BY)
     assert [one.scores[BY] for one in result.ranked] == pytest.approx([0.6, 2 / 3, 0.7])
@@ -313,10 +326,11 @@ def test_of_several_seeds_the_best_one_of_the_best_mean_is_picked(tmp_path: Path
     console = Console(width=160, file=io.StringIO(), record=True)
     console.print(pick_table.table(result))
     rows = [line for line in console.export_text().splitlines() if line.startswith("│")]
-    assert [[cell.strip() for cell in row.split("│")[2:5]] for row in rows] == [
-        ["r-3", "1", "0.6000 [0.5503, 0.6497]"],
-        ["r-0", "1", "0.6667 [0.1495, 1.1838]"],
-        ["older", "1", "0.7000 [, 0.7000]"],
+    # alpha goes with the rank
+    assert [[cell.strip() for cell in row.split("│")[2:6]] for row in rows] == [
+        ["r-3", "16", "1", "0.6000 [0.550, 0.650]"],
+        ["r-0", "4", "1", "0.6667 [0.150, 1.184]"],
+        ["older", "", "1", "0.7000 [, 0.700]"],
     ]
     assert [row.split("│")[-2].strip() for row in rows] == ["0, 1, 2", "0, 1, 2", ""]
     # of one run the rule sees no other seeds

@@ -25,6 +25,7 @@ from lorasweep.tracking.store import (
     PICKED_TAG,
     SWEEP_TAG,
     TrackingError,
+    differing,
     is_server,
     open_experiment,
     tagged,
@@ -196,9 +197,9 @@ def _sample_keys(client: MlflowClient, runs: Sequence[Run]) -> list[str]:
 def _searched_params(runs: Sequence[Run]) -> list[str]:
     """Params in which the runs of the newest sweep differ."""
     sweep = runs[0].data.tags.get(SWEEP_TAG)
-    params = [run.data.params for run in runs if run.data.tags.get(SWEEP_TAG) == sweep]
-    keys = sorted({key for one in params for key in one})
-    return [key for key in keys if len({one.get(key) for one in params}) > 1][:MAX_COLUMNS]
+    return differing([run.data.params for run in runs if run.data.tags.get(SWEEP_TAG) == sweep])[
+        :MAX_COLUMNS
+    ]
 
 
 def _packed(view: dict[str, Any]) -> str:

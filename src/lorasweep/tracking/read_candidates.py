@@ -34,6 +34,7 @@ from lorasweep.tracking.store import (
     Tracking,
     TrackingError,
     client_of,
+    differing,
     each_model,
     each_run,
     newest_run,
@@ -145,6 +146,28 @@ def search_candidates(client: MlflowClient, experiment_id: str, where: str) -> l
     if broken:
         log.warning("left out, for their entries in the tracking store: %s", listed(broken))
     return sorted(found, key=lambda one: one.created)
+
+
+def differing_settings(uri: str, candidates: Sequence[Candidate]) -> dict[str, dict[str, str]]:
+    """The settings in which the runs of candidates differ, by the runs' ids.
+
+    The seed is none, and of those that go together, such as rank and alpha, only the last is one.
+    """
+    wanted = {one.run_id for one in candidates}
+    sweeps = {(one.experiment_id, one.sweep) for one in candidates}
+    runs = [
+        run
+        for experiment, sweep in sweeps
+        for run in each_run(client_of(uri), experiment, tagged({SWEEP_TAG: sweep}))
+        if run.info.run_id in wanted
+    ]
+    params = {run.info.run_id: run.data.params for run in runs}
+    keys: dict[tuple[int, ...], str] = {}
+    for key in differing(list(params.values())):
+        values = [one.get(key, "") for one in params.values()]
+        if key != "seed":
+            keys[tuple(map(values.index, values))] = key
+    return {of: {key: one.get(key, "") for key in keys.values()} for of, one in params.items()}
 
 
 def config_of(uri: str, candidate: Candidate) -> str:

@@ -8,7 +8,7 @@ import os
 import re
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -349,6 +349,12 @@ def search_runs(
     Those that are there, or with `deleted` those that somebody has deleted in MLflow.
     """
     return list(each_run(client, experiment_id, where, deleted=deleted))
+
+
+def differing(params: Sequence[Mapping[str, str]]) -> list[str]:
+    """The keys in which runs' params differ, sorted."""
+    keys = sorted({key for one in params for key in one})
+    return [key for key in keys if len({one.get(key) for one in params}) > 1]
 
 
 def each_run(
