@@ -107,7 +107,8 @@ class SdScriptsProcess:
         # accelerate adds a traceback of its own, which says that there was another
         if "CalledProcessError" in text.rpartition("Traceback (most recent call last)")[2]:
             text = text.rpartition("Traceback (most recent call last)")[0]
-        lines = [line.strip() for line in re.split(r"[\r\n]+", text)]
+        # the line under a traceback's code only points at it
+        lines = [line.strip(" \t^~") for line in re.split(r"[\r\n]+", text)]
         said = [line for line in lines if line and not _PROGRESS.match(line) and line[0] != "#"]
         return f"exit code {self.exit_code}{killed}: {harmless(' | '.join(said[-_LAST_LINES:]))}"
 
