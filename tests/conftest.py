@@ -165,6 +165,12 @@ def no_log_file_of_an_earlier_test() -> None:
     root.handlers[:] = [one for one in root.handlers if type(one) is not logging.FileHandler]
 
 
+@pytest.fixture(autouse=True)
+def no_store_of_an_earlier_test() -> None:
+    """MLflow names the store that it is told of to the processes that it may start."""
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache that all tests share, as all runs of a user do."""
@@ -177,7 +183,9 @@ def make_run(tmp_path: Path, cache_dir: Path) -> Callable[..., Run]:
 
     def make(*overrides: str, number: int | None = None) -> Run:
         cfg = compose([*SMALL, *overrides])
-        cfg.output_root, cfg.cache_dir = str(tmp_path), str(cache_dir)
+        cfg.cache_dir = str(cache_dir)
+        if not any(one.startswith("output_root=") for one in overrides):
+            cfg.output_root = str(tmp_path)
         output_dir = tmp_path / "run" / str(number or 0)
         return build_run(cfg, output_dir=output_dir, overrides=overrides, sweep="s", number=number)
 

@@ -541,10 +541,11 @@ def as_begun(tmp_path, words, status, *, multirun=False):
     (folder / ".hydra").mkdir(parents=True)
     hydra = {
         "overrides": {"hydra": [], "task": words},
-        "runtime": {"cwd": str(tmp_path), "config_sources": []},
+        "runtime": {"cwd": str(tmp_path), "config_sources": [], "output_dir": str(folder)},
     }
     file = folder / ("multirun.yaml" if multirun else ".hydra/hydra.yaml")
-    file.write_text(yaml.safe_dump({"hydra": hydra}))
+    file.write_text(yaml.safe_dump({"hydra": hydra, "output_root": "outputs"}))
+    (folder / ".hydra" / "config.yaml").write_text("output_root: outputs")
     record = {"name": "mine", "status": status, "settings": "x", "data": "x"}
     (folder / "run.json").write_text(json.dumps(record))
     return folder

@@ -109,7 +109,8 @@ def test_scoring_out_of_memory_goes_on_with_fewer_at_once(make_run, monkeypatch,
         return forward(self, sample, *args, **kwargs)
 
     monkeypatch.setattr(UNet2DConditionModel, "forward", limited)
-    runs = [replace(run, output_dir=run.output_dir / "limited") for run in runs]
+    # not where a sweep's jobs lie, which would be taken as they were trained
+    runs = [replace(run, output_dir=run.output_dir / "limited" / "0") for run in runs]
     with caplog.at_level(logging.WARNING):
         found = {(r.run, r.checkpoint.epoch): r.scores["val/loss_rel"] for r in reports(*runs)}
     assert "fewer are scored at once" in caplog.text

@@ -134,7 +134,7 @@ def test_the_best_is_none_whose_run_was_deleted_in_mlflow(sweep, tmp_path, capsy
     assert f"Best: trial {others[0].number}, epoch 2" in said
     assert f"Deleted in MLflow, so not to be chosen: trial {best.number}." in said
     left = tracking.candidates(client.tracking_uri, "lorasweep")  # what pick chooses among
-    assert rank(left, "val/loss_rel")[0].run == f"demo-{others[0].number}"
+    assert rank(left, "val/loss_rel")[0].file.run == f"demo-{others[0].number}"
     place = first.tracking, first.output_root, "demo-mine"
     assert deleted_trials(*place) == {best.number}
     (tmp_path / "outputs" / "mlflow.db").unlink()
