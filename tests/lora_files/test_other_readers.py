@@ -154,3 +154,75 @@ def test_what_diffusers_is_known_to_read_wrong(name, base, bare, write):
     """So it is no truth for these: LyCORIS is for magnitudes, PEFT is for its folders."""
     path = write(*reversed(WRONG[name]))
     assert len(differing(merged(base, path), fused(bare, path))) > 100
+
+
+LYCORIS = {
+    "LoCon": {"algo": "locon", "conv_dim": 2, "conv_alpha": 3},
+    "LoCon in Tucker form": {"algo": "locon", "use_tucker": True},
+    "LoCon with a scalar": {"algo": "locon", "use_scalar": True},
+    "LoCon with norms": {"algo": "locon", "train_norm": True},
+    "DoRA": {"algo": "locon", "dora_wd": True},
+    "DoRA of inputs": {"algo": "locon", "dora_wd": True, "wd_on_output": False},
+    "LoHa": {"algo": "loha", "conv_dim": 2, "conv_alpha": 3},
+    "LoHa in Tucker form": {"algo": "loha", "use_tucker": True},
+    "LoHa with a scalar": {"algo": "loha", "use_scalar": True},
+    "LoHa with magnitudes": {"algo": "loha", "dora_wd": True},
+    "LoKr": {"algo": "lokr", "linear_dim": 1},
+    "LoKr, both decomposed": {"algo": "lokr", "linear_dim": 1, "decompose_both": True},
+    "LoKr in Tucker form": {"algo": "lokr", "linear_dim": 1, "use_tucker": True},
+    "LoKr with a scalar": {"algo": "lokr", "use_scalar": True},
+    "LoKr of whole factors": {"algo": "lokr", "full_matrix": True},
+    "LoKr of factor 8": {"algo": "lokr", "linear_dim": 1, "factor": 8},
+    "LoKr, unbalanced": {"algo": "lokr", "linear_dim": 1, "unbalanced_factorization": True},
+    "LoKr with magnitudes": {"algo": "lokr", "dora_wd": True},
+    "LoKr with magnitudes of inputs": {"algo": "lokr", "dora_wd": True, "wd_on_output": False},
+    "differences of weights and biases": {"algo": "full"},
+    "OFT": {"algo": "diag-oft"},
+    "OFT, rescaled": {"algo": "diag-oft", "rescaled": True},
+    "OFT, constrained": {"algo": "diag-oft", "constraint": 0.01},
+    "BOFT": {"algo": "boft"},
+    "GLoRA": {"algo": "glora"},
+}
+"""Of 4.1.3, without DyLoRA, whose forward draws a rank at random, and without what is refused: IA3,
+which LyCORIS can't load itself, and T-LoRA, whose forward fails on kernels."""
+
+
+def trained_by_lycoris(bare, path, options):
+    """What LyCORIS computes with adapters of random weights on a part of `bare`, and their file."""
+    lycoris = pytest.importorskip("lycoris")
+    unet = bare.unet
+    part = {
+        **{name: getattr(unet, name) for name in ("conv_in", "time_embedding", "mid_block")},
+        "down_blocks": unet.down_blocks[:1],
+    }
+    if options["algo"] != "boft":  # which divides no module of 384 outputs
+        part["text_model"] = bare.text_encoder
+    torch.manual_seed(0)
+    root = torch.nn.ModuleDict(part)
+    network = lycoris.create_lycoris(root, linear_alpha=2, warn_on_unmatched=False, **options)
+    network.apply_to()
+    for parameter in network.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape)
+    network.save_weights(str(path), None, {})
+    return predict(bare)
+
+
+def predict(base):
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        text = base.text_encoder(torch.arange(77)[None]).last_hidden_state
+        return base.unet(latents, torch.tensor([500]), text).sample
+
+
+@pytest.mark.parametrize("name", LYCORIS)
+def test_what_lycoris_saves_is_merged_as_lycoris_computes_it(name, base, bare, tmp_path):
+    """Before it saved: its own loader fails on some, and its merge has the scale of LoHa and LoKr twice."""
+    path = tmp_path / "a.safetensors"
+    theirs = trained_by_lycoris(bare, path, LYCORIS[name])
+    own = replace(base, unet=deepcopy(base.unet), text_encoder=deepcopy(base.text_encoder))
+    ours = merged(base, path)
+    for part, module in (("unet", own.unet), ("text_encoder", own.text_encoder)):
+        module.load_state_dict({n: ours[f"{part}.{n}"] for n in module.state_dict()})
+    effect = (theirs - predict(base)).norm()
+    assert effect > 0.01 * theirs.norm()
+    assert (predict(own) - theirs).norm() < 1e-4 * effect
