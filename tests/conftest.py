@@ -18,6 +18,7 @@ Helper modules beside this file, named by what they hold:
   logged            a run as a trainer logs it, and all that MLflow then has of it
   fake_worker_pool  stands in for a sweep's worker processes
   lora_tensors      a module's tensors of every type of LoRA file
+  renamed_loras     a LoRA's tensors under the names of every program
   bad_files         images, LoRA files and models that are broken on purpose
   narrow_sd15       a narrow base model of SD1.5's shape, which the real sd-scripts can train
   sd_scripts_stand_in  a checkout of kohya's sd-scripts without torch, and what may go amiss in it
