@@ -216,7 +216,7 @@ def predict(base):
 
 @pytest.mark.parametrize("name", LYCORIS)
 def test_what_lycoris_saves_is_merged_as_lycoris_computes_it(name, base, bare, tmp_path):
-    """Before it saved: its own loader fails on some, and its merge has the scale of LoHa and LoKr twice."""
+    """Before it saved: its loader fails on some, its merge has LoHa's and LoKr's scale twice."""
     path = tmp_path / "a.safetensors"
     theirs = trained_by_lycoris(bare, path, LYCORIS[name])
     own = replace(base, unet=deepcopy(base.unet), text_encoder=deepcopy(base.text_encoder))
