@@ -15,6 +15,7 @@ from lora_tensors import dora, lora
 from lorasweep.adapters.differences import bias_delta
 from lorasweep.adapters.kohya_names import every_norm, every_site, sites
 from lorasweep.adapters.pack import check_fit, file_delta
+from lorasweep.export.attach_loras import attachable, attached
 from lorasweep.export.picture_check import pipeline_of
 from lorasweep.lora_files import read_lora_file
 from renamed_loras import (
@@ -255,7 +256,9 @@ def predict(base):
 
 
 @pytest.mark.parametrize("name", LYCORIS)
-def test_what_lycoris_saves_is_merged_as_lycoris_computes_it(name, base, bare, tmp_path):
+def test_what_lycoris_saves_is_merged_and_attached_as_lycoris_computes_it(
+    name, base, bare, tmp_path
+):
     """Before it saved: its loader fails on some, and its merge scales LoHa and LoKr twice."""
     path = tmp_path / "a.safetensors"
     theirs = trained_by_lycoris(bare, path, LYCORIS[name])
@@ -266,3 +269,5 @@ def test_what_lycoris_saves_is_merged_as_lycoris_computes_it(name, base, bare, t
     effect = (theirs - predict(base)).norm()
     assert effect > 0.01 * theirs.norm()
     assert (predict(own) - theirs).norm() < 1e-4 * effect
+    with attached(attachable(base, [(read_lora_file.read(path, base), 1.0)])):
+        assert (predict(base) - theirs).norm() < 1e-4 * effect
