@@ -15,6 +15,7 @@ from lora_tensors import dora, lora
 from lorasweep.adapters.differences import bias_delta
 from lorasweep.adapters.kohya_names import every_norm, every_site, sites
 from lorasweep.adapters.pack import check_fit, file_delta
+from lorasweep.export.attach_loras import attachable, attached
 from lorasweep.export.picture_check import pipeline_of
 from lorasweep.lora_files import read_lora_file
 from renamed_loras import (
@@ -122,6 +123,46 @@ def test_every_scheme_that_diffusers_loads_is_merged_as_diffusers_fuses_it(name,
     assert differing(ours, theirs) == wrong
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lora_alpha": 6},
+        {"lora_alpha": 6, "use_rslora": True},
+        {"alpha_pattern": {"attn2.to_q": 1, "to_q": 3}, "rank_pattern": {"attn1.to_k": 2}},
+        {"use_dora": True, "alpha_pattern": {"to_k": 2}},
+    ],
+    ids=["alpha", "rsLoRA", "patterns", "magnitudes"],
+)
+def test_what_diffusers_saves_with_its_metadata_is_merged_as_diffusers_fuses_it(
+    options, base, bare, tmp_path
+):
+    """An alpha for each part, in the file's metadata.
+
+    The text encoder's is plain: diffusers saves its magnitudes without `.weight`, and transformers
+    5.23 then doesn't load them.
+    """
+    peft = pytest.importorskip("peft")
+    from diffusers import StableDiffusionPipeline
+    from diffusers.training_utils import _collate_lora_metadata
+
+    parts = {"unet": deepcopy(bare.unet), "text_encoder": deepcopy(bare.text_encoder)}
+    torch.manual_seed(0)
+    for part, own in {
+        "unet": {"r": 4, "target_modules": ["to_q", "to_k", "conv1"], **options},
+        "text_encoder": {"r": 2, "target_modules": ["q_proj", "fc1"], "lora_alpha": 3},
+    }.items():
+        parts[part].add_adapter(peft.LoraConfig(init_lora_weights=False, **own))
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path,
+        **{f"{n}_lora_layers": peft.get_peft_model_state_dict(part) for n, part in parts.items()},
+        **_collate_lora_metadata(parts),
+    )
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    ours, theirs = merged(base, path), fused(bare, path)
+    assert len(differing(weights(base), theirs)) > 30
+    assert not differing(ours, theirs)
+
+
 REFUSED = {
     "OneTrainer's": (as_one_trainer, lora, "Invalid LoRA checkpoint"),
     "ComfyUI's": (as_comfyui, lora, "Invalid LoRA checkpoint"),
@@ -215,8 +256,10 @@ def predict(base):
 
 
 @pytest.mark.parametrize("name", LYCORIS)
-def test_what_lycoris_saves_is_merged_as_lycoris_computes_it(name, base, bare, tmp_path):
-    """Before it saved: its loader fails on some, its merge has LoHa's and LoKr's scale twice."""
+def test_what_lycoris_saves_is_merged_and_attached_as_lycoris_computes_it(
+    name, base, bare, tmp_path
+):
+    """Before it saved: its loader fails on some, and its merge scales LoHa and LoKr twice."""
     path = tmp_path / "a.safetensors"
     theirs = trained_by_lycoris(bare, path, LYCORIS[name])
     own = replace(base, unet=deepcopy(base.unet), text_encoder=deepcopy(base.text_encoder))
@@ -226,3 +269,5 @@ def test_what_lycoris_saves_is_merged_as_lycoris_computes_it(name, base, bare, t
     effect = (theirs - predict(base)).norm()
     assert effect > 0.01 * theirs.norm()
     assert (predict(own) - theirs).norm() < 1e-4 * effect
+    with attached(attachable(base, [(read_lora_file.read(path, base), 1.0)])):
+        assert (predict(base) - theirs).norm() < 1e-4 * effect
