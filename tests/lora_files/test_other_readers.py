@@ -123,6 +123,7 @@ def test_every_scheme_that_diffusers_loads_is_merged_as_diffusers_fuses_it(name,
     assert differing(ours, theirs) == wrong
 
 
+@pytest.mark.filterwarnings("ignore:Could not find a config file")  # PEFT, of the vocabulary
 @pytest.mark.parametrize(
     "options",
     [
