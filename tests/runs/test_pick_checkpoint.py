@@ -328,9 +328,9 @@ def test_of_several_seeds_the_best_one_of_the_best_mean_is_picked(tmp_path: Path
     rows = [line for line in console.export_text().splitlines() if line.startswith("│")]
     # alpha goes with the rank
     assert [[cell.strip() for cell in row.split("│")[2:6]] for row in rows] == [
-        ["r-3", "16", "1", "0.6000 [0.550, 0.650]"],
-        ["r-0", "4", "1", "0.6667 [0.150, 1.184]"],
-        ["older", "", "1", "0.7000 [, 0.700]"],
+        ["r-3", "16", "1", "0.6000 [0.55, 0.65]"],
+        ["r-0", "4", "1", "0.6667 [0.15, 1.18]"],
+        ["older", "", "1", "0.7000 [, 0.70]"],
     ]
     assert [row.split("│")[-2].strip() for row in rows] == ["0, 1, 2", "0, 1, 2", ""]
     # of one run the rule sees no other seeds

@@ -35,7 +35,9 @@ def table(result: Choice, limit: int = TABLE_LIMIT) -> Table:
     by_rule = "picked" if isinstance(result, Pick) else "first by the rule:"
     chosen = "own choice" if result.chosen_by == "person" else by_rule
     title = _escaped(f"{result.winner.sweep}: {chosen} {result.winner.name}")
-    found = Table(title=title, caption=_caption(result, limit), caption_justify="left")
+    found = Table(
+        title=title, caption=_caption(result, limit), caption_justify="left", pad_edge=False
+    )
     several = any(len(one.checkpoints) > 1 for one in result.ranked)
     by, winner = result.by, result.of_winner
     smallest = min(result.ranked, key=lambda one: sign(by) * one.scores[by], default=None)
@@ -142,7 +144,7 @@ def _cells(
     result: Choice, one: Ranked[Candidate], file: Candidate, settings: Sequence[str]
 ) -> list[str]:
     by, scores = result.by, one.scores
-    low, high = (_short(scores.get(f"{by}_{end}"), ".3f") for end in ("lo", "hi"))
+    low, high = (_short(scores.get(f"{by}_{end}"), ".2f") for end in ("lo", "hi"))
     interval = f" [{low}, {high}]"
     return [
         _link(file.run, page(result.uri, file)),
