@@ -352,6 +352,7 @@ def test_epochs_are_scored_and_drawn_and_a_broken_run_goes_on(
     epochs = [one.epoch for kind, one in again if kind == "EpochReport"]
     assert epochs == [1, 2] and again[-1][0] == "Finished"
     assert not list(runs[1].output_dir.rglob("*-state"))
+    assert not saved_states.together({"good": runs[1].output_dir})  # none without sd-scripts' own
 
 
 # What it is told

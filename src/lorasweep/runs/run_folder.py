@@ -30,6 +30,7 @@ from lorasweep.lora_files.checkpoint import checkpoint_path
 from lorasweep.tracking.records import forget_run, read_epoch
 from lorasweep.tracking.store import TrackingError
 from lorasweep.training import saved_states
+from lorasweep.training.training_run import NativeTrainer
 
 if TYPE_CHECKING:
     from lorasweep.config.run import Run
@@ -87,7 +88,7 @@ class RunFolder:
         for folder in (self.path, saved_states.folder_of(self.path), self.path / "samples"):
             delete_temporaries(folder)
         if self.found in ("finished", "dropped"):
-            _forget_states(self.path, self.found)  # a kill may have come between the record and it
+            _forget_states(run, self.found)  # a kill may have come between the record and it
             return
         if self.found is None:
             saved_states.delete(self.path)
@@ -129,7 +130,7 @@ class RunFolder:
     def end(self, status: Status) -> None:
         """The run has come to its end here; from its last state it may be trained further."""
         self._write(status)
-        _forget_states(self.path, status)
+        _forget_states(self._run, status)
         self.release()
 
     def release(self) -> None:
@@ -295,7 +296,7 @@ def ended(run: Run) -> Status | None:
     status = status_of(run)
     if status not in ("finished", "failed"):
         return None
-    _forget_states(run.output_dir, status)
+    _forget_states(run, status)
     return status
 
 
@@ -316,17 +317,17 @@ def check_longer(folder: Path, record: RunJson, schedule: LRScheduler) -> None:
     if record.status == "finished" and not saved_states.together({record.name: folder}):
         raise SettingsError(
             f"{folder}: {record.name} has ended and left no state to go on from"
-            " (trainer.keep_states=0, or an older lorasweep); train anew, with another name or"
-            " hydra.run.dir"
+            " (trainer.keep_states=0, trainer=sd_scripts, or an older lorasweep); train anew, with"
+            " another name or hydra.run.dir"
         )
 
 
-def _forget_states(folder: Path, status: Status) -> None:
-    """Delete the states that a run which ended so needs no more."""
-    if status == "finished":
-        saved_states.keep_last(folder, 1)  # more epochs go on from there
+def _forget_states(run: Run, status: Status) -> None:
+    """Delete the states that a run which ended so needs no more; sd-scripts deletes its own."""
+    if status == "finished" and isinstance(run.trainer, NativeTrainer):
+        saved_states.keep_last(run.output_dir, 1)  # more epochs go on from there
     else:
-        saved_states.delete(folder)
+        saved_states.delete(run.output_dir)
 
 
 def status_of(run: Run) -> Status | None:
