@@ -494,14 +494,14 @@ def test_settings_of_the_native_trainer_alone_are_refused_by_name(make_run, tmp_
 
 def test_a_base_that_it_would_compute_otherwise_is_refused(base):
     check_base(base)
-    schedule = NoiseSchedule({**base.scheduler_config, "beta_end": 0.02})
+    schedule = NoiseSchedule({**base.noise_schedule.config, "beta_end": 0.02})
     with pytest.raises(SettingsError, match=r"noise schedule of beta_end 0\.02"):
         check_base(replace(base, noise_schedule=schedule))
 
 
 def test_a_model_of_v_prediction_is_told_as_that(told, base):
     changed = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
-    schedule = NoiseSchedule({**base.scheduler_config, **changed})
+    schedule = NoiseSchedule({**base.noise_schedule.config, **changed})
     settings = told(of_base=replace(base, noise_schedule=schedule))
     assert settings["v_parameterization"] and settings["zero_terminal_snr"]
 

@@ -85,7 +85,7 @@ def check(
 def check_base(base: BaseModel) -> None:
     """Raise SettingsError for a base model that sd-scripts would compute otherwise, unsaid."""
     where = f"model.path={base.settings.path}"
-    scale = base.vae.config.scaling_factor
+    scale = base.latent_scale
     if abs(scale - VAE_SCALE) > 1e-6:
         raise _cannot(
             f"{where} has a VAE of scaling factor {scale:g}", f"it takes {VAE_SCALE} for any VAE"
@@ -120,8 +120,8 @@ def kohya_settings(
         "loss": {
             "noise_offset": run.noise_offset or None,
             "min_snr_gamma": run.min_snr_gamma,
-            "v_parameterization": base.prediction_type == "v_prediction",
-            "zero_terminal_snr": bool(base.scheduler_config.get("rescale_betas_zero_snr", False)),
+            "v_parameterization": base.noise_schedule.prediction_type == "v_prediction",
+            "zero_terminal_snr": base.noise_schedule.is_zero_terminal_snr,
         },
         "data": _data(data, start),
         "saving": {
