@@ -172,7 +172,9 @@ def test_each_epoch_gives_a_file_of_our_name_with_kohyas_metadata(checkout, make
     assert list(told["demo"]) == [*range(1, 9)]
     assert all(0 < values["train/loss"] < 10 for values in told["demo"].values())
     rates = {"train/lr_unet", "train/lr_text_encoder"}
-    assert all(rates < set(told["demo"][step]) for step in range(2, 9))
+    assert all(rates < set(told["demo"][step]) for step in range(1, 9))
+    first = told["demo"][1]  # which sd-scripts doesn't log
+    assert (first["train/lr_unet"], first["train/lr_text_encoder"]) == (1e-3, 5e-4)
     left = {path.name for path in (run.output_dir / "sd_scripts").iterdir()}
     assert left == {"accelerate.json", "logs"}
 
@@ -190,6 +192,8 @@ def test_a_run_goes_on_from_the_last_epochs_state(checkout, make_run, base):
     checkpoints = [one for epoch in training for one in epoch.checkpoints]
     assert [(one.epoch, one.step) for one in checkpoints] == [(2, 8), (3, 12)]
     assert [*told["demo"]] == [*range(5, 13)]
+    last_logged = saved.snapshot.lr_scheduler["train/lr_unet"]  # with step 4, of step 5
+    assert last_logged > 0 and told["demo"][5]["train/lr_unet"] == last_logged
     steps = [lora_file.read_metadata(one.path)["ss_steps"] for one in checkpoints]
     assert steps == ["8", "12"]
     told_it = tomllib.loads((run.output_dir / "sd_scripts.toml").read_text())["saving"]

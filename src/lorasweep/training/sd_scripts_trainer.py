@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lorasweep import __version__
+from lorasweep.adapters.kohya_names import adapted_parts
 from lorasweep.adapters.pack import Pack
 from lorasweep.core.atomic_write import write_atomically
 from lorasweep.core.progress import Bar, Show
@@ -50,6 +51,7 @@ FOLDER = "sd_scripts"
 """Of the run's folder: what sd-scripts writes; beside it are sd_scripts.toml and sd_scripts.log."""
 _POLL_SECONDS = 0.1
 _GROUP = re.compile(r"lr/(d\*lr/)?group\d+")
+_FINDS_RATES = re.compile("prodigy|dadapt", re.IGNORECASE)
 
 
 class SdScriptsTraining:
@@ -111,8 +113,10 @@ class SdScriptsTraining:
             [run.optimizer.bare_blocks],
         )
         numbers = sum(view.numel() for views in adapters.views(0).values() for view in views)
-        member = _Member(run, numbers, _modules(adapters), run.num_steps(self.steps_per_epoch))
+        total = run.num_steps(self.steps_per_epoch)
+        member = _Member(run, numbers, _modules(adapters), total, rates=_first_rates(run, total))
         if saved is not None:
+            member.rates = dict(saved.snapshot.lr_scheduler)
             member.started = saved.started
             member.num_epochs = saved.snapshot.num_epochs
             member.num_steps = saved.snapshot.num_steps
@@ -317,7 +321,7 @@ class SdScriptsTraining:
         snapshot = Snapshot(
             parameters=[],
             optimizer={},
-            lr_scheduler={},
+            lr_scheduler=dict(member.rates),
             scaler={},
             num_epochs=epoch,
             num_batches=0,
@@ -364,6 +368,7 @@ class _Member:
     steps_seen: int = 0
     """As sd-scripts counts them, from 0 in each process."""
     rates: dict[str, float] = field(default_factory=dict)
+    """Of the next step, as they are logged."""
     records: Sequence[tuple[int, Mapping[str, float]]] = ()
     """Of the last finished epoch."""
 
@@ -385,6 +390,26 @@ class _Member:
         """An epoch is over, with its files."""
         self.num_epochs += 1
         self.records = epoch.records
+
+
+def _first_rates(run: TrainingRun, num_steps: int) -> dict[str, float]:
+    """Those of the first step, which sd-scripts doesn't log; none where the optimiser finds them.
+
+    Its own is made elsewhere, and may not be installed here: any has the schedule's rates.
+    """
+    import torch
+
+    optimizer = run.optimizer
+    if run.lr_scheduler.type == "adafactor" or _FINDS_RATES.search(optimizer.type):
+        return {}
+    rates = {"unet": optimizer.unet_lr, "text_encoder": optimizer.text_encoder_lr}
+    trained = adapted_parts(run.adapter.targets) & optimizer.trained_parts
+    parts = [part for part in rates if part in trained]
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": rates[part]} for part in parts]
+    any_kind = torch.optim.SGD(groups, lr=optimizer.unet_lr or optimizer.text_encoder_lr)
+    run.lr_scheduler.create(any_kind, num_steps)
+    first = zip(parts, any_kind.param_groups, strict=True)
+    return {f"train/lr_{part}": float(group["lr"]) for part, group in first}
 
 
 def _modules(adapters: Pack) -> frozenset[str]:
