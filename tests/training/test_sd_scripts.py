@@ -15,6 +15,7 @@ import tomllib
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -496,11 +497,24 @@ def test_settings_of_the_native_trainer_alone_are_refused_by_name(make_run, tmp_
             make_run(f"trainer.path={make_script(tmp_path)}", f"+trainer.{key}")
 
 
-def test_a_base_that_it_would_compute_otherwise_is_refused(base):
-    check_base(base)
+def test_a_base_that_it_would_compute_otherwise_is_refused(base, tmp_path):
+    check_base(base, tmp_path)
     schedule = NoiseSchedule({**base.scheduler_config, "beta_end": 0.02})
     with pytest.raises(SettingsError, match=r"noise schedule of beta_end 0\.02"):
-        check_base(replace(base, noise_schedule=schedule))
+        check_base(replace(base, noise_schedule=schedule), tmp_path)
+
+
+def test_a_base_whose_unet_is_not_of_its_fixed_shape_is_refused_by_name(base, tmp_path):
+    (tmp_path / "library").mkdir()
+    code = tmp_path / "library" / "original_unet.py"
+    code.write_text("IN_CHANNELS = 4\nBLOCK_OUT_CHANNELS: Tuple[int] = (32, 32, 64, 64)\n")
+    check_base(base, tmp_path)
+    deeper = SimpleNamespace(config={**base.unet.config, "layers_per_block": 3})
+    with pytest.raises(SettingsError, match=r"UNet of layers_per_block 3: .* of 2 alone"):
+        check_base(replace(base, unet=deeper), tmp_path)
+    code.write_text("BLOCK_OUT_CHANNELS: Tuple[int] = (320, 640, 1280, 1280)\n")  # as it is
+    with pytest.raises(SettingsError, match="block_out_channels 32, 32, 64, 64: .* of 320, 640,"):
+        check_base(base, tmp_path)
 
 
 def test_a_model_of_v_prediction_is_told_as_that(told, base):

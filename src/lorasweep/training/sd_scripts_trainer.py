@@ -67,7 +67,7 @@ class SdScriptsTraining:
         on_step: OnStep | None = None,
     ) -> None:
         sd_scripts_checkout.check_folder(settings)
-        sd_scripts_config.check_base(base)
+        sd_scripts_config.check_base(base, settings.path)
         self._on_step = on_step or (lambda _run, _step, _values: None)
         self.settings, self.base, self.data = settings, base, data
         self.max_runs = SdScriptsTrainer.max_runs
