@@ -21,8 +21,9 @@ import pytest
 
 import narrow_sd15
 import sd_scripts_stand_in as stand_in
-from conftest import options
+from conftest import SMALL, options
 from lorasweep.adapters.pack import Pack
+from lorasweep.cli import main
 from lorasweep.core.settings import SettingsError, build
 from lorasweep.data.latents import Item
 from lorasweep.lora_files import checkpoint as lora_file
@@ -284,6 +285,39 @@ def test_a_dropped_runs_process_is_ended_and_the_next_run_trains(stood_in, make_
     assert not list(first.output_dir.rglob("*-state"))
 
 
+SWEEP = """\
+# @package _global_
+defaults:
+  - override /hydra/sweeper: optuna
+study:
+  params:
+    optimizer.unet_lr: choice(1e-3)
+  sampler: grid
+  pruner: patient
+  pruner_options: {patience: 1}
+  n_trials: 1
+"""
+
+
+def test_the_pruner_of_a_sweep_ends_the_process_with_the_epoch(
+    stood_in, tmp_path, cache_dir, model, forked_workers
+):
+    """The stand-in's epochs score alike, so the second is no better than the first."""
+    stood_in.plan(**{"demo-0": ("hang", 3)})
+    (tmp_path / "sweeps").mkdir()
+    (tmp_path / "sweeps" / "mine.yaml").write_text(SWEEP)
+    places = [f"output_root={tmp_path}/outputs", f"cache_dir={cache_dir}", f"model.path={model}"]
+    own = ["dataset.resolution=[64,64]", "adapter.rank=2", "trainer.max_train_epochs=3"]
+    own += ["study.min_epochs=1", "trainer=sd_scripts"]
+    chosen = [*SMALL, *stood_in.overrides, *places, *own]
+    main.main(["sweep", "mine", "--config-dir", str(tmp_path), *chosen])
+    (folder,) = (tmp_path / "outputs").glob("demo/*/0")
+    files = {path.name for path in folder.rglob("*.safetensors")}
+    assert files == {f"demo-0-{epoch:06d}.safetensors" for epoch in (1, 2)}
+    assert not stood_in.is_running(SimpleNamespace(name="demo-0"))
+    assert not list(folder.rglob("*-state"))
+
+
 KILLED = """
 import sys
 from pathlib import Path
@@ -513,7 +547,7 @@ def test_a_base_whose_unet_is_not_of_its_fixed_shape_is_refused_by_name(base, tm
     with pytest.raises(SettingsError, match=r"UNet of layers_per_block 3: .* of 2 alone"):
         check_base(replace(base, unet=deeper), tmp_path)
     code.write_text("BLOCK_OUT_CHANNELS: Tuple[int] = (320, 640, 1280, 1280)\n")  # as it is
-    with pytest.raises(SettingsError, match="block_out_channels 32, 32, 64, 64: .* of 320, 640,"):
+    with pytest.raises(SettingsError, match=r"block_out_channels 32, 32, 64, 64: .* of 320, 640,"):
         check_base(base, tmp_path)
 
 

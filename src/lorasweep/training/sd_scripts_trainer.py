@@ -92,7 +92,7 @@ class SdScriptsTraining:
             except TrainerError as error:
                 yield TrainedEpoch(checkpoints=[], failures={member.run.name: str(error)})
             self._members.pop(member.run.name, None)
-            _delete_states(member.folder)  # it has ended or was dropped
+            _delete_leftovers(member.folder)
 
     def join(self, run: TrainingRun, saved: SavedState | None = None) -> None:
         """Let `run` train once those before it have ended; with a saved state, from there on.
@@ -130,8 +130,10 @@ class SdScriptsTraining:
     def drop(self, run: str) -> None:
         """Stop training `run`, its process too; the others go on. Its checkpoints stand."""
         member = self._members.pop(run, None)
-        if member is not None and member.process is not None:
-            member.process.end()
+        if member is not None:
+            if member.process is not None:
+                member.process.end()
+            _delete_leftovers(member.folder)
 
     def stop(self) -> None:
         """End the process at once and raise Stopped: the state is that of the last epoch.
@@ -193,9 +195,7 @@ class SdScriptsTraining:
     def _write_files(self, member: _Member, start: Start) -> Path:
         """The TOML and what it names; what an earlier process left unfinished is deleted."""
         run, folder = member.run, member.folder
-        _delete_states(folder, but=start.resume)
-        for path in folder.glob("*.safetensors"):
-            path.unlink()
+        _delete_leftovers(folder, but=start.resume)
         if start.resume is None:
             shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(start.logging_dir, ignore_errors=True)
@@ -416,7 +416,10 @@ def _modules(adapters: Pack) -> frozenset[str]:
     return frozenset(name.partition(".")[0] for name in adapters.file_tensors(0))
 
 
-def _delete_states(folder: Path, but: Path | None = None) -> None:
+def _delete_leftovers(folder: Path, but: Path | None = None) -> None:
+    """States that nothing goes on from, and files of epochs that weren't picked up."""
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
     for path in folder.glob("*-state"):
         if path != but:
             shutil.rmtree(path, ignore_errors=True)
