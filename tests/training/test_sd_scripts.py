@@ -285,6 +285,11 @@ def test_a_dropped_runs_process_is_ended_and_the_next_run_trains(stood_in, make_
     assert not list(first.output_dir.rglob("*-state"))
 
 
+def logged_files(run):
+    """Of a run, those that go to MLflow, and into which folder there."""
+    return json.loads((run.output_dir / "mlflow.json").read_text())["files"]
+
+
 SWEEP = """\
 # @package _global_
 defaults:
@@ -368,7 +373,8 @@ def test_epochs_are_scored_and_drawn_and_a_broken_run_goes_on(
 ):
     """By the same session as the native trainer's; one run fails, and another is broken off."""
     monkeypatch.setattr(session, "load_base", lambda run, device: base)
-    drawn = [*stood_in.overrides, "metrics.validation.max_tuples=3"]
+    own = ["metrics.validation.max_tuples=3", "trainer.sample_every_n_epochs=1"]
+    drawn = [*stood_in.overrides, *own]
     first = make_run(*drawn, number=1)
     runs = [
         replace(first, name=name, output_dir=first.output_dir / name) for name in ("bad", "good")
@@ -392,6 +398,13 @@ def test_epochs_are_scored_and_drawn_and_a_broken_run_goes_on(
     assert epochs == [1, 2] and again[-1][0] == "Finished"
     assert not list(runs[1].output_dir.rglob("*-state"))
     assert not saved_states.together({"good": runs[1].output_dir})  # none without sd-scripts' own
+    said = {"sd_scripts.toml": None, "sd_scripts.log": None}
+    pictures = [f"sd_scripts/sample/good_e{epoch:06d}_00_20261129.png" for epoch in (1, 2)]
+    assert logged_files(runs[0]).items() >= said.items()
+    assert logged_files(runs[1]).items() >= {
+        **said,
+        **dict.fromkeys(pictures, "sd_scripts_samples"),
+    }.items()
 
 
 # What it is told

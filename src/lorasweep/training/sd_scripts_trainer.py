@@ -54,6 +54,16 @@ _GROUP = re.compile(r"lr/(d\*lr/)?group\d+")
 _FINDS_RATES = re.compile("prodigy|dadapt", re.IGNORECASE)
 
 
+def files_of(output_dir: Path) -> dict[Path, str | None]:
+    """What sd-scripts was told in a run's folder, what it printed and drew; its place in MLflow."""
+    said = [output_dir / f"{FOLDER}.toml", output_dir / f"{FOLDER}.log"]
+    drawn = sorted((output_dir / FOLDER / "sample").glob("*.png"))
+    return {
+        **{path: None for path in said if path.is_file()},
+        **dict.fromkeys(drawn, f"{FOLDER}_samples"),
+    }
+
+
 class SdScriptsTraining:
     """A training under way, with the interface of `NativeTraining`."""
 
