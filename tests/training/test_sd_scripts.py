@@ -38,7 +38,7 @@ from lorasweep.training.sd_scripts_config import (
     kohya_settings,
     text_of,
 )
-from lorasweep.training.sd_scripts_trainer import SdScriptsTraining
+from lorasweep.training.sd_scripts_trainer import SdScriptsTraining, files_of
 from lorasweep.training.training_run import Stopped, TrainingData
 from small_training import load
 
@@ -401,10 +401,13 @@ def test_epochs_are_scored_and_drawn_and_a_broken_run_goes_on(
     said = {"sd_scripts.toml": None, "sd_scripts.log": None}
     pictures = [f"sd_scripts/sample/good_e{epoch:06d}_00_20261129.png" for epoch in (1, 2)]
     assert logged_files(runs[0]).items() >= said.items()
-    assert logged_files(runs[1]).items() >= {
-        **said,
-        **dict.fromkeys(pictures, "sd_scripts_samples"),
-    }.items()
+    assert (
+        logged_files(runs[1]).items()
+        >= {
+            **said,
+            **dict.fromkeys(pictures, "sd_scripts_samples"),
+        }.items()
+    )
 
 
 # What it is told
@@ -606,10 +609,14 @@ def test_the_real_one_trains_every_adapter_under_our_keys(adapter, make_run, bas
     narrow_sd15.write_checkout(tmp_path / "real", Path(REAL), model)
     python = os.environ.get("LORASWEEP_SD_SCRIPTS_PYTHON", sys.executable)
     places = f"trainer.path={tmp_path / 'real'}", f"trainer.python={python}"
-    run = make_run(*places, f"adapter={adapter}", "adapter.rank=2", "trainer.max_train_epochs=1")
+    drawn = ["trainer.sample_every_n_epochs=1", "trainer.sample_prompts=[a fox --s 2]"]
+    own = [f"adapter={adapter}", "adapter.rank=2", "trainer.max_train_epochs=1"]
+    run = make_run(*places, *own, *drawn)
     _, (one,), failures = train(base, load(run, base), run)
     assert not failures
     tensors = lora_file.read(one.path)[0]
     ours = Pack.new(base.parts, [(run.adapter, 0, run.optimizer.trained_parts)]).file_tensors(0)
     shapes = {name: tuple(tensor.shape) for name, tensor in ours.items()}
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == shapes
+    (picture,) = (path for path in files_of(run.output_dir) if path.suffix == ".png")
+    assert picture.name.startswith("demo_")
