@@ -7,6 +7,7 @@ means was read from sd-scripts' code of February 2026.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from lorasweep.core.settings import SettingsError
 from lorasweep.data.dataset import Dataset
 from lorasweep.models.base_model import BaseModel
 from lorasweep.models.model_settings import ModelSettings
+from lorasweep.models.stable_diffusion import StableDiffusion
 from lorasweep.training.optimizers import Optimizer
 from lorasweep.training.training_run import SdScriptsTrainer, TrainingData, TrainingRun
 
@@ -47,6 +49,14 @@ _SCHEDULE = {
     "beta_schedule": "scaled_linear",
     "trained_betas": None,
 }
+_UNET: Mapping[str, object] = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "layers_per_block": 2,
+    "down_block_types": (*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
+}
+_WIDTHS = re.compile(r"^BLOCK_OUT_CHANNELS\b.*= *\(([\d, ]+\d)\)", re.MULTILINE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +92,22 @@ def check(
     _optimizer(run.optimizer)
 
 
-def check_base(base: BaseModel) -> None:
-    """Raise SettingsError for a base model that sd-scripts would compute otherwise, unsaid."""
+def check_base(base: BaseModel, checkout: Path) -> None:
+    """Raise SettingsError for a base model that sd-scripts can't take or would compute otherwise.
+
+    Its UNet's shape is fixed in its code, that of SD1.x; the widths are asked of the checkout.
+    """
     where = f"model.path={base.settings.path}"
+    if not isinstance(base, StableDiffusion):
+        raise _cannot(f"{where} is no Stable Diffusion 1.x", "give one that is")
+    unet = base.unet.config
+    shape = {**_UNET, "block_out_channels": _widths(checkout)}
+    for name, expected in shape.items():
+        if expected is not None and _shown(unet[name]) != _shown(expected):
+            raise _cannot(
+                f"{where} has a UNet of {name} {_shown(unet[name])}",
+                f"it takes those of {_shown(expected)} alone",
+            )
     scale = base.latent_scale
     if abs(scale - VAE_SCALE) > 1e-6:
         raise _cannot(
@@ -95,6 +118,17 @@ def check_base(base: BaseModel) -> None:
         found = schedule.get(name)
         if found != expected:
             raise _cannot(f"{where} has a noise schedule of {name} {found}", f"it has {expected}")
+
+
+def _widths(checkout: Path) -> Sequence[int] | None:
+    """Of the UNet's blocks, as a checkout has them; None where it doesn't say."""
+    code = checkout.expanduser() / "library" / "original_unet.py"
+    found = _WIDTHS.search(code.read_text(errors="replace")) if code.is_file() else None
+    return [int(number) for number in found[1].split(",")] if found else None
+
+
+def _shown(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, Iterable) else str(value)
 
 
 def text_of(sections: Mapping[str, Section], comment: str) -> bytes:
