@@ -14,7 +14,7 @@ from lorasweep.models.base_model import BaseModel
 from lorasweep.models.conditioning import Conditioning
 from lorasweep.models.diffusion_loss import squared_errors
 from lorasweep.training.training_batches import Batch
-from lorasweep.training.training_captions import caption_of, captions_vary
+from lorasweep.training.training_captions import caption_of
 from lorasweep.training.training_run import TrainingData
 from lorasweep.training.training_state import TrainingState
 
@@ -28,6 +28,7 @@ class PackLoss:
     def __init__(self, base: BaseModel, data: TrainingData) -> None:
         self.base, self.data = base, data
         self._encoded: dict[str, Conditioning] = {}
+        self._captions_vary = any(item.settings.captions_vary for item in data.items)
 
     def backward(
         self,
@@ -90,7 +91,6 @@ class PackLoss:
         return [
             caption_of(
                 self.data.items[index],
-                self.data.settings,
                 seed=state.run.seed,
                 epoch=state.num_epochs + 1,
                 place=(state.num_micro_steps, row),
@@ -106,7 +106,7 @@ class PackLoss:
         if pack.adapts("text_encoder"):
             return self.base.encode_prompt(captions)
         with torch.no_grad():
-            if captions_vary(self.data.settings):
+            if self._captions_vary:
                 return self.base.encode_prompt(captions)
             missing = sorted(set(captions) - set(self._encoded))
             if missing:

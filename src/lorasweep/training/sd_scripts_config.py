@@ -182,23 +182,21 @@ def dataset_config(data: TrainingData) -> str | None:
 
     Captions that are sentences are not shuffled.
     """
-    settings = data.settings
-    if not (settings.shuffle_caption or settings.caption_tag_dropout_rate):
-        return None
+    shared = data.settings.own()
     folders = {item.path.parent: item for item in data.items}
-    if all(item.tags for item in folders.values()):
+    own = {
+        folder: {key: value for key, value in item.settings.own().items() if value != shared[key]}
+        for folder, item in folders.items()
+    }
+    if not any(own.values()):
         return None
-    lines = [
-        "# Written by lorasweep: captions that are sentences keep their order.",
-        "[[datasets]]",
-    ]
+    lines = ["# Written by lorasweep: not all folders are read alike.", "[[datasets]]"]
     for folder, item in folders.items():
         subset: dict[str, Value] = {
             "image_dir": str(folder),
             "num_repeats": item.repeats,
             "class_tokens": folder.name.partition("_")[2],
-            "shuffle_caption": settings.shuffle_caption and item.tags,
-            "caption_tag_dropout_rate": settings.caption_tag_dropout_rate if item.tags else 0.0,
+            **own[folder],
         }
         lines += ["", "[[datasets.subsets]]"]
         lines += [f"{key} = {_toml(value)}" for key, value in subset.items()]
