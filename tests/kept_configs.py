@@ -1,8 +1,8 @@
 """Hydra composes thousands of configs while tests run, of a conf/ that stays as it is.
 
 What it makes of these files is kept, pickled, in each process: what a file says, the list of files
-that a choice of options names, the config of these files, and what equal overrides compose. Folders
-of options of a test's own are read each time.
+that a choice of options names, the config of these files, and what equal overrides compose. A
+test's own folder of options (--config-dir) is read each time, and known by all that it says.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import pickle
 from collections.abc import Callable, Hashable
 from copy import copy
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -25,7 +26,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, _utils, grammar_parser
 
 from lorasweep.config import conf_folder
-from lorasweep.config.conf_folder import conf_dir
+from lorasweep.config.conf_folder import OPTIONS_SCHEME, conf_dir
 
 _KEPT: dict[Hashable, bytes] = {}
 
@@ -42,8 +43,20 @@ def _stay() -> set[str]:
     return {str(conf_dir()), str(conf_dir().parent), "hydra.conf", ""}
 
 
-def _files_may_change(repo: IConfigRepository) -> bool:
-    return not {source.path for source in repo.get_sources()} <= _stay()
+def _said(repo: IConfigRepository) -> Hashable | None:
+    """What all files of options say; None if that isn't known."""
+    others = [one for one in repo.get_sources() if one.path not in _stay()]
+    if any(one.scheme() != OPTIONS_SCHEME for one in others):
+        return None
+    said = []
+    for folder in (Path(one.path) for one in others):
+        groups = [one for one in folder.iterdir() if one.name not in ("outputs", "cache")]
+        paths = [path for group in groups for path in (group, *group.rglob("*"))]
+        if any(path.is_symlink() for path in paths):
+            return None
+        files = [path for path in paths if path.suffix == ".yaml" and path.is_file()]
+        said.append(tuple((str(p.relative_to(folder)), p.read_bytes()) for p in sorted(files)))
+    return tuple(said)
 
 
 def keep_configs() -> None:
@@ -72,12 +85,12 @@ def keep_configs() -> None:
         def made() -> DefaultsList:
             return list_defaults(repo, config_name, chosen, prepend_hydra, skip_missing)
 
-        if _files_may_change(repo):
+        if (said := _said(repo)) is None:
             chosen = overrides_list
             return made()
         chosen = [one for one in overrides_list if repo.group_exists(one.key_or_group)]
-        words = [one.input_line for one in chosen]
-        found = _once(("defaults", config_name, prepend_hydra, skip_missing, *words), made)
+        asked = config_name, prepend_hydra, skip_missing, *(one.input_line for one in chosen)
+        found = _once(("defaults", said, *asked), made)
         values = Overrides(repo, overrides_list).config_overrides
         found.config_overrides = found.overrides.config_overrides = values
         return found
@@ -87,9 +100,9 @@ def keep_configs() -> None:
     def joined(
         self: ConfigLoaderImpl, defaults: list[ResultDefault], repo: IConfigRepository
     ) -> DictConfig:
-        if _files_may_change(repo):
+        if (said := _said(repo)) is None:
             return join(self, defaults, repo)
-        return _once(("joined", str(defaults)), lambda: join(self, defaults, repo))
+        return _once(("joined", said, str(defaults)), lambda: join(self, defaults, repo))
 
     compose = hydra.compose
 
