@@ -166,9 +166,19 @@ def _compare_files(folder: Path) -> dict[str, Any]:
         "theirs_alone": sorted(texts[0].keys() - texts[1].keys()),
         "ours_alone": sorted(texts[1].keys() - texts[0].keys()),
         "other_values": {
-            key: [texts[0][key], texts[1][key]] for key in both if texts[0][key] != texts[1][key]
+            key: [texts[0][key], texts[1][key]]
+            for key in both
+            if _value(texts[0][key]) != _value(texts[1][key])
         },
     }
+
+
+def _value(text: str) -> object:
+    """An entry's value: the folders' order is that of the disk."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _replay(kept: Mapping[str, Any]) -> None:
