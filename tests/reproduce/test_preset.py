@@ -8,6 +8,7 @@ import pytest
 from command_line import done_here
 from lorasweep.config.build_run import build_run
 from lorasweep.config.compose import compose
+from lorasweep.core.settings import SettingsError
 from lorasweep.reproduce.experiment_file import write_experiment
 from lorasweep.reproduce.preset_file import read_preset
 from lorasweep.training import sd_scripts_options
@@ -17,6 +18,7 @@ RECORDED = Path(__file__).parents[1] / "recorded"
 EDG = json.loads((RECORDED / "kohya_edg_preset.json").read_text())
 """The guide's preset, and the TOML that kohya_ss itself made of it."""
 OPTIONS = json.loads((RECORDED / "kohya_options.json").read_text())["options"]
+PLACES = ("dataset.image_dir=images", "output_root=out")
 TOGETHER = {
     *("network_module", "network_args", "network_dim", "network_alpha", "network_dropout"),
     *("network_train_text_encoder_only", "network_train_unet_only", "dim_from_weights"),
@@ -270,3 +272,31 @@ def test_the_command_writes_the_experiment_and_shows_what_became_of_the_keys(tmp
         again = done_here("preset", "theirs.toml", "--as", name, cwd=tmp_path)
         assert again.returncode == 2 and why in again.stderr
         assert len(again.stderr.strip().splitlines()) == 1
+
+
+def test_the_shipped_edg_locon_is_the_guides_preset(tmp_path):
+    """Key by key beside the TOML that kohya_ss starts sd-scripts with."""
+    found = found_of(tmp_path, toml(**EDG["toml"]))
+    cfg = compose(["experiment=edg_locon", *PLACES])
+    run = build_run(cfg, output_dir=Path("out"))
+    elsewhere = {"name", "captions.sidecar.suffix", "dataset.num_images", "dataset.min_size"}
+    theirs = {key: value for key, value in found.settings.items() if key not in elsewhere}
+    assert {key: run.params[key] for key in theirs} == theirs
+    assert (run.adapter.rank, run.adapter.alpha) == (64, 64)
+    assert (run.adapter.conv_rank, run.adapter.conv_alpha, run.adapter.targets) == (32, 1, "full")
+    assert (run.optimizer.unet_lr, run.optimizer.text_encoder_lr) == (1e-4, 5e-5)
+    assert run.optimizer.type == "bitsandbytes.optim.AdamW8bit"
+    assert (run.trainer.batch_size, run.trainer.precision) == (3, "bf16")
+    assert run.trainer.save_dtype == "bf16"
+    assert (run.seed, run.model.clip_skip, run.noise_offset) == (1234, 2, 0.05)
+    assert (run.lr_scheduler.type, run.max_train_steps) == ("constant", 1600)
+    assert EDG["toml"]["resolution"] == "512,650" and 650 // 8 == 648 // 8 == 81
+    assert run.dataset.size == (512, 648) and not run.dataset.enable_bucket
+
+
+def test_650_pixels_are_answered_at_once_with_the_one_change():
+    with pytest.raises(SettingsError, match=r"the nearest is \[512, 648\]"):
+        build_run(
+            compose(["experiment=edg_locon", "dataset.resolution=[512,650]", *PLACES]),
+            output_dir=Path("out"),
+        )
