@@ -1,6 +1,7 @@
 """Presets of kohya_ss and TOMLs of sd-scripts become an experiment, and no key is passed over."""
 
 import json
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ from lorasweep.config.compose import compose
 from lorasweep.core.settings import SettingsError
 from lorasweep.reproduce.experiment_file import write_experiment
 from lorasweep.reproduce.preset_file import read_preset
+from lorasweep.reproduce.run_as_toml import write_toml
+from lorasweep.tracking.records import NewRun, RunRecord, RunRecords
+from lorasweep.tracking.store import FOLDERS_TAG
 from lorasweep.training import sd_scripts_options
 from lorasweep.training.sd_scripts_config import text_of
 
@@ -300,3 +304,102 @@ def test_650_pixels_are_answered_at_once_with_the_one_change():
             compose(["experiment=edg_locon", "dataset.resolution=[512,650]", *PLACES]),
             output_dir=Path("out"),
         )
+
+
+# The reverse
+
+
+SD15 = "model.path=stable-diffusion-v1-5/stable-diffusion-v1-5"
+"""Named by hand: it isn't on this machine."""
+
+
+def logged(run, folder, data="/images/mine"):
+    """The folder of a run as its training leaves it, as far as it is read."""
+    config = NewRun(
+        name=run.name,
+        sweep=None,
+        output_dir=folder,
+        params=run.params,
+        config_yaml=run.config_yaml,
+        overrides=[],
+        image_dir=folder,
+        dataset_digest="",
+        tags={FOLDERS_TAG: data},
+    )
+    record = RunRecord(
+        uid="u",
+        uri=None,
+        experiment="e",
+        upload=False,
+        new=config,
+        begun=0,
+        opened=0,
+    )
+    RunRecords(folder).write_run(record)
+    return folder
+
+
+def told(folder, *places):
+    """What the TOML of a run says, flat, and what is said beside it."""
+    written = write_toml(str(folder), "", "", folder / "out.toml", places)
+    sections = tomllib.loads(written.path.read_text())
+    return {k: v for section in sections.values() for k, v in section.items()}, written.lines
+
+
+def test_a_toml_comes_back_as_it_was(tmp_path):
+    """TOML -> preset -> run -> TOML, key by key on what both know."""
+    found = found_of(tmp_path, toml(**EDG["toml"]))
+    run = run_of(found, tmp_path / "c")
+    options, _ = told(logged(run, tmp_path), SD15)
+    differ = {
+        key: (value, options[key])
+        for key, value in EDG["toml"].items()
+        if key in options and options[key] != value and value != "..."
+    }
+    args = differ.pop("network_args")
+    said = [
+        {one for one in side if one.partition("=")[2] not in ("0", "0.0", "False")} for side in args
+    ]
+    assert {one.replace("conv_alpha=1.0", "conv_alpha=1") for one in said[1]} == said[0]
+    assert differ == {
+        "resolution": ("512,650", "512,648"),
+        "optimizer_args": ([], ["weight_decay=0.01"]),  # bitsandbytes's default
+        "text_encoder_lr": ([5e-5, 5e-5], 5e-5),  # of which the first is read
+        "max_data_loader_n_workers": (1, 0),  # of no effect on the result
+    }
+    assert options["train_data_dir"] == "/images/mine/train"
+    assert "max_train_epochs" not in options
+    first, again = (found_of(tmp_path, toml(**one)).settings for one in (EDG["toml"], options))
+    zeros = {"adapter.rank_dropout": 0.0, "adapter.module_dropout": 0.0}
+    assert {**again, **zeros} == {**first, "sampling.every_n_epochs": 1}
+
+
+def test_what_sd_scripts_can_not_be_told_is_said_by_name(make_run, tmp_path):
+    run = make_run(
+        "trainer.max_train_epochs=7", "dataset.shuffle_caption=true", "trainer.batch_size=2"
+    )
+    options, lines = told(logged(run, tmp_path))
+    assert (options["max_train_epochs"], options["train_batch_size"]) == (7, 2)
+    assert "max_train_steps" not in options
+    assert options["sample_every_n_epochs"] == 1
+    assert run.sampling.prompts[0] in Path(options["sample_prompts"]).read_text()
+    said = " ".join(lines)
+    assert "captions.kosmos.tags=false" in said and "metrics.*" in said
+    with pytest.raises(SettingsError, match="is there already"):
+        told(tmp_path)
+    odd = make_run("adapter.init=orthogonal", number=1)
+    (tmp_path / "odd").mkdir()
+    with pytest.raises(SettingsError, match=r"adapter\.init=orthogonal"):
+        told(logged(odd, tmp_path / "odd"))
+
+
+def test_the_command_writes_the_toml_of_a_run(make_run, tmp_path):
+    logged(make_run("trainer.max_train_steps=3"), tmp_path)
+    where = ("output_root=none", "--out", "mine.toml")
+    done = done_here("preset", "--to-kohya", str(tmp_path), *where, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "--config_file" in done.stdout
+    assert tomllib.loads((tmp_path / "mine.toml").read_text())["training"]["max_train_steps"] == 3
+    for words in (("x", "--to-kohya", "output_root=none"), ("x.json",), ("x.json", "seed=1")):
+        done = done_here("preset", *words, cwd=tmp_path)
+        assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
