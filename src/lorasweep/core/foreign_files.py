@@ -92,6 +92,16 @@ def read_yaml(path: Path, kind: type = dict) -> Any:
     return parse_yaml(_bounded(path, MAX_YAML_BYTES), path, kind)
 
 
+def read_toml(path: Path) -> dict[str, Any]:
+    """The value of a TOML file. Raises also OSError, if there is no such file."""
+    import tomllib
+
+    try:
+        return tomllib.loads(read_text(path, MAX_YAML_BYTES))
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ForeignFileError(f"{path} is not TOML: {_one_line(error)}") from None
+
+
 def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
     """A file of at most `limit` bytes. Raises also OSError, if there is no such file."""
     content = _bounded(path, limit)

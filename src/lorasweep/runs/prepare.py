@@ -19,7 +19,7 @@ from lorasweep.judging.pick_rule import sign
 from lorasweep.models.base_model import BaseModel
 from lorasweep.runs import provenance
 from lorasweep.tracking import NewRun, Tracker
-from lorasweep.tracking.store import TRIAL_TAG
+from lorasweep.tracking.store import FOLDERS_TAG, TRIAL_TAG
 
 
 def check_inputs(runs: Iterable[Run]) -> None:
@@ -114,7 +114,7 @@ def new_run(run: Run, data: Path, texts: str) -> NewRun:
         tags={
             **provenance.source_tags(),
             "lorasweep.output_dir": str(run.output_dir),
-            "lorasweep.folders": str(data),
+            FOLDERS_TAG: str(data),
             **({} if run.number is None else {TRIAL_TAG: str(run.number)}),
             **run.tags,
         },

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 from lorasweep.adapters.kohya_names import adapted_parts
 from lorasweep.core.settings import SettingsError
@@ -21,7 +22,7 @@ from lorasweep.models.model_settings import ModelSettings
 from lorasweep.models.stable_diffusion import StableDiffusion
 from lorasweep.training.optimizers import Optimizer
 from lorasweep.training.sd_scripts_options import OPTIONS
-from lorasweep.training.training_run import SdScriptsTrainer, TrainingData, TrainingRun
+from lorasweep.training.training_run import SdScriptsTrainer, TrainingRun
 
 Value = str | int | float | bool | Sequence[str]
 Section = Mapping[str, Value | None]
@@ -71,6 +72,42 @@ class Start:
     epochs_behind: int = 0
     resume: Path | None = None
     """The state that it goes on from, of the end of those epochs."""
+
+
+class ToldBase(Protocol):
+    """What sd-scripts is told of a base model, which need not be loaded."""
+
+    @property
+    def settings(self) -> ModelSettings: ...
+
+    @property
+    def prediction_type(self) -> str: ...
+
+    @property
+    def scheduler_config(self) -> Mapping[str, Any]: ...
+
+
+class ToldImage(Protocol):
+    """What sd-scripts is told of an image: of its folder."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def repeats(self) -> int: ...
+
+    @property
+    def tags(self) -> bool: ...
+
+
+class ToldData(Protocol):
+    """What sd-scripts is told of a data set."""
+
+    @property
+    def items(self) -> Sequence[ToldImage]: ...
+
+    @property
+    def settings(self) -> Dataset: ...
 
 
 def check(
@@ -141,7 +178,7 @@ def text_of(sections: Mapping[str, Section], comment: str) -> bytes:
 
 
 def kohya_settings(
-    trainer: SdScriptsTrainer, run: TrainingRun, base: BaseModel, data: TrainingData, start: Start
+    trainer: SdScriptsTrainer, run: TrainingRun, base: ToldBase, data: ToldData, start: Start
 ) -> dict[str, Section]:
     """All that sd-scripts is told of a run, in the sections of the file."""
     drawn = trainer.sample_every_n_epochs or None
@@ -177,7 +214,7 @@ def kohya_settings(
     return {name: {**alone.get(name, {}), **section} for name, section in sections.items()}
 
 
-def dataset_config(data: TrainingData) -> str | None:
+def dataset_config(data: ToldData) -> str | None:
     """sd-scripts' dataset config where its folders are not all read alike; None where they are.
 
     Captions that are sentences are not shuffled.
@@ -241,7 +278,7 @@ def _said_alone(
     return found
 
 
-def _model(base: BaseModel) -> Section:
+def _model(base: ToldBase) -> Section:
     path = Path(base.settings.path).expanduser()
     name = str(path.absolute()) if path.exists() else base.settings.path  # a hub id
     return {
@@ -338,7 +375,7 @@ def _training(trainer: SdScriptsTrainer, start: Start) -> Section:
     }
 
 
-def _data(data: TrainingData, start: Start) -> Section:
+def _data(data: ToldData, start: Start) -> Section:
     return {
         "train_data_dir": str(data.items[0].path.parent.parent),
         "dataset_config": str(start.output_dir / DATASET) if dataset_config(data) else None,
