@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -20,8 +19,10 @@ from lorasweep.core.text import shown
 from lorasweep.data.captions.caption_images import are_tags
 from lorasweep.data.captions.empty import Empty
 from lorasweep.data.dataset import Dataset
+from lorasweep.data.subset_settings import SubsetSettings
 from lorasweep.models.model_files import read_schedule
 from lorasweep.models.model_settings import ModelSettings
+from lorasweep.models.noise_schedule import NoiseSchedule
 from lorasweep.reproduce import logged_settings
 from lorasweep.reproduce.original_run import ReproduceError, find_original
 from lorasweep.tracking.history import Log
@@ -51,8 +52,7 @@ class _Base:
     """What sd-scripts is told of a base model, which isn't loaded for it."""
 
     settings: ModelSettings
-    prediction_type: str
-    scheduler_config: Mapping[str, Any]
+    noise_schedule: NoiseSchedule
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class _Image:
 
     path: Path
     repeats: int
-    tags: bool = True
+    settings: SubsetSettings
 
 
 @dataclass(frozen=True)
@@ -93,11 +93,13 @@ def write_toml(
         save_state=False,
     )
     schedule = read_schedule(run.model)
-    predicts = run.model.prediction_type or (schedule or {}).get("prediction_type", "epsilon")
-    base = _Base(run.model, predicts, schedule or {})
+    said = dict(schedule or {})
+    if run.model.prediction_type is not None:
+        said["prediction_type"] = run.model.prediction_type
+    base = _Base(run.model, NoiseSchedule(said))
     folders = Path(tags.get(FOLDERS_TAG, "FOLDER"))
     arms = [
-        _Image(folders / "train" / f"{one.repeats}_{arm}" / "image", one.repeats)
+        _Image(folders / "train" / f"{one.repeats}_{arm}" / "image", one.repeats, run.dataset)
         for arm, one in run.captions.items()
     ]
     data = _Data(arms, run.dataset)
