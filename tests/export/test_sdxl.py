@@ -6,7 +6,7 @@ The model is a tiny SDXL of random weights; names and shapes are kohya's on SDXL
 import gzip
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -17,12 +17,12 @@ from lora_tensors import dora, dora_here_and_there, loha, lora
 from lorasweep.adapters.kohya_names import every_site
 from lorasweep.adapters.weight_deltas import low_rank_delta
 from lorasweep.core.safetensors_header import CheckpointError
+from lorasweep.core.settings import SettingsError
 from lorasweep.export import (
     attach_loras,
     convert_model,
     diffusers_folder,
     merge,
-    picture_check,
     whole_model,
 )
 from lorasweep.export.attach_loras import attachable
@@ -30,12 +30,12 @@ from lorasweep.export.diffusers_folder import FILES
 from lorasweep.export.exported import ExportError
 from lorasweep.export.generic_diffusion_feature import loader_of, offline_lora
 from lorasweep.export.kohya_lora import write_for_kohya
-from lorasweep.export.single_file_names import ModelLayout
 from lorasweep.lora_files import checkpoint, read_lora_file
+from lorasweep.lora_files.kohya_form import kohya_form, with_kohya_names
 from lorasweep.lora_files.peft_names import to_peft
 from lorasweep.models.load_model import Model
 from lorasweep.models.model_files import ModelError
-from lorasweep.models.sdxl import SDXLModel
+from lorasweep.models.sdxl import SDXL
 
 pytestmark = pytest.mark.usefixtures("short_pictures")
 
@@ -166,7 +166,7 @@ def is_attention(site):
 @pytest.fixture
 def write(xl, tmp_path):
     """Write a LoRA of the tiny SDXL, by default under kohya's names, of the original layout."""
-    theirs = {ours: key for key, ours in xl.keys_by_kohyas.items()}
+    theirs = xl.kohya_names
 
     def write(make=lora, where=is_kohyas, names=theirs):
         draw = torch.Generator().manual_seed(0)
@@ -195,21 +195,18 @@ def predict(pipeline, prompt="a fox"):
 
 def attached(xl, path):
     with attach_loras.attached(attachable(xl, [(read_lora_file.read(path, xl), 1.0)])):
-        return predict(xl.pipeline)
+        return predict(xl.pipeline())
 
 
 def test_every_name_of_kohyas_finds_its_module_on_sdxls_full_topology():
     with torch.device("meta"):
-        from diffusers import AutoencoderKL
-
         unet, first = unet_of(FULL), text_of("CLIPTextModel", 768, 12, 12, 49408)
         second = text_of("CLIPTextModelWithProjection", 1280, 32, 20, 49408)
-        layout = ModelLayout.from_modules(unet, AutoencoderKL(), first, second)
-    parts = type("Pipeline", (), {"unet": unet, "text_encoder": first, "text_encoder_2": second})
-    xl = SDXLModel(None, parts, layout.original_unet_paths)
+    rest = dict.fromkeys(field.name for field in fields(SDXL))
+    xl = SDXL(**{**rest, "unet": unet, "text_encoder": first, "text_encoder_2": second})
     known = every_site(xl.parts)
     tensors = {name: torch.zeros(shape, device="meta") for name, shape in KEYS.items()}
-    named = xl.named(tensors)
+    named = kohya_form(tensors, {}, xl).tensors
     sites = {name.partition(".")[0] for name in named}
     assert len(named) == len(KEYS) == 3156 and len(sites) == 1052
     for key in sites:
@@ -219,7 +216,8 @@ def test_every_name_of_kohyas_finds_its_module_on_sdxls_full_topology():
         assert (up.shape[0], *down.shape[1:]) == expected, key
     ours = {key for key, site in known.items() if is_kohyas(site) and "text_proj" not in key}
     assert sites == {key for key in ours if "_mlp_" in key or "_self_attn_" in key or "unet" in key}
-    assert xl.named(named) == named  # names of diffusers stay
+    assert kohya_form(named, {}, xl).tensors.keys() == named.keys()  # names of diffusers stay
+    assert with_kohya_names(named, xl).keys() == KEYS.keys()
 
 
 def test_names_of_the_outer_modules_and_of_one_text_encoder_are_known(xl):
@@ -230,11 +228,13 @@ def test_names_of_the_outer_modules_and_of_one_text_encoder_are_known(xl):
         "lora_unet_out_2": "lora_unet_conv_out",
         f"lora_te_{MLP}": f"lora_te1_{MLP}",
     }.items():
-        assert list(xl.named({f"{theirs}.alpha": torch.ones(())})) == [f"{ours}.alpha"]
+        assert list(kohya_form({f"{theirs}.diff": torch.ones(1, 1)}, {}, xl).tensors) == [
+            f"{ours}.diff"
+        ]
         assert ours in every_site(xl.parts)
-    twice = {f"lora_unet_{n}.alpha": torch.ones(()) for n in ("out_2", "conv_out")}
+    twice = {f"lora_unet_{n}.diff": torch.ones(1, 1) for n in ("out_2", "conv_out")}
     with pytest.raises(CheckpointError, match="twice"):
-        xl.named(twice)
+        kohya_form(twice, {}, xl)
 
 
 def dora_or_loha(site, draw):
@@ -249,7 +249,7 @@ def test_a_merged_folder_predicts_what_the_attached_lora_predicts(xl, settings, 
     assert any("agree: drawn by diffusers' AutoPipelineForText2Image" in x for x in done.lines)
     found = AutoPipelineForText2Image.from_pretrained(tmp_path / "merged", use_safetensors=True)
     assert type(found).__name__ == "StableDiffusionXLPipeline"
-    assert not torch.allclose(attached(xl, path), predict(xl.pipeline), atol=1e-2)
+    assert not torch.allclose(attached(xl, path), predict(xl.pipeline()), atol=1e-2)
     assert torch.allclose(predict(found), attached(xl, path), atol=1e-5)
 
 
@@ -319,7 +319,7 @@ def test_plain_weights_in_fp16_are_stored_once(settings, write, tmp_path):
 
 def loaded(xl, path):
     """What diffusers makes of a LoRA file, the base left as it was."""
-    pipeline = picture_check.pipeline_of(xl)
+    pipeline = xl.pipeline()
     pipeline.load_lora_weights(str(path.parent), weight_name=path.name)
     try:
         return predict(pipeline)
@@ -335,7 +335,7 @@ def test_a_file_is_read_as_diffusers_reads_it(names, xl, write):
         tensors, _ = checkpoint.read(path)
         checkpoint.write(path, to_peft(tensors), {})
     theirs = loaded(xl, path)
-    assert not torch.allclose(theirs, predict(xl.pipeline), atol=1e-2)
+    assert not torch.allclose(theirs, predict(xl.pipeline()), atol=1e-2)
     assert torch.allclose(attached(xl, path), theirs, atol=2e-5)
 
 
@@ -429,13 +429,12 @@ def test_what_comes_later_is_said_in_a_line(folder, settings, write, tmp_path):
     refusals = {
         "SDXL as a single file comes later": lambda: merge.merged(settings, [(path, 1)], file),
         "SDXL comes later": lambda: convert_model.convert(str(folder), file, config=None),
-        "StableDiffusionXLPipeline; lorasweep trains": settings.load,
         "clip_skip=2 has no effect on SDXL": lambda: merge.merged(
             settings_of(folder, clip_skip=2), [(path, 1)], tmp_path / "merged"
         ),
     }
     for says, act in refusals.items():
-        with pytest.raises((ExportError, ModelError), match=says) as caught:
+        with pytest.raises((ExportError, ModelError, SettingsError), match=says) as caught:
             act()
         assert "\n" not in str(caught.value)
     assert [found.name for found in tmp_path.iterdir()] == ["xl.safetensors"]

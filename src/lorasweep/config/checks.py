@@ -78,7 +78,7 @@ def the_text_encoder_has_the_layer(run: Run) -> None:
 
     sizes = read_sizes(run.model)
     if sizes is not None:
-        check_clip_skip(run.model, sizes.num_text_layers)
+        check_clip_skip(run.model, sizes.num_text_layers, is_sdxl=sizes.is_sdxl)
 
 
 def places_can_be_written(run: Run) -> None:
