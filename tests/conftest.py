@@ -4,6 +4,7 @@ Here: `SMALL`, `FEW` and `options`, and the fixtures
   cache_dir       a cache of latents, captions and hashes, the same for all tests of a process
   make_run        overrides -> a Run of the small demo below `tmp_path`
   base            the embedded base model, loaded
+  sdxl_folder     a tiny SDXL as diffusers saves it; `sdxl` is it, loaded
   shared_base     sessions in this process take `base`, of each kind they ask for, from memory
   forked_workers  a sweep's worker processes begin as copies of this one
   short_pictures  an export's check draws its pictures in few steps
@@ -20,6 +21,7 @@ Helper modules beside this file, named by what they hold:
   lora_tensors      a module's tensors of every type of LoRA file
   renamed_loras     a LoRA's tensors under the names of every program
   bad_files         images, LoRA files and models that are broken on purpose
+  tiny_sdxl         a tiny SDXL of random weights, and its full topology without any
   narrow_sd15       a narrow base model of SD1.5's shape, which the real sd-scripts can train
   sd_scripts_stand_in  a checkout of kohya's sd-scripts without torch, and what may go amiss in it
   old_runs          runs that an earlier lorasweep left (made by make_old_runs)
@@ -257,6 +259,25 @@ def base():
     from lorasweep.core.settings import build
 
     cfg = compose(["experiment=demo"])
+    return build(cfg.model, "model").load()
+
+
+@pytest.fixture(scope="session")
+def sdxl_folder(base, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny SDXL of random weights, as diffusers saves it."""
+    import tiny_sdxl
+
+    target = tmp_path_factory.mktemp("sdxl") / "model"
+    tiny_sdxl.write(target, base.tokenizer)
+    return target
+
+
+@pytest.fixture(scope="session")
+def sdxl(sdxl_folder):
+    """It loaded once; nothing may change its weights."""
+    from lorasweep.core.settings import build
+
+    cfg = compose(["experiment=demo", f"model.path={sdxl_folder}"])
     return build(cfg.model, "model").load()
 
 

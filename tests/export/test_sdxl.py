@@ -6,7 +6,7 @@ The model is a tiny SDXL of random weights; names and shapes are kohya's on SDXL
 import gzip
 import json
 import shutil
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,7 +35,7 @@ from lorasweep.lora_files.kohya_form import kohya_form, with_kohya_names
 from lorasweep.lora_files.peft_names import to_peft
 from lorasweep.models.load_model import Model
 from lorasweep.models.model_files import ModelError
-from lorasweep.models.sdxl import SDXL
+from tiny_sdxl import full_sdxl
 
 pytestmark = pytest.mark.usefixtures("short_pictures")
 
@@ -43,85 +43,12 @@ KEYS = json.loads(
     gzip.decompress((Path(__file__).parents[1] / "recorded/kohya_sdxl_keys.json.gz").read_bytes())
 )
 """Names and shapes that kohya's sd-scripts gave SDXL's files, with convolutions, rank 8."""
-TINY = {
-    "block_out_channels": (32, 64, 64),
-    "transformer_layers_per_block": [1, 1, 2],
-    "attention_head_dim": [2, 4, 4],
-    "cross_attention_dim": 64,
-    "addition_time_embed_dim": 8,
-    "projection_class_embeddings_input_dim": 6 * 8 + 32,
-    "sample_size": 8,
-}
 MLP = "text_model_encoder_layers_0_mlp_fc1"
-FULL = {
-    "block_out_channels": (320, 640, 1280),
-    "transformer_layers_per_block": [1, 2, 10],
-    "attention_head_dim": [5, 10, 20],
-    "cross_attention_dim": 2048,
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 6 * 256 + 1280,
-    "sample_size": 128,
-}
-
-
-def unet_of(sizes):
-    from diffusers import UNet2DConditionModel
-
-    return UNet2DConditionModel(
-        **sizes,
-        layers_per_block=2,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        addition_embed_type="text_time",
-        use_linear_projection=True,
-    )
-
-
-def text_of(name, width, layers, heads, vocabulary):
-    import transformers
-
-    config = transformers.CLIPTextConfig(
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        projection_dim=width,
-        vocab_size=vocabulary,
-        bos_token_id=vocabulary - 2,
-        eos_token_id=vocabulary - 1,
-        pad_token_id=vocabulary - 1,
-    )
-    return getattr(transformers, name)(config)
 
 
 @pytest.fixture(scope="module")
-def folder(base, tmp_path_factory):
-    """A tiny SDXL of random weights, as diffusers saves it."""
-    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline
-
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(16, 32),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=8,
-        latent_channels=4,
-        sample_size=16,
-        scaling_factor=0.13025,
-    )
-    pipeline = StableDiffusionXLPipeline(
-        vae=vae,
-        text_encoder=text_of("CLIPTextModel", 32, 2, 2, 4096),
-        text_encoder_2=text_of("CLIPTextModelWithProjection", 32, 2, 2, 4096),
-        tokenizer=base.tokenizer,
-        tokenizer_2=base.tokenizer,
-        unet=unet_of(TINY),
-        scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_end=0.012),
-        add_watermarker=False,
-    )
-    target = tmp_path_factory.mktemp("sdxl") / "model"
-    pipeline.save_pretrained(target)
-    return target
+def folder(sdxl_folder):
+    return sdxl_folder
 
 
 @pytest.fixture(scope="module")
@@ -199,11 +126,7 @@ def attached(xl, path):
 
 
 def test_every_name_of_kohyas_finds_its_module_on_sdxls_full_topology():
-    with torch.device("meta"):
-        unet, first = unet_of(FULL), text_of("CLIPTextModel", 768, 12, 12, 49408)
-        second = text_of("CLIPTextModelWithProjection", 1280, 32, 20, 49408)
-    rest = dict.fromkeys(field.name for field in fields(SDXL))
-    xl = SDXL(**{**rest, "unet": unet, "text_encoder": first, "text_encoder_2": second})
+    xl = full_sdxl()
     known = every_site(xl.parts)
     tensors = {name: torch.zeros(shape, device="meta") for name, shape in KEYS.items()}
     named = kohya_form(tensors, {}, xl).tensors

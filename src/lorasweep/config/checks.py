@@ -42,12 +42,29 @@ def adapted_parts_are_trained(run: Run) -> Iterator[str]:
     if not adapted & trained:
         raise SettingsError(
             f"adapter.targets={run.adapter.targets} adapts the {' and '.join(sorted(adapted))}"
-            f" only, whose learning rate is 0; set optimizer.{min(adapted)}_lr"
+            f" only, whose learning rate is 0; set optimizer.{_rate_of(min(adapted))}"
         )
-    for part in sorted(trained - adapted):
+    for rate in sorted({_rate_of(one) for one in trained} - {_rate_of(one) for one in adapted}):
         yield (
-            f"optimizer.{part}_lr has no effect: adapter.targets={run.adapter.targets} has no"
+            f"optimizer.{rate} has no effect: adapter.targets={run.adapter.targets} has no"
             " adapters there"
+        )
+
+
+def _rate_of(part: str) -> str:
+    """The setting that has a part's learning rate."""
+    return "unet_lr" if part == "unet" else "text_encoder_lr"
+
+
+def each_text_encoder_has_a_rate(run: Run) -> None:
+    """Two learning rates are for two text encoders."""
+    from lorasweep.models.model_files import read_sizes
+
+    rates, sizes = run.optimizer.text_encoder_lr, read_sizes(run.model)
+    if isinstance(rates, tuple) and sizes is not None and not sizes.is_sdxl:
+        raise SettingsError(
+            f"optimizer.text_encoder_lr={list(rates)}: only SDXL has two text encoders; give one"
+            " number"
         )
 
 
@@ -225,6 +242,7 @@ CHECKS: tuple[Check, ...] = (
     the_model_computes_the_resolution,
     the_text_encoder_has_the_layer,
     adapted_parts_are_trained,
+    each_text_encoder_has_a_rate,
     overrides_choose_one_option,
     overrides_have_an_effect,
     commas_of_prompts_are_quoted,

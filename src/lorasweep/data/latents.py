@@ -5,18 +5,19 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorasweep.core.atomic_write import write_atomically
 from lorasweep.core.foreign_files import ForeignFileError, parse_json
 from lorasweep.core.settings import SettingsError
-from lorasweep.data.buckets import Size, bucket_of, check_size, fit, is_scaled
+from lorasweep.data.buckets import Size, bucket_of, check_size, fit, is_scaled, size_and_crop
 from lorasweep.data.dataset import Dataset
 from lorasweep.data.image_files import open_image
 from lorasweep.data.kohya_folders import Arm
 from lorasweep.models.base_model import BaseModel
+from lorasweep.models.conditioning import SizeAndCrop
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -37,6 +38,11 @@ class Item:
     latents: Tensor  # (C, h, w)
     flipped: Tensor | None  # likewise, of the mirrored image
     tags: bool = True  # may the caption's parts be shuffled and dropped?
+    original_size: Size | None = None  # before it was fitted to its bucket; None: it was not
+
+    def size_and_crop(self, *, flipped: bool = False) -> SizeAndCrop:
+        """What a base is told of the image, or of its mirrored form."""
+        return size_and_crop(self.original_size or self.bucket, self.bucket, flipped=flipped)
 
 
 def encode(base: BaseModel, arms: Sequence[Arm], settings: Dataset, cache_dir: Path) -> list[Item]:
@@ -47,17 +53,16 @@ def encode(base: BaseModel, arms: Sequence[Arm], settings: Dataset, cache_dir: P
     """
     if not settings.enable_bucket:
         check_size(base, settings.size)
-    by_content: dict[str, tuple[Size, Tensor, Tensor | None]] = {}
+    by_content: dict[str, tuple[Size, Tensor, Tensor | None, Size]] = {}
     items = []
     for arm in arms:
         for image in arm.items:
             digest = hashlib.sha256(image.path.read_bytes()).hexdigest()
             if digest not in by_content:
                 by_content[digest] = _encoded(base, image.path, digest, settings, cache_dir)
-            bucket, latents, flipped = by_content[digest]
-            items.append(
-                Item(image.path, arm.name, image.caption, arm.repeats, bucket, latents, flipped)
-            )
+            bucket, latents, flipped, size = by_content[digest]
+            item = Item(image.path, arm.name, image.caption, arm.repeats, bucket, latents, flipped)
+            items.append(replace(item, original_size=size))
     return items
 
 
@@ -72,8 +77,8 @@ def pixels(image: Image.Image) -> Tensor:
 
 def _encoded(
     base: BaseModel, path: Path, digest: str, settings: Dataset, cache_dir: Path
-) -> tuple[Size, Tensor, Tensor | None]:
-    """An image's bucket, latents, and latents of its mirrored form if those are trained on."""
+) -> tuple[Size, Tensor, Tensor | None, Size]:
+    """An image's bucket, latents, those of its mirrored form if it is trained on; its own size."""
     image = open_image(path)
     try:
         bucket = bucket_of(image.size, settings)
@@ -86,8 +91,9 @@ def _encoded(
     identity = ("checked", digest, base.vae_identity, bucket) + (() if scale else ("cropped",))
     latents = _cached(base, fitted, identity, folder, flip=False)
     if not settings.flip_aug:
-        return bucket, latents, None
-    return bucket, latents, _cached(base, fitted, identity, folder, flip=True)
+        return bucket, latents, None, image.size
+    flipped = _cached(base, fitted, identity, folder, flip=True)
+    return bucket, latents, flipped, image.size
 
 
 def _cached(

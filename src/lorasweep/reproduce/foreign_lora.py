@@ -300,12 +300,13 @@ def _model(found: FoundSettings, metadata: Metadata) -> None:
     if named := model_named(name):
         found.choose("model", named[0], f"ss_sd_model_name={name}")
     else:
-        found.choose("model", "sd15", f"ss_base_model_version={version}")
+        usual, told = ("sdxl", "SDXL") if str(version).startswith("sdxl") else ("sd15", "SD1.5")
+        found.choose("model", usual, f"ss_base_model_version={version}")
         sha = f", sha256 {digest[:16]}…" if len(digest) == 64 else ""
         found.unknown.append(
             (
                 f"where the base model {name or '(no name)'}{sha} is",
-                "give model.path=FILE; else SD1.5",
+                f"give model.path=FILE; else {told}",
             )
         )
     if metadata.get("ss_v_parameterization") == "True" or (

@@ -87,6 +87,7 @@ def pack_metadata(trainer: NativeTrainer, base: BaseModel, data: TrainingData) -
 def run_metadata(state: TrainingState) -> dict[str, str]:
     """A run's own entries, as they are now."""
     run, optimizer = state.run, type(state.optimizer)
+    rates = run.optimizer.text_encoder_lr
     args = ",".join(f"{key}={value}" for key, value in run.optimizer.args.items())
     values = {
         "ss_session_id": state.session_id,
@@ -95,7 +96,7 @@ def run_metadata(state: TrainingState) -> dict[str, str]:
         "ss_output_name": run.name,
         "ss_learning_rate": run.optimizer.unet_lr,
         "ss_unet_lr": run.optimizer.unet_lr,
-        "ss_text_encoder_lr": run.optimizer.text_encoder_lr,
+        "ss_text_encoder_lr": list(rates) if isinstance(rates, tuple) else rates,
         "ss_optimizer": f"{optimizer.__module__}.{optimizer.__name__}{args and f'({args})'}",
         "ss_lr_scheduler": run.lr_scheduler.type,
         "ss_lr_warmup_steps": run.lr_scheduler.warmup_as_given,
