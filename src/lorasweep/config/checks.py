@@ -56,16 +56,13 @@ def _rate_of(part: str) -> str:
     return "unet_lr" if part == "unet" else "text_encoder_lr"
 
 
-def each_text_encoder_has_a_rate(run: Run) -> None:
-    """Two learning rates are for two text encoders."""
+def the_model_has_such_parts(run: Run) -> None:
+    """Two learning rates are for two text encoders, blocks are counted as the model's."""
     from lorasweep.models.model_files import read_sizes
 
-    rates, sizes = run.optimizer.text_encoder_lr, read_sizes(run.model)
-    if isinstance(rates, tuple) and sizes is not None and not sizes.is_sdxl:
-        raise SettingsError(
-            f"optimizer.text_encoder_lr={list(rates)}: only SDXL has two text encoders; give one"
-            " number"
-        )
+    sizes = read_sizes(run.model)
+    if sizes is not None and sizes.is_sdxl is not None:
+        run.check_parts(is_sdxl=sizes.is_sdxl)
 
 
 def the_model_computes_the_resolution(run: Run) -> None:
@@ -95,7 +92,7 @@ def the_text_encoder_has_the_layer(run: Run) -> None:
 
     sizes = read_sizes(run.model)
     if sizes is not None:
-        check_clip_skip(run.model, sizes.num_text_layers, is_sdxl=sizes.is_sdxl)
+        check_clip_skip(run.model, sizes.num_text_layers, is_sdxl=bool(sizes.is_sdxl))
 
 
 def places_can_be_written(run: Run) -> None:
@@ -242,7 +239,7 @@ CHECKS: tuple[Check, ...] = (
     the_model_computes_the_resolution,
     the_text_encoder_has_the_layer,
     adapted_parts_are_trained,
-    each_text_encoder_has_a_rate,
+    the_model_has_such_parts,
     overrides_choose_one_option,
     overrides_have_an_effect,
     commas_of_prompts_are_quoted,

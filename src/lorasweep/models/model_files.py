@@ -62,10 +62,11 @@ class ModelSizes:
     """Pixels that a side has at least."""
     num_text_layers: int
     """Layers of the (first) text encoder."""
-    is_sdxl: bool
+    is_sdxl: bool | None
+    """None: its configs are not here yet."""
 
 
-_NOT_HERE = ModelSizes(vae_scale_factor=8, size_multiple=8, num_text_layers=12, is_sdxl=False)
+_NOT_HERE = ModelSizes(vae_scale_factor=8, size_multiple=8, num_text_layers=12, is_sdxl=None)
 """Those of every released Stable Diffusion 1.x, but for the least side, which none trains at."""
 
 

@@ -104,6 +104,7 @@ class NativeTraining:
         can't be trained on this base; the others go on.
         """
         run.output_dir.mkdir(parents=True, exist_ok=True)
+        run.check_parts(is_sdxl="text_encoder_2" in self.base.parts)
         optimizer = run.optimizer
         adapters = Pack.new(
             self.base.parts,
