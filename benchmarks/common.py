@@ -76,6 +76,7 @@ def prepare(
         places = [f"output_root={name}", f"cache_dir={name}/cache"]
         run = build_run(compose([*chosen, *places, *overrides]), output_dir=Path(name))
         base = run.model.load(device, run.trainer.precision)
+        assert isinstance(base, StableDiffusion), "the demo's model is of that family"
         arms = kohya_folders.read(write_folders(run) / "train", run.dataset.caption_extension)
         items = latents.encode(base, arms, run.dataset, run.cache_dir)
     if model == "sd15-random":

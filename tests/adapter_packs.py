@@ -3,8 +3,9 @@
 import torch
 
 from lorasweep.adapters.pack import Pack, computing_with
+from lorasweep.models.conditioning import SizeAndCrop
 
-BOTH = frozenset({"text_encoder", "unet"})
+BOTH = frozenset({"text_encoder", "text_encoder_2", "unet"})
 
 
 def trained(base, *runs):
@@ -24,5 +25,7 @@ def predict(base, pack, rows=2, runs=1):
     latents = torch.randn(rows, 4, 16, 16, generator=draw).repeat(runs, 1, 1, 1)
     timesteps = torch.tensor([100, 900][:rows]).repeat(runs)
     with torch.no_grad(), computing_with(pack):
-        embeds = base.encode_prompt(["a cat", "a rocket"][:rows] * runs)
-        return base.predict(latents, timesteps, embeds)
+        told = base.encode_prompt(["a cat", "a rocket"][:rows] * runs)
+        side = 16 * base.vae_scale_factor
+        told = base.with_sizes(told, [SizeAndCrop.whole((side, side))] * rows * runs)
+        return base.predict(latents, timesteps, told)

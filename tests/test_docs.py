@@ -25,7 +25,7 @@ SETTINGS = ROOT / "docs" / "settings.md"
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 WOULD_BE = {"src/lorasweep/judging/metrics/prompt_effect.py", "cli/NAME_command.py"}
 """Files that a page says would be there."""
-RECIPES = {"experiment", "debug"}
+RECIPES = {"experiment", "debug", "model_defaults"}
 """Groups whose options set keys of others; options called demo do so too."""
 
 

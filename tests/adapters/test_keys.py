@@ -1,6 +1,7 @@
 """Which modules get an adapter, under which names, and at which ranks and rates."""
 
 import gzip
+import hashlib
 import json
 from pathlib import Path
 
@@ -12,11 +13,19 @@ from lorasweep.adapters.kohya_names import every_site, sites
 from lorasweep.adapters.pack import Pack
 from lorasweep.adapters.unet_blocks import block_index
 from lorasweep.core.settings import SettingsError
+from lorasweep.lora_files.kohya_form import with_kohya_names
+from tiny_sdxl import full_sdxl
 
 KEYS = json.loads(
     gzip.decompress((Path(__file__).parents[1] / "recorded/kohya_keys.json.gz").read_bytes())
 )
 """Names and shapes that kohya's sd-scripts and LyCORIS gave SD1.5's files."""
+SDXL_KEYS = json.loads(
+    gzip.decompress((Path(__file__).parents[1] / "recorded/kohya_sdxl_keys.json.gz").read_bytes())
+)
+"""The same of SDXL's files, with convolutions."""
+SDXL_DIM8 = "76f7f4d08fb4c4984dfd9ed668b6aecaf9ed6ff9ac751c4135e01703e42806dc"
+"""sha256 of those without convolutions, as sorted JSON."""
 BOTH = frozenset({"text_encoder", "unet"})
 
 
@@ -62,6 +71,27 @@ def test_names_and_shapes_are_kohyas_on_sd15(name, make_run, sd15_parts):
         for below, tensor in adapter.initial(site, draw).items()
     }
     assert ours == KEYS[name]
+
+
+@pytest.mark.parametrize("adapter", ["lora", "locon"])
+def test_names_and_shapes_are_kohyas_on_sdxl(adapter, make_run):
+    """kohya's `lora_dim8_conv8`; without convolutions `lora_dim8`, by its digest."""
+    targets = {"lora": "attn-mlp", "locon": "conv"}[adapter]
+    run = make_run(f"adapter={adapter}", f"adapter.targets={targets}", "adapter.rank=8")
+    settings, sdxl = run.adapter, full_sdxl()
+    ours = {}
+    for site in sites(sdxl.parts, settings.targets, settings.carries):
+        out, *rest = site.weight.shape
+        ours |= {
+            f"{site.key}.lora_down.weight": [8, *rest],
+            f"{site.key}.lora_up.weight": [out, 8, *[1] * len(rest[1:])],
+            f"{site.key}.alpha": [],
+        }
+    named = with_kohya_names(ours, sdxl)
+    if adapter == "locon":
+        assert named == SDXL_KEYS
+    digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
+    assert (digest == SDXL_DIM8) == (adapter == "lora")
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,22 @@ def test_without_buckets_every_image_has_the_resolution(settings):
     assert buckets.bucket_of((300, 200), settings) == (64, 64)
 
 
+@pytest.mark.parametrize(
+    ("original", "bucket", "left", "top", "mirrored_left"),
+    [  # of sd-scripts' BucketManager.get_crop_ltrb, and of what it makes of it when flipped
+        ((1200, 800), (1216, 832), 0, 10, 0),
+        ((800, 1200), (832, 1216), 10, 0, 11),
+        ((1000, 1000), (1024, 1024), 0, 0, 0),
+        ((640, 480), (1152, 896), 0, 16, 0),
+        ((100, 77), (64, 48), 0, 0, 1),
+    ],
+)
+def test_sdxl_is_told_of_sizes_and_crops_as_by_kohya(original, bucket, left, top, mirrored_left):
+    told = [buckets.size_and_crop(original, bucket, flipped=flipped) for flipped in (False, True)]
+    assert [one.crop for one in told] == [(left, top), (mirrored_left, top)]
+    assert all((one.original, one.size) == (original, bucket) for one in told)
+
+
 def test_fitting_covers_and_crops_the_centre():
     image = Image.new("RGB", (300, 100), "red")
     image.paste("blue", (100, 0, 200, 100))

@@ -184,7 +184,7 @@ def predict(pipeline):
 
 def by_diffusers(base, weights):
     """diffusers' prediction with LoRA files, each at its weight, added by its own means."""
-    pipeline = picture_check.pipeline_of(base)
+    pipeline = base.pipeline()
     names = [f"a{number}" for number in range(len(weights))]
     for name, path in zip(names, weights, strict=True):
         pipeline.load_lora_weights(
@@ -200,7 +200,7 @@ def by_diffusers(base, weights):
 def test_one_file_is_what_diffusers_makes_of_several(base, write, tmp_path):
     one, two = write(lora), write(lora, 1)
     expected = by_diffusers(base, {one: 0.7, two: -0.4})
-    bare = predict(picture_check.pipeline_of(base))
+    bare = predict(base.pipeline())
     assert not torch.allclose(expected, bare, atol=1e-2)
     for write_for, name in ((write_for_kohya, "k"), (write_for_diffusers, "d")):
         target = tmp_path / f"{name}.safetensors"

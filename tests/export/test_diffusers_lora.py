@@ -21,7 +21,7 @@ from lora_tensors import (
 from lorasweep.adapters.kohya_names import by_site, every_site
 from lorasweep.adapters.weight_deltas import low_rank_delta
 from lorasweep.core.atomic_write import TargetError
-from lorasweep.export import diffusers_lora, diffusers_lora_tensors, picture_check
+from lorasweep.export import diffusers_lora, diffusers_lora_tensors
 from lorasweep.export.exported import ExportError
 from lorasweep.lora_files import checkpoint, peft_names, read_lora_file
 from lorasweep.lora_files.kohya_form import kohya_form
@@ -86,7 +86,7 @@ def formula(weight, tensors):
 
 def loaded(base, path):
     """What diffusers makes of the file, the base left as it was."""
-    pipeline = picture_check.pipeline_of(base)
+    pipeline = base.pipeline()
     pipeline.load_lora_weights(str(path.parent), weight_name=path.name)
     try:
         return predict(pipeline.unet, pipeline.text_encoder)

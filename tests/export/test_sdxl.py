@@ -17,12 +17,12 @@ from lora_tensors import dora, dora_here_and_there, loha, lora
 from lorasweep.adapters.kohya_names import every_site
 from lorasweep.adapters.weight_deltas import low_rank_delta
 from lorasweep.core.safetensors_header import CheckpointError
+from lorasweep.core.settings import SettingsError
 from lorasweep.export import (
     attach_loras,
     convert_model,
     diffusers_folder,
     merge,
-    picture_check,
     whole_model,
 )
 from lorasweep.export.attach_loras import attachable
@@ -30,12 +30,12 @@ from lorasweep.export.diffusers_folder import FILES
 from lorasweep.export.exported import ExportError
 from lorasweep.export.generic_diffusion_feature import loader_of, offline_lora
 from lorasweep.export.kohya_lora import write_for_kohya
-from lorasweep.export.single_file_names import ModelLayout
 from lorasweep.lora_files import checkpoint, read_lora_file
+from lorasweep.lora_files.kohya_form import kohya_form, with_kohya_names
 from lorasweep.lora_files.peft_names import to_peft
 from lorasweep.models.load_model import Model
 from lorasweep.models.model_files import ModelError
-from lorasweep.models.sdxl import SDXLModel
+from tiny_sdxl import full_sdxl
 
 pytestmark = pytest.mark.usefixtures("short_pictures")
 
@@ -43,85 +43,12 @@ KEYS = json.loads(
     gzip.decompress((Path(__file__).parents[1] / "recorded/kohya_sdxl_keys.json.gz").read_bytes())
 )
 """Names and shapes that kohya's sd-scripts gave SDXL's files, with convolutions, rank 8."""
-TINY = {
-    "block_out_channels": (32, 64, 64),
-    "transformer_layers_per_block": [1, 1, 2],
-    "attention_head_dim": [2, 4, 4],
-    "cross_attention_dim": 64,
-    "addition_time_embed_dim": 8,
-    "projection_class_embeddings_input_dim": 6 * 8 + 32,
-    "sample_size": 8,
-}
 MLP = "text_model_encoder_layers_0_mlp_fc1"
-FULL = {
-    "block_out_channels": (320, 640, 1280),
-    "transformer_layers_per_block": [1, 2, 10],
-    "attention_head_dim": [5, 10, 20],
-    "cross_attention_dim": 2048,
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 6 * 256 + 1280,
-    "sample_size": 128,
-}
-
-
-def unet_of(sizes):
-    from diffusers import UNet2DConditionModel
-
-    return UNet2DConditionModel(
-        **sizes,
-        layers_per_block=2,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        addition_embed_type="text_time",
-        use_linear_projection=True,
-    )
-
-
-def text_of(name, width, layers, heads, vocabulary):
-    import transformers
-
-    config = transformers.CLIPTextConfig(
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        projection_dim=width,
-        vocab_size=vocabulary,
-        bos_token_id=vocabulary - 2,
-        eos_token_id=vocabulary - 1,
-        pad_token_id=vocabulary - 1,
-    )
-    return getattr(transformers, name)(config)
 
 
 @pytest.fixture(scope="module")
-def folder(base, tmp_path_factory):
-    """A tiny SDXL of random weights, as diffusers saves it."""
-    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline
-
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(16, 32),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=8,
-        latent_channels=4,
-        sample_size=16,
-        scaling_factor=0.13025,
-    )
-    pipeline = StableDiffusionXLPipeline(
-        vae=vae,
-        text_encoder=text_of("CLIPTextModel", 32, 2, 2, 4096),
-        text_encoder_2=text_of("CLIPTextModelWithProjection", 32, 2, 2, 4096),
-        tokenizer=base.tokenizer,
-        tokenizer_2=base.tokenizer,
-        unet=unet_of(TINY),
-        scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_end=0.012),
-        add_watermarker=False,
-    )
-    target = tmp_path_factory.mktemp("sdxl") / "model"
-    pipeline.save_pretrained(target)
-    return target
+def folder(sdxl_folder):
+    return sdxl_folder
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +93,7 @@ def is_attention(site):
 @pytest.fixture
 def write(xl, tmp_path):
     """Write a LoRA of the tiny SDXL, by default under kohya's names, of the original layout."""
-    theirs = {ours: key for key, ours in xl.keys_by_kohyas.items()}
+    theirs = xl.kohya_names
 
     def write(make=lora, where=is_kohyas, names=theirs):
         draw = torch.Generator().manual_seed(0)
@@ -195,21 +122,14 @@ def predict(pipeline, prompt="a fox"):
 
 def attached(xl, path):
     with attach_loras.attached(attachable(xl, [(read_lora_file.read(path, xl), 1.0)])):
-        return predict(xl.pipeline)
+        return predict(xl.pipeline())
 
 
 def test_every_name_of_kohyas_finds_its_module_on_sdxls_full_topology():
-    with torch.device("meta"):
-        from diffusers import AutoencoderKL
-
-        unet, first = unet_of(FULL), text_of("CLIPTextModel", 768, 12, 12, 49408)
-        second = text_of("CLIPTextModelWithProjection", 1280, 32, 20, 49408)
-        layout = ModelLayout.from_modules(unet, AutoencoderKL(), first, second)
-    parts = type("Pipeline", (), {"unet": unet, "text_encoder": first, "text_encoder_2": second})
-    xl = SDXLModel(None, parts, layout.original_unet_paths)
+    xl = full_sdxl()
     known = every_site(xl.parts)
     tensors = {name: torch.zeros(shape, device="meta") for name, shape in KEYS.items()}
-    named = xl.named(tensors)
+    named = kohya_form(tensors, {}, xl).tensors
     sites = {name.partition(".")[0] for name in named}
     assert len(named) == len(KEYS) == 3156 and len(sites) == 1052
     for key in sites:
@@ -219,7 +139,8 @@ def test_every_name_of_kohyas_finds_its_module_on_sdxls_full_topology():
         assert (up.shape[0], *down.shape[1:]) == expected, key
     ours = {key for key, site in known.items() if is_kohyas(site) and "text_proj" not in key}
     assert sites == {key for key in ours if "_mlp_" in key or "_self_attn_" in key or "unet" in key}
-    assert xl.named(named) == named  # names of diffusers stay
+    assert kohya_form(named, {}, xl).tensors.keys() == named.keys()  # names of diffusers stay
+    assert with_kohya_names(named, xl).keys() == KEYS.keys()
 
 
 def test_names_of_the_outer_modules_and_of_one_text_encoder_are_known(xl):
@@ -230,11 +151,13 @@ def test_names_of_the_outer_modules_and_of_one_text_encoder_are_known(xl):
         "lora_unet_out_2": "lora_unet_conv_out",
         f"lora_te_{MLP}": f"lora_te1_{MLP}",
     }.items():
-        assert list(xl.named({f"{theirs}.alpha": torch.ones(())})) == [f"{ours}.alpha"]
+        assert list(kohya_form({f"{theirs}.diff": torch.ones(1, 1)}, {}, xl).tensors) == [
+            f"{ours}.diff"
+        ]
         assert ours in every_site(xl.parts)
-    twice = {f"lora_unet_{n}.alpha": torch.ones(()) for n in ("out_2", "conv_out")}
+    twice = {f"lora_unet_{n}.diff": torch.ones(1, 1) for n in ("out_2", "conv_out")}
     with pytest.raises(CheckpointError, match="twice"):
-        xl.named(twice)
+        kohya_form(twice, {}, xl)
 
 
 def dora_or_loha(site, draw):
@@ -249,7 +172,7 @@ def test_a_merged_folder_predicts_what_the_attached_lora_predicts(xl, settings, 
     assert any("agree: drawn by diffusers' AutoPipelineForText2Image" in x for x in done.lines)
     found = AutoPipelineForText2Image.from_pretrained(tmp_path / "merged", use_safetensors=True)
     assert type(found).__name__ == "StableDiffusionXLPipeline"
-    assert not torch.allclose(attached(xl, path), predict(xl.pipeline), atol=1e-2)
+    assert not torch.allclose(attached(xl, path), predict(xl.pipeline()), atol=1e-2)
     assert torch.allclose(predict(found), attached(xl, path), atol=1e-5)
 
 
@@ -319,7 +242,7 @@ def test_plain_weights_in_fp16_are_stored_once(settings, write, tmp_path):
 
 def loaded(xl, path):
     """What diffusers makes of a LoRA file, the base left as it was."""
-    pipeline = picture_check.pipeline_of(xl)
+    pipeline = xl.pipeline()
     pipeline.load_lora_weights(str(path.parent), weight_name=path.name)
     try:
         return predict(pipeline)
@@ -335,7 +258,7 @@ def test_a_file_is_read_as_diffusers_reads_it(names, xl, write):
         tensors, _ = checkpoint.read(path)
         checkpoint.write(path, to_peft(tensors), {})
     theirs = loaded(xl, path)
-    assert not torch.allclose(theirs, predict(xl.pipeline), atol=1e-2)
+    assert not torch.allclose(theirs, predict(xl.pipeline()), atol=1e-2)
     assert torch.allclose(attached(xl, path), theirs, atol=2e-5)
 
 
@@ -429,13 +352,12 @@ def test_what_comes_later_is_said_in_a_line(folder, settings, write, tmp_path):
     refusals = {
         "SDXL as a single file comes later": lambda: merge.merged(settings, [(path, 1)], file),
         "SDXL comes later": lambda: convert_model.convert(str(folder), file, config=None),
-        "StableDiffusionXLPipeline; lorasweep trains": settings.load,
         "clip_skip=2 has no effect on SDXL": lambda: merge.merged(
             settings_of(folder, clip_skip=2), [(path, 1)], tmp_path / "merged"
         ),
     }
     for says, act in refusals.items():
-        with pytest.raises((ExportError, ModelError), match=says) as caught:
+        with pytest.raises((ExportError, ModelError, SettingsError), match=says) as caught:
             act()
         assert "\n" not in str(caught.value)
     assert [found.name for found in tmp_path.iterdir()] == ["xl.safetensors"]

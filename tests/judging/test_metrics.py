@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from adapter_packs import trained
+from conftest import FAMILIES
 from lorasweep.core import rng
 from lorasweep.data import kohya_folders, latents
 from lorasweep.judging.metrics.caption_gain import swaps
@@ -37,6 +38,7 @@ def pack(base, make_run):
     return trained(base, (small, 0), (large, 1))
 
 
+@FAMILIES
 @pytest.mark.parametrize("name", ["validation", "prior_drift"])
 def test_scores_in_a_pack_are_those_alone(name, base, run, images, pack):
     scorer = run.metrics[name].prepare(base, images)

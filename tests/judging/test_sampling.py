@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 
 from adapter_packs import trained
+from conftest import FAMILIES
 from lorasweep.core.clock import Clock
 from lorasweep.core.settings import SettingsError
 from lorasweep.judging import sampling
 from lorasweep.judging.judge import Judge, load_pack
 from lorasweep.judging.metrics.metric import Images
 from lorasweep.lora_files import checkpoint
+from lorasweep.lora_files.kohya_form import with_kohya_names
 
 
 @pytest.fixture
@@ -103,19 +105,25 @@ def test_due_epochs(make_run):
     assert not make_run("sampling.every_n_epochs=0").sampling.due(0)
 
 
+@FAMILIES
 def test_diffusers_draws_the_same_picture_from_the_file(base, make_run, tmp_path):
     """The whole way of a user: load_lora_weights on the plain pipeline, same prompt and noise."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from diffusers import DDIMScheduler, DiffusionPipeline
 
-    settings = make_run("sampling.num_inference_steps=4", "sampling.guidance_scale=3").sampling
+    settings = make_run(
+        "sampling.num_inference_steps=4",
+        "sampling.guidance_scale=3",
+        "sampling.negative_prompt=blue",
+    ).sampling
     prompts = settings.resolve((64, 64), 32)
     pack = trained(base, (make_run("adapter.rank=4").adapter, 0))
-    checkpoint.write(tmp_path / "style.safetensors", pack.file_tensors(0), {})
+    tensors = with_kohya_names(pack.file_tensors(0), base)
+    checkpoint.write(tmp_path / "style.safetensors", tensors, {})
     ours = sampling.render(
         base, load_pack(base, [tmp_path / "style.safetensors"]), prompts, settings
     )
 
-    pipeline = StableDiffusionPipeline.from_pretrained(
+    pipeline = DiffusionPipeline.from_pretrained(
         base.settings.path, use_safetensors=True, dtype=base.unet.dtype
     )
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
@@ -123,6 +131,7 @@ def test_diffusers_draws_the_same_picture_from_the_file(base, make_run, tmp_path
     noise = sampling.noise(base, prompts[0])[None]
     call = {
         "prompt": prompts[0].text,
+        "negative_prompt": "blue",
         "latents": noise,
         "num_inference_steps": 4,
         "guidance_scale": 3.0,

@@ -16,7 +16,6 @@ from lorasweep.adapters.differences import bias_delta
 from lorasweep.adapters.kohya_names import every_norm, every_site, sites
 from lorasweep.adapters.pack import check_fit, file_delta
 from lorasweep.export.attach_loras import attachable, attached
-from lorasweep.export.picture_check import pipeline_of
 from lorasweep.lora_files import read_lora_file
 from renamed_loras import (
     as_attention_processors,
@@ -82,7 +81,7 @@ def merged(base, path):
 
 def fused(bare, path):
     """The weights after diffusers' load_lora_weights and fuse_lora, which change `bare`."""
-    pipeline = pipeline_of(bare)
+    pipeline = bare.pipeline()
     # without the config it doesn't look for the original layout's blocks in a file of SD1.x
     pipeline.load_lora_weights(
         str(path.parent), weight_name=path.name, use_safetensors=True, unet_config=bare.unet.config

@@ -1,9 +1,12 @@
 """The base model: from a folder or one file, with the same predictions; pickles refused."""
 
+import shutil
+
 import pytest
 import torch
 
 from adapter_packs import predict
+from lorasweep.config.compose import compose
 from lorasweep.core.settings import SettingsError
 from lorasweep.export import whole_model
 from lorasweep.models.devices import resolve_device
@@ -52,8 +55,8 @@ def test_a_hub_id_that_cannot_be_reached_is_one_line(make_run):
 
 
 def test_another_architecture_is_refused(make_run, tmp_path):
-    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
-    with pytest.raises(ModelError, match="StableDiffusionXLPipeline"):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(ModelError, match="FluxPipeline"):
         make_run(f"model.path={tmp_path}").model.load()
 
 
@@ -66,6 +69,35 @@ def test_clip_skip_takes_an_earlier_layer_through_the_final_norm(base, make_run)
         expected = inner.final_layer_norm(states.hidden_states[-2])
     assert torch.equal(embeds, expected)
     assert not torch.equal(embeds, base.encode_prompt(["a cat"]).embeds)
+
+
+@pytest.mark.parametrize("base", ["sdxl"], indirect=True)
+def test_sdxl_reads_prompts_as_diffusers_does(base):
+    prompts = ["a cat", "", "a very long prompt of a rocket " * 20]
+    told = base.encode_prompt(prompts)
+    pipeline = base.pipeline()
+    embeds, _, pooled, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False)
+    assert torch.equal(told.embeds, embeds)
+    assert torch.equal(told.pooled, pooled)
+    assert base.too_long(prompts) == prompts[2:]
+
+
+def test_an_sdxl_whose_parts_are_of_different_models_is_refused(sdxl_folder, make_run, tmp_path):
+    folder = shutil.copytree(sdxl_folder, tmp_path / "model")
+    config = folder / "unet" / "config.json"
+    config.write_text(config.read_text().replace('input_dim": 80', 'input_dim": 64'))
+    with pytest.raises(ModelError, match="whole prompt's embedding of width 32 and six sizes"):
+        make_run(f"model.path={folder}").model.load()
+    with pytest.raises(SettingsError, match="clip_skip=2 has no effect on SDXL"):
+        make_run(f"model.path={sdxl_folder}", "model.clip_skip=2")
+
+
+def test_sdxl_alone_brings_its_size_and_the_unet_alone():
+    cfg = compose(["model=sdxl", "dataset.image_dir=photos"])
+    assert (cfg.optimizer.text_encoder_lr, list(cfg.dataset.resolution)) == (0, [1024, 1024])
+    cfg = compose(["model=sdxl", "dataset.image_dir=photos", "optimizer.text_encoder_lr=1e-5"])
+    assert cfg.optimizer.text_encoder_lr == 1e-5
+    assert compose(["dataset.image_dir=photos"]).optimizer.text_encoder_lr == 5e-5
 
 
 def test_training_target_is_what_the_model_predicts(base, make_run):

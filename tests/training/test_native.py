@@ -8,7 +8,9 @@ from functools import partial
 import pytest
 import torch
 
-from conftest import FEW
+from conftest import FAMILIES, FEW
+from lorasweep.core import rng
+from lorasweep.core.settings import SettingsError
 from lorasweep.lora_files import checkpoint
 from lorasweep.training.native_trainer import NativeTraining
 from lorasweep.training.pack_loss import PackLoss
@@ -35,8 +37,10 @@ MIXED = [
 ]
 
 
-def test_a_run_in_a_pack_is_the_run_alone(make_run, base, data):
-    runs = [make_run(*overrides, number=number) for number, overrides in enumerate(MIXED)]
+@pytest.mark.parametrize(("base", "steps"), [("embedded", "null"), ("sdxl", 1)], indirect=["base"])
+def test_a_run_in_a_pack_is_the_run_alone(steps, make_run, base, data):
+    limit = f"trainer.max_train_steps={steps}"
+    runs = [make_run(*overrides, limit, number=number) for number, overrides in enumerate(MIXED)]
     losses, last, _ = train(base, data, *runs)
     for run in runs:
         alone_losses, alone_last, _ = train(base, data, run)
@@ -194,16 +198,87 @@ def test_each_epoch_leaves_a_file_with_kohyas_name_and_metadata(name, dtype, mak
     assert metadata["sshs_model_hash"] == checkpoint.data_hash(last[run.name].path)
 
 
+@FAMILIES
 def test_text_encoder_lr_zero_leaves_the_text_encoder_alone(make_run, base, data, monkeypatch):
-    encoded = []
+    encoded, rested = [], []
     encode = type(base).encode_prompt
     monkeypatch.setattr(
         type(base), "encode_prompt", lambda self, p: encoded.append(len(p)) or encode(self, p)
     )
-    _, last, _ = train(base, data, make_run("optimizer.text_encoder_lr=0"))
+    captions = {item.caption for item in data.items}
+    monkeypatch.setattr(
+        type(base), "rest_text_encoders", lambda self: rested.append(sum(encoded) == len(captions))
+    )
+    run = make_run("optimizer.text_encoder_lr=0", "trainer.max_train_epochs=1")
+    _, last, _ = train(base, data, run)
     (weights,) = [tensors(one) for one in last.values()]
     assert all(name.startswith("lora_unet") for name in weights)
-    assert sum(encoded) == len({item.caption for item in data.items})  # each caption once
+    assert sum(encoded) == len(captions)  # each caption once
+    assert rested and all(rested)  # and not before
+
+
+@pytest.mark.parametrize("base", ["sdxl"], indirect=True)
+def test_each_text_encoder_of_sdxl_has_its_rate(make_run, base, data):
+    model = f"model.path={base.settings.path}"
+    targets = "adapter.targets=[unet.*.attn2.to_k,text_encoder*.q_proj]"
+    run = make_run(
+        model, targets, "optimizer.text_encoder_lr=[0,1e-3]", "trainer.max_train_steps=1"
+    )
+    seen = {}
+    training = NativeTraining(
+        run.trainer, base, [run], data, on_step=lambda *one: seen.update(one[2])
+    )
+    (epoch,) = training
+    parts = {name.partition("_text_model")[0] for name in tensors(epoch.checkpoints[0])}
+    assert {part for part in parts if part.startswith("lora_te")} == {"lora_te2"}
+    assert (seen["train/lr_text_encoder"], seen["train/lr_text_encoder_2"]) == (0, 1e-3)
+    (metadata,) = [checkpoint.read(one.path)[1] for one in epoch.checkpoints]
+    assert metadata["ss_text_encoder_lr"] == "[0.0, 0.001]"
+    assert metadata["ss_base_model_version"] == "sdxl_base_v1-0"
+    assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+    with pytest.raises(SettingsError, match="only SDXL has two text encoders; give one number"):
+        make_run("optimizer.text_encoder_lr=[0,1e-3]")
+    with pytest.raises(SettingsError, match=r"adapter\.block_ranks.*SDXL has others"):
+        make_run(model, "adapter.block_ranks={down:2,mid:2,up:4}")
+
+
+@pytest.mark.parametrize("base", ["sdxl"], indirect=True)
+def test_the_loss_of_sdxl_is_what_diffusers_computes(make_run, base):
+    """An oracle: the training step written out from its pipeline's public calls."""
+    from diffusers import DDPMScheduler, StableDiffusionXLPipeline
+
+    run = make_run("trainer.batch_size=2", "dataset.flip_aug=true", "seed=1", "captions=[demo]")
+    data = load(run, base)
+    items = [
+        replace(data.items[0], original_size=(48, 32), caption="a cat"),
+        replace(data.items[1], original_size=(100, 90), caption="a rocket, " * 20),
+    ]
+    data = replace(data, items=items)
+    pack = NativeTraining(run.trainer, base, [run], data).pack
+    (loss,) = PackLoss(base, data).backward(pack.adapters, pack.states, [[0, 1]], 1)
+
+    pipeline = StableDiffusionXLPipeline.from_pretrained(base.settings.path, add_watermarker=False)
+    captions = [item.caption for item in items]
+    embeds, _, pooled, _ = pipeline.encode_prompt(captions, do_classifier_free_guidance=False)
+    draw = rng.generator(1, "noise", 0)
+    noise = torch.randn(2, *items[0].latents.shape, generator=draw)
+    timesteps = torch.randint(1000, (2,), generator=rng.generator(1, "timesteps", 0))
+    flip = rng.python_random(1, "flip", 0)
+    flips = [flip.random() < 0.5 for _ in items]
+    assert sum(flips) == 1
+    latents = [item.flipped if f else item.latents for item, f in zip(items, flips, strict=True)]
+    schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
+    noisy = schedule.add_noise(torch.stack(latents), noise, timesteps)
+    # 48x32 in a square of 32: 32 wide and 21.3 high, so 5 from the top, as sd-scripts has it
+    time_ids = torch.tensor([[32.0, 48, 5, 0, 32, 32], [90, 100, 1, 0, 32, 32]])
+    conditions = {"text_embeds": pooled, "time_ids": time_ids}
+    with torch.no_grad():
+        predicted = pipeline.unet(noisy, timesteps, embeds, added_cond_kwargs=conditions).sample
+    assert loss == pytest.approx(float((predicted - noise).square().mean()), rel=1e-5)
+    wrong = {**conditions, "time_ids": time_ids[[1, 0]]}
+    with torch.no_grad():
+        other = pipeline.unet(noisy, timesteps, embeds, added_cond_kwargs=wrong).sample
+    assert loss != pytest.approx(float((other - noise).square().mean()), rel=1e-5)
 
 
 def test_accumulated_gradients_are_averaged(make_run, base, data):

@@ -137,6 +137,19 @@ def test_settings_that_carry_state_go_on_bit_by_bit(overrides, make_run, base, d
     assert weights(run) == weights(other)
 
 
+@pytest.mark.parametrize("base", ["sdxl"], indirect=True)
+def test_sdxl_goes_on_bit_by_bit(make_run, base, data):
+    rates = "optimizer.text_encoder_lr=[1e-3,2e-3]"
+    targets = "adapter.targets=[unet.*.attn2.*,text_encoder*.q_proj]"
+    model = f"model.path={base.settings.path}"
+    run = make_run(model, "trainer.max_train_steps=2", rates, targets, "dataset.flip_aug=true")
+    other = replace(run, output_dir=run.output_dir / "broken")
+    train(base, data, [run])
+    train(base, data, [other], stop_at=1)
+    train(base, data, [other], resume=True)
+    assert weights(run) == weights(other)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

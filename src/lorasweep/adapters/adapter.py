@@ -20,7 +20,7 @@ class Site:
     key: str
     """Its name in files, kohya's: lora_unet_down_blocks_0_attentions_0_proj_in."""
     part: str
-    """unet or text_encoder: which learning rate drives it."""
+    """unet, text_encoder or text_encoder_2: which learning rate drives it."""
     path: str
     """The module's dotted path in its part: down_blocks.0.attentions.0.proj_in."""
     module: torch.nn.Module

@@ -21,14 +21,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_TEXT = ("CLIPAttention", "CLIPMLP")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+"""The parts through which prompts go; only SDXL has the second."""
+_TEXT_ENCODERS = dict.fromkeys(TEXT_ENCODERS, ("CLIPAttention", "CLIPMLP"))
 _CONVOLUTIONS = ("Transformer2DModel", "ResnetBlock2D", "Downsample2D", "Upsample2D")
 _AROUND = ("conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2")
 
 PRESETS: dict[str, dict[str, tuple[str, ...]]] = {
-    "attn-mlp": {"text_encoder": _TEXT, "unet": ("Transformer2DModel",)},
-    "conv": {"text_encoder": _TEXT, "unet": _CONVOLUTIONS},
-    "full": {"text_encoder": _TEXT, "unet": (*_CONVOLUTIONS, *_AROUND)},
+    "attn-mlp": {**_TEXT_ENCODERS, "unet": ("Transformer2DModel",)},
+    "conv": {**_TEXT_ENCODERS, "unet": _CONVOLUTIONS},
+    "full": {**_TEXT_ENCODERS, "unet": (*_CONVOLUTIONS, *_AROUND)},
     "unet-only": {"unet": ("Transformer2DModel",)},
 }
 """By part: classes of the blocks whose Linear and convolutions carry adapters, or dotted paths."""
@@ -36,13 +38,13 @@ PRESETS: dict[str, dict[str, tuple[str, ...]]] = {
 WITH_KERNELS = ("conv", "full")
 """The presets that name convolutions with larger kernels than 1x1."""
 
-PARTS = ("text_encoder", "unet")
+PARTS = (*TEXT_ENCODERS, "unet")
 
 Targets = str | tuple[str, ...]
 """A preset's name, or patterns over part.path, such as unet.*.attn2.to_k."""
 
 Parts = Mapping[str, tuple[str, "torch.nn.Module"]]
-"""text_encoder and unet: the prefix of their names in files, and the module."""
+"""unet and TEXT_ENCODERS: the prefix of their names in files, and the module."""
 
 
 def check_targets(targets: Targets) -> None:
@@ -65,7 +67,7 @@ def check_targets(targets: Targets) -> None:
 
 
 def adapted_parts(targets: Targets) -> set[str]:
-    """The parts of the model, unet and text_encoder, that `targets` speaks of."""
+    """The parts that `targets` speaks of: unet, and TEXT_ENCODERS as far as a model has them."""
     if isinstance(targets, str):
         return set(PRESETS[targets])
     return {part for pattern in targets for part in _parts_of(pattern)}

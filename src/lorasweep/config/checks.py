@@ -42,13 +42,27 @@ def adapted_parts_are_trained(run: Run) -> Iterator[str]:
     if not adapted & trained:
         raise SettingsError(
             f"adapter.targets={run.adapter.targets} adapts the {' and '.join(sorted(adapted))}"
-            f" only, whose learning rate is 0; set optimizer.{min(adapted)}_lr"
+            f" only, whose learning rate is 0; set optimizer.{_rate_of(min(adapted))}"
         )
-    for part in sorted(trained - adapted):
+    for rate in sorted({_rate_of(one) for one in trained} - {_rate_of(one) for one in adapted}):
         yield (
-            f"optimizer.{part}_lr has no effect: adapter.targets={run.adapter.targets} has no"
+            f"optimizer.{rate} has no effect: adapter.targets={run.adapter.targets} has no"
             " adapters there"
         )
+
+
+def _rate_of(part: str) -> str:
+    """The setting that has a part's learning rate."""
+    return "unet_lr" if part == "unet" else "text_encoder_lr"
+
+
+def the_model_has_such_parts(run: Run) -> None:
+    """Two learning rates are for two text encoders, blocks are counted as the model's."""
+    from lorasweep.models.model_files import read_sizes
+
+    sizes = read_sizes(run.model)
+    if sizes is not None and sizes.is_sdxl is not None:
+        run.check_parts(is_sdxl=sizes.is_sdxl)
 
 
 def the_model_computes_the_resolution(run: Run) -> None:
@@ -78,7 +92,7 @@ def the_text_encoder_has_the_layer(run: Run) -> None:
 
     sizes = read_sizes(run.model)
     if sizes is not None:
-        check_clip_skip(run.model, sizes.num_text_layers)
+        check_clip_skip(run.model, sizes.num_text_layers, is_sdxl=bool(sizes.is_sdxl))
 
 
 def places_can_be_written(run: Run) -> None:
@@ -225,6 +239,7 @@ CHECKS: tuple[Check, ...] = (
     the_model_computes_the_resolution,
     the_text_encoder_has_the_layer,
     adapted_parts_are_trained,
+    the_model_has_such_parts,
     overrides_choose_one_option,
     overrides_have_an_effect,
     commas_of_prompts_are_quoted,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from lorasweep.core.settings import SettingsError
 from lorasweep.data.dataset import Dataset
+from lorasweep.models.conditioning import SizeAndCrop
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -78,6 +79,23 @@ def bucket_of(size: Size, settings: Dataset) -> Size:
 def is_scaled(size: Size, settings: Dataset) -> bool:
     """Is an image of `size` scaled to its bucket, or has it its size and is only cropped?"""
     return not settings.bucket_no_upscale or size[0] * size[1] > math.prod(settings.size)
+
+
+def size_and_crop(original: Size, bucket: Size, *, flipped: bool) -> SizeAndCrop:
+    """What a base is told of an image that was fitted to its bucket.
+
+    Crop's left and top are sd-scripts' (`BucketManager.get_crop_ltrb`, after Stability AI's
+    preprocessing): of the image as fitted *into* the bucket, whichever part of it is trained on.
+    """
+    ratio = original[0] / original[1]
+    if bucket[0] / bucket[1] > ratio:
+        width, height = bucket[1] * ratio, float(bucket[1])
+    else:
+        width, height = float(bucket[0]), bucket[0] / ratio
+    left, top = (bucket[0] - width) // 2, (bucket[1] - height) // 2
+    if flipped:
+        left = bucket[0] - (left + width)
+    return SizeAndCrop(original, (int(left), int(top)), bucket)
 
 
 def _cut_to_steps(size: Size, settings: Dataset) -> Size:

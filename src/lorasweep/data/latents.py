@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 from lorasweep.core.atomic_write import write_atomically
 from lorasweep.core.foreign_files import ForeignFileError, parse_json
 from lorasweep.core.settings import SettingsError
-from lorasweep.data.buckets import Size, bucket_of, check_size, fit, is_scaled
+from lorasweep.data.buckets import Size, bucket_of, check_size, fit, is_scaled, size_and_crop
 from lorasweep.data.dataset import Dataset
 from lorasweep.data.image_files import open_image
 from lorasweep.data.kohya_folders import Arm
 from lorasweep.data.subset_settings import SubsetSettings
 from lorasweep.models.base_model import BaseModel
+from lorasweep.models.conditioning import SizeAndCrop
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -38,6 +39,11 @@ class Item:
     latents: Tensor  # (C, h, w)
     flipped: Tensor | None  # likewise, of the mirrored image
     settings: SubsetSettings
+    original_size: Size | None = None  # before it was fitted to its bucket; None: it was not
+
+    def size_and_crop(self, *, flipped: bool = False) -> SizeAndCrop:
+        """What a base is told of the image, or of its mirrored form."""
+        return size_and_crop(self.original_size or self.bucket, self.bucket, flipped=flipped)
 
 
 def encode(
@@ -56,7 +62,7 @@ def encode(
     """
     if not settings.enable_bucket:
         check_size(base, settings.size)
-    by_content: dict[tuple[str, bool], tuple[Size, Tensor, Tensor | None]] = {}
+    by_content: dict[tuple[str, bool], tuple[Size, Tensor, Tensor | None, Size]] = {}
     items = []
     for arm in arms:
         own = (of_arms or {}).get(arm.name, settings)
@@ -67,8 +73,9 @@ def encode(
                 by_content[key] = _encoded(
                     base, image.path, digest, settings, cache_dir, flip=own.flip_aug
                 )
-            encoded = by_content[key]
-            items.append(Item(image.path, arm.name, image.caption, arm.repeats, *encoded, own))
+            bucket, latents, flipped, size = by_content[key]
+            read = (image.path, arm.name, image.caption, arm.repeats)
+            items.append(Item(*read, bucket, latents, flipped, own, size))
     return items
 
 
@@ -83,8 +90,8 @@ def pixels(image: Image.Image) -> Tensor:
 
 def _encoded(
     base: BaseModel, path: Path, digest: str, settings: Dataset, cache_dir: Path, *, flip: bool
-) -> tuple[Size, Tensor, Tensor | None]:
-    """An image's bucket, latents, and latents of its mirrored form if those are trained on."""
+) -> tuple[Size, Tensor, Tensor | None, Size]:
+    """An image's bucket, latents, those of its mirrored form if it is trained on; its own size."""
     image = open_image(path)
     try:
         bucket = bucket_of(image.size, settings)
@@ -96,9 +103,8 @@ def _encoded(
     # what is only cropped has entries of its own
     identity = ("checked", digest, base.vae_identity, bucket) + (() if scale else ("cropped",))
     latents = _cached(base, fitted, identity, folder, flip=False)
-    if not flip:
-        return bucket, latents, None
-    return bucket, latents, _cached(base, fitted, identity, folder, flip=True)
+    flipped = _cached(base, fitted, identity, folder, flip=True) if flip else None
+    return bucket, latents, flipped, image.size
 
 
 def _cached(

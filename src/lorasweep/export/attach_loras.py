@@ -15,7 +15,7 @@ from lorasweep.adapters.stack import Stack
 from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.export.lora_weights import Weight, weight_at
 from lorasweep.lora_files.read_lora_file import LoRAFile, weight_shape
-from lorasweep.models.sdxl import Base
+from lorasweep.models.base_model import BaseModel
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,7 @@ GIVE_ITS_BASE = "Give the one it was trained on by model=OPTION or model.path=FO
 
 
 def attachable(
-    base: Base, files: Sequence[tuple[LoRAFile, Weight]], remedy: str = GIVE_ITS_BASE
+    base: BaseModel, files: Sequence[tuple[LoRAFile, Weight]], remedy: str = GIVE_ITS_BASE
 ) -> Weighted:
     """LoRA files as packs of one on this base. Raises CheckpointError, with a remedy, for a misfit.
 
@@ -46,7 +46,7 @@ def attachable(
     return found
 
 
-def _is_of_another_width(base: Base, file: LoRAFile) -> bool:
+def _is_of_another_width(base: BaseModel, file: LoRAFile) -> bool:
     """Do the shapes of a file that doesn't fit say that it belongs to another base?"""
     known = every_site(base.parts)
     shapes = ((key, weight_shape(site)) for key, site in file.sites.items())

@@ -20,8 +20,7 @@ from lorasweep.export.picture_check import Canvas
 from lorasweep.export.svd_ranks import has_kernel, metadata
 from lorasweep.lora_files.peft_config import METADATA_KEY
 from lorasweep.lora_files.read_lora_file import LoRAFile
-from lorasweep.models.base_model import Precision
-from lorasweep.models.sdxl import Base
+from lorasweep.models.base_model import BaseModel, Precision
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +41,7 @@ class Combined:
     """What was done, for a person."""
 
     def compare(
-        self, base: Base, given: Weighted, written: LoRAFile, precision: Precision = "fp32"
+        self, base: BaseModel, given: Weighted, written: LoRAFile, precision: Precision = "fp32"
     ) -> str:
         """The line on the pictures of the LoRAs as `given` and of the one that was `written`.
 
@@ -67,7 +66,7 @@ class Combined:
 
 
 def combine(
-    base: Base, files: Sequence[tuple[LoRAFile, Weight]], rank: int | None = None
+    base: BaseModel, files: Sequence[tuple[LoRAFile, Weight]], rank: int | None = None
 ) -> Combined:
     """The LoRA that changes each weight by the weighted sum of what the files change it by.
 

@@ -23,15 +23,14 @@ from lorasweep.export.picture_check import TOLERANCES, Canvas
 from lorasweep.lora_files import checkpoint, read_lora_file
 from lorasweep.lora_files.peft_config import METADATA_KEY
 from lorasweep.lora_files.read_lora_file import FACTORED, LoRAFile
-from lorasweep.models.base_model import Precision
+from lorasweep.models.base_model import BaseModel, Precision
 from lorasweep.models.load_model import Model
-from lorasweep.models.sdxl import SDXLModel
 
 if TYPE_CHECKING:
     from PIL import Image
     from torch.nn import Module
 
-    from lorasweep.models.sdxl import Base
+    from lorasweep.models.base_model import BaseModel
 
 
 READER = "diffusers' load_lora_weights"
@@ -61,7 +60,7 @@ def write_for_diffusers(
 def lora_for_diffusers(
     source: Path,
     target: Path,
-    base: Base,
+    base: BaseModel,
     rank: int | None,
     *,
     overwrite: bool = False,
@@ -76,7 +75,7 @@ def lora_for_diffusers(
 
 
 def _write(
-    file: LoRAFile, target: Path, base: Base, rank: int | None, *, overwrite: bool
+    file: LoRAFile, target: Path, base: BaseModel, rank: int | None, *, overwrite: bool
 ) -> Exported:
     source = file.path
     with staged(target, overwrite) as place:
@@ -113,7 +112,7 @@ def _told(how: How, loss: svd.Loss | None) -> str:
 
 def compare(
     before: Image.Image,
-    base: Base,
+    base: BaseModel,
     written: Path,
     source: LoRAFile | None = None,
     how: How = "approximated",
@@ -125,7 +124,7 @@ def compare(
     Raises ExportError otherwise.
     """
     file = read_lora_file.read(written, base)
-    is_asked = source is not None or (not isinstance(base, SDXLModel) and diffusers_reads(file))
+    is_asked = source is not None or diffusers_reads(file, base)
     is_exact = how != "approximated"
     with picture_check.quiet():
         bare, own = picture_check.draw(base), before if is_exact else _draw(file, base)
@@ -140,7 +139,7 @@ def compare(
 
 
 def _require_read(
-    meant: LoRAFile, written: Path, base: Base, bare: Image.Image, own: Image.Image
+    meant: LoRAFile, written: Path, base: BaseModel, bare: Image.Image, own: Image.Image
 ) -> tuple[Image.Image, str]:
     """The picture that diffusers draws with a written file, and the line that it is `own`.
 
@@ -164,7 +163,7 @@ def _require_read(
         return after, line
 
 
-def _check_fit(file: LoRAFile, base: Base) -> None:
+def _check_fit(file: LoRAFile, base: BaseModel) -> None:
     """Raise ExportError for a LoRA of another base, before any library is asked.
 
     Types that can't be exported are left for what refuses them by name.
@@ -189,14 +188,14 @@ def _metadata(file: LoRAFile, how: How) -> dict[str, str]:
     return {**carried, "ss_training_comment": f"{how} for diffusers from {file.path.name}"}
 
 
-def _draw(file: LoRAFile, base: Base) -> Image.Image:
+def _draw(file: LoRAFile, base: BaseModel) -> Image.Image:
     return picture_check.draw(base, attachable(base, [(file, 1.0)]))
 
 
 @contextmanager
-def _loaded(path: Path, base: Base) -> Iterator[Any]:
+def _loaded(path: Path, base: BaseModel) -> Iterator[Any]:
     """diffusers' pipeline with a LoRA file loaded; the base is as before afterwards."""
-    pipeline = picture_check.pipeline_of(base)
+    pipeline = base.pipeline()
     try:
         _load(pipeline, path)
         yield pipeline
@@ -212,7 +211,7 @@ def _load(pipeline: Any, path: Path) -> None:
         raise ExportError(f"diffusers can't load it ({cause}): {REMEDY}") from None
 
 
-def _adapted(sites: Sequence[Site], base: Base) -> dict[str, Module]:
+def _adapted(sites: Sequence[Site], base: BaseModel) -> dict[str, Module]:
     """What diffusers has put in the sites' places, by part and dotted path.
 
     Raises ExportError for a module that it has left bare, without a word of its own.

@@ -17,7 +17,7 @@ from lorasweep.export import svd
 from lorasweep.export.exported import ExportError
 from lorasweep.lora_files import peft_names
 from lorasweep.lora_files.read_lora_file import FACTORED, LoRAFile
-from lorasweep.models.sdxl import Base, SDXLModel
+from lorasweep.models.base_model import BaseModel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,14 +30,14 @@ REMEDY = "export --to merged instead, which is exact"
 
 
 def convert(
-    file: LoRAFile, base: Base, rank: int | None
+    file: LoRAFile, base: BaseModel, rank: int | None
 ) -> tuple[Mapping[str, Tensor], How, svd.Loss | None]:
     """Tensors that diffusers reads right, what was done, and what approximations lost.
 
     The base's weights count where there are magnitudes. Raises ExportError, naming the remedy, for
     what has no such form.
     """
-    if not isinstance(base, SDXLModel) and diffusers_reads(file):
+    if diffusers_reads(file, base):
         return file.tensors, "as it is", None
     known = every_site(base.parts) | every_norm(base.parts)
     sites: dict[str, dict[str, Tensor]] = {}
@@ -58,13 +58,16 @@ def convert(
     return peft_names.to_peft(named), ("approximated" if loss else "converted"), loss
 
 
-def diffusers_reads(file: LoRAFile) -> bool:
+def diffusers_reads(file: LoRAFile, base: BaseModel) -> bool:
     """Does diffusers read kohya's names of this file right?
 
+    Not of the original layout, SDXL's, where it leaves modules out.
     Only of plain LoRAs, and only if all have one alpha: diffusers 0.42 looks others up under names
     that no module has, and takes the most common one instead. An out_proj tells it that the text
     encoder's attention is kohya's; beside an MLP alone it leaves the attention out.
     """
+    if base.kohya_names:
+        return False
     sites = file.sites.values()
     plain = all(set(s) == {"lora_down.weight", "lora_up.weight", "alpha"} for s in sites)
     text = [key for key in file.sites if key.startswith("lora_te")]

@@ -11,9 +11,9 @@ from lorasweep.export.attach_loras import Loras, attachable
 from lorasweep.export.combine_loras import combine
 from lorasweep.export.exported import Exported
 from lorasweep.lora_files import checkpoint, read_lora_file
-from lorasweep.models.base_model import Precision, torch_dtype
+from lorasweep.lora_files.kohya_form import with_kohya_names
+from lorasweep.models.base_model import BaseModel, Precision, torch_dtype
 from lorasweep.models.load_model import Model
-from lorasweep.models.sdxl import Base, SDXLModel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,15 +47,11 @@ def write_for_kohya(
     return Exported(target, (combined.told, line))
 
 
-def _named(file: LoRAFile, base: Base, precision: Precision | None) -> dict[str, Tensor]:
-    """The file's tensors by kohya's names, which of SDXL's UNet are the original layout's."""
-    theirs: dict[str, str] = {}
-    if isinstance(base, SDXLModel):
-        theirs = {ours: kohyas for kohyas, ours in base.keys_by_kohyas.items()}
+def _named(file: LoRAFile, base: BaseModel, precision: Precision | None) -> dict[str, Tensor]:
+    """The file's tensors by kohya's names, of alphas alone in their own type."""
     found = {}
-    for name, tensor in file.tensors.items():
-        key, _, below = name.partition(".")
-        is_weight = below != "alpha"  # which no narrow type can hold
+    for name, tensor in with_kohya_names(file.tensors, base).items():
+        is_weight = not name.endswith(".alpha")  # which no narrow type can hold
         wanted = torch_dtype(precision) if precision and is_weight else tensor.dtype
-        found[f"{theirs.get(key, key)}.{below}"] = tensor.to(wanted)
+        found[name] = tensor.to(wanted)
     return found

@@ -19,9 +19,8 @@ from lorasweep.export.lora_weights import Weight, weight_at
 from lorasweep.export.picture_check import Canvas
 from lorasweep.lora_files import read_lora_file
 from lorasweep.lora_files.read_lora_file import LoRAFile
-from lorasweep.models.base_model import Precision
+from lorasweep.models.base_model import BaseModel, Precision
 from lorasweep.models.load_model import Model
-from lorasweep.models.sdxl import Base
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -81,7 +80,7 @@ def merged(
 
 
 def merge(
-    base: Base,
+    base: BaseModel,
     model: WholeModel,
     files: Sequence[tuple[LoRAFile, Weight]],
     precision: Precision | None = None,

@@ -16,8 +16,7 @@ from lorasweep.export import picture_check
 from lorasweep.export.attach_loras import Weighted, attached
 from lorasweep.export.exported import ExportError
 from lorasweep.export.picture_check import Agreement
-from lorasweep.models.base_model import Precision
-from lorasweep.models.sdxl import Base
+from lorasweep.models.base_model import BaseModel, Precision
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -48,7 +47,7 @@ def require_same(
 
 
 def outputs_with(
-    base: Base, adapters: Weighted, names: Collection[str] | None = None
+    base: BaseModel, adapters: Weighted, names: Collection[str] | None = None
 ) -> dict[str, Tensor]:
     """`outputs` of modules with the adapters, by part and dotted path.
 

@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any
 from lorasweep.export.attach_loras import Weighted, attached
 from lorasweep.export.exported import ExportError
 from lorasweep.judging import contact_sheet
-from lorasweep.models.base_model import Precision
+from lorasweep.models.base_model import BaseModel, Precision
 from lorasweep.models.load_model import hide_progress_bars
 from lorasweep.models.model_files import quiet_libraries
-from lorasweep.models.sdxl import Base, SDXLModel
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -114,12 +113,10 @@ class Canvas:
     """SDXL's force_zeros_for_empty_prompt; None: it is Stable Diffusion 1.x."""
 
     @classmethod
-    def of(cls, base: Base) -> Canvas:
+    def of(cls, base: BaseModel) -> Canvas:
         """For a model's own size, or less where that is large."""
         step = base.size_multiple
-        zeros = None
-        if isinstance(base, SDXLModel):
-            zeros = bool(base.pipeline.config.force_zeros_for_empty_prompt)
+        zeros = base.pipeline().config.get("force_zeros_for_empty_prompt")
         side = max(step, min(base.native_side, MAX_SIDE) // step * step)
         return cls(side, base.settings.clip_skip, dict(base.noise_schedule.config), zeros)
 
@@ -139,10 +136,10 @@ class Canvas:
         )
 
 
-def draw(base: Base, adapters: Weighted = (), guidance: float = GUIDANCE) -> Image.Image:
+def draw(base: BaseModel, adapters: Weighted = (), guidance: float = GUIDANCE) -> Image.Image:
     """The picture of our own adapters, at their weights, on the base; of the bare base without."""
     with attached(adapters):
-        return draw_with(pipeline_of(base), Canvas.of(base), guidance=guidance)
+        return draw_with(base.pipeline(), Canvas.of(base), guidance=guidance)
 
 
 def draw_with(
@@ -217,14 +214,6 @@ def quiet() -> Iterator[None]:
     hide_progress_bars()
     with quiet_libraries():
         yield
-
-
-def pipeline_of(base: Base) -> Any:
-    """diffusers' own pipeline over the base's modules, not copies of them."""
-    if not isinstance(base, SDXLModel):
-        return base.pipeline()
-    parts = {**base.pipeline.components, "scheduler": base.noise_schedule.scheduler}
-    return Canvas.of(base).pipeline(parts)
 
 
 def _image(pixels: Any) -> Image.Image:

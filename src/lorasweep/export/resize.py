@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+    from lorasweep.models.base_model import BaseModel
     from lorasweep.models.load_model import Model
-    from lorasweep.models.sdxl import Base
 
 RESIZABLE = (*FACTORED, "dora", "full")
 ENOUGH = 0.9
@@ -128,13 +128,13 @@ def resize(source: Path, target: Path, ranks: SvdRanks) -> Resized:
     return Resized(target, counts, svd.Loss.of(kept))
 
 
-def _drawn(source: Path, base: Base) -> tuple[Image, Base]:
+def _drawn(source: Path, base: BaseModel) -> tuple[Image, BaseModel]:
     """The picture of the LoRA as it came. Raises CheckpointError for a base that it doesn't fit."""
     file = read_lora_file.read(source, base)
     return picture_check.draw(base, attachable(base, [(file, 1.0)], remedy="")), base
 
 
-def _drawn_on_its_base(source: Path, say: Callable[[str], None]) -> tuple[Image, Base] | str:
+def _drawn_on_its_base(source: Path, say: Callable[[str], None]) -> tuple[Image, BaseModel] | str:
     """The picture on the base that the file was trained on, or why there is none."""
     cfg = compose_without_images([])
     try:

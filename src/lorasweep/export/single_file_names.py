@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lorasweep.models.model_files import ModelError
+from lorasweep.models.original_unet import original_name, plain_up_levels
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,23 +33,6 @@ PREFIXES = {
 }
 """What the parts' names begin with in a single file."""
 
-_UNET_OUTER = {
-    "conv_in": "input_blocks.0.0",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",  # SDXL's
-    "add_embedding.linear_2": "label_emb.0.2",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-}
-_UNET_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
 _VAE_ATTENTION = {
     "group_norm": "norm",
     "to_q": "q",
@@ -102,15 +86,6 @@ class ModelLayout:
     def is_sdxl(self) -> bool:
         """Is it SDXL's, which has no single-file form here yet?"""
         return "text_encoder_2" in self.shapes
-
-    @cached_property
-    def original_unet_paths(self) -> Mapping[str, str]:
-        """Dotted paths of the UNet's modules by those in the original layout."""
-        names = [name for name in self.shapes["unet"] if name.endswith(".weight")]
-        return {
-            self._original_name("unet", name).removesuffix(".weight"): name.removesuffix(".weight")
-            for name in names
-        }
 
     @cached_property
     def original(self) -> Mapping[str, tuple[str, str]]:
@@ -167,14 +142,14 @@ class ModelLayout:
 
     @cached_property
     def _plain_up_levels(self) -> frozenset[int]:
-        """The UNet's up levels without attention, where the upsampler moves up a place."""
-        found = [re.match(r"up_blocks\.(\d+)\.(\w+)", name) for name in self.shapes["unet"]]
-        levels = {(int(match[1]), match[2]) for match in found if match}
-        return frozenset(level for level, _ in levels if (level, "attentions") not in levels)
+        return plain_up_levels(self.shapes["unet"])
 
     def _original_name(self, part: str, name: str) -> str:
         if part == "unet":
-            return _unet_name(name, self.num_unet_layers, self._plain_up_levels)
+            found = original_name(name, self.num_unet_layers, self._plain_up_levels)
+            if found is None:
+                raise ModelError(f"the unet's {name} has no place in Stable Diffusion 1.x's layout")
+            return found
         return _vae_name(name, self.num_vae_levels) if part == "vae" else name
 
 
@@ -208,38 +183,6 @@ def _prefixed_in_file(name: str) -> str:
 
 def _is_vae_attention(part: str, name: str) -> bool:
     return part == "vae" and ".attentions." in name and name.endswith(".weight")
-
-
-def _unet_name(name: str, layers: int, plain_up_levels: frozenset[int]) -> str:
-    for ours, original in _UNET_OUTER.items():
-        if name.startswith(f"{ours}."):
-            return name.replace(ours, original, 1)
-    match = re.fullmatch(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(\w+?)\.(\d+)\.(.+)", name)
-    if match is None or match[3] not in _INDEX:
-        raise ModelError(f"the unet's {name} has no place in Stable Diffusion 1.x's layout")
-    side, kind, number, rest = match[1], match[3], int(match[4]), _unet_inner(match[3], match[5])
-    index = _INDEX[kind]
-    if side == "mid":  # a residual block, attention, a residual block
-        return f"middle_block.{1 if kind == 'attentions' else 2 * number}.{rest}"
-    level = int(match[2])
-    if kind.endswith("samplers"):  # down: a block of its own; up: the end of the level's last
-        number = layers
-        index -= level in plain_up_levels and side == "up"
-    block = level * (layers + 1) + number
-    if side == "down":
-        return f"input_blocks.{1 + block}.{index}.{rest}"
-    return f"output_blocks.{block}.{index}.{rest}"
-
-
-_INDEX = {"resnets": 0, "attentions": 1, "downsamplers": 0, "upsamplers": 2}
-"""A module's index in its block of the single file."""
-
-
-def _unet_inner(kind: str, name: str) -> str:
-    if kind == "resnets":
-        first, _, last = name.partition(".")
-        return f"{_UNET_RESNET[first]}.{last}"
-    return name.replace("conv.", "op.", 1) if kind == "downsamplers" else name
 
 
 def _vae_name(name: str, levels: int) -> str:

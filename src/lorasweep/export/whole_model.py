@@ -30,7 +30,7 @@ from lorasweep.export.single_file_names import (
     prefixed,
 )
 from lorasweep.models import file_schedule
-from lorasweep.models.base_model import Precision, torch_dtype
+from lorasweep.models.base_model import BaseModel, Precision, torch_dtype
 from lorasweep.models.file_schedule import V_PRED, ZTSNR
 from lorasweep.models.load_model import Model, frozen
 from lorasweep.models.model_files import (
@@ -43,7 +43,6 @@ from lorasweep.models.model_files import (
     read_object,
     refuse_others,
 )
-from lorasweep.models.sdxl import Base, SDXLModel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -182,26 +181,26 @@ def read(
     return WholeModel(weights, folder, layout, own, notes)
 
 
-def as_base(settings: Model, model: WholeModel) -> Base:
+def as_base(settings: Model, model: WholeModel) -> BaseModel:
     """The model as it is computed with, in fp32, of the tensors that were read.
 
     Only configs and tokenizers are read for it. Raises ModelError, SettingsError.
     """
     damaged: tuple[type[Exception], ...] = (OSError, *load_errors())
     try:
-        return (_sdxl_base if model.layout.is_sdxl else _sd_base)(settings, model)
+        return _base(settings, model)
     except (ModelError, SettingsError):
         raise
     except damaged as error:
         raise load_error(f"model.path={settings.path}", error) from None
 
 
-def base_for_loras(settings: Model) -> Base:
+def base_for_loras(settings: Model) -> BaseModel:
     """The model that LoRA files are drawn with, whatever its architecture. Raises ModelError."""
     is_readable = settings.is_single_file and Path(settings.path).suffix == ".safetensors"
-    if not is_readable and not diffusers_folder.is_sdxl(settings.path, settings.revision):
+    if not is_readable:
         return settings.load()
-    return as_base(settings, read(settings.path, settings.config, settings.revision, sdxl=True))
+    return as_base(settings, read(settings.path, settings.config))
 
 
 def _read_file(
@@ -310,30 +309,25 @@ def _filled(part: str, module: Any, weights: Mapping[str, Tensor]) -> Module:
     return module
 
 
-def _sd_base(settings: Model, model: WholeModel) -> Base:
+def _base(settings: Model, model: WholeModel) -> BaseModel:
     from transformers import CLIPTokenizer
 
     name = f"model.path={settings.path}"
     check_folder(model.configs, name, allow_pickle=settings.allow_pickle)
-    modules = _modules(model)
-    tokenizer = CLIPTokenizer.from_pretrained(model.configs, subfolder="tokenizer")
-    check_values(name, modules, len(tokenizer))
-    parts = {**modules, "tokenizer": tokenizer, "scheduler": model.schedule}
-    return frozen(settings, parts, "cpu", "fp32")
-
-
-def _sdxl_base(settings: Model, model: WholeModel) -> Base:
-    from diffusers import StableDiffusionXLPipeline
-
-    if settings.clip_skip != 1:
-        raise ModelError(
-            f"model.clip_skip={settings.clip_skip} has no effect on SDXL, whose text embeddings are"
-            " always of the last layer but one: leave it at 1"
-        )
-    pipeline = StableDiffusionXLPipeline.from_pretrained(
-        model.configs, **_modules(model), local_files_only=True, add_watermarker=False
-    )
-    return SDXLModel(settings, pipeline, model.layout.original_unet_paths)
+    tokenizers = {
+        part: CLIPTokenizer.from_pretrained(model.configs, subfolder=part)
+        for part in diffusers_folder.copied_parts(model.layout.is_sdxl)
+        if part.startswith("tokenizer")
+    }
+    index = diffusers_folder.read_index(model.configs)
+    components = {
+        **_modules(model),
+        **tokenizers,
+        "scheduler": model.schedule,
+        "force_zeros_for_empty_prompt": index.get("force_zeros_for_empty_prompt", True),
+    }
+    check_values(name, components)
+    return frozen(settings, components, "cpu", "fp32")
 
 
 def _leftover_notes(source: Path, names: Sequence[str]) -> tuple[str, ...]:

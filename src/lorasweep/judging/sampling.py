@@ -15,6 +15,7 @@ from lorasweep.adapters.pack import Pack, computing_with
 from lorasweep.core import rng
 from lorasweep.core.settings import Settings, SettingsError, Texts
 from lorasweep.models.base_model import BaseModel
+from lorasweep.models.conditioning import SizeAndCrop
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -150,7 +151,10 @@ def _denoise(
     start = torch.stack([noise(base, prompt) for prompt in prompts])
     latents = (start * scheduler.init_noise_sigma).to(base.device).repeat(num_runs, 1, 1, 1)
     with torch.no_grad(), computing_with(pack), base.autocast():
-        conditioning = base.encode_prompt(texts * num_runs)
+        conditioning = base.with_sizes(
+            base.encode_prompt(texts * num_runs),
+            [SizeAndCrop.whole((one.width, one.height)) for one in prompts] * (2 * num_runs),
+        )
         for timestep in scheduler.timesteps:
             rows = latents.unflatten(0, (num_runs, num_prompts)).repeat(1, 2, 1, 1, 1).flatten(0, 1)
             rows = scheduler.scale_model_input(rows, timestep)

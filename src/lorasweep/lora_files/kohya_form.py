@@ -15,7 +15,7 @@ from lorasweep.core.text import shown
 from lorasweep.lora_files import site_names
 from lorasweep.lora_files.peft_config import PEFTConfig
 from lorasweep.lora_files.site_names import BESIDE, ROLES, TEXT_2, UNET, Name
-from lorasweep.models.sdxl import Base, SDXLModel
+from lorasweep.models.base_model import BaseModel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +41,7 @@ class KohyaForm:
 
 
 def kohya_form(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], base: Base | None = None
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], base: BaseModel | None = None
 ) -> KohyaForm:
     """A file's tensors under kohya's names; with a `base` under the keys of its sites.
 
@@ -89,9 +89,16 @@ def kohya_form(
     if not result:
         first = ", ".join(shown(name) for name in sorted(tensors)[:2])
         raise CheckpointError(f"{first}: no names of a LoRA of Stable Diffusion")
-    if isinstance(base, SDXLModel):
-        result = base.named(result)
     return KohyaForm(result, family, dict(left_out))
+
+
+def with_kohya_names(tensors: Mapping[str, Tensor], base: BaseModel) -> dict[str, Tensor]:
+    """Tensors under the keys of a base's sites under kohya's names, as files have them."""
+    named = {}
+    for name, tensor in tensors.items():
+        key, dot, below = name.partition(".")
+        named[f"{base.kohya_names.get(key, key)}{dot}{below}"] = tensor
+    return named
 
 
 def _meaning(name: str, family: str | None) -> Name | None:
@@ -99,10 +106,10 @@ def _meaning(name: str, family: str | None) -> Name | None:
     return replace(meaning, part=None) if meaning is not None and family else meaning
 
 
-def _keys(known: Mapping[str, tuple[Name, Tensor]], base: Base | None) -> dict[str, str]:
-    """kohya's name of each tensor's site; SDXL's keep the original layout, which its base maps."""
-    is_sdxl = isinstance(base, SDXLModel) if base is not None else _is_sdxl(known)
-    layers = None if base is None or isinstance(base, SDXLModel) else base.unet_layers
+def _keys(known: Mapping[str, tuple[Name, Tensor]], base: BaseModel | None) -> dict[str, str]:
+    """kohya's name of each tensor's site, or with a base the key of that site."""
+    is_sdxl = "text_encoder_2" in base.parts if base is not None else _is_sdxl(known)
+    layers = None if base is None else base.unet_layers
     return {
         name: meaning.key(is_sdxl=is_sdxl, layers=layers) for name, (meaning, _) in known.items()
     }

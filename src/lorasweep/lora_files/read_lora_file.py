@@ -21,7 +21,7 @@ from lorasweep.lora_files import checkpoint
 from lorasweep.lora_files.kohya_form import kohya_form
 from lorasweep.lora_files.peft_config import METADATA_KEY
 from lorasweep.lora_files.site_names import ROLES
-from lorasweep.models.sdxl import Base
+from lorasweep.models.base_model import BaseModel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -123,7 +123,7 @@ def check_target(target: Path, overwrite: bool) -> None:
     check_free(target, overwrite)
 
 
-def read(path: Path, base: Base | None = None) -> LoRAFile:
+def read(path: Path, base: BaseModel | None = None) -> LoRAFile:
     """Read and check a LoRA file of any program; what of it can't be used is told in a warning.
 
     With a `base` its tensors are under the keys of the base's sites: SDXL has other names for them
@@ -144,7 +144,7 @@ def read(path: Path, base: Base | None = None) -> LoRAFile:
     return file
 
 
-def read_any(path: Path, base: Base | None = None) -> LoRAFile:
+def read_any(path: Path, base: BaseModel | None = None) -> LoRAFile:
     """As `read`, also of another family, and without a warning: for what only describes a file."""
     tensors, metadata = checkpoint.read(path)
     if not tensors:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
-from lorasweep.models.conditioning import Conditioning
+from lorasweep.models.conditioning import Conditioning, SizeAndCrop
 from lorasweep.models.model_settings import ModelSettings
 from lorasweep.models.noise_schedule import NoiseSchedule
 
@@ -51,7 +51,13 @@ class BaseModel(Protocol):
     # Prompts and predictions
 
     def encode_prompt(self, prompts: Sequence[str]) -> Conditioning:
-        """What it is told of N prompts, a row each."""
+        """What it is told of N prompts, a row each; to be completed by `with_sizes`."""
+
+    def with_sizes(self, conditioning: Conditioning, sizes: Sequence[SizeAndCrop]) -> Conditioning:
+        """What it is told of N prompts and of the pictures of these sizes."""
+
+    def rest_text_encoders(self) -> None:
+        """Take them out of the device's memory until the next prompt is encoded."""
 
     def predict(
         self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning
@@ -118,12 +124,12 @@ class BaseModel(Protocol):
         """Residual blocks of a level of the UNet, by which names of blocks are counted."""
 
     @property
-    def base_model_version(self) -> str:
-        """kohya's ss_base_model_version."""
+    def kohya_names(self) -> Mapping[str, str]:
+        """kohya's names of the sites whose keys are not kohya's names."""
 
     @property
-    def architecture(self) -> str:
-        """modelspec.architecture of a LoRA of this model."""
+    def metadata(self) -> Mapping[str, str]:
+        """kohya's entries that say what a LoRA's base is."""
 
     @property
     def file_hashes(self) -> Mapping[str, str]:

@@ -1,18 +1,38 @@
-"""What a base model is told of the pictures that it denoises: their prompts."""
+"""What a base model is told of the pictures that it denoises: prompts, sizes and crops."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @dataclass(frozen=True)
+class SizeAndCrop:
+    """Which part of what a picture is; each pair is width and height, or left and top, in pixels.
+
+    SDXL is told of it (arXiv 2307.01952, section 2.2).
+    """
+
+    original: tuple[int, int]
+    """Before it was scaled."""
+    crop: tuple[int, int]
+    """Of the scaled picture."""
+    size: tuple[int, int]
+    """The picture's own."""
+
+    @classmethod
+    def whole(cls, size: tuple[int, int]) -> Self:
+        """A picture that was never scaled or cropped, such as one that is drawn."""
+        return cls(size, (0, 0), size)
+
+
+@dataclass(frozen=True)
 class Conditioning:
-    """Rows of a batch as text encoders give them; only the base that made it reads it."""
+    """Rows of a batch as a base wants them told; only the base that made it reads it."""
 
     embeds: Tensor
     """Prompt embeddings (N, L, D)."""
@@ -28,10 +48,6 @@ class Conditioning:
         """These rows, in this order."""
         taken = {name: tensor[list(rows)] for name, tensor in self._tensors().items()}
         return Conditioning(**taken)
-
-    def repeated(self, times: int) -> Conditioning:
-        """All rows, `times` one after the other."""
-        return self[list(range(len(self))) * times]
 
     @classmethod
     def joined(cls, parts: Sequence[Conditioning]) -> Conditioning:

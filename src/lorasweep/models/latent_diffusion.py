@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,6 +32,11 @@ class LatentDiffusion:
     noise_schedule: NoiseSchedule
     device: str
     precision: Precision
+
+    @property
+    def text_encoders(self) -> Sequence[Any]:
+        """transformers' text encoders."""
+        raise NotImplementedError
 
     @property
     def vae_scale_factor(self) -> int:
@@ -76,11 +81,29 @@ class LatentDiffusion:
             return nullcontext()
         return torch.autocast(torch.device(self.device).type, torch_dtype(self.precision))
 
+    def rest_text_encoders(self) -> None:
+        """Take them out of the device's memory until the next prompt is encoded."""
+        for encoder in self.text_encoders:
+            encoder.to("cpu")
+
+    def wake_text_encoders(self) -> None:
+        """Bring them back to the device, if they rest."""
+        for encoder in self.text_encoders:
+            encoder.to(self.device)
+
+    def checkpoint_gradients(self) -> None:
+        """Compute activations again in the backward pass, for as long as the model lives."""
+        self.unet.enable_gradient_checkpointing()
+        self.unet.train()  # diffusers checkpoints in training mode only; nothing else differs
+        for encoder in self.text_encoders:
+            encoder.activation_checkpointing_enable()
+            encoder.train()
+
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Latents (N, C, H/f, W/f) of pixels (N, 3, H, W) in -1..1: the posterior's scaled mode."""
         import torch
 
-        with torch.no_grad():
+        with torch.no_grad(), self._in_fp32():
             posterior = self.vae.encode(pixels.to(self.device)).latent_dist
         latents: Tensor = posterior.mode() * self.vae.config.scaling_factor
         return latents
@@ -90,11 +113,17 @@ class LatentDiffusion:
         import torch
         from PIL import Image
 
-        with torch.no_grad():  # one at a time: the VAE takes gigabytes at 512 px
+        with torch.no_grad(), self._in_fp32():  # one at a time: the VAE takes gigabytes at 512 px
             scaled = latents.float() / self.vae.config.scaling_factor
             pixels = torch.cat([self.vae.decode(one[None]).sample for one in scaled])
         values = (pixels.nan_to_num() / 2 + 0.5).clamp(0, 1).mul(255).round().byte()
         return [Image.fromarray(picture) for picture in values.permute(0, 2, 3, 1).cpu().numpy()]
+
+    def _in_fp32(self) -> AbstractContextManager[Any]:
+        """The context in which the VAE computes, wherever it is called from."""
+        import torch
+
+        return torch.autocast(torch.device(self.device).type, enabled=False)
 
     @cached_property
     def vae_identity(self) -> str:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasweep.core.settings import SettingsError
-from lorasweep.models import file_schedule
-from lorasweep.models.base_model import Precision, torch_dtype
+from lorasweep.models import file_schedule, model_files
+from lorasweep.models.base_model import BaseModel, Precision, torch_dtype
 from lorasweep.models.gpu_memory import is_out_of_memory
 from lorasweep.models.model_files import (
     ModelError,
@@ -24,6 +24,7 @@ from lorasweep.models.model_files import (
 )
 from lorasweep.models.model_settings import PICKLED, ModelSettings
 from lorasweep.models.noise_schedule import NoiseSchedule
+from lorasweep.models.sdxl import SDXL
 from lorasweep.models.stable_diffusion import StableDiffusion
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class Model(ModelSettings):
         elif Path(self.path).is_dir():
             check_folder(Path(self.path), name, allow_pickle=self.allow_pickle)
 
-    def load(self, device: str = "cpu", precision: Precision = "fp32") -> StableDiffusion:
+    def load(self, device: str = "cpu", precision: Precision = "fp32") -> BaseModel:
         """Load the model, frozen, in evaluation mode. Raises ModelError with the remedy."""
         hide_progress_bars()
         dtype = _weight_dtype(device, precision)
@@ -67,8 +68,7 @@ class Model(ModelSettings):
             if isinstance(error, RuntimeError) and is_out_of_memory(error):
                 raise
             raise load_error(name, error) from None
-        parts = {key: components[key] for key in ("text_encoder", "unet", "vae")}
-        check_values(name, parts, len(components["tokenizer"]))
+        check_values(name, components)
         return base
 
 
@@ -87,7 +87,7 @@ def import_libraries() -> None:
 def _from_folder(settings: ModelSettings, dtype: torch.dtype) -> dict[str, Any]:
     import diffusers
     import torch
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     path, name = settings.path, f"model.path={settings.path}"
     is_local = Path(path).is_dir()
@@ -97,31 +97,48 @@ def _from_folder(settings: ModelSettings, dtype: torch.dtype) -> dict[str, Any]:
     weights: dict[str, Any] = {
         **where,
         "use_safetensors": None if settings.allow_pickle else True,
-        "dtype": dtype,
         "output_loading_info": True,
     }
-    unet, vae = diffusers.UNet2DConditionModel, diffusers.AutoencoderKL
+    parts: dict[str, Any] = {
+        "text_encoder": CLIPTextModel,
+        "unet": diffusers.UNet2DConditionModel,
+        "vae": diffusers.AutoencoderKL,
+    }
+    tokenizers = ["tokenizer"]
     try:
-        if not is_local:
-            index = diffusers.DiffusionPipeline.load_config(path, revision=settings.revision)
-            check_index(index, name)
-        tokenizer = CLIPTokenizer.from_pretrained(
-            path, subfolder="tokenizer", revision=settings.revision
-        )
+        index = diffusers.DiffusionPipeline.load_config(path, revision=settings.revision)
+        check_index(index, name)
+        if index["_class_name"] == model_files.SDXL:
+            parts["text_encoder_2"] = CLIPTextModelWithProjection
+            tokenizers.append("tokenizer_2")
         loaded = {
-            "text_encoder": CLIPTextModel.from_pretrained(**weights, subfolder="text_encoder"),
-            "unet": unet.from_pretrained(**weights, subfolder="unet"),
-            "vae": vae.from_pretrained(**{**weights, "dtype": torch.float32}, subfolder="vae"),
+            part: cls.from_pretrained(
+                **weights,
+                subfolder=part,
+                dtype=torch.float32 if part == "vae" else dtype,
+                variant=_variant(Path(path), part),
+            )
+            for part, cls in parts.items()
         }
         missing = {part: told["missing_keys"] for part, (_, told) in loaded.items()}
         check_missing(name, missing)
         return {
-            "tokenizer": tokenizer,
+            **{
+                one: CLIPTokenizer.from_pretrained(path, subfolder=one, revision=settings.revision)
+                for one in tokenizers
+            },
             **{part: module for part, (module, _) in loaded.items()},
             "scheduler": diffusers.DDPMScheduler.load_config(**where, subfolder="scheduler"),
+            "force_zeros_for_empty_prompt": index.get("force_zeros_for_empty_prompt", True),
         }
     except OSError as error:
         raise ModelError(_not_found("model.path", path, error)) from None
+
+
+def _variant(folder: Path, part: str) -> str | None:
+    """fp16 where a folder of this machine has its weights in that variant alone."""
+    files = [file.name for file in (folder / part).glob("*.safetensors")]
+    return "fp16" if files and all(".fp16." in name for name in files) else None
 
 
 def _from_file(settings: ModelSettings, dtype: torch.dtype) -> dict[str, Any]:
@@ -164,31 +181,46 @@ def _from_file(settings: ModelSettings, dtype: torch.dtype) -> dict[str, Any]:
 
 def frozen(
     settings: ModelSettings, components: Mapping[str, Any], device: str, precision: Precision
-) -> StableDiffusion:
-    """Freeze the components and move them to the device; the VAE computes in fp32."""
-    for name in ("text_encoder", "unet", "vae"):
+) -> BaseModel:
+    """Freeze the components and move them to the device; the VAE computes in fp32.
+
+    With a second text encoder among them it is SDXL.
+    """
+    is_sdxl = "text_encoder_2" in components
+    for name in ("text_encoder", "unet", "vae", *(["text_encoder_2"] if is_sdxl else [])):
         components[name].requires_grad_(False).eval().to(device)
     components["vae"].float()
-    check_clip_skip(settings, int(components["text_encoder"].config.num_hidden_layers))
+    layers = int(components["text_encoder"].config.num_hidden_layers)
+    check_clip_skip(settings, layers, is_sdxl=is_sdxl)
     schedule = dict(components["scheduler"])
     if settings.prediction_type is not None:
         schedule["prediction_type"] = settings.prediction_type
     noise_schedule = NoiseSchedule(schedule)
     noise_schedule.scheduler  # noqa: B018  # its config is read here, and may be wrong
-    return StableDiffusion(
-        settings=settings,
-        tokenizer=components["tokenizer"],
-        text_encoder=components["text_encoder"],
-        unet=components["unet"],
-        vae=components["vae"],
-        noise_schedule=noise_schedule,
-        device=device,
-        precision=precision,
+    shared: dict[str, Any] = {
+        **{name: components[name] for name in ("tokenizer", "text_encoder", "unet", "vae")},
+        "settings": settings,
+        "noise_schedule": noise_schedule,
+        "device": device,
+        "precision": precision,
+    }
+    if not is_sdxl:
+        return StableDiffusion(**shared)
+    return SDXL(
+        **shared,
+        tokenizer_2=components["tokenizer_2"],
+        text_encoder_2=components["text_encoder_2"],
+        force_zeros_for_empty_prompt=bool(components["force_zeros_for_empty_prompt"]),
     )
 
 
-def check_clip_skip(settings: ModelSettings, num_layers: int) -> None:
-    """Raise SettingsError for more layers than the text encoder has."""
+def check_clip_skip(settings: ModelSettings, num_layers: int, *, is_sdxl: bool) -> None:
+    """Raise SettingsError for more layers than the text encoder has, and for any with SDXL."""
+    if is_sdxl and settings.clip_skip != 1:
+        raise SettingsError(
+            f"model.clip_skip={settings.clip_skip} has no effect on SDXL, whose text embeddings are"
+            " always of the last layer but one: leave it at 1"
+        )
     if settings.clip_skip > num_layers:
         raise SettingsError(
             f"model.clip_skip={settings.clip_skip}: the text encoder has {num_layers} layers; give"

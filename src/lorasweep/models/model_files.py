@@ -22,7 +22,7 @@ from lorasweep.models.file_schedule import of_file
 from lorasweep.models.model_settings import PICKLED, ModelSettings
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 CONFIGS = {
     "unet": "config.json",
@@ -31,14 +31,16 @@ CONFIGS = {
     "scheduler": "scheduler_config.json",
 }
 """By part of a diffusers folder."""
+SD, SDXL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
+"""diffusers' names of the pipelines whose models are trained here."""
 PREDICTIONS = ("epsilon", "v_prediction")
 _COUNTS = ("num_hidden_layers", "layers_per_block", "transformer_layers_per_block")
 _MAX_COUNT = 1000  # of layers; the largest text encoders have a tenth
 _VOCABULARY = ("tokenizer.json", "vocab.json")  # a tokenizer needs one of them
 
 _OTHERS = {
-    r"conditioner\.embedders\.": "an SDXL checkpoint: single files of SDXL come later; exports know"
-    " diffusers folders of SDXL",
+    r"conditioner\.embedders\.": "an SDXL checkpoint: single files of SDXL come later; give a"
+    " diffusers folder",
     r"cond_stage_model\.model\.": "a Stable Diffusion 2 checkpoint: only 1.x is supported",
     r"lora_|.+\.lora_": "a LoRA, not a whole model: give the model's file or folder",
     r"(model\.diffusion_model\.)?double_blocks\.": "a Flux checkpoint: only Stable Diffusion 1.x"
@@ -60,10 +62,12 @@ class ModelSizes:
     size_multiple: int
     """Pixels that a side has at least."""
     num_text_layers: int
-    """Layers of the text encoder."""
+    """Layers of the (first) text encoder."""
+    is_sdxl: bool | None
+    """None: its configs are not here yet."""
 
 
-_NOT_HERE = ModelSizes(vae_scale_factor=8, size_multiple=8, num_text_layers=12)
+_NOT_HERE = ModelSizes(vae_scale_factor=8, size_multiple=8, num_text_layers=12, is_sdxl=None)
 """Those of every released Stable Diffusion 1.x, but for the least side, which none trains at."""
 
 
@@ -83,7 +87,8 @@ def read_sizes(settings: ModelSettings) -> ModelSizes | None:
         )
         vae_scale = 2 ** (len(vae["block_out_channels"]) - 1)
         multiple = vae_scale * 2 ** (len(unet["block_out_channels"]) - 1)
-        return ModelSizes(vae_scale, multiple, int(text["num_hidden_layers"]))
+        layers, is_sdxl = int(text["num_hidden_layers"]), (folder / "text_encoder_2").is_dir()
+        return ModelSizes(vae_scale, multiple, layers, is_sdxl)
     except (ModelError, KeyError, TypeError, ValueError):
         return None  # whoever loads the model says what is wrong with it
 
@@ -117,18 +122,23 @@ def _configs_here(settings: ModelSettings) -> Path | None:
 
 
 def check_folder(folder: Path, name: str, *, allow_pickle: bool) -> None:
-    """Raise ModelError unless a diffusers folder has all parts of a Stable Diffusion 1.x model.
+    """Raise ModelError unless a diffusers folder has all parts of Stable Diffusion 1.x or SDXL.
 
     Messages call it `name`. Nothing but JSON is read, all that the libraries will read too.
     """
-    check_index(read_object(folder / "model_index.json", name), name)
-    configs = {part: read_object(folder / part / file, name) for part, file in CONFIGS.items()}
-    check_parts(folder, name, (*CONFIGS, "tokenizer"))
+    index = read_object(folder / "model_index.json", name)
+    check_index(index, name)
+    second = ("text_encoder_2",) if index["_class_name"] == SDXL else ()
+    files = {**CONFIGS, **dict.fromkeys(second, "config.json")}
+    tokenizers = ("tokenizer", *(["tokenizer_2"] if second else []))
+    configs = {part: read_object(folder / part / file, name) for part, file in files.items()}
+    check_parts(folder, name, (*files, *tokenizers))
     _check_fit(configs, name)
-    if not any((folder / "tokenizer" / file).is_file() for file in _VOCABULARY):
-        raise ModelError(f"{name} can't be loaded: no tokenizer in it; give a whole folder")
+    for tokenizer in tokenizers:
+        if not any((folder / tokenizer / file).is_file() for file in _VOCABULARY):
+            raise ModelError(f"{name} can't be loaded: no {tokenizer} in it; give a whole folder")
     if not allow_pickle:
-        for part in ("unet", "vae", "text_encoder"):
+        for part in ("unet", "vae", "text_encoder", *second):
             _refuse_pickles_alone(folder / part, name)
 
 
@@ -164,10 +174,10 @@ def _check_counts(values: Any, path: Path) -> None:
 def check_index(index: Mapping[str, Any], name: str) -> None:
     """Raise ModelError for the model_index.json of a model that is not trained here."""
     kind = index.get("_class_name")
-    if kind != "StableDiffusionPipeline":
+    if kind not in (SD, SDXL):
         raise ModelError(
             f"{name} is a {shown(str(kind))}; lorasweep trains models of Stable Diffusion 1.x's"
-            " layout (StableDiffusionPipeline) so far"
+            f" and SDXL's layout ({SD}, {SDXL}) so far"
         )
 
 
@@ -242,11 +252,11 @@ def check_missing(name: str, missing: Mapping[str, Iterable[str]]) -> None:
             )
 
 
-def check_values(name: str, modules: Mapping[str, torch.nn.Module], vocabulary: int) -> None:
-    """Raise ModelError for weights that are not finite, or a tokenizer of another model.
+def check_values(name: str, components: Mapping[str, Any]) -> None:
+    """Raise ModelError for weights that are not finite, or a tokenizer of another model."""
+    import torch
 
-    `vocabulary` is the number of the tokenizer's entries.
-    """
+    modules = {n: one for n, one in components.items() if isinstance(one, torch.nn.Module)}
     for part, module in modules.items():
         for one, tensor in module.state_dict().items():
             if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
@@ -254,19 +264,22 @@ def check_values(name: str, modules: Mapping[str, torch.nn.Module], vocabulary: 
                     f"{name} can't be used: the {part}'s {one} holds values that are not finite"
                     " (NaN or infinite); give an undamaged copy"
                 )
-    words = int(modules["text_encoder"].config.vocab_size)  # type: ignore[arg-type, union-attr]
-    if not words // 2 < vocabulary <= words:
-        raise ModelError(
-            f"{name} can't be used: its tokenizer has {vocabulary} entries and its text encoder"
-            f" {words}; they are of different models"
-        )
+    for tokenizer in (one for one in components if one.startswith("tokenizer")):
+        vocabulary = len(components[tokenizer])
+        encoder = tokenizer.replace("tokenizer", "text_encoder")
+        words = int(components[encoder].config.vocab_size)
+        if not words // 2 < vocabulary <= words:
+            raise ModelError(
+                f"{name} can't be used: its {tokenizer} has {vocabulary} entries and its"
+                f" {encoder.replace('_', ' ')} {words}; they are of different models"
+            )
 
 
 def load_error(name: str, error: Exception) -> ModelError:
     """The one line for what a library raised while it loaded the files."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     first = shown(lines[0] if lines else type(error).__name__, 300).rstrip(".:; ")
-    return ModelError(f"{name} can't be loaded: {first}; give a whole Stable Diffusion 1.x model")
+    return ModelError(f"{name} can't be loaded: {first}; give a whole model")
 
 
 def load_errors() -> tuple[type[Exception], ...]:
@@ -288,11 +301,16 @@ def load_errors() -> tuple[type[Exception], ...]:
 def _check_fit(configs: Mapping[str, Mapping[str, Any]], name: str) -> None:
     """Do the parts speak of one model, and of one that is trained here?"""
     unet, vae, text = configs["unet"], configs["vae"], configs["text_encoder"]
+    second = configs.get("text_encoder_2")
     width, reads = text.get("hidden_size"), unet.get("cross_attention_dim")
+    if second is not None and isinstance(width, int):
+        width += second.get("hidden_size", 0)
+        _check_added(unet, second, name)
     if reads != width:
+        encoders = "text_encoder makes" if second is None else "text encoders make"
         raise ModelError(
             f"{name} can't be used: its unet reads embeddings of width {shown(str(reads))}, its"
-            f" text_encoder makes {shown(str(width))}; they are of different models"
+            f" {encoders} {shown(str(width))}; they are of different models"
         )
     channels, latents = unet.get("in_channels", 4), vae.get("latent_channels", 4)
     if channels != latents:
@@ -308,6 +326,19 @@ def _check_fit(configs: Mapping[str, Mapping[str, Any]], name: str) -> None:
         raise ModelError(
             f"{name} can't be used: scheduler_config.json: prediction_type {shown(str(predicts))}"
             f" is not known; it is {' or '.join(PREDICTIONS)}"
+        )
+
+
+def _check_added(unet: Mapping[str, Any], second: Mapping[str, Any], name: str) -> None:
+    """Does SDXL's UNet read what its second text encoder says of a whole prompt, and six sizes?"""
+    reads = unet.get("projection_class_embeddings_input_dim")
+    pooled, each = second.get("projection_dim"), unet.get("addition_time_embed_dim")
+    if unet.get("addition_embed_type") != "text_time" or not (
+        isinstance(pooled, int) and isinstance(each, int) and reads == pooled + 6 * each
+    ):
+        raise ModelError(
+            f"{name} can't be used: its unet doesn't read a whole prompt's embedding of width"
+            f" {shown(str(pooled))} and six sizes; the refiner and other variants are not trained"
         )
 
 

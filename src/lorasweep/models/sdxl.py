@@ -1,104 +1,140 @@
-"""SDXL as a base that LoRAs are drawn with and merged into. Training SDXL comes later.
+"""SDXL and its descendants: two text encoders, and a UNet that is told of sizes and crops.
 
-kohya trains SDXL on the original UNet, so its files name the modules by that layout, such as
-input_blocks_4_1_proj_in, and the text encoders' lora_te1 and lora_te2. Other programs name the
-UNet's as diffusers does.
+arXiv 2307.01952. Prompts are read from the last layer but one of both encoders, without a final
+norm, and as a whole by the second's projection.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from lorasweep.core.safetensors_header import CheckpointError
-from lorasweep.core.text import shown
-from lorasweep.models.base_model import BaseModel
-from lorasweep.models.model_settings import ModelSettings
-from lorasweep.models.noise_schedule import NoiseSchedule
+from lorasweep.models import clip_prompts
+from lorasweep.models.conditioning import Conditioning, SizeAndCrop
+from lorasweep.models.latent_diffusion import LatentDiffusion
+from lorasweep.models.original_unet import original_name, plain_up_levels
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 
 @dataclass(frozen=True)
-class SDXLModel:
-    """A loaded, frozen SDXL in fp32, with what drawing and merging ask of a base model."""
+class SDXL(LatentDiffusion):
+    """A loaded, frozen base model of SDXL's layout."""
 
-    settings: ModelSettings
-    pipeline: Any
-    """diffusers' StableDiffusionXLPipeline."""
-    original_unet_paths: Mapping[str, str]
-    """Dotted paths of the UNet's modules by those in the original layout."""
+    tokenizer: CLIPTokenizer
+    text_encoder: CLIPTextModel
+    tokenizer_2: CLIPTokenizer
+    text_encoder_2: CLIPTextModelWithProjection
+    force_zeros_for_empty_prompt: bool
+    """diffusers' setting of its pipeline, which goes by it where no negative prompt is given."""
 
     @property
-    def unet(self) -> Any:
-        """diffusers' UNet2DConditionModel."""
-        return self.pipeline.unet
+    def text_encoders(self) -> Sequence[Any]:
+        """Both."""
+        return self.text_encoder, self.text_encoder_2
 
     @property
     def parts(self) -> dict[str, tuple[str, torch.nn.Module]]:
         """What adapters attach to: part -> (prefix of its names in files, module)."""
-        first = self.pipeline.text_encoder
+        # transformers 5 dropped the text_model. level of the first that files' names have
+        inner = getattr(self.text_encoder, "text_model", self.text_encoder)
         return {
-            # transformers 5 dropped the text_model. level of the first that files' names have
-            "text_encoder": ("lora_te1_text_model", getattr(first, "text_model", first)),
-            "text_encoder_2": ("lora_te2", self.pipeline.text_encoder_2),
+            "text_encoder": ("lora_te1_text_model", inner),
+            "text_encoder_2": ("lora_te2", self.text_encoder_2),
             "unet": ("lora_unet", self.unet),
         }
 
     @cached_property
-    def noise_schedule(self) -> NoiseSchedule:
-        """The noise schedule, as the settings change it."""
-        config = dict(self.pipeline.scheduler.config)
-        if self.settings.prediction_type is not None:
-            config["prediction_type"] = self.settings.prediction_type
-        return NoiseSchedule(config)
+    def kohya_names(self) -> Mapping[str, str]:
+        """kohya trains SDXL's original UNet, so its files name the modules by that layout."""
+        prefix = "lora_unet_"
+        paths = [path for path, _ in self.unet.named_modules()]
+        plain = plain_up_levels(paths)
+        originals = {path: original_name(path, self.unet_layers, plain) for path in paths}
+        return {
+            prefix + path.replace(".", "_"): prefix + original.replace(".", "_")
+            for path, original in originals.items()
+            if original is not None
+        }
 
     @property
-    def native_side(self) -> int:
-        """Pixels a side of the pictures that it was trained on."""
-        return int(self.unet.config.sample_size) * self.vae_scale_factor
+    def metadata(self) -> Mapping[str, str]:
+        """kohya's entries that say what a LoRA's base is."""
+        return {
+            "ss_base_model_version": "sdxl_base_v1-0",
+            "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+            "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        }
+
+    def too_long(self, prompts: Sequence[str]) -> list[str]:
+        """The prompts of which a text encoder reads no more than the first `max_tokens`."""
+        cut = [set(clip_prompts.too_long(*encoder, prompts)) for encoder in self._encoders]
+        return [one for one in prompts if one in cut[0] | cut[1]]
 
     @property
-    def text_width(self) -> int:
-        """Width of the prompt embeddings."""
-        return int(self.unet.config.cross_attention_dim)
+    def max_tokens(self) -> int:
+        """Tokens of a prompt that both read, besides the two that frame it."""
+        return min(clip_prompts.max_length(*encoder) for encoder in self._encoders) - 2
 
     @property
-    def vae_scale_factor(self) -> int:
-        """Pixels a side of one latent."""
-        return int(self.pipeline.vae_scale_factor)
+    def _encoders(self) -> list[tuple[CLIPTokenizer, Any]]:
+        return [(self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2)]
 
-    @property
-    def size_multiple(self) -> int:
-        """Pixels of which width and height must be a multiple."""
-        return int(self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1))
+    def encode_prompt(self, prompts: Sequence[str]) -> Conditioning:
+        """Embeddings (N, L, D1 + D2) and pooled ones (N, D2); `with_sizes` completes it."""
+        import torch
 
-    @cached_property
-    def keys_by_kohyas(self) -> Mapping[str, str]:
-        """Keys of the UNet's sites by kohya's names of them."""
-        return {_key(original): _key(path) for original, path in self.original_unet_paths.items()}
+        self.wake_text_encoders()
+        outputs = [
+            encoder(clip_prompts.tokenize(tokenizer, encoder, prompts), output_hidden_states=True)
+            for tokenizer, encoder in self._encoders
+        ]
+        embeds = torch.cat([one.hidden_states[-2] for one in outputs], dim=-1)
+        return Conditioning(embeds, pooled=outputs[1].text_embeds)
 
-    def named(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A LoRA file's tensors under the keys of this model's sites. Raises CheckpointError."""
-        found: dict[str, Tensor] = {}
-        for name, tensor in tensors.items():
-            key, _, below = name.partition(".")
-            if key.startswith("lora_te_"):  # a file of the first text encoder alone
-                key = key.replace("lora_te_", "lora_te1_", 1)
-            new = f"{self.keys_by_kohyas.get(key, key)}.{below}"
-            if new in found:
-                raise CheckpointError(f"{shown(name)} is there twice, under two names")
-            found[new] = tensor
-        return found
+    def with_sizes(self, conditioning: Conditioning, sizes: Sequence[SizeAndCrop]) -> Conditioning:
+        """With the six numbers of each row: original height, width, crop's top, left, bucket's."""
+        import torch
 
+        rows = [(*one.original[::-1], *one.crop[::-1], *one.size[::-1]) for one in sizes]
+        # in fp32: bf16 would round odd sizes
+        time_ids = torch.tensor(rows, dtype=torch.float32, device=conditioning.embeds.device)
+        return replace(conditioning, time_ids=time_ids)
 
-Base = BaseModel | SDXLModel
-"""A base model that LoRAs are drawn with and merged into."""
+    def predict(
+        self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning
+    ) -> Tensor:
+        """The UNet's prediction (N, C, h, w) at timesteps (N,)."""
+        dtype = self.unet.dtype
+        assert conditioning.pooled is not None and conditioning.time_ids is not None
+        prediction: Tensor = self.unet(
+            noisy_latents.to(dtype),
+            timesteps,
+            conditioning.embeds.to(dtype),
+            added_cond_kwargs={
+                "text_embeds": conditioning.pooled.to(dtype),
+                "time_ids": conditioning.time_ids,
+            },
+        ).sample
+        return prediction
 
+    def pipeline(self) -> Any:
+        """diffusers' pipeline over its modules, not copies of them."""
+        from diffusers import StableDiffusionXLPipeline
 
-def _key(path: str) -> str:
-    return f"lora_unet_{path.replace('.', '_')}"
+        return StableDiffusionXLPipeline(
+            vae=self.vae,
+            text_encoder=self.text_encoder,
+            text_encoder_2=self.text_encoder_2,
+            tokenizer=self.tokenizer,
+            tokenizer_2=self.tokenizer_2,
+            unet=self.unet,
+            scheduler=self.noise_schedule.scheduler,
+            force_zeros_for_empty_prompt=self.force_zeros_for_empty_prompt,
+            add_watermarker=False,
+        )

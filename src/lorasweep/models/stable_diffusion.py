@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lorasweep.models.conditioning import Conditioning
+from lorasweep.models import clip_prompts
+from lorasweep.models.conditioning import Conditioning, SizeAndCrop
 from lorasweep.models.latent_diffusion import LatentDiffusion
 
 if TYPE_CHECKING:
@@ -24,52 +25,46 @@ class StableDiffusion(LatentDiffusion):
     text_encoder: CLIPTextModel
 
     @property
+    def text_encoders(self) -> Sequence[Any]:
+        """The one."""
+        return (self.text_encoder,)
+
+    @property
     def parts(self) -> dict[str, tuple[str, torch.nn.Module]]:
         """What adapters attach to: part -> (prefix of its names in files, module)."""
         return parts_of(self.text_encoder, self.unet)
 
     @property
-    def base_model_version(self) -> str:
-        """kohya's ss_base_model_version."""
-        return "sd_v1_v" if self.noise_schedule.prediction_type == "v_prediction" else "sd_v1"
+    def kohya_names(self) -> Mapping[str, str]:
+        """kohya names all modules as diffusers does."""
+        return {}
 
     @property
-    def architecture(self) -> str:
-        """modelspec.architecture of a LoRA of this model."""
-        return "stable-diffusion-v1/lora"
+    def metadata(self) -> Mapping[str, str]:
+        """kohya's entries that say what a LoRA's base is."""
+        is_v = self.noise_schedule.prediction_type == "v_prediction"
+        return {
+            "ss_base_model_version": "sd_v1_v" if is_v else "sd_v1",
+            "modelspec.architecture": "stable-diffusion-v1/lora",
+            "modelspec.implementation": "diffusers",
+        }
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Token ids (N, L), padded and cut to the text encoder's length."""
-        tokens = self.tokenizer(
-            list(prompts),
-            padding="max_length",
-            max_length=self._max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        ids: Tensor = tokens.input_ids.to(self.device)
-        return ids
+        return clip_prompts.tokenize(self.tokenizer, self.text_encoder, prompts)
 
     def too_long(self, prompts: Sequence[str]) -> list[str]:
         """The prompts of which the text encoder reads no more than the first `max_tokens`."""
-        tokens = self.tokenizer(list(prompts), verbose=False).input_ids if prompts else []
-        return [
-            one for one, ids in zip(prompts, tokens, strict=True) if len(ids) > self._max_length
-        ]
+        return clip_prompts.too_long(self.tokenizer, self.text_encoder, prompts)
 
     @property
     def max_tokens(self) -> int:
         """Tokens of a prompt that the text encoder reads, besides the two that frame it."""
-        return self._max_length - 2
-
-    @property
-    def _max_length(self) -> int:
-        """Tokens of a prompt; a tokenizer without a limit of its own takes the text encoder's."""
-        positions = int(self.text_encoder.config.max_position_embeddings)
-        return min(positions, int(self.tokenizer.model_max_length))
+        return clip_prompts.max_length(self.tokenizer, self.text_encoder) - 2
 
     def encode_prompt(self, prompts: Sequence[str]) -> Conditioning:
         """Prompt embeddings (N, L, D) from the layer that clip_skip names."""
+        self.wake_text_encoders()
         ids = self.tokenize(prompts)
         skip = self.settings.clip_skip
         if skip == 1:
@@ -77,6 +72,10 @@ class StableDiffusion(LatentDiffusion):
         states = self.text_encoder(ids, output_hidden_states=True).hidden_states
         inner = getattr(self.text_encoder, "text_model", self.text_encoder)
         return Conditioning(inner.final_layer_norm(states[-skip]))
+
+    def with_sizes(self, conditioning: Conditioning, sizes: Sequence[SizeAndCrop]) -> Conditioning:
+        """As it is: this UNet is told of no sizes."""
+        return conditioning
 
     def predict(
         self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning
@@ -86,13 +85,6 @@ class StableDiffusion(LatentDiffusion):
             noisy_latents.to(self.unet.dtype), timesteps, conditioning.embeds.to(self.unet.dtype)
         ).sample
         return prediction
-
-    def checkpoint_gradients(self) -> None:
-        """Compute activations again in the backward pass, for as long as the model lives."""
-        self.unet.enable_gradient_checkpointing()
-        self.unet.train()  # diffusers checkpoints in training mode only; nothing else differs
-        self.text_encoder.activation_checkpointing_enable()
-        self.text_encoder.train()
 
     def pipeline(self) -> Any:
         """diffusers' pipeline over its modules, not copies of them."""

@@ -82,7 +82,8 @@ def read_settings(path: Path) -> FoundSettings:
     _end_within_an_epoch(found, metadata)
     if "model" not in found.choices:
         version, digest = (metadata.get(f"ss_{name}") for name in _BASE)
-        found.choose("model", "sd15", f"ss_base_model_version={version}")
+        usual = "sdxl" if str(version).startswith("sdxl") else "sd15"
+        found.choose("model", usual, f"ss_base_model_version={version}")
         if len(digest or "") == 64:
             found.leave(f"the base model, sha256 {digest}", "give it as model.path=FILE")
     if not metadata.get("modelspec.timestep_range") and "modelspec.architecture" not in metadata:

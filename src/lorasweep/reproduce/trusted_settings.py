@@ -159,7 +159,9 @@ def _is_here(path: str, revision: object) -> bool:
     if Path(path).expanduser().exists():
         return True
     copy = _copy(path, revision)
-    parts = ("unet", "vae", "text_encoder")
+    parts = ["unet", "vae", "text_encoder"]
+    if copy is not None and (copy / "tokenizer_2").is_dir():  # SDXL
+        parts.append("text_encoder_2")
     return copy is not None and all(any((copy / part).glob("*.safetensors")) for part in parts)
 
 

@@ -30,6 +30,7 @@ from lorasweep.core.text import size_of
 from lorasweep.data import dataset
 from lorasweep.models.base_model import PRECISIONS, Precision, torch_dtype
 from lorasweep.models.devices import choose_devices, resolve_device
+from lorasweep.models.model_files import read_sizes
 from lorasweep.runs.provenance import hub_copy
 from lorasweep.tracking.store import TrackingError, check_experiment, public_uri, sqlite_path
 
@@ -270,6 +271,9 @@ def base_model(run: Run, hub: Hub) -> Finding:
     if not model.is_single_file:
         pickles = ("*.bin",) if model.allow_pickle else ()
         needed = {part: (*names, *pickles) for part, names in _MODEL_FILES.items()}
+        sizes = read_sizes(model)
+        if sizes is not None and sizes.is_sdxl:
+            needed |= {f"{part}_2": needed[part] for part in ("text_encoder", "tokenizer")}
         return _diffusers_folder("model.path", model.path, model.revision, hub, needed)
     size = Path(model.path).stat().st_size
     if model.config is None:

@@ -52,7 +52,10 @@ MAX_DIFF = 1_000_000
 """Bytes of uncommitted changes that are kept."""
 MAX_EPOCH = 1_000_000
 """Of a companion; more is no epoch, and the schedule of its pack would not end."""
-_PARTS = ("unet", "text_encoder", "vae", "tokenizer", "scheduler")
+_PARTS = (
+    *("unet", "text_encoder", "vae", "tokenizer", "scheduler"),
+    *("text_encoder_2", "tokenizer_2"),  # SDXL's
+)
 _WEIGHTS = re.compile(r"(diffusion_pytorch_model|model)(-\d+-of-\d+)?\.(safetensors|bin)")
 _OTHERS = {".json", ".txt", ".model"}  # configs, and a tokenizer's vocabulary
 

@@ -71,13 +71,11 @@ def pack_metadata(trainer: NativeTrainer, base: BaseModel, data: TrainingData) -
         "ss_mixed_precision": _PRECISION[trainer.precision],
         "ss_loss_type": "l2",
         "ss_clip_skip": base.settings.clip_skip,
-        "ss_base_model_version": base.base_model_version,
+        **base.metadata,
         "ss_sd_model_name": Path(base.settings.path).name,
         "ss_zero_terminal_snr": base.noise_schedule.is_zero_terminal_snr,
         "lorasweep_version": __version__,
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": base.architecture,
-        "modelspec.implementation": "diffusers",
         "modelspec.implementation_version": f"lorasweep/{__version__}",
         "modelspec.resolution": f"{width}x{height}",
         "modelspec.prediction_type": base.noise_schedule.modelspec_word,
@@ -89,6 +87,7 @@ def pack_metadata(trainer: NativeTrainer, base: BaseModel, data: TrainingData) -
 def run_metadata(state: TrainingState) -> dict[str, str]:
     """A run's own entries, as they are now."""
     run, optimizer = state.run, type(state.optimizer)
+    rates = run.optimizer.text_encoder_lr
     args = ",".join(f"{key}={value}" for key, value in run.optimizer.args.items())
     values = {
         "ss_session_id": state.session_id,
@@ -97,7 +96,7 @@ def run_metadata(state: TrainingState) -> dict[str, str]:
         "ss_output_name": run.name,
         "ss_learning_rate": run.optimizer.unet_lr,
         "ss_unet_lr": run.optimizer.unet_lr,
-        "ss_text_encoder_lr": run.optimizer.text_encoder_lr,
+        "ss_text_encoder_lr": list(rates) if isinstance(rates, tuple) else rates,
         "ss_optimizer": f"{optimizer.__module__}.{optimizer.__name__}{args and f'({args})'}",
         "ss_lr_scheduler": run.lr_scheduler.type,
         "ss_lr_warmup_steps": run.lr_scheduler.warmup_as_given,

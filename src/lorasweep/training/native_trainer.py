@@ -15,6 +15,7 @@ from lorasweep.adapters.pack import Pack
 from lorasweep.core.progress import Bar, Show
 from lorasweep.lora_files import checkpoint
 from lorasweep.lora_files.checkpoint import Checkpoint
+from lorasweep.lora_files.kohya_form import with_kohya_names
 from lorasweep.models.base_model import BaseModel, torch_dtype
 from lorasweep.models.gpu_memory import halved, is_out_of_memory
 from lorasweep.training import saved_states
@@ -103,6 +104,7 @@ class NativeTraining:
         can't be trained on this base; the others go on.
         """
         run.output_dir.mkdir(parents=True, exist_ok=True)
+        run.check_parts(is_sdxl="text_encoder_2" in self.base.parts)
         optimizer = run.optimizer
         adapters = Pack.new(
             self.base.parts,
@@ -342,9 +344,10 @@ class NativeTraining:
         DoRA's magnitudes stay fp32: as large as the base's norms, they'd round the change.
         """
         dtype = torch_dtype(self.settings.save_dtype)
+        tensors = with_kohya_names(self.pack.adapters.file_tensors(index), self.base)
         return {
             name: tensor.to("cpu", None if name.endswith(".dora_scale") else dtype, copy=True)
-            for name, tensor in self.pack.adapters.file_tensors(index).items()
+            for name, tensor in tensors.items()
         }
 
     def _save_within(self, steps_done: int) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import NonNegativeFloat
 
 from lorasweep.adapters.adapter import Site
+from lorasweep.adapters.kohya_names import TEXT_ENCODERS
 from lorasweep.adapters.unet_blocks import BlockWeights, block_index, joined
 from lorasweep.core.settings import Settings, SettingsError
 from lorasweep.core.text import shown
@@ -33,7 +34,8 @@ class Optimizer(Settings):
 
     type: str
     unet_lr: NonNegativeFloat
-    text_encoder_lr: NonNegativeFloat
+    text_encoder_lr: NonNegativeFloat | tuple[NonNegativeFloat, NonNegativeFloat]
+    """One rate, or one for each of SDXL's text encoders."""
     block_lr_weights: BlockWeights | None
     max_grad_norm: NonNegativeFloat
     args: dict[str, Any]
@@ -51,10 +53,21 @@ class Optimizer(Settings):
             )
 
     @property
+    def part_rates(self) -> dict[str, float]:
+        """The learning rate of every part that there may be, the text encoders' first."""
+        given = self.text_encoder_lr
+        rates = given if isinstance(given, tuple) else (given, given)
+        return {**dict(zip(TEXT_ENCODERS, rates, strict=True)), "unet": self.unet_lr}
+
+    @property
     def trained_parts(self) -> frozenset[str]:
-        """text_encoder and unet, where their learning rate is not zero."""
-        rates = {"text_encoder": self.text_encoder_lr, "unet": self.unet_lr}
-        return frozenset(part for part, rate in rates.items() if rate > 0)
+        """unet and text encoders, where their learning rate is not zero."""
+        return frozenset(part for part, rate in self.part_rates.items() if rate > 0)
+
+    @property
+    def main_rate(self) -> float:
+        """The UNet's learning rate, or where that is 0 the first text encoder's that isn't."""
+        return self.unet_lr or next(rate for rate in self.part_rates.values() if rate > 0)
 
     @property
     def bare_blocks(self) -> frozenset[int]:
@@ -98,7 +111,7 @@ class Optimizer(Settings):
     def create(
         self, parameters: Mapping[str, Sequence[torch.nn.Parameter]]
     ) -> torch.optim.Optimizer:
-        """The optimiser with a group for each name of `group_of`, the text encoder's first.
+        """The optimiser with a group for each name of `group_of`, the text encoders' first.
 
         That is kohya's order. A schedule-free one is ready to train; `evaluated` gives its weights.
         Raises SettingsError if the class is not installed or refuses its arguments.
@@ -119,7 +132,7 @@ class Optimizer(Settings):
                 " its rates itself; set relative_step=false or leave the weights out"
             )
         # sd-scripts too gives the class its learning rate: polynomial ends at 1e-7 by it
-        created.defaults["lr"] = self.unet_lr or self.text_encoder_lr
+        created.defaults["lr"] = self.main_rate
         if is_schedule_free(created):
             created.train()  # type: ignore[attr-defined]
         return created
@@ -128,7 +141,7 @@ class Optimizer(Settings):
         """The learning rate of every group there may be."""
         weights = self.block_lr_weights.all if self.block_lr_weights is not None else ()
         by_block = {_weighted(weight): self.unet_lr * weight for weight in sorted(set(weights))}
-        return {"text_encoder": self.text_encoder_lr, "unet": self.unet_lr, **by_block}
+        return {**self.part_rates, **by_block}
 
     def _class(self) -> Any:
         module_name, _, name = self.type.rpartition(".")

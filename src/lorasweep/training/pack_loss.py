@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lorasweep.adapters.kohya_names import TEXT_ENCODERS
 from lorasweep.adapters.pack import Pack
 from lorasweep.core import rng
+from lorasweep.data.latents import Item
 from lorasweep.models.base_model import BaseModel
-from lorasweep.models.conditioning import Conditioning
+from lorasweep.models.conditioning import Conditioning, SizeAndCrop
 from lorasweep.models.diffusion_loss import squared_errors
 from lorasweep.training.training_batches import Batch
 from lorasweep.training.training_captions import caption_of
@@ -29,6 +31,7 @@ class PackLoss:
         self.base, self.data = base, data
         self._encoded: dict[str, Conditioning] = {}
         self._captions_vary = any(item.settings.captions_vary for item in data.items)
+        self._every_caption = {item.caption for item in data.items}
 
     def backward(
         self,
@@ -45,9 +48,10 @@ class PackLoss:
         noise = torch.cat([noise for noise, _ in draws]).to(latents.device)
         timesteps = torch.cat([timesteps for _, timesteps in draws]).to(latents.device)
         captions = self._captions(states, batches)
+        sizes = [s for one in zip(states, batches, strict=True) for s in self._sizes(*one)]
         with pack.attached(dropout_steps=[state.num_micro_steps for state in states]):
             with self.base.autocast():
-                conditioning = self._encode(pack, captions)
+                conditioning = self._encode(pack, captions, sizes)
                 per_sample = squared_errors(self.base, latents, noise, timesteps, conditioning)
             losses = self._weighted(per_sample, timesteps, states)
             shares = losses / num_micro_steps
@@ -63,15 +67,22 @@ class PackLoss:
     def _latents(self, state: TrainingState, batch: Batch) -> Tensor:
         import torch
 
-        items = [self.data.items[index] for index in batch]
-        draw = rng.python_random(state.run.seed, "flip", state.num_micro_steps)
-        flips = [draw.random() < 0.5 for _ in items]
         return torch.stack(
             [
                 item.flipped if flip and item.flipped is not None else item.latents
-                for item, flip in zip(items, flips, strict=True)
+                for item, flip in self._flips(state, batch)
             ]
         )
+
+    def _sizes(self, state: TrainingState, batch: Batch) -> list[SizeAndCrop]:
+        return [
+            item.size_and_crop(flipped=flip and item.flipped is not None)
+            for item, flip in self._flips(state, batch)
+        ]
+
+    def _flips(self, state: TrainingState, batch: Batch) -> list[tuple[Item, bool]]:
+        draw = rng.python_random(state.run.seed, "flip", state.num_micro_steps)
+        return [(self.data.items[index], draw.random() < 0.5) for index in batch]
 
     def _draw(self, state: TrainingState, rows: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Noise (rows, C, h, w) and timesteps (rows,) of this run's micro step, on the CPU."""
@@ -99,11 +110,17 @@ class PackLoss:
             for row, index in enumerate(batch)
         ]
 
-    def _encode(self, pack: Pack, captions: list[str]) -> Conditioning:
-        """K * rows of captions; kept where nothing changes what the base is told of them."""
+    def _encode(
+        self, pack: Pack, captions: list[str], sizes: Sequence[SizeAndCrop]
+    ) -> Conditioning:
+        """What the base is told of K * rows of captions and pictures."""
+        return self.base.with_sizes(self._encode_captions(pack, captions), sizes)
+
+    def _encode_captions(self, pack: Pack, captions: list[str]) -> Conditioning:
+        """Kept where nothing changes it; the text encoders leave the device's memory then."""
         import torch
 
-        if pack.adapts("text_encoder"):
+        if any(pack.adapts(part) for part in TEXT_ENCODERS):
             return self.base.encode_prompt(captions)
         with torch.no_grad():
             if self._captions_vary:
@@ -112,6 +129,8 @@ class PackLoss:
             if missing:
                 found = self.base.encode_prompt(missing)
                 self._encoded.update((one, found[[row]]) for row, one in enumerate(missing))
+            if self._encoded.keys() >= self._every_caption:
+                self.base.rest_text_encoders()
             return Conditioning.joined([self._encoded[caption] for caption in captions])
 
     def _weighted(

@@ -310,7 +310,7 @@ def _network(run: TrainingRun) -> Section:
     args.pop("dropout", None)  # sd-scripts adds network_dropout itself
     # LyCORIS takes the text False for true in some arguments, and has it for their default
     said = {key: value for key, value in args.items() if value != "False" or key == "wd_on_output"}
-    parts = adapted_parts(targets) & optimizer.trained_parts
+    parts = adapted_parts(targets) & optimizer.trained_parts - {"text_encoder_2"}
     dropout = entries["ss_network_dropout"]
     return {
         "network_module": module,
@@ -332,10 +332,8 @@ def _optimizer(optimizer: Optimizer) -> Section:
         args.setdefault("relative_step", True)  # the class's own default, and sd-scripts' too
     if odd := [name for name, value in args.items() if "=" in f"{name}{value!r}"]:
         raise _cannot(f"optimizer.args.{odd[0]}={args[odd[0]]}", "its values can't hold a =")
-    unet, text_encoder = (
-        rate if part in optimizer.trained_parts else None
-        for part, rate in (("unet", optimizer.unet_lr), ("text_encoder", optimizer.text_encoder_lr))
-    )
+    rates = optimizer.part_rates
+    unet, text_encoder = (rates[part] or None for part in ("unet", "text_encoder"))
     return {
         "optimizer_type": kind,
         "optimizer_args": [f"{name}={value!r}" for name, value in args.items()] or None,
@@ -352,7 +350,7 @@ def _lr_scheduler(run: TrainingRun) -> Section:
     if kind == "piecewise_constant":
         args = [f"step_rules={schedule.step_rules!r}"]
     elif kind == "polynomial" and schedule.min_lr_ratio:
-        end = schedule.min_lr_ratio * (optimizer.unet_lr or optimizer.text_encoder_lr)
+        end = schedule.min_lr_ratio * optimizer.main_rate
         args = [f"lr_end={end!r}"]
     is_named = kind in ("cosine_with_min_lr", "warmup_stable_decay")
     decay = schedule.decay or 0

@@ -412,11 +412,11 @@ def _first_rates(run: TrainingRun, num_steps: int) -> dict[str, float]:
     optimizer = run.optimizer
     if run.lr_scheduler.type == "adafactor" or _FINDS_RATES.search(optimizer.type):
         return {}
-    rates = {"unet": optimizer.unet_lr, "text_encoder": optimizer.text_encoder_lr}
+    rates = {part: optimizer.part_rates[part] for part in ("unet", "text_encoder")}
     trained = adapted_parts(run.adapter.targets) & optimizer.trained_parts
     parts = [part for part in rates if part in trained]
     groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": rates[part]} for part in parts]
-    any_kind = torch.optim.SGD(groups, lr=optimizer.unet_lr or optimizer.text_encoder_lr)
+    any_kind = torch.optim.SGD(groups, lr=optimizer.main_rate)
     run.lr_scheduler.create(any_kind, num_steps)
     first = zip(parts, any_kind.param_groups, strict=True)
     return {f"train/lr_{part}": float(group["lr"]) for part, group in first}

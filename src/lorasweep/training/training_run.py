@@ -96,6 +96,25 @@ class TrainingRun(RunTraining):
     optimizer: Optimizer
     lr_scheduler: LRScheduler
 
+    def check_parts(self, *, is_sdxl: bool) -> None:
+        """Raise SettingsError for settings of parts that the base model doesn't have."""
+        rates = self.optimizer.text_encoder_lr
+        if isinstance(rates, tuple) and not is_sdxl:
+            raise SettingsError(
+                f"optimizer.text_encoder_lr={list(rates)}: only SDXL has two text encoders; give"
+                " one number"
+            )
+        by_block = {
+            "adapter.block_ranks": getattr(self.adapter, "block_ranks", None),
+            "optimizer.block_lr_weights": self.optimizer.block_lr_weights,
+        }
+        for key, given in by_block.items():
+            if is_sdxl and given is not None:
+                raise SettingsError(
+                    f"{key}: the blocks are Stable Diffusion 1.x's, and SDXL has others; set it to"
+                    " null"
+                )
+
     def num_steps(self, steps_per_epoch: int) -> int:
         """Optimizer steps that it trains in all: as many as the first of the two limits allows."""
         by_epochs = self.max_train_epochs * steps_per_epoch

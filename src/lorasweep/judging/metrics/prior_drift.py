@@ -14,6 +14,7 @@ from lorasweep.core import rng
 from lorasweep.core.settings import Settings, SettingsError, Texts
 from lorasweep.judging.metrics.metric import Images, Scored, Scorer, Scores
 from lorasweep.models.base_model import BaseModel
+from lorasweep.models.conditioning import Conditioning, SizeAndCrop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,8 @@ class Drift:
         import torch
 
         self.settings, self.base = settings, base
+        height, width = (side * base.vae_scale_factor for side in shape[1:])
+        self.size = (width, height)
         prompts = settings.prompts
         scheduler = base.noise_schedule.sampler("DDIMScheduler")
         scheduler.set_timesteps(settings.num_timesteps, device=base.device)
@@ -52,7 +55,7 @@ class Drift:
         latents = latents.to(base.device) * scheduler.init_noise_sigma
         met, predicted = [], []
         with torch.no_grad(), base.autocast():
-            conditioning = base.encode_prompt(prompts)
+            conditioning = self._told(prompts)
             for timestep in scheduler.timesteps:
                 rows = timestep.expand(len(prompts))
                 prediction = base.predict(latents, rows, conditioning).float()
@@ -63,6 +66,10 @@ class Drift:
         self.latents, self.predictions = torch.cat(met), torch.cat(predicted)  # (T * P, C, h, w)
         self.timesteps = scheduler.timesteps.repeat_interleave(len(prompts))
         self.prompts = list(range(len(prompts))) * len(met)
+
+    def _told(self, prompts: Sequence[str]) -> Conditioning:
+        sizes = [SizeAndCrop.whole(self.size)] * len(prompts)
+        return self.base.with_sizes(self.base.encode_prompt(prompts), sizes)
 
     def baseline(self) -> Scores:
         return {"val/prior_drift": 0.0}
@@ -75,7 +82,7 @@ class Drift:
         distances = []
         with torch.no_grad(), computing_with(pack), base.autocast():
             num_prompts = len(self.settings.prompts)
-            conditioning = base.encode_prompt(list(self.settings.prompts) * num_runs)
+            conditioning = self._told(list(self.settings.prompts) * num_runs)
             for start in range(0, len(self.latents), rows):
                 part = slice(start, start + rows)
                 latents = self.latents[part].repeat(num_runs, 1, 1, 1)

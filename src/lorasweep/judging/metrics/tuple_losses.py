@@ -83,6 +83,8 @@ def _batch(
     conditioning = Conditioning.joined(
         [encoded[run, t.item.caption] for run in range(num_runs) for t in batch]
     )
+    sizes = [t.item.size_and_crop() for t in batch] * num_runs
+    conditioning = base.with_sizes(conditioning, sizes)
     losses = squared_errors(base, latents, noise, timesteps, conditioning)
     return losses.view(num_runs, -1).cpu()
 
