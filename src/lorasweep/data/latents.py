@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from lorasweep.data.buckets import Size, bucket_of, check_size, fit, is_scaled, 
 from lorasweep.data.dataset import Dataset
 from lorasweep.data.image_files import open_image
 from lorasweep.data.kohya_folders import Arm
+from lorasweep.data.subset_settings import SubsetSettings
 from lorasweep.models.base_model import BaseModel
 from lorasweep.models.conditioning import SizeAndCrop
 
@@ -37,7 +38,7 @@ class Item:
     bucket: Size
     latents: Tensor  # (C, h, w)
     flipped: Tensor | None  # likewise, of the mirrored image
-    tags: bool = True  # may the caption's parts be shuffled and dropped?
+    settings: SubsetSettings
     original_size: Size | None = None  # before it was fitted to its bucket; None: it was not
 
     def size_and_crop(self, *, flipped: bool = False) -> SizeAndCrop:
@@ -45,24 +46,36 @@ class Item:
         return size_and_crop(self.original_size or self.bucket, self.bucket, flipped=flipped)
 
 
-def encode(base: BaseModel, arms: Sequence[Arm], settings: Dataset, cache_dir: Path) -> list[Item]:
+def encode(
+    base: BaseModel,
+    arms: Sequence[Arm],
+    settings: Dataset,
+    cache_dir: Path,
+    of_arms: Mapping[str, SubsetSettings] | None = None,
+) -> list[Item]:
     """Every image of every arm with its latents; equal images are encoded once.
+
+    An arm that `of_arms` doesn't name is read as the data set's settings say.
 
     Raises SettingsError for a resolution that the model can't take, or an image too small for a
     bucket.
     """
     if not settings.enable_bucket:
         check_size(base, settings.size)
-    by_content: dict[str, tuple[Size, Tensor, Tensor | None, Size]] = {}
+    by_content: dict[tuple[str, bool], tuple[Size, Tensor, Tensor | None, Size]] = {}
     items = []
     for arm in arms:
+        own = (of_arms or {}).get(arm.name, settings)
         for image in arm.items:
             digest = hashlib.sha256(image.path.read_bytes()).hexdigest()
-            if digest not in by_content:
-                by_content[digest] = _encoded(base, image.path, digest, settings, cache_dir)
-            bucket, latents, flipped, size = by_content[digest]
-            item = Item(image.path, arm.name, image.caption, arm.repeats, bucket, latents, flipped)
-            items.append(replace(item, original_size=size))
+            key = digest, own.flip_aug
+            if key not in by_content:
+                by_content[key] = _encoded(
+                    base, image.path, digest, settings, cache_dir, flip=own.flip_aug
+                )
+            bucket, latents, flipped, size = by_content[key]
+            named = (image.path, arm.name, image.caption, arm.repeats)
+            items.append(Item(*named, bucket, latents, flipped, own, size))
     return items
 
 
@@ -76,7 +89,7 @@ def pixels(image: Image.Image) -> Tensor:
 
 
 def _encoded(
-    base: BaseModel, path: Path, digest: str, settings: Dataset, cache_dir: Path
+    base: BaseModel, path: Path, digest: str, settings: Dataset, cache_dir: Path, *, flip: bool
 ) -> tuple[Size, Tensor, Tensor | None, Size]:
     """An image's bucket, latents, those of its mirrored form if it is trained on; its own size."""
     image = open_image(path)
@@ -90,9 +103,7 @@ def _encoded(
     # what is only cropped has entries of its own
     identity = ("checked", digest, base.vae_identity, bucket) + (() if scale else ("cropped",))
     latents = _cached(base, fitted, identity, folder, flip=False)
-    if not settings.flip_aug:
-        return bucket, latents, None, image.size
-    flipped = _cached(base, fitted, identity, folder, flip=True)
+    flipped = _cached(base, fitted, identity, folder, flip=True) if flip else None
     return bucket, latents, flipped, image.size
 
 

@@ -16,7 +16,7 @@ from lorasweep.models.base_model import BaseModel
 from lorasweep.models.conditioning import Conditioning, SizeAndCrop
 from lorasweep.models.diffusion_loss import squared_errors
 from lorasweep.training.training_batches import Batch
-from lorasweep.training.training_captions import caption_of, captions_vary
+from lorasweep.training.training_captions import caption_of
 from lorasweep.training.training_run import TrainingData
 from lorasweep.training.training_state import TrainingState
 
@@ -31,6 +31,7 @@ class PackLoss:
         self.base, self.data = base, data
         self._encoded: dict[str, Conditioning] = {}
         self._every_caption = {item.caption for item in data.items}
+        self._captions_vary = any(item.settings.captions_vary for item in data.items)
 
     def backward(
         self,
@@ -101,7 +102,6 @@ class PackLoss:
         return [
             caption_of(
                 self.data.items[index],
-                self.data.settings,
                 seed=state.run.seed,
                 epoch=state.num_epochs + 1,
                 place=(state.num_micro_steps, row),
@@ -123,7 +123,7 @@ class PackLoss:
         if any(pack.adapts(part) for part in TEXT_ENCODERS):
             return self.base.encode_prompt(captions)
         with torch.no_grad():
-            if captions_vary(self.data.settings):
+            if self._captions_vary:
                 return self.base.encode_prompt(captions)
             missing = sorted(set(captions) - set(self._encoded))
             if missing:
