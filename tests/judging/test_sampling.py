@@ -14,6 +14,7 @@ from lorasweep.judging.judge import Judge, load_pack
 from lorasweep.judging.metrics.metric import Images
 from lorasweep.lora_files import checkpoint
 from lorasweep.lora_files.kohya_form import with_kohya_names
+from lorasweep.models.noise_schedule import NoiseSchedule
 
 
 @pytest.fixture
@@ -103,6 +104,41 @@ def test_due_epochs(make_run):
     settings = make_run("sampling.every_n_epochs=3").sampling
     assert [epoch for epoch in range(8) if settings.due(epoch)] == [0, 3, 6]
     assert not make_run("sampling.every_n_epochs=0").sampling.due(0)
+
+
+def test_v_prediction_with_zero_terminal_snr_is_drawn_as_by_diffusers(sdxl, make_run):
+    """As NoobAI's. A sampler that can't, or one that took it for epsilon, would draw noise."""
+    from diffusers import EulerDiscreteScheduler
+
+    told = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    schedule = NoiseSchedule({**sdxl.noise_schedule.config, **told})
+    base = replace(sdxl, noise_schedule=schedule)
+    settings = make_run(
+        "sampling.scheduler=EulerDiscreteScheduler",
+        "sampling.num_inference_steps=2",
+        "sampling.prompts=[a fox --n blue]",
+    ).sampling
+    prompts = settings.resolve((64, 64), 32)
+    ((ours,),) = sampling.render(base, None, prompts, settings)
+    pipeline = base.pipeline()
+    pipeline.scheduler = EulerDiscreteScheduler.from_config(schedule.config)
+    pipeline.set_progress_bar_config(disable=True)
+    (theirs,) = pipeline(
+        "a fox",
+        negative_prompt="blue",
+        latents=sampling.noise(base, prompts[0])[None],
+        num_inference_steps=2,
+        guidance_scale=settings.guidance_scale,
+        width=64,
+        height=64,
+    ).images
+    assert difference(theirs, ours) <= 2
+    ((as_epsilon,),) = sampling.render(sdxl, None, prompts, settings)
+    assert difference(as_epsilon, ours) > 10
+    assert schedule.is_zero_terminal_snr and schedule.modelspec_word == "v"
+    images = Images(train=[], holdout=[])
+    with pytest.raises(SettingsError, match=r"PNDMScheduler can't draw .*rescale_betas_zero_snr"):
+        Judge(base, images, [], replace(settings, scheduler="PNDMScheduler"), (64, 64), Clock())
 
 
 @FAMILIES

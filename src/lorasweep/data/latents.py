@@ -74,8 +74,8 @@ def encode(
                     base, image.path, digest, settings, cache_dir, flip=own.flip_aug
                 )
             bucket, latents, flipped, size = by_content[key]
-            read = (image.path, arm.name, image.caption, arm.repeats)
-            items.append(Item(*read, bucket, latents, flipped, own, size))
+            named = (image.path, arm.name, image.caption, arm.repeats)
+            items.append(Item(*named, bucket, latents, flipped, own, size))
     return items
 
 

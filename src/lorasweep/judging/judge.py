@@ -47,6 +47,7 @@ class Judge:
         if sampling.every_n_epochs > 0:  # a comma in an override may have made two of one
             lines = " | ".join(shown(line) for line in sampling.prompts)
             log.info("pictures of %d prompts: %s", len(self.prompts), lines)
+            base.noise_schedule.sampler(sampling.scheduler)  # it is refused now or never
         texts = [text for one in self.prompts for text in (one.text, one.negative)]
         if cut := base.too_long(texts):
             log.warning(

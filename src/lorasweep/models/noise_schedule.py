@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from inspect import signature
 from typing import TYPE_CHECKING, Any
+
+from lorasweep.core.settings import SettingsError
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler
     from torch import Tensor
+
+_DECIDES = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
+"""Keys that a sampler must know -> the value that one without the key has."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +53,23 @@ class NoiseSchedule:
         return int(self.scheduler.config.num_train_timesteps)
 
     def sampler(self, name: str) -> Any:
-        """The diffusers scheduler of the class `name`, on this schedule."""
+        """The diffusers scheduler of the class `name`, on this schedule.
+
+        Raises SettingsError for one that would pass over what the model predicts or where it ends,
+        and so draw noise.
+        """
         import diffusers
 
-        return getattr(diffusers, name).from_config(dict(self.config))
+        cls = getattr(diffusers, name)
+        unknown = self.config.keys() & _DECIDES.keys() - signature(cls.__init__).parameters.keys()
+        for key in sorted(unknown):
+            if self.config[key] != _DECIDES[key]:
+                raise SettingsError(
+                    f"sampling.scheduler={name} can't draw with this base model, whose"
+                    f" scheduler_config.json says {key}={self.config[key]}; give e.g. DDIMScheduler"
+                    " or EulerDiscreteScheduler"
+                )
+        return cls.from_config(dict(self.config))
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Noisy latents (N, C, h, w) at timesteps (N,)."""

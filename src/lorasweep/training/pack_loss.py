@@ -30,8 +30,8 @@ class PackLoss:
     def __init__(self, base: BaseModel, data: TrainingData) -> None:
         self.base, self.data = base, data
         self._encoded: dict[str, Conditioning] = {}
-        self._captions_vary = any(item.settings.captions_vary for item in data.items)
         self._every_caption = {item.caption for item in data.items}
+        self._captions_vary = any(item.settings.captions_vary for item in data.items)
 
     def backward(
         self,
