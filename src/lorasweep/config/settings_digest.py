@@ -20,6 +20,8 @@ _PLACES = (
 _LATER: Mapping[str, object] = {
     "trainer.max_train_steps": None,
     "lr_scheduler.min_lr_ratio": None,
+    "dataset.reg_data_dir": None,
+    "dataset.prior_loss_weight": 1.0,
     "metrics.validation.num_swaps": 3,  # these add a score, and change none
     "metrics.validation.swap_from": 0.5,
 }

@@ -6,6 +6,7 @@ Nothing else in the project knows the format:
     root/images/              one prepared copy of every image
     root/train/10_wd/         hard links to the copies, and a caption file beside each
     root/holdout/10_wd/       the same for the images held out
+    root/reg/1_woman/         the same for regularisation images, if there are any
     root/manifest.json        what was written and what from
 """
 
@@ -19,7 +20,7 @@ import re
 import shutil
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -33,11 +34,11 @@ from lorasweep.core.settings import SettingsError
 from lorasweep.core.text import listed
 from lorasweep.data.dataset import ImageFile, ImageSet
 from lorasweep.data.image_files import open_image, plain_format
+from lorasweep.data.subsets import MAX_REPEATS
 
 logger = logging.getLogger(__name__)
 
 MANIFEST, ORIGINALS = "manifest.json", "originals.zip"
-MAX_REPEATS = 10_000  # of a folder; more is a typing error, and would make an epoch without end
 _VERSION = (
     1  # part of what a folder is written from: count up when the same inputs give other files
 )
@@ -54,8 +55,8 @@ class ArmCaptions:
     """The captions of one arm, and how they were made."""
 
     repeats: int
-    captions: tuple[str, ...]
-    """One for each image of `ImageSet.images`, in that order."""
+    captions: tuple[str | None, ...]
+    """One for each image of `ImageSet.by_split`, in that order; None where the arm lacks it."""
     captioner: str
     """Identity of what made them: model, revision, settings."""
 
@@ -144,10 +145,11 @@ def read(split_dir: Path, caption_extension: str = ".txt") -> list[Arm]:
     return [arm for arm in arms if arm is not None]
 
 
-def pack_originals(root: Path, image_dir: Path) -> Path:
+def pack_originals(root: Path, image_dir: Path, folders: Mapping[str, Path]) -> Path:
     """One archive with the images that `root` was written from, by the sha256 of their bytes.
 
-    An image that was changed or removed since is left out, with a warning.
+    They lie below `image_dir`, or in the one of `folders` with which their names begin. An image
+    that was changed or removed since is left out, with a warning.
     """
     path = root / ORIGINALS
     if path.is_file():
@@ -158,9 +160,14 @@ def pack_originals(root: Path, image_dir: Path) -> Path:
     content, gone = BytesIO(), []
     with ZipFile(content, "w", ZIP_STORED) as archive:  # images don't shrink
         for image in manifest["images"]:
-            data = _original(image_dir.expanduser(), image["file"])
-            if hashlib.sha256(data).hexdigest() == image["sha256"]:
-                archive.writestr(ZipInfo(image["sha256"]), data)
+            folder, _, rest = image["file"].partition("/")
+            places = [(image_dir.expanduser(), image["file"])]
+            places += [(folders[folder], rest)] if folder in folders else []
+            for place, name in places:
+                data = _original(place, name)
+                if hashlib.sha256(data).hexdigest() == image["sha256"]:
+                    archive.writestr(ZipInfo(image["sha256"]), data)
+                    break
             else:
                 gone.append(image["file"])
     if gone:
@@ -186,6 +193,10 @@ def clean_caption(text: str) -> str:
     ).strip()
 
 
+def _cleaned(text: str | None) -> str | None:
+    return None if text is None else clean_caption(text)
+
+
 def _check_names(captions: Mapping[str, ArmCaptions], image_set: ImageSet) -> None:
     for arm, made in captions.items():
         if not re.fullmatch(r"\w[\w.-]*", arm) or len(arm) > 100:
@@ -194,7 +205,7 @@ def _check_names(captions: Mapping[str, ArmCaptions], image_set: ImageSet) -> No
                 "use letters, digits, '_', '-' and '.'"
             )
         assert made.repeats >= 1
-        assert len(made.captions) == len(image_set.images)
+        assert len(made.captions) == len(image_set.by_split)
 
 
 def _inputs(
@@ -202,7 +213,7 @@ def _inputs(
 ) -> str:
     """Digest of all that decides what is written."""
     arms = {
-        arm: [made.repeats, made.captioner, [clean_caption(text) for text in made.captions]]
+        arm: [made.repeats, made.captioner, [_cleaned(text) for text in made.captions]]
         for arm, made in captions.items()
     }
     parts = [_VERSION, image_set.digest, caption_extension, arms]
@@ -243,7 +254,7 @@ def _edited(root: Path, manifest: dict[str, Any]) -> list[str]:
     written = _files(manifest)
     present = {
         path.relative_to(root).as_posix()
-        for split in ("train", "holdout")
+        for split in ("train", "holdout", "reg")
         for path in (root / split).rglob("*")
         if path.suffix.lower() in _IMAGE_SUFFIXES
         or path.name.endswith(manifest["caption_extension"])
@@ -283,14 +294,16 @@ def _write_tree(
     for folder in ("images", "train", "holdout"):
         (tree / folder).mkdir(parents=True)
     entries = []
-    for index, (image, stem) in enumerate(
-        zip(image_set.images, _stems(image_set.images), strict=True)
-    ):
+    stems = _stems([image for _, image in image_set.by_split])
+    for index, ((split, image), stem) in enumerate(zip(image_set.by_split, stems, strict=True)):
         suffix, data = _prepared(image)
         copy = f"images/{stem}{suffix}"
         (tree / copy).write_bytes(data)
-        split = "train" if index < len(image_set.train) else "holdout"
-        texts = {arm: clean_caption(made.captions[index]) for arm, made in captions.items()}
+        texts = {
+            arm: text
+            for arm, made in captions.items()
+            if (text := _cleaned(made.captions[index])) is not None
+        }
         entries.append(_entry(image, copy, split, texts))
     manifest = {
         "version": _VERSION,
@@ -305,7 +318,7 @@ def _write_tree(
     }
     for file, content in _files(manifest).items():
         path = tree / file
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, bytes):
             path.write_bytes(content)
         else:
@@ -340,7 +353,7 @@ def _prepared(image: ImageFile) -> tuple[str, bytes]:
     return ".png", png.getvalue()
 
 
-def _stems(images: tuple[ImageFile, ...]) -> list[str]:
+def _stems(images: Sequence[ImageFile]) -> list[str]:
     """A file name without suffix for each image, unique also where case doesn't count."""
     stems = [_safe_stem(image.name) for image in images]
     counts = Counter(stem.casefold() for stem in stems)

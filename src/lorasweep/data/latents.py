@@ -38,6 +38,7 @@ class Item:
     latents: Tensor  # (C, h, w)
     flipped: Tensor | None  # likewise, of the mirrored image
     settings: SubsetSettings
+    is_reg: bool = False
 
 
 def encode(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from filelock import FileLock
@@ -14,6 +15,11 @@ from lorasweep.config.settings_digest import settings_digest
 from lorasweep.core.atomic_write import FolderGoneError, write_atomically
 from lorasweep.data import dataset, kohya_folders, latents
 from lorasweep.data.captions import caption_images
+from lorasweep.data.dataset import ImageSet
+from lorasweep.data.kohya_folders import ArmCaptions
+from lorasweep.data.regularisation import balanced
+from lorasweep.data.subset_captions import subset_captions
+from lorasweep.data.subsets import subsets
 from lorasweep.judging.metrics.metric import Images
 from lorasweep.judging.pick_rule import sign
 from lorasweep.models.base_model import BaseModel
@@ -32,14 +38,14 @@ def check_inputs(runs: Iterable[Run]) -> None:
     was, dataset.logger.disabled = dataset.logger.disabled, True  # each run gives its warnings
     try:
         found = {one: dataset.select(one) for one in dict.fromkeys(run.dataset for run in runs)}
+        for one, images in found.items():
+            subset_captions(one, images)
     finally:
         dataset.logger.disabled = was
     arms = dict.fromkeys((run.dataset, *arm) for run in runs for arm in run.captions.items())
-    for images, arm, captioner in arms:
+    for one, arm, captioner in arms:
         if not captioner.cached:
-            caption_images.caption_images(
-                captioner, found[images].images, runs[0].cache_dir, arm=arm
-            )
+            caption_images.caption_images(captioner, found[one].images, runs[0].cache_dir, arm=arm)
 
 
 def check_server(run: Run) -> None:
@@ -55,24 +61,30 @@ def check_server(run: Run) -> None:
 def write_folders(run: Run) -> Path:
     """Draw, caption and write the images into kohya's folders; the same inputs share one place."""
     images = dataset.select(run.dataset)
-    captions = run.captions.items()
-    models = {arm: caption_images.identity(one, arm=arm) for arm, one in captions}  # all are here
-    texts = {
-        arm: kohya_folders.ArmCaptions(
-            repeats=captioner.repeats,
-            captions=tuple(
-                caption_images.caption_images(captioner, images.images, run.cache_dir, arm=arm)
-            ),
-            captioner=models[arm],
-        )
-        for arm, captioner in captions
-    }
+    texts = {**_made_captions(run, images), **subset_captions(run.dataset, images)}
     inputs = repr((images.digest, texts, run.dataset.caption_extension)).encode()
     name = f"{run.dataset.image_dir.resolve().name}-{hashlib.sha256(inputs).hexdigest()[:8]}"
     root = run.output_root / "datasets" / name
     root.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(root.with_name(f".{name}.lock")):
         return kohya_folders.write(images, texts, root, run.dataset.caption_extension)
+
+
+def _made_captions(run: Run, images: ImageSet) -> dict[str, ArmCaptions]:
+    """Each arm's captions, by its captioner; regularisation images have their own."""
+    captions = run.captions.items()
+    models = {arm: caption_images.identity(one, arm=arm) for arm, one in captions}  # all are here
+    return {
+        arm: ArmCaptions(
+            repeats=captioner.repeats,
+            captions=(
+                *caption_images.caption_images(captioner, images.images, run.cache_dir, arm=arm),
+                *(None for _ in images.reg),
+            ),
+            captioner=models[arm],
+        )
+        for arm, captioner in captions
+    }
 
 
 def captions_used(run: Run, data: Path) -> str:
@@ -82,7 +94,7 @@ def captions_used(run: Run, data: Path) -> str:
             f"{arm.repeats}_{arm.name}": {item.path.name: item.caption for item in arm.items}
             for arm in kohya_folders.read(data / split, run.dataset.caption_extension)
         }
-        for split in ("train", "holdout")
+        for split in ("train", "holdout", "reg")
         if (data / split).is_dir()
     }
     return json.dumps(found, indent=1, ensure_ascii=False)
@@ -126,18 +138,31 @@ def new_run(run: Run, data: Path, texts: str) -> NewRun:
 
 
 def encoded_images(base: BaseModel, run: Run, data: Path) -> Images:
-    """The latents and captions of the folders in `data`, of training and hold-out set."""
-
+    """The latents and captions of the folders in `data`: of all splits."""
     # a folder that someone has added has no captioner: its captions are taken as kohya does
-    sentences = {
+    own = {
         arm: run.dataset.of_sentences()
         for arm, one in run.captions.items()
         if not caption_images.are_tags(one)
     }
+    own |= {subset.name: subset.settings for subset in subsets(run.dataset)}
 
     def split(name: str) -> list[latents.Item]:
         folder = data / name
         arms = kohya_folders.read(folder, run.dataset.caption_extension) if folder.is_dir() else []
-        return latents.encode(base, arms, run.dataset, run.cache_dir, sentences)
+        return latents.encode(base, arms, run.dataset, run.cache_dir, own)
 
-    return Images(train=split("train"), holdout=split("holdout"))
+    train = split("train")
+    reg = balanced(split("reg"), sum(item.repeats for item in train))
+    holdout = split("holdout")
+    if run.dataset.is_kohyas and not _compare([*train, *holdout]):
+        train, holdout = ([replace(item, arm="all") for item in of] for of in (train, holdout))
+    return Images(train=train, holdout=holdout, reg=reg)
+
+
+def _compare(items: Iterable[latents.Item]) -> bool:
+    """Do the arms hold the same images, so that their scores tell which captions are better?"""
+    of_arms: dict[str, set[str]] = {}
+    for item in items:
+        of_arms.setdefault(item.arm, set()).add(item.path.name)
+    return len({frozenset(names) for names in of_arms.values()}) == 1

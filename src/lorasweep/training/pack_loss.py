@@ -48,7 +48,7 @@ class PackLoss:
             with self.base.autocast():
                 embeds = self._encode(pack, captions)
                 per_sample = squared_errors(self.base, latents, noise, timesteps, embeds)
-            losses = self._weighted(per_sample, timesteps, states)
+            losses = self._weighted(per_sample, timesteps, states, batches)
             shares = losses / num_micro_steps
             total = torch.stack(
                 [state.scaler.scale(share) for state, share in zip(states, shares, strict=True)]
@@ -114,13 +114,23 @@ class PackLoss:
             return torch.stack([self._embeds[caption] for caption in captions])
 
     def _weighted(
-        self, per_sample: Tensor, timesteps: Tensor, states: Sequence[TrainingState]
+        self,
+        per_sample: Tensor,
+        timesteps: Tensor,
+        states: Sequence[TrainingState],
+        batches: Sequence[Batch],
     ) -> Tensor:
         """Losses (K,) of per-sample losses (K * rows,)."""
         import torch
 
         num_runs = len(states)
         losses, times = per_sample.view(num_runs, -1), timesteps.view(num_runs, -1)
+        weight = self.data.settings.prior_loss_weight
+        if weight != 1:
+            is_reg = [[self.data.items[index].is_reg for index in batch] for batch in batches]
+            losses = torch.where(
+                torch.tensor(is_reg, device=losses.device), losses * weight, losses
+            )
         if any(state.run.min_snr_gamma is not None for state in states):
             weights = [
                 torch.ones_like(losses[index])

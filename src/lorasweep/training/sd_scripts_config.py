@@ -155,14 +155,15 @@ def dataset_config(data: TrainingData) -> str | None:
         folder: {key: value for key, value in item.settings.own().items() if value != shared[key]}
         for folder, item in folders.items()
     }
-    if not any(own.values()):
+    if not any(own.values()) and not any(item.is_reg for item in data.items):
         return None
     lines = ["# Written by lorasweep: not all folders are read alike.", "[[datasets]]"]
     for folder, item in folders.items():
         subset: dict[str, Value] = {
             "image_dir": str(folder),
-            "num_repeats": item.repeats,
+            "num_repeats": int(folder.name.partition("_")[0]),
             "class_tokens": folder.name.partition("_")[2],
+            "is_reg": item.is_reg,
             **own[folder],
         }
         lines += ["", "[[datasets.subsets]]"]
@@ -312,6 +313,7 @@ def _data(data: TrainingData, start: Start) -> Section:
         "caption_dropout_rate": settings.caption_dropout_rate,
         "caption_dropout_every_n_epochs": settings.caption_dropout_every_n_epochs,
         "caption_tag_dropout_rate": settings.caption_tag_dropout_rate,
+        "prior_loss_weight": settings.prior_loss_weight,
         "cache_latents": True,
     }
 
