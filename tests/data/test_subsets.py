@@ -31,7 +31,7 @@ KOHYA = [
     "dataset.num_images=all",  # the demo's recipe draws a few
     "dataset.num_holdout=0",
     "dataset.min_size=8",
-    "dataset.resolution=[64,64]",
+    "dataset.resolution=[32,32]",
 ]
 
 
@@ -49,7 +49,8 @@ def write_files(root: Path, files: dict[str, str | None]) -> Path:
 @pytest.fixture
 def root(tmp_path):
     root = write_files(tmp_path / "kohya", RECORDED["files"])
-    (root / "dataset.toml").write_text(RECORDED["config"].replace("{root}", str(root)))
+    config = RECORDED["config"].replace("{root}", str(root))
+    (root / "dataset.toml").write_text(config.replace("resolution = 64", "resolution = 32"))
     return root
 
 

@@ -244,13 +244,8 @@ def select(settings: Dataset) -> ImageSet:
     Raises SettingsError for a missing or empty folder and BadImagesError for bad images, which
     `skip_bad` turns into a warning; the next images are then drawn in their place.
     """
-    folders = subsets(settings)
-    if settings.is_kohyas:
-        files = _files_of([one for one in folders if not one.is_reg])
-    else:
-        root = _root(settings)
-        files = {path.relative_to(root).as_posix(): path for path in find(settings)}
-    reg_files = _files_of([one for one in folders if one.is_reg])
+    files = _named_files(settings)
+    reg_files = _files_of([one for one in subsets(settings) if one.is_reg])
     problems = {
         name: _header_problem(path, settings) for name, path in {**files, **reg_files}.items()
     }
@@ -270,12 +265,19 @@ def select(settings: Dataset) -> ImageSet:
 
 
 def find(settings: Dataset) -> tuple[Path, ...]:
-    """All image files below `image_dir`, sorted by their relative names.
+    """All image files below `image_dir`, sorted by their relative names, or in kohya's folders.
 
     Hidden files and folders and files of other types are left out. Links are followed as long as
     they stay inside the folder; the others are left out with a warning, and so are masks
     (`X_mask.png` or `X-masklabel.png` beside an image X) and pictures of types that aren't read.
     """
+    return tuple(_named_files(settings).values())
+
+
+def _named_files(settings: Dataset) -> dict[str, Path]:
+    """What `find` finds, by the names that draws depend on."""
+    if settings.is_kohyas:
+        return _files_of([one for one in subsets(settings) if not one.is_reg])
     root = _root(settings)
     files = _pictures(_walk(root), root)
     _warn_of_repeats(files)
@@ -284,7 +286,8 @@ def find(settings: Dataset) -> tuple[Path, ...]:
             f"dataset.image_dir={settings.image_dir}: no images in it; give a folder that holds "
             "PNG, JPEG, WebP, BMP, GIF, TIFF or AVIF files"
         )
-    return tuple(sorted(files, key=lambda path: path.relative_to(root).as_posix()))
+    named = {path.relative_to(root).as_posix(): path for path in files}
+    return dict(sorted(named.items()))
 
 
 def images_in(subset: Subset) -> list[Path]:

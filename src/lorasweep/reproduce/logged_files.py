@@ -29,7 +29,7 @@ class _Image:
     sha256: _Sha256
     width: PositiveInt
     height: PositiveInt
-    split: Literal["train", "holdout"]
+    split: Literal["train", "holdout", "reg"]
     captions: dict[str, str]
 
 
