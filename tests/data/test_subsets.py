@@ -120,6 +120,15 @@ def test_a_caption_that_was_edited_is_trained_on_with_the_next_command(root, mak
     assert (write_folders(run) / "train/3_dog/dog_d.txt").read_text() == "a black dog\n"
 
 
+def test_with_wildcards_all_lines_of_a_caption_come_through(root, make_run, base):
+    (root / "img/3_dog/d.txt").write_text("\ufeffa {black|white} dog\n\n  a  hound\n")
+    run = make_run(*KOHYA, f"dataset.image_dir={root / 'img'}", "dataset.enable_wildcard=true")
+    items = encoded_images(base, run, write_folders(run)).train
+    (item,) = [one for one in items if one.path.name == "dog_d.png"]
+    assert item.caption == "a {black|white} dog\na hound"
+    assert item.prompt == "a black dog"
+
+
 def test_a_run_on_kohyas_folders_trains_is_scored_and_keeps_its_images(root, make_run, shared_base):
     run = make_run(
         *(*KOHYA, FEW, f"dataset.image_dir={root / 'img'}", f"dataset.reg_data_dir={root / 'reg'}"),

@@ -129,11 +129,15 @@ class Dataset(SubsetSettings):
             )
 
     def _check_no_effect(self) -> None:
-        if self.keep_tokens and not (self.shuffle_caption or self.caption_tag_dropout_rate):
-            raise SettingsError(
-                f"dataset.keep_tokens={self.keep_tokens} has no effect without "
-                "dataset.shuffle_caption=true or dataset.caption_tag_dropout_rate; set it to 0"
-            )
+        kept = {"keep_tokens": 0, "keep_tokens_separator": "null"}
+        if not self.moves_tags and not self.is_kohyas:  # whose folders may have their own settings
+            for key, off in kept.items():
+                if getattr(self, key):
+                    raise SettingsError(
+                        f"dataset.{key}={getattr(self, key)} has no effect without"
+                        " dataset.shuffle_caption=true or dataset.caption_tag_dropout_rate; set it"
+                        f" to {off}"
+                    )
         if self.bucket_no_upscale and not self.enable_bucket:
             raise SettingsError(
                 "dataset.bucket_no_upscale=true has no effect without dataset.enable_bucket=true; "

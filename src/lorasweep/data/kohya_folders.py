@@ -20,8 +20,8 @@ import re
 import shutil
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -59,6 +59,8 @@ class ArmCaptions:
     """One for each image of `ImageSet.by_split`, in that order; None where the arm lacks it."""
     captioner: str
     """Identity of what made them: model, revision, settings."""
+    has_lines: bool = field(default=False, repr=False)
+    """May a caption have several lines, of which one is drawn at each step?"""
 
 
 @dataclass(frozen=True)
@@ -132,16 +134,21 @@ def write(
     return root
 
 
-def read(split_dir: Path, caption_extension: str = ".txt") -> list[Arm]:
+def read(
+    split_dir: Path,
+    caption_extension: str = ".txt",
+    has_lines: Callable[[str], bool] = lambda _arm: False,
+) -> list[Arm]:
     """Read `{repeats}_{name}` folders as kohya does, sorted by folder name.
 
-    The caption is the first line of the file beside the image, stripped; without a file it is
-    the arm's name, kohya's class token. Images in subfolders are not seen. Other folders, empty
-    ones, missing captions and further lines are warned about. An empty list means no images.
+    The caption is the first line of the file beside the image, stripped, or all of them in an arm
+    that `has_lines`; without a file it is the arm's name, kohya's class token. Images in
+    subfolders are not seen. Other folders, empty ones, missing captions and further lines are
+    warned about. An empty list means no images.
     """
     if not split_dir.is_dir():
         raise FoldersError(f"{split_dir}: there is no such folder; write the folders first")
-    arms = (_read_arm(path, caption_extension) for path in sorted(split_dir.iterdir()))
+    arms = (_read_arm(path, caption_extension, has_lines) for path in sorted(split_dir.iterdir()))
     return [arm for arm in arms if arm is not None]
 
 
@@ -193,8 +200,10 @@ def clean_caption(text: str) -> str:
     ).strip()
 
 
-def _cleaned(text: str | None) -> str | None:
-    return None if text is None else clean_caption(text)
+def _cleaned(text: str | None, made: ArmCaptions) -> str | None:
+    if text is None or not made.has_lines:
+        return None if text is None else clean_caption(text)
+    return "\n".join(filter(None, map(clean_caption, text.split("\n"))))
 
 
 def _check_names(captions: Mapping[str, ArmCaptions], image_set: ImageSet) -> None:
@@ -213,7 +222,7 @@ def _inputs(
 ) -> str:
     """Digest of all that decides what is written."""
     arms = {
-        arm: [made.repeats, made.captioner, [_cleaned(text) for text in made.captions]]
+        arm: [made.repeats, made.captioner, [_cleaned(text, made) for text in made.captions]]
         for arm, made in captions.items()
     }
     parts = [_VERSION, image_set.digest, caption_extension, arms]
@@ -302,7 +311,7 @@ def _write_tree(
         texts = {
             arm: text
             for arm, made in captions.items()
-            if (text := _cleaned(made.captions[index])) is not None
+            if (text := _cleaned(made.captions[index], made)) is not None
         }
         entries.append(_entry(image, copy, split, texts))
     manifest = {
@@ -389,7 +398,7 @@ def _put_in_place(tree: Path, root: Path, inputs: str, replaced: Path) -> None:
             raise
 
 
-def _read_arm(folder: Path, caption_extension: str) -> Arm | None:
+def _read_arm(folder: Path, caption_extension: str, has_lines: Callable[[str], bool]) -> Arm | None:
     if not folder.is_dir():
         return None
     match = re.fullmatch(r"0*([1-9]\d*)_(.+)", folder.name)
@@ -407,11 +416,12 @@ def _read_arm(folder: Path, caption_extension: str) -> Arm | None:
     repeats, name = int(match[1][:9]), match[2]
     if repeats > MAX_REPEATS:
         raise FoldersError(f"{folder}: repeats are at most {MAX_REPEATS}; rename the folder")
-    return Arm(name, repeats, _read_items(folder, images, name, caption_extension))
+    items = _read_items(folder, images, name, caption_extension, has_lines=has_lines(name))
+    return Arm(name, repeats, items)
 
 
 def _read_items(
-    folder: Path, images: list[Path], name: str, caption_extension: str
+    folder: Path, images: list[Path], name: str, caption_extension: str, *, has_lines: bool
 ) -> tuple[CaptionedImage, ...]:
     lines = {path: _caption_lines(path.with_suffix(caption_extension)) for path in images}
     if missing := [path.name for path, found in lines.items() if found is None]:
@@ -422,11 +432,17 @@ def _read_items(
             listed(missing),
             name,
         )
-    if longer := [path.name for path, found in lines.items() if found and len(found) > 1]:
+    longer = [path.name for path, found in lines.items() if found and len(found) > 1]
+    if longer and not has_lines:
         logger.warning("%s: only the first line is read of %s", folder, listed(longer))
     return tuple(
-        CaptionedImage(path, name if found is None else found[0]) for path, found in lines.items()
+        CaptionedImage(path, name if found is None else _text(found, has_lines=has_lines))
+        for path, found in lines.items()
     )
+
+
+def _text(lines: list[str], *, has_lines: bool) -> str:
+    return "\n".join(filter(None, lines)) if has_lines else lines[0]
 
 
 def _caption_lines(path: Path) -> list[str] | None:

@@ -13,6 +13,7 @@ from lorasweep.core.atomic_write import write_atomically
 from lorasweep.core.foreign_files import ForeignFileError, parse_json
 from lorasweep.core.settings import SettingsError
 from lorasweep.data.buckets import Size, bucket_of, check_size, fit, is_scaled
+from lorasweep.data.caption_variants import settled_caption
 from lorasweep.data.dataset import Dataset
 from lorasweep.data.image_files import open_image
 from lorasweep.data.kohya_folders import Arm
@@ -33,12 +34,18 @@ class Item:
     path: Path
     arm: str
     caption: str
+    """As its file has it."""
     repeats: int
     bucket: Size
     latents: Tensor  # (C, h, w)
     flipped: Tensor | None  # likewise, of the mirrored image
     settings: SubsetSettings
     is_reg: bool = False
+
+    @property
+    def prompt(self) -> str:
+        """The caption with what the settings add, where nothing is drawn by chance."""
+        return settled_caption(self.caption, self.settings)
 
 
 def encode(

@@ -37,12 +37,13 @@ def subset_captions(dataset: Dataset, images: ImageSet) -> dict[str, ArmCaptions
                 for split, image in images.by_split
             ),
             captioner=subset.about(),
+            has_lines=subset.settings.enable_wildcard,
         )
     return found
 
 
 def _captions(subset: Subset, images: Sequence[Path]) -> list[str]:
-    """The first line of each image's caption file; without one, the class tokens."""
+    """What each image's caption file says; without one, the class tokens."""
     found = [_caption(subset, path) for path in images]
     if missing := [path.name for path, one in zip(images, found, strict=True) if one is None]:
         logger.warning(
@@ -65,7 +66,8 @@ def _caption(subset: Subset, image: Path) -> str | None:
             " what it points to in its place"
         )
     try:
-        return read_text(path, MAX_CAPTION).partition("\n")[0].strip()
+        text = read_text(path, MAX_CAPTION)
+        return text if subset.settings.enable_wildcard else text.partition("\n")[0]
     except ForeignFileError as error:
         raise SettingsError(f"{shown(str(error), 400)}; mend it") from None
     except OSError as error:

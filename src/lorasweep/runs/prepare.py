@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,9 +16,10 @@ from lorasweep.core.atomic_write import FolderGoneError, write_atomically
 from lorasweep.data import dataset, kohya_folders, latents
 from lorasweep.data.captions import caption_images
 from lorasweep.data.dataset import ImageSet
-from lorasweep.data.kohya_folders import ArmCaptions
+from lorasweep.data.kohya_folders import Arm, ArmCaptions
 from lorasweep.data.regularisation import balanced
 from lorasweep.data.subset_captions import subset_captions
+from lorasweep.data.subset_settings import SubsetSettings
 from lorasweep.data.subsets import subsets
 from lorasweep.judging.metrics.metric import Images
 from lorasweep.judging.pick_rule import sign
@@ -82,6 +83,7 @@ def _made_captions(run: Run, images: ImageSet) -> dict[str, ArmCaptions]:
                 *(None for _ in images.reg),
             ),
             captioner=models[arm],
+            has_lines=run.dataset.enable_wildcard,
         )
         for arm, captioner in captions
     }
@@ -89,10 +91,11 @@ def _made_captions(run: Run, images: ImageSet) -> dict[str, ArmCaptions]:
 
 def captions_used(run: Run, data: Path) -> str:
     """The captions in the folders now, edited ones too, as JSON: split, folder, file."""
+    own = _own_settings(run)
     found = {
         split: {
             f"{arm.repeats}_{arm.name}": {item.path.name: item.caption for item in arm.items}
-            for arm in kohya_folders.read(data / split, run.dataset.caption_extension)
+            for arm in _read(run, data / split, own)
         }
         for split in ("train", "holdout", "reg")
         if (data / split).is_dir()
@@ -139,17 +142,11 @@ def new_run(run: Run, data: Path, texts: str) -> NewRun:
 
 def encoded_images(base: BaseModel, run: Run, data: Path) -> Images:
     """The latents and captions of the folders in `data`: of all splits."""
-    # a folder that someone has added has no captioner: its captions are taken as kohya does
-    own = {
-        arm: run.dataset.of_sentences()
-        for arm, one in run.captions.items()
-        if not caption_images.are_tags(one)
-    }
-    own |= {subset.name: subset.settings for subset in subsets(run.dataset)}
+    own = _own_settings(run)
 
     def split(name: str) -> list[latents.Item]:
         folder = data / name
-        arms = kohya_folders.read(folder, run.dataset.caption_extension) if folder.is_dir() else []
+        arms = _read(run, folder, own) if folder.is_dir() else []
         return latents.encode(base, arms, run.dataset, run.cache_dir, own)
 
     train = split("train")
@@ -166,3 +163,22 @@ def _compare(items: Iterable[latents.Item]) -> bool:
     for item in items:
         of_arms.setdefault(item.arm, set()).add(item.path.name)
     return len({frozenset(names) for names in of_arms.values()}) == 1
+
+
+def _own_settings(run: Run) -> dict[str, SubsetSettings]:
+    """What arms have of their own in how they are read."""
+    # a folder that someone has added has no captioner: its captions are taken as kohya does
+    sentences = {
+        arm: run.dataset.of_sentences()
+        for arm, one in run.captions.items()
+        if not caption_images.are_tags(one)
+    }
+    return sentences | {subset.name: subset.settings for subset in subsets(run.dataset)}
+
+
+def _read(run: Run, folder: Path, own: Mapping[str, SubsetSettings]) -> list[Arm]:
+    return kohya_folders.read(
+        folder,
+        run.dataset.caption_extension,
+        lambda arm: own.get(arm, run.dataset).enable_wildcard,
+    )

@@ -11,7 +11,7 @@ from lorasweep.training.training_batches import steps_per_epoch
 def plan(run: Run, images: Images) -> list[str]:
     """The captions of each arm by an example, and what an epoch is."""
     first = {item.arm: item for item in reversed(images.trained)}
-    captions = [f"{arm} {shown(item.caption, 60)!r}" for arm, item in sorted(first.items())]
+    captions = [f"{arm} {shown(item.prompt, 60)!r}" for arm, item in sorted(first.items())]
     seen = sum(item.repeats for item in images.trained)
     size, held_back = run.trainer.batch_size, run.trainer.gradient_accumulation_steps
     steps = steps_per_epoch(images.trained, size, held_back)

@@ -93,6 +93,8 @@ class PackLoss:
                 seed=state.run.seed,
                 epoch=state.num_epochs + 1,
                 place=(state.num_micro_steps, row),
+                step=state.num_steps,
+                max_train_steps=state.max_train_steps,
             )
             for state, batch in zip(states, batches, strict=True)
             for row, index in enumerate(batch)

@@ -307,12 +307,7 @@ def _data(data: TrainingData, start: Start) -> Section:
         "max_bucket_reso": settings.max_bucket_reso if buckets else None,
         "bucket_reso_steps": settings.bucket_reso_steps if buckets else None,
         "bucket_no_upscale": settings.bucket_no_upscale,
-        "flip_aug": settings.flip_aug,
-        "shuffle_caption": settings.shuffle_caption,
-        "keep_tokens": settings.keep_tokens,
-        "caption_dropout_rate": settings.caption_dropout_rate,
-        "caption_dropout_every_n_epochs": settings.caption_dropout_every_n_epochs,
-        "caption_tag_dropout_rate": settings.caption_tag_dropout_rate,
+        **settings.own(),
         "prior_loss_weight": settings.prior_loss_weight,
         "cache_latents": True,
     }

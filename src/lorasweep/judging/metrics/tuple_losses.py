@@ -45,7 +45,7 @@ def tuple_losses(
     rows = max(1, batch_size // num_runs)
     losses = torch.zeros(num_runs, len(chosen))
     with torch.no_grad(), computing_with(pack), base.autocast():
-        embeds = _embeds(base, num_runs, sorted({t.item.caption for t in chosen}), rows)
+        embeds = _embeds(base, num_runs, sorted({t.item.prompt for t in chosen}), rows)
         for numbers in equal_batches([t.item.bucket for t in chosen], rows):
             batch = [chosen[i] for i in numbers]
             losses[:, numbers] = _batch(base, num_runs, batch, embeds, seed)
@@ -78,7 +78,7 @@ def _batch(
     noise = noise.repeat(num_runs, 1, 1, 1)
     timesteps = torch.tensor([t.timestep for t in batch], device=latents.device)
     timesteps = timesteps.repeat(num_runs)
-    context = torch.stack([embeds[t.item.caption] for t in batch], dim=1).flatten(0, 1)
+    context = torch.stack([embeds[t.item.prompt] for t in batch], dim=1).flatten(0, 1)
     losses = squared_errors(base, latents, noise, timesteps, context)
     return losses.view(num_runs, -1).cpu()
 
