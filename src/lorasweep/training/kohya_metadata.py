@@ -72,14 +72,14 @@ def pack_metadata(trainer: NativeTrainer, base: BaseModel, data: TrainingData) -
         "ss_clip_skip": base.settings.clip_skip,
         "ss_base_model_version": base.base_model_version,
         "ss_sd_model_name": Path(base.settings.path).name,
-        "ss_zero_terminal_snr": bool(base.scheduler_config.get("rescale_betas_zero_snr", False)),
+        "ss_zero_terminal_snr": base.noise_schedule.is_zero_terminal_snr,
         "lorasweep_version": __version__,
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": base.architecture,
         "modelspec.implementation": "diffusers",
         "modelspec.implementation_version": f"lorasweep/{__version__}",
         "modelspec.resolution": f"{width}x{height}",
-        "modelspec.prediction_type": {"v_prediction": "v"}.get(base.prediction_type, "epsilon"),
+        "modelspec.prediction_type": base.noise_schedule.modelspec_word,
         "modelspec.encoder_layer": base.settings.clip_skip,
     }
     return {key: str(value) for key, value in values.items()}
