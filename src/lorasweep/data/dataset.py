@@ -96,8 +96,9 @@ class Dataset(SubsetSettings):
     max_bucket_reso: Side
     bucket_reso_steps: Side
     bucket_no_upscale: bool
-    reg_data_dir: Path | None = None  # runs of older versions have neither
+    reg_data_dir: Path | None = None  # runs of older versions have none of these
     prior_loss_weight: NonNegativeFloat = 1.0
+    conditioning_data_dir: Path | None = None
 
     def __post_init__(self) -> None:
         self._check_extension()
@@ -142,6 +143,12 @@ class Dataset(SubsetSettings):
             raise SettingsError(
                 "dataset.bucket_no_upscale=true has no effect without dataset.enable_bucket=true; "
                 "set it to false"
+            )
+
+        if self.alpha_mask and self.conditioning_data_dir is not None:
+            raise SettingsError(
+                "dataset.alpha_mask=true has no effect with dataset.conditioning_data_dir, whose"
+                " masks count; set one of them off"
             )
 
     def _check_sizes(self) -> None:
@@ -282,8 +289,9 @@ def _named_files(settings: Dataset) -> dict[str, Path]:
     """What `find` finds, by the names that draws depend on."""
     if settings.is_kohyas:
         return _files_of([one for one in subsets(settings) if not one.is_reg])
-    root = _root(settings)
-    files = _pictures(_walk(root), root)
+    root, masks = _root(settings), settings.conditioning_data_dir
+    masks = None if masks is None else masks.expanduser().resolve()
+    files = _pictures((one for one in _walk(root) if masks not in one.parents), root)
     _warn_of_repeats(files)
     if not files:
         raise SettingsError(

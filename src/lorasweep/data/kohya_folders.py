@@ -7,6 +7,7 @@ Nothing else in the project knows the format:
     root/train/10_wd/         hard links to the copies, and a caption file beside each
     root/holdout/10_wd/       the same for the images held out
     root/reg/1_woman/         the same for regularisation images, if there are any
+    root/masks/train/         masks of the images of train/, by their names; likewise of holdout/
     root/manifest.json        what was written and what from
 """
 
@@ -33,12 +34,12 @@ from lorasweep.core.foreign_files import ForeignFileError, inside, parse_shaped,
 from lorasweep.core.settings import SettingsError
 from lorasweep.core.text import listed
 from lorasweep.data.dataset import ImageFile, ImageSet
-from lorasweep.data.image_files import open_image, plain_format
+from lorasweep.data.image_files import open_image, open_with_alpha, plain_format
 from lorasweep.data.subsets import MAX_REPEATS
 
 logger = logging.getLogger(__name__)
 
-MANIFEST, ORIGINALS = "manifest.json", "originals.zip"
+MANIFEST, ORIGINALS, MASKS = "manifest.json", "originals.zip", "masks"
 _VERSION = (
     1  # part of what a folder is written from: count up when the same inputs give other files
 )
@@ -61,6 +62,8 @@ class ArmCaptions:
     """Identity of what made them: model, revision, settings."""
     has_lines: bool = field(default=False, repr=False)
     """May a caption have several lines, of which one is drawn at each step?"""
+    keeps_alpha: bool = field(default=False, repr=False)
+    """Is the images' alpha a mask? Else they lie on white."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class CaptionedImage:
 
     path: Path
     caption: str
+    mask: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -110,8 +114,11 @@ def write(
     captions: Mapping[str, ArmCaptions],
     root: Path,
     caption_extension: str = ".txt",
+    masks: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Write the folders and the manifest below `root`, whole or not at all; return `root`.
+
+    `masks` are mask files by the names of their images.
 
     - Nothing at `root`, or an empty folder: it is written.
     - The manifest there names the same inputs: it is kept, with whatever was edited since.
@@ -119,7 +126,8 @@ def write(
       added or removed since. Otherwise, or without a manifest, FoldersError says what to do.
     """
     _check_names(captions, image_set)
-    inputs = _inputs(image_set, captions, caption_extension)
+    masks = masks or {}
+    inputs = _inputs(image_set, captions, caption_extension, masks)
     if _is_written_from(inputs, root):
         return root
     _refuse_to_overwrite(root)
@@ -129,7 +137,7 @@ def write(
         TemporaryDirectory(dir=root.parent, prefix=f".{root.name}-") as scratch,
     ):
         tree = Path(scratch) / "new"
-        _write_tree(tree, image_set, captions, caption_extension, inputs)
+        _write_tree(tree, image_set, captions, caption_extension, masks, inputs)
         _put_in_place(tree, root, inputs, replaced=Path(scratch) / "old")
     return root
 
@@ -218,14 +226,21 @@ def _check_names(captions: Mapping[str, ArmCaptions], image_set: ImageSet) -> No
 
 
 def _inputs(
-    image_set: ImageSet, captions: Mapping[str, ArmCaptions], caption_extension: str
+    image_set: ImageSet,
+    captions: Mapping[str, ArmCaptions],
+    caption_extension: str,
+    masks: Mapping[str, bytes],
 ) -> str:
     """Digest of all that decides what is written."""
     arms = {
         arm: [made.repeats, made.captioner, [_cleaned(text, made) for text in made.captions]]
         for arm, made in captions.items()
     }
-    parts = [_VERSION, image_set.digest, caption_extension, arms]
+    parts: list[object] = [_VERSION, image_set.digest, caption_extension, arms]
+    if masks:
+        parts.append({name: hashlib.sha256(data).hexdigest() for name, data in masks.items()})
+    if alpha := [arm for arm, made in captions.items() if made.keeps_alpha]:
+        parts.append(["alpha", *alpha])
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -298,6 +313,7 @@ def _write_tree(
     image_set: ImageSet,
     captions: Mapping[str, ArmCaptions],
     caption_extension: str,
+    masks: Mapping[str, bytes],
     inputs: str,
 ) -> None:
     for folder in ("images", "train", "holdout"):
@@ -305,7 +321,8 @@ def _write_tree(
     entries = []
     stems = _stems([image for _, image in image_set.by_split])
     for index, ((split, image), stem) in enumerate(zip(image_set.by_split, stems, strict=True)):
-        suffix, data = _prepared(image)
+        of_arms = [made for made in captions.values() if made.captions[index] is not None]
+        suffix, data = _prepared(image, keep_alpha=any(made.keeps_alpha for made in of_arms))
         copy = f"images/{stem}{suffix}"
         (tree / copy).write_bytes(data)
         texts = {
@@ -314,6 +331,10 @@ def _write_tree(
             if (text := _cleaned(made.captions[index], made)) is not None
         }
         entries.append(_entry(image, copy, split, texts))
+        if image.name in masks and split != "reg":
+            mask = tree / MASKS / split / f"{stem}.png"
+            mask.parent.mkdir(parents=True, exist_ok=True)
+            open_image(BytesIO(masks[image.name])).getchannel("R").save(mask)
     manifest = {
         "version": _VERSION,
         "inputs": inputs,
@@ -349,7 +370,7 @@ def _entry(image: ImageFile, copy: str, split: str, texts: dict[str, str]) -> di
     }
 
 
-def _prepared(image: ImageFile) -> tuple[str, bytes]:
+def _prepared(image: ImageFile, *, keep_alpha: bool) -> tuple[str, bytes]:
     """Suffix and bytes of the copy: the file's own where it is plain, else a PNG."""
     data = image.path.read_bytes()
     if hashlib.sha256(data).hexdigest() != image.sha256:
@@ -358,7 +379,12 @@ def _prepared(image: ImageFile) -> tuple[str, bytes]:
     if suffix is not None:
         return suffix, data
     png = BytesIO()
-    open_image(BytesIO(data)).save(png, "PNG")
+    if keep_alpha:
+        pixels, alpha = open_with_alpha(BytesIO(data))
+        pixels.putalpha(alpha)
+    else:
+        pixels = open_image(BytesIO(data))
+    pixels.save(png, "PNG")
     return ".png", png.getvalue()
 
 
@@ -436,9 +462,17 @@ def _read_items(
     if longer and not has_lines:
         logger.warning("%s: only the first line is read of %s", folder, listed(longer))
     return tuple(
-        CaptionedImage(path, name if found is None else _text(found, has_lines=has_lines))
+        CaptionedImage(
+            path, name if found is None else _text(found, has_lines=has_lines), _mask_beside(path)
+        )
         for path, found in lines.items()
     )
+
+
+def _mask_beside(image: Path) -> Path | None:
+    split = image.parents[1]
+    path = split.parent / MASKS / split.name / f"{image.stem}.png"
+    return path if path.is_file() else None
 
 
 def _text(lines: list[str], *, has_lines: bool) -> str:

@@ -15,8 +15,9 @@ from lorasweep.core.settings import SettingsError
 from lorasweep.data.buckets import Size, bucket_of, check_size, fit, is_scaled
 from lorasweep.data.caption_variants import settled_caption
 from lorasweep.data.dataset import Dataset
-from lorasweep.data.image_files import open_image
-from lorasweep.data.kohya_folders import Arm
+from lorasweep.data.image_files import open_image, open_with_alpha
+from lorasweep.data.kohya_folders import Arm, CaptionedImage
+from lorasweep.data.masks import mask_latents, open_mask
 from lorasweep.data.subset_settings import SubsetSettings
 from lorasweep.models.base_model import BaseModel
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 log = logging.getLogger(__name__)
+
+_Latents = tuple[Size, "Tensor", "Tensor | None"]
+"""A bucket, an image's latents and those of its mirrored form."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Item:
     latents: Tensor  # (C, h, w)
     flipped: Tensor | None  # likewise, of the mirrored image
     settings: SubsetSettings
+    mask: Tensor | None = None  # (h, w), from 0 where the loss doesn't count to 1
     is_reg: bool = False
 
     @property
@@ -64,20 +69,36 @@ def encode(
     """
     if not settings.enable_bucket:
         check_size(base, settings.size)
-    by_content: dict[tuple[str, bool], tuple[Size, Tensor, Tensor | None]] = {}
+    by_content: dict[tuple[object, ...], tuple[_Latents, Tensor | None]] = {}
     items = []
     for arm in arms:
         own = (of_arms or {}).get(arm.name, settings)
         for image in arm.items:
             digest = hashlib.sha256(image.path.read_bytes()).hexdigest()
-            key = digest, own.flip_aug
+            key = digest, own.flip_aug, own.alpha_mask, image.mask
             if key not in by_content:
-                by_content[key] = _encoded(
-                    base, image.path, digest, settings, cache_dir, flip=own.flip_aug
-                )
-            encoded = by_content[key]
-            items.append(Item(image.path, arm.name, image.caption, arm.repeats, *encoded, own))
+                by_content[key] = _encoded(base, image, digest, settings, own, cache_dir)
+            latents, mask = by_content[key]
+            item = Item(image.path, arm.name, image.caption, arm.repeats, *latents, own, mask)
+            items.append(item)
     return items
+
+
+def masks_of(items: Sequence[Item], flips: Sequence[bool]) -> Tensor | None:
+    """The masks (N, 1, h, w) of items of one bucket, mirrored as they are; None where none has any.
+
+    An item without one counts everywhere.
+    """
+    import torch
+
+    if all(item.mask is None for item in items):
+        return None
+    found = [torch.ones_like(item.latents[0]) if item.mask is None else item.mask for item in items]
+    mirrored = [
+        mask.flip(-1) if flip and item.flipped is not None else mask
+        for mask, item, flip in zip(found, items, flips, strict=True)
+    ]
+    return torch.stack(mirrored)[:, None]
 
 
 def pixels(image: Image.Image) -> Tensor:
@@ -90,10 +111,16 @@ def pixels(image: Image.Image) -> Tensor:
 
 
 def _encoded(
-    base: BaseModel, path: Path, digest: str, settings: Dataset, cache_dir: Path, *, flip: bool
-) -> tuple[Size, Tensor, Tensor | None]:
-    """An image's bucket, latents, and latents of its mirrored form if those are trained on."""
-    image = open_image(path)
+    base: BaseModel,
+    captioned: CaptionedImage,
+    digest: str,
+    settings: Dataset,
+    own: SubsetSettings,
+    cache_dir: Path,
+) -> tuple[_Latents, Tensor | None]:
+    """An image's bucket, latents, those of its mirrored form if it is trained on, and its mask."""
+    path = captioned.path
+    image, mask = _opened(captioned, own)
     try:
         bucket = bucket_of(image.size, settings)
         check_size(base, bucket, "its bucket")
@@ -101,12 +128,27 @@ def _encoded(
         raise SettingsError(f"{path.name}: {error}") from None
     folder, scale = cache_dir / "latents", is_scaled(image.size, settings)
     fitted = fit(image, bucket, scale=scale)
-    # what is only cropped has entries of its own
+    # what is only cropped, or not laid on white, has entries of its own
     identity = ("checked", digest, base.vae_identity, bucket) + (() if scale else ("cropped",))
+    identity += ("alpha",) if own.alpha_mask and captioned.mask is None else ()
     latents = _cached(base, fitted, identity, folder, flip=False)
-    if not flip:
-        return bucket, latents, None
-    return bucket, latents, _cached(base, fitted, identity, folder, flip=True)
+    flipped = _cached(base, fitted, identity, folder, flip=True) if own.flip_aug else None
+    if mask is None:
+        return (bucket, latents, flipped), None
+    size = (latents.shape[-2], latents.shape[-1])
+    of_latents = mask_latents(fit(mask, bucket, scale=scale), size).to(latents.device)
+    return (bucket, latents, flipped), of_latents
+
+
+def _opened(
+    captioned: CaptionedImage, own: SubsetSettings
+) -> tuple[Image.Image, Image.Image | None]:
+    """An image and its mask: a file's, or else its alpha, which then makes nothing white."""
+    if captioned.mask is not None:
+        return open_image(captioned.path), open_mask(captioned.mask)
+    if own.alpha_mask:
+        return open_with_alpha(captioned.path)
+    return open_image(captioned.path), None
 
 
 def _cached(

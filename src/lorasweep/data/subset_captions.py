@@ -38,6 +38,7 @@ def subset_captions(dataset: Dataset, images: ImageSet) -> dict[str, ArmCaptions
             ),
             captioner=subset.about(),
             has_lines=subset.settings.enable_wildcard,
+            keeps_alpha=subset.settings.alpha_mask,
         )
     return found
 

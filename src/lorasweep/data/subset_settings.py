@@ -28,6 +28,7 @@ class SubsetSettings(Settings):
     enable_wildcard: bool = False
     token_warmup_min: NonNegativeInt = 1
     token_warmup_step: NonNegativeFloat = 0
+    alpha_mask: bool = False
 
     def own(self) -> dict[str, Any]:
         """These settings alone, also of a data set, which has more."""

@@ -36,8 +36,11 @@ DATASET_KEYS = {
     "batch_size": "trainer.batch_size",
 }
 """What a dataset config says of a whole data set -> our setting, which must say the same."""
-_FOLDER_KEYS = ("image_dir", "num_repeats", "class_tokens", "is_reg", "caption_extension")
-_OF_ONE_FOLDER = ("image_dir", "is_reg")
+_FOLDER_KEYS = (
+    *("image_dir", "num_repeats", "class_tokens", "is_reg", "caption_extension"),
+    "conditioning_data_dir",
+)
+_OF_ONE_FOLDER = ("image_dir", "is_reg", "alpha_mask", "conditioning_data_dir")
 """What sd-scripts takes of a subset's own table alone."""
 _WITHOUT_EFFECT = ("cache_info", "validation_seed", "debug_dataset")
 _CACHED = "an image's latents are computed once, so it can't change from step to step"
@@ -68,6 +71,10 @@ class NamesFolders(Protocol):
         """What holds kohya's folders of regularisation images."""
 
     @property
+    def conditioning_data_dir(self) -> Path | None:
+        """Where the masks are, where a dataset config doesn't say it."""
+
+    @property
     def caption_extension(self) -> str:
         """Of the caption files, where a dataset config doesn't say it."""
 
@@ -89,6 +96,8 @@ class Subset:
     """The caption of an image without a caption file."""
     is_reg: bool
     caption_extension: str
+    conditioning_data_dir: Path | None
+    """Of its masks."""
     settings: SubsetSettings
 
     def about(self) -> str:
@@ -207,6 +216,11 @@ def _subset(values: Mapping[str, Any], dataset: NamesFolders, where: str, root: 
         class_tokens=table.class_tokens or "",
         is_reg=table.is_reg,
         caption_extension=extension,
+        conditioning_data_dir=(
+            dataset.conditioning_data_dir
+            if table.conditioning_data_dir is None
+            else Path(table.conditioning_data_dir)
+        ),
         settings=build_class(SubsetSettings, {**dataset.own(), **own}, where),
     )
 
@@ -220,6 +234,7 @@ class _Table:
     class_tokens: str | None = None
     is_reg: bool = False
     caption_extension: str | None = None
+    conditioning_data_dir: str | None = None
 
 
 def _tables(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -249,6 +264,13 @@ def _tables(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         raise SettingsError(f"{path.name}: [[datasets.subsets]] is missing: give a folder in each")
     for number, subset in enumerate(found, start=1):
         _check_table(subset, f"{path.name}: subset {number}", _OF_ONE_FOLDER)
+    masked = ["conditioning_data_dir" in subset for subset in found]
+    odd = [key for subset in found for key in ("is_reg", "alpha_mask") if key in subset]
+    if any(masked) and (not all(masked) or odd):
+        raise SettingsError(
+            f"{path.name}: conditioning_data_dir must be in all subsets, without is_reg and"
+            " alpha_mask in any, as with sd-scripts"
+        )
     return general, datasets
 
 

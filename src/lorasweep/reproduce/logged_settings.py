@@ -84,7 +84,7 @@ def rebuild(
     """
     _check_overrides(changed)
     before = _read(logged)
-    _refuse_kohyas_folders(before["dataset"])
+    _refuse_what_is_not_laid_out(before["dataset"])
     refuse_classes(before, places)
     refuse_programs(before["trainer"], [_key(one) for one in (*places, *changed)])
     if "python" in before["trainer"]:
@@ -168,12 +168,13 @@ def _read(logged: str) -> dict[str, Any]:
     return values
 
 
-def _refuse_kohyas_folders(dataset: Mapping[str, Any]) -> None:
-    """Images and captions are laid out again for captioners, of which these have none."""
-    if dataset.get("_target_") == "KohyaDataset" or dataset.get("reg_data_dir") is not None:
+def _refuse_what_is_not_laid_out(dataset: Mapping[str, Any]) -> None:
+    """Images and captions are laid out again for captioners: kohya's folders have none."""
+    others = (dataset.get(key) for key in ("reg_data_dir", "conditioning_data_dir"))
+    if dataset.get("_target_") == "KohyaDataset" or any(one is not None for one in others):
         raise ReproduceError(
-            "it was trained on kohya's folders, which are not laid out again from the log; train it"
-            " again on them by the settings of its config.yaml"
+            "it was trained on kohya's folders or with masks, which are not laid out again from the"
+            " log; train it again on them by the settings of its config.yaml"
         )
 
 

@@ -17,6 +17,7 @@ from lorasweep.data import dataset, kohya_folders, latents
 from lorasweep.data.captions import caption_images
 from lorasweep.data.dataset import ImageSet
 from lorasweep.data.kohya_folders import Arm, ArmCaptions
+from lorasweep.data.masks import mask_files
 from lorasweep.data.regularisation import balanced
 from lorasweep.data.subset_captions import subset_captions
 from lorasweep.data.subset_settings import SubsetSettings
@@ -41,6 +42,7 @@ def check_inputs(runs: Iterable[Run]) -> None:
         found = {one: dataset.select(one) for one in dict.fromkeys(run.dataset for run in runs)}
         for one, images in found.items():
             subset_captions(one, images)
+            mask_files(one, images)
     finally:
         dataset.logger.disabled = was
     arms = dict.fromkeys((run.dataset, *arm) for run in runs for arm in run.captions.items())
@@ -63,12 +65,16 @@ def write_folders(run: Run) -> Path:
     """Draw, caption and write the images into kohya's folders; the same inputs share one place."""
     images = dataset.select(run.dataset)
     texts = {**_made_captions(run, images), **subset_captions(run.dataset, images)}
-    inputs = repr((images.digest, texts, run.dataset.caption_extension)).encode()
+    masks = mask_files(run.dataset, images)
+    of_masks = [hashlib.sha256(data).hexdigest() for data in masks.values()]
+    of_masks += [arm for arm, made in texts.items() if made.keeps_alpha]
+    parts = (images.digest, texts, run.dataset.caption_extension)
+    inputs = repr((*parts, of_masks) if of_masks else parts).encode()
     name = f"{run.dataset.image_dir.resolve().name}-{hashlib.sha256(inputs).hexdigest()[:8]}"
     root = run.output_root / "datasets" / name
     root.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(root.with_name(f".{name}.lock")):
-        return kohya_folders.write(images, texts, root, run.dataset.caption_extension)
+        return kohya_folders.write(images, texts, root, run.dataset.caption_extension, masks)
 
 
 def _made_captions(run: Run, images: ImageSet) -> dict[str, ArmCaptions]:
@@ -84,6 +90,7 @@ def _made_captions(run: Run, images: ImageSet) -> dict[str, ArmCaptions]:
             ),
             captioner=models[arm],
             has_lines=run.dataset.enable_wildcard,
+            keeps_alpha=run.dataset.alpha_mask,
         )
         for arm, captioner in captions
     }

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lorasweep.adapters.pack import Pack
 from lorasweep.core import rng
+from lorasweep.data.latents import masks_of
 from lorasweep.models.base_model import BaseModel
 from lorasweep.models.conditioning import Conditioning
 from lorasweep.models.diffusion_loss import squared_errors
@@ -48,7 +49,10 @@ class PackLoss:
         with pack.attached(dropout_steps=[state.num_micro_steps for state in states]):
             with self.base.autocast():
                 conditioning = self._encode(pack, captions)
-                per_sample = squared_errors(self.base, latents, noise, timesteps, conditioning)
+                masks = self._masks(states, batches)
+                per_sample = squared_errors(
+                    self.base, latents, noise, timesteps, conditioning, masks
+                )
             losses = self._weighted(per_sample, timesteps, states, batches)
             shares = losses / num_micro_steps
             total = torch.stack(
@@ -64,14 +68,18 @@ class PackLoss:
         import torch
 
         items = [self.data.items[index] for index in batch]
-        draw = rng.python_random(state.run.seed, "flip", state.num_micro_steps)
-        flips = [draw.random() < 0.5 for _ in items]
         return torch.stack(
             [
                 item.flipped if flip and item.flipped is not None else item.latents
-                for item, flip in zip(items, flips, strict=True)
+                for item, flip in zip(items, _flips(state, len(items)), strict=True)
             ]
         )
+
+    def _masks(self, states: Sequence[TrainingState], batches: Sequence[Batch]) -> Tensor | None:
+        """(K * rows, 1, h, w), mirrored as the latents are; None where no image has any."""
+        rows = [(s, b, _flips(s, len(b))) for s, b in zip(states, batches, strict=True)]
+        items = [self.data.items[index] for _, batch, _ in rows for index in batch]
+        return masks_of(items, [flip for *_, flips in rows for flip in flips])
 
     def _draw(self, state: TrainingState, rows: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Noise (rows, C, h, w) and timesteps (rows,) of this run's micro step, on the CPU."""
@@ -143,3 +151,9 @@ class PackLoss:
             ]
             losses = losses * torch.stack(weights)
         return losses.mean(dim=1)
+
+
+def _flips(state: TrainingState, rows: int) -> list[bool]:
+    """Which images of a run's batch are mirrored, where they may be."""
+    draw = rng.python_random(state.run.seed, "flip", state.num_micro_steps)
+    return [draw.random() < 0.5 for _ in range(rows)]

@@ -180,6 +180,7 @@ OPTIONS: Mapping[str, Option] = {
         "dataset.token_warmup_min", "data", whole, 1, needs=("token_warmup_step",)
     ),
     "token_warmup_step": Option("dataset.token_warmup_step", "data", number, 0),
+    "alpha_mask": Option("dataset.alpha_mask", "data", boolean, False),
     "prior_loss_weight": Option("dataset.prior_loss_weight", "data", number, 1.0),
     "save_precision": Option(
         "trainer.save_dtype", "saving", one_of(_READ_SAVED), "float", _SAVED.get
@@ -189,11 +190,9 @@ OPTIONS: Mapping[str, Option] = {
 
 NOT_HERE: Mapping[str, tuple[tuple[str, ...], str]] = {
     "adaptive_noise_scale": ((), "noise offset that follows the latents"),
-    "alpha_mask": ((), "masks from the images' alpha"),
     "base_weights": ((), "LoRAs that are merged into the base first"),
     "base_weights_multiplier": ((), "weights of LoRAs that are merged into the base first"),
     "color_aug": ((), "changed colours"),
-    "conditioning_data_dir": ((), "mask files"),
     "dataset_class": ((), "a data set of your own code"),
     "dataset_repeats": (("1",), "repeats of a data set by JSON"),
     "debiased_estimation_loss": ((), "debiased loss"),
@@ -212,7 +211,7 @@ NOT_HERE: Mapping[str, tuple[tuple[str, ...], str]] = {
     "ip_noise_gamma": ((), "noise on the input"),
     "ip_noise_gamma_random_strength": ((), "noise on the input"),
     "loss_type": (("l2",), "another loss than the squared"),
-    "masked_loss": ((), "loss within masks"),
+    "masked_loss": ((), "loss within masks, unless dataset.conditioning_data_dir names theirs"),
     "max_timestep": (("1000",), "a part of the timesteps"),
     "max_token_length": (("75",), "prompts longer than the text encoder's"),
     "min_timestep": ((), "a part of the timesteps"),
@@ -256,7 +255,9 @@ _IDLE = {
         " offload_param_nvme_path zero3_init_flag zero3_save_16bit_model zero_stage"
     ),
     "places are for you to say (output_root)": "output_dir logging_dir tokenizer_cache_dir",
-    "places are for you to say (dataset.reg_data_dir)": "reg_data_dir",
+    "places are for you to say (dataset.reg_data_dir, dataset.conditioning_data_dir)": (
+        "reg_data_dir conditioning_data_dir"
+    ),
     "lorasweep logs to MLflow (tracking.*)": (
         "log_with log_prefix log_tracker_name log_tracker_config log_config wandb_run_name"
         " wandb_api_key console_log_level console_log_file console_log_simple"

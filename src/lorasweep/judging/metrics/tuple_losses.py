@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lorasweep.adapters.pack import Pack, computing_with
 from lorasweep.core import rng
-from lorasweep.data.latents import Item
+from lorasweep.data.latents import Item, masks_of
 from lorasweep.judging.sampling import equal_batches
 from lorasweep.models.base_model import BaseModel
 from lorasweep.models.conditioning import Conditioning
@@ -83,7 +83,8 @@ def _batch(
     conditioning = Conditioning.joined(
         [encoded[run, t.item.prompt] for run in range(num_runs) for t in batch]
     )
-    losses = squared_errors(base, latents, noise, timesteps, conditioning)
+    masks = masks_of([t.item for t in batch] * num_runs, [False] * len(batch) * num_runs)
+    losses = squared_errors(base, latents, noise, timesteps, conditioning, masks)
     return losses.view(num_runs, -1).cpu()
 
 
