@@ -4,6 +4,7 @@ import logging
 import math
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from lorasweep.training.native_trainer import NativeTraining
 from lorasweep.training.pack_loss import PackLoss
 from lorasweep.training.training_batches import epoch_batches
 from lorasweep.training.training_captions import caption_of, warn_of_cut_captions
-from lorasweep.training.training_run import TrainerError
+from lorasweep.training.training_run import TrainerError, TrainingData
 from small_training import Losses, load, relative_difference, tensors, train
 
 
@@ -426,6 +427,16 @@ def test_sentences_are_neither_shuffled_nor_dropped_in_parts(data):
     assert seen == {sentence}
     emptied = replace(item, settings=replace(item.settings, caption_dropout_rate=1.0))
     assert caption_of(emptied, seed=0, epoch=1, place=(0, 0)) == ""
+
+
+def test_tags_come_one_by_one_with_the_runs_own_steps(make_run, base, data):
+    run = make_run("dataset.token_warmup_step=0.5")
+    item = replace(data.items[0], caption="a, b, c, d, e", settings=run.dataset)
+    loss = PackLoss(base, TrainingData([item], run.dataset))
+    counters = [{"num_steps": step, "num_micro_steps": 2 * step} for step in (0, 4, 20)]
+    states = [SimpleNamespace(run=run, num_epochs=0, max_train_steps=20, **one) for one in counters]
+    captions = loss._captions(states, [[0]] * 3)  # a run that joined later has its own count
+    assert captions == ["a", "a, b", "a, b, c, d, e"]
 
 
 def test_captions_are_dropped_as_often_as_asked(data):

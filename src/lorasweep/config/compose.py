@@ -54,6 +54,8 @@ def plain_values(cfg: DictConfig) -> dict[str, Any]:
     except (OmegaConfBaseException, TypeError) as error:
         raise SettingsError(str(error).splitlines()[0]) from None
     assert isinstance(values, dict)
+    if (values.get("dataset") or {}).get("_target_") == "KohyaDataset":
+        values["captions"] = {}  # they lie in its folders
     return {str(key): value for key, value in values.items() if key != "study"}
 
 

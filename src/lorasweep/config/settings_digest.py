@@ -20,6 +20,18 @@ _PLACES = (
 _LATER: Mapping[str, object] = {
     "trainer.max_train_steps": None,
     "lr_scheduler.min_lr_ratio": None,
+    "dataset.caption_prefix": None,
+    "dataset.caption_suffix": None,
+    "dataset.caption_separator": ",",
+    "dataset.keep_tokens_separator": None,
+    "dataset.secondary_separator": None,
+    "dataset.enable_wildcard": False,
+    "dataset.token_warmup_min": 1,
+    "dataset.token_warmup_step": 0,
+    "dataset.alpha_mask": False,
+    "dataset.reg_data_dir": None,
+    "dataset.conditioning_data_dir": None,
+    "dataset.prior_loss_weight": 1.0,
     "metrics.validation.num_swaps": 3,  # these add a score, and change none
     "metrics.validation.swap_from": 0.5,
 }

@@ -12,6 +12,7 @@ SETTING_OF = {
     # kohya's scripts (train_network.py), most of which kohya_ss's saved TOML and JSON share
     "pretrained_model_name_or_path": "model.path",
     "train_data_dir": "dataset.image_dir",
+    "dataset_config": "dataset.image_dir",
     "output_dir": "output_root",
     "output_name": "name",
     "network_module": "adapter",

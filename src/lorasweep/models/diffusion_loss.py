@@ -17,15 +17,18 @@ def squared_errors(
     noise: Tensor,
     timesteps: Tensor,
     conditioning: Conditioning,
+    masks: Tensor | None = None,
 ) -> Tensor:
     """Losses (N,) in fp32 of the base's predictions for noised latents.
 
     Noise prediction as in DDPM (arXiv 2006.11239) or v-prediction (arXiv 2202.00512), averaged over
     channels and pixels, not weighted. Latents and noise are (N, C, h, w), timesteps (N,), rows of
-    conditioning N; call it within `base.autocast()`.
+    conditioning N; call it within `base.autocast()`. Masks (N, 1, h, w) weigh the errors before the
+    mean, as with kohya: a masked image has a smaller loss.
     """
     schedule = base.noise_schedule
     noisy_latents = schedule.add_noise(latents, noise, timesteps)
     prediction = base.predict(noisy_latents, timesteps, conditioning).float()
     target = schedule.training_target(latents, noise, timesteps)
-    return (prediction - target).square().mean(dim=(1, 2, 3))
+    errors = (prediction - target).square()
+    return (errors if masks is None else errors * masks).mean(dim=(1, 2, 3))

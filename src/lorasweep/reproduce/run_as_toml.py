@@ -62,6 +62,7 @@ class _Image:
     path: Path
     repeats: int
     settings: SubsetSettings
+    is_reg: bool = False
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from lorasweep.core.progress import Screen, Show
 from lorasweep.core.settings import SettingsError
 from lorasweep.core.text import size_of
 from lorasweep.data import kohya_folders
+from lorasweep.data.subsets import subsets
 from lorasweep.judging.judge import Judge
 from lorasweep.judging.metrics.metric import Scores, Terms
 from lorasweep.lora_files.checkpoint import Checkpoint, checkpoint_path
@@ -248,10 +249,10 @@ class Session:
             if not first.tracking.is_remote:  # a store that can't be written ends it here
                 self._tracker.ready(first.output_dir, first.sweep)
             images = encoded_images(self._base, first, self._folder)
-            warn_of_cut_captions(self._base, [*images.train, *images.holdout])
+            warn_of_cut_captions(self._base, [*images.trained, *images.holdout])
             for line in plan(first, images):
                 log.info(line)
-            self._data = TrainingData(images.train, first.dataset)
+            self._data = TrainingData(images.trained, first.dataset)
             self._judge = Judge(
                 self._base,
                 images,
@@ -421,7 +422,9 @@ class Session:
         made_with = provenance.record(run.output_dir, run.model, run.cache_dir, self.device)
         made_with.append(run.output_dir / "captions.json")
         if run.dataset.log_images:
-            made_with.append(kohya_folders.pack_originals(self._folder, run.dataset.image_dir))
+            folders = {one.name: one.image_dir for one in subsets(run.dataset)}
+            image_dir = run.dataset.image_dir
+            made_with.append(kohya_folders.pack_originals(self._folder, image_dir, folders))
         for file in made_with:
             member.log.log_file(file)
 

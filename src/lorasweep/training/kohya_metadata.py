@@ -41,7 +41,6 @@ _OFF: Mapping[str, object] = {
     "ss_multires_noise_iterations": None,
     "ss_noise_offset_random_strength": False,
     "ss_num_validation_images": 0,  # of kohya's own kind; our hold-out set is not in the folders
-    "ss_prior_loss_weight": 1.0,
     "ss_random_crop": False,
     "ss_resize_interpolation": None,
     "ss_sd_scripts_commit_hash": "(unknown)",
@@ -129,9 +128,12 @@ def _data(training_data: TrainingData) -> dict[str, object]:
     items, data = training_data.items, training_data.settings
     width, height = data.size
     read = [item.settings for item in items]  # sentences keep their order
+    trained = [item for item in items if not item.is_reg]
+    of_reg = _dataset_dirs([item for item in items if item.is_reg])
     return {
-        "ss_num_train_images": sum(item.repeats for item in items),
-        "ss_num_reg_images": 0,
+        "ss_num_train_images": sum(item.repeats for item in trained),
+        "ss_num_reg_images": sum(one["n_repeats"] * one["img_count"] for one in of_reg.values()),
+        "ss_prior_loss_weight": data.prior_loss_weight,
         "ss_resolution": f"({width}, {height})",
         "ss_enable_bucket": data.enable_bucket,
         "ss_bucket_no_upscale": data.bucket_no_upscale,
@@ -139,14 +141,14 @@ def _data(training_data: TrainingData) -> dict[str, object]:
         "ss_max_bucket_reso": data.max_bucket_reso if data.enable_bucket else None,
         "ss_bucket_info": _bucket_info(items) if data.enable_bucket else "null",
         "ss_cache_latents": True,
-        "ss_flip_aug": data.flip_aug,
+        "ss_flip_aug": any(one.flip_aug for one in read),
         "ss_shuffle_caption": any(one.shuffle_caption for one in read),
         "ss_keep_tokens": data.keep_tokens,
         "ss_caption_dropout_rate": data.caption_dropout_rate,
         "ss_caption_dropout_every_n_epochs": data.caption_dropout_every_n_epochs,
         "ss_caption_tag_dropout_rate": max(one.caption_tag_dropout_rate for one in read),
-        "ss_dataset_dirs": json.dumps(_dataset_dirs(items)),
-        "ss_reg_dataset_dirs": "{}",
+        "ss_dataset_dirs": json.dumps(_dataset_dirs(trained)),
+        "ss_reg_dataset_dirs": json.dumps(of_reg),
         "ss_tag_frequency": json.dumps(_tag_frequency(items)),
     }
 
@@ -160,7 +162,7 @@ def _by_folder(items: Sequence[Item]) -> Mapping[str, list[Item]]:
 
 def _dataset_dirs(items: Sequence[Item]) -> dict[str, dict[str, int]]:
     return {
-        folder: {"n_repeats": members[0].repeats, "img_count": len(members)}
+        folder: {"n_repeats": int(folder.partition("_")[0]), "img_count": len(members)}
         for folder, members in _by_folder(items).items()
     }
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from lorasweep.adapters.kohya_names import TEXT_ENCODERS
 from lorasweep.adapters.pack import Pack
 from lorasweep.core import rng
-from lorasweep.data.latents import Item
+from lorasweep.data.latents import Item, masks_of
 from lorasweep.models.base_model import BaseModel
 from lorasweep.models.conditioning import Conditioning, SizeAndCrop
 from lorasweep.models.diffusion_loss import squared_errors
@@ -30,7 +30,7 @@ class PackLoss:
     def __init__(self, base: BaseModel, data: TrainingData) -> None:
         self.base, self.data = base, data
         self._encoded: dict[str, Conditioning] = {}
-        self._every_caption = {item.caption for item in data.items}
+        self._every_caption = {item.prompt for item in data.items}
         self._captions_vary = any(item.settings.captions_vary for item in data.items)
 
     def backward(
@@ -43,17 +43,21 @@ class PackLoss:
         """Add each run's gradients of its batch, over the micro steps of its step; its loss."""
         import torch
 
-        latents = torch.cat([self._latents(s, b) for s, b in zip(states, batches, strict=True)])
+        images = [one for pair in zip(states, batches, strict=True) for one in self._images(*pair)]
+        latents = torch.stack([item.latents_of(mirrored=flip) for item, flip in images])
         draws = [self._draw(state, len(batches[0]), latents.shape[1:]) for state in states]
         noise = torch.cat([noise for noise, _ in draws]).to(latents.device)
         timesteps = torch.cat([timesteps for _, timesteps in draws]).to(latents.device)
         captions = self._captions(states, batches)
-        sizes = [s for one in zip(states, batches, strict=True) for s in self._sizes(*one)]
+        sizes = [item.size_and_crop(flipped=flip) for item, flip in images]
+        masks = masks_of(*zip(*images, strict=True))
         with pack.attached(dropout_steps=[state.num_micro_steps for state in states]):
             with self.base.autocast():
                 conditioning = self._encode(pack, captions, sizes)
-                per_sample = squared_errors(self.base, latents, noise, timesteps, conditioning)
-            losses = self._weighted(per_sample, timesteps, states)
+                per_sample = squared_errors(
+                    self.base, latents, noise, timesteps, conditioning, masks
+                )
+            losses = self._weighted(per_sample, timesteps, states, batches)
             shares = losses / num_micro_steps
             total = torch.stack(
                 [state.scaler.scale(share) for state, share in zip(states, shares, strict=True)]
@@ -64,25 +68,11 @@ class PackLoss:
         values: list[float] = losses.tolist()
         return values
 
-    def _latents(self, state: TrainingState, batch: Batch) -> Tensor:
-        import torch
-
-        return torch.stack(
-            [
-                item.flipped if flip and item.flipped is not None else item.latents
-                for item, flip in self._flips(state, batch)
-            ]
-        )
-
-    def _sizes(self, state: TrainingState, batch: Batch) -> list[SizeAndCrop]:
-        return [
-            item.size_and_crop(flipped=flip and item.flipped is not None)
-            for item, flip in self._flips(state, batch)
-        ]
-
-    def _flips(self, state: TrainingState, batch: Batch) -> list[tuple[Item, bool]]:
+    def _images(self, state: TrainingState, batch: Batch) -> list[tuple[Item, bool]]:
+        """A run's images of a micro step, and whether they are mirrored."""
         draw = rng.python_random(state.run.seed, "flip", state.num_micro_steps)
-        return [(self.data.items[index], draw.random() < 0.5) for index in batch]
+        items = [(self.data.items[index], draw.random() < 0.5) for index in batch]
+        return [(item, flip and item.flipped is not None) for item, flip in items]
 
     def _draw(self, state: TrainingState, rows: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Noise (rows, C, h, w) and timesteps (rows,) of this run's micro step, on the CPU."""
@@ -105,6 +95,8 @@ class PackLoss:
                 seed=state.run.seed,
                 epoch=state.num_epochs + 1,
                 place=(state.num_micro_steps, row),
+                step=state.num_steps,
+                max_train_steps=state.max_train_steps,
             )
             for state, batch in zip(states, batches, strict=True)
             for row, index in enumerate(batch)
@@ -134,13 +126,23 @@ class PackLoss:
             return Conditioning.joined([self._encoded[caption] for caption in captions])
 
     def _weighted(
-        self, per_sample: Tensor, timesteps: Tensor, states: Sequence[TrainingState]
+        self,
+        per_sample: Tensor,
+        timesteps: Tensor,
+        states: Sequence[TrainingState],
+        batches: Sequence[Batch],
     ) -> Tensor:
         """Losses (K,) of per-sample losses (K * rows,)."""
         import torch
 
         num_runs = len(states)
         losses, times = per_sample.view(num_runs, -1), timesteps.view(num_runs, -1)
+        weight = self.data.settings.prior_loss_weight
+        if weight != 1:
+            is_reg = [[self.data.items[index].is_reg for index in batch] for batch in batches]
+            losses = torch.where(
+                torch.tensor(is_reg, device=losses.device), losses * weight, losses
+            )
         if any(state.run.min_snr_gamma is not None for state in states):
             weights = [
                 torch.ones_like(losses[index])

@@ -17,6 +17,7 @@ from typing import Protocol
 from lorasweep.adapters.kohya_names import adapted_parts
 from lorasweep.core.settings import SettingsError
 from lorasweep.data.dataset import Dataset
+from lorasweep.data.kohya_folders import MASKS
 from lorasweep.data.subset_settings import SubsetSettings
 from lorasweep.models.base_model import BaseModel
 from lorasweep.models.model_settings import ModelSettings
@@ -98,6 +99,9 @@ class ToldImage(Protocol):
     @property
     def settings(self) -> SubsetSettings: ...
 
+    @property
+    def is_reg(self) -> bool: ...
+
 
 class ToldData(Protocol):
     """What sd-scripts is told of a data set."""
@@ -124,6 +128,8 @@ def check(
             f"dataset.bucket_reso_steps={dataset.bucket_reso_steps}",
             f"it takes multiples of {_BUCKET_STEP}",
         )
+    if dataset.conditioning_data_dir is not None and dataset.reg_data_dir is not None:
+        raise _cannot("dataset.conditioning_data_dir with dataset.reg_data_dir", "leave out one")
     _network(run)
     _optimizer(run.optimizer)
 
@@ -214,7 +220,7 @@ def kohya_settings(
 
 
 def dataset_config(data: ToldData) -> str | None:
-    """sd-scripts' dataset config where its folders are not all read alike; None where they are.
+    """sd-scripts' dataset config where it needs one: its folders are not all read alike, or masked.
 
     Captions that are sentences are not shuffled.
     """
@@ -224,16 +230,21 @@ def dataset_config(data: ToldData) -> str | None:
         folder: {key: value for key, value in item.settings.own().items() if value != shared[key]}
         for folder, item in folders.items()
     }
-    if not any(own.values()):
+    masks = data.items[0].path.parents[2] / MASKS / "train"
+    is_alike = not any(own.values()) and not any(item.is_reg for item in data.items)
+    if is_alike and not masks.is_dir():
         return None
     lines = ["# Written by lorasweep: not all folders are read alike.", "[[datasets]]"]
     for folder, item in folders.items():
         subset: dict[str, Value] = {
             "image_dir": str(folder),
-            "num_repeats": item.repeats,
-            "class_tokens": folder.name.partition("_")[2],
+            "num_repeats": int(folder.name.partition("_")[0]),
             **own[folder],
         }
+        if masks.is_dir():
+            subset["conditioning_data_dir"] = str(masks)
+        else:
+            subset |= {"class_tokens": folder.name.partition("_")[2], "is_reg": item.is_reg}
         lines += ["", "[[datasets.subsets]]"]
         lines += [f"{key} = {_toml(value)}" for key, value in subset.items()]
     return "\n".join(lines) + "\n"
@@ -377,6 +388,7 @@ def _data(data: ToldData, start: Start) -> Section:
         "train_data_dir": str(data.items[0].path.parent.parent),
         "dataset_config": str(start.output_dir / DATASET) if dataset_config(data) else None,
         "caption_extension": data.settings.caption_extension,
+        "masked_loss": (data.items[0].path.parents[2] / MASKS / "train").is_dir(),
         "cache_latents": True,
     }
 
