@@ -149,7 +149,8 @@ def test_a_run_on_kohyas_folders_trains_is_scored_and_keeps_its_images(root, mak
 def test_the_loss_of_a_regularisation_image_counts_its_weight(make_run, base):
     """kohya: loss.mean(dim=(1, 2, 3)) * loss_weights, then the mean of the batch."""
     run = make_run("dataset.prior_loss_weight=0.25", "trainer.min_snr_gamma=null")
-    items = [SimpleNamespace(is_reg=is_reg, settings=run.dataset) for is_reg in (False, True, True)]
+    told = {"settings": run.dataset, "prompt": "a dog"}
+    items = [SimpleNamespace(is_reg=is_reg, **told) for is_reg in (False, True, True)]
     loss = PackLoss(base, TrainingData(items, run.dataset))
     per_sample = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
     states = [SimpleNamespace(run=run)] * 2
