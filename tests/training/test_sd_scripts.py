@@ -424,7 +424,8 @@ def told(make_run, base, tmp_path):
         run = make_run(f"trainer.path={script}", *overrides)
         where = {"output_dir": tmp_path / "out", "logging_dir": tmp_path / "logs"}
         begun = Start(**where, num_steps=8, save_state=True)
-        image = Item(tmp_path / "train" / "1_wd" / "a.png", "wd", "a cat", 1, (64, 64), None, None)
+        path = tmp_path / "train" / "1_wd" / "a.png"
+        image = Item(path, "wd", "a cat", 1, (64, 64), None, None, run.dataset)
         data, of_run = TrainingData([image], run.dataset), replace(of_base, settings=run.model)
         text = text_of(kohya_settings(run.trainer, run, of_run, data, begun), "a test").decode()
         flat = {}
@@ -517,10 +518,11 @@ def test_captions_that_are_sentences_keep_their_order(make_run, base, tmp_path):
     run = make_run(f"trainer.path={make_script(tmp_path)}", "dataset.shuffle_caption=true")
     data = load(run, base)
     assert dataset_config(data) is None
-    items = [replace(item, tags=item.arm != "kosmos") for item in data.items]
+    whole = run.dataset.of_sentences()
+    items = [replace(item, settings=whole) if item.arm == "kosmos" else item for item in data.items]
     subsets = tomllib.loads(dataset_config(replace(data, items=items)))["datasets"][0]["subsets"]
-    shuffled = {Path(one["image_dir"]).name: one["shuffle_caption"] for one in subsets}
-    assert shuffled == {"1_empty": True, "1_wd": True, "1_kosmos": False}
+    shuffled = {Path(one["image_dir"]).name: one.get("shuffle_caption") for one in subsets}
+    assert shuffled == {"1_empty": None, "1_wd": None, "1_kosmos": False}  # None: as all are
 
 
 RANKS = "{down:[2,2,2,2,2,2,2,2,2,2,2,2],mid:2,up:[2,2,2,2,2,2,2,2,2,2,2,2]}"
@@ -551,7 +553,7 @@ def test_settings_of_the_native_trainer_alone_are_refused_by_name(make_run, tmp_
 
 def test_a_base_that_it_would_compute_otherwise_is_refused(base, tmp_path):
     check_base(base, tmp_path)
-    schedule = NoiseSchedule({**base.scheduler_config, "beta_end": 0.02})
+    schedule = NoiseSchedule({**base.noise_schedule.config, "beta_end": 0.02})
     with pytest.raises(SettingsError, match=r"noise schedule of beta_end 0\.02"):
         check_base(replace(base, noise_schedule=schedule), tmp_path)
 
@@ -571,7 +573,7 @@ def test_a_base_whose_unet_is_not_of_its_fixed_shape_is_refused_by_name(base, tm
 
 def test_a_model_of_v_prediction_is_told_as_that(told, base):
     changed = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
-    schedule = NoiseSchedule({**base.scheduler_config, **changed})
+    schedule = NoiseSchedule({**base.noise_schedule.config, **changed})
     settings = told(of_base=replace(base, noise_schedule=schedule))
     assert settings["v_parameterization"] and settings["zero_terminal_snr"]
 
