@@ -85,8 +85,10 @@ def _record(given: argparse.Namespace) -> None:
             places = [f"output_root={work}", f"cache_dir={work}/cache"]
             folder = work / case / trainer
             of_case[trainer] = _train([*overrides, *COMMON, *chosen, *places], folder)
+            given.record.write_text(json.dumps(kept, separators=(",", ":")))
             print(case, trainer, flush=True)
-        of_case.setdefault("files", _compare_files(work / case))
+        if "files" not in of_case:
+            of_case["files"] = _compare_files(work / case)
         given.record.write_text(json.dumps(kept, separators=(",", ":")))
 
 

@@ -31,6 +31,8 @@ from lorasweep.models.noise_schedule import NoiseSchedule
 from lorasweep.runs import session
 from lorasweep.runs.session import run_pack
 from lorasweep.training import saved_states, sd_scripts_guard
+from lorasweep.training.native_trainer import NativeTraining
+from lorasweep.training.pack_loss import PackLoss
 from lorasweep.training.sd_scripts_config import (
     Start,
     check_base,
@@ -614,19 +616,63 @@ def test_an_empty_caption_file_which_it_refuses_is_named(stood_in, make_run, bas
 
 
 @pytest.mark.skipif(REAL is None, reason="LORASWEEP_SD_SCRIPTS names no checkout")
-@pytest.mark.parametrize("adapter", [name for name in options("adapter") if name != "lora"])
-def test_the_real_one_trains_every_adapter_under_our_keys(adapter, make_run, base, model, tmp_path):
-    narrow_sd15.write_checkout(tmp_path / "real", Path(REAL), model)
+@pytest.mark.parametrize("adapter", options("adapter"))
+def test_the_real_one_and_ours_take_the_same_steps_from_the_same_numbers(
+    adapter, make_run, base, model, tmp_path, monkeypatch
+):
+    """Under the same keys too; ours is given the weights, noise, … that the real one drew."""
+    import torch
+
+    narrow_sd15.write_checkout(tmp_path / "real", Path(REAL), model, tmp_path / "numbers")
     python = os.environ.get("LORASWEEP_SD_SCRIPTS_PYTHON", sys.executable)
     places = f"trainer.path={tmp_path / 'real'}", f"trainer.python={python}"
     drawn = ["trainer.sample_every_n_epochs=1", "trainer.sample_prompts=[a fox --s 2]"]
     own = [f"adapter={adapter}", "adapter.rank=2", "trainer.max_train_epochs=1"]
+    own += ["lr_scheduler=cosine", "seed=3"]
     run = make_run(*places, *own, *drawn)
-    _, (one,), failures = train(base, load(run, base), run)
+    data = load(run, base)
+    told, (one,), failures = train(base, data, run)
     assert not failures
-    tensors = lora_file.read(one.path)[0]
-    ours = Pack.new(base.parts, [(run.adapter, 0, run.optimizer.trained_parts)]).file_tensors(0)
-    shapes = {name: tuple(tensor.shape) for name, tensor in ours.items()}
-    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == shapes
     (picture,) = (path for path in files_of(run.output_dir) if path.suffix == ".png")
     assert picture.name.startswith("demo_")
+    numbers = torch.load(tmp_path / "numbers")
+    repeat(numbers, monkeypatch)
+    ours = make_run.func(*make_run.args[1:], *own, "trainer=native", number=1)
+    steps = Told()
+    (epoch,) = NativeTraining(ours.trainer, base, [ours], data, on_step=steps.note)
+    for values, theirs in zip(steps[ours.name].values(), told[run.name].values(), strict=True):
+        assert values["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-5)
+        assert values["train/lr_unet"] == pytest.approx(theirs["train/lr_unet"])
+    weights, expected = lora_file.read(epoch.checkpoints[0].path)[0], lora_file.read(one.path)[0]
+    shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    assert {name: tuple(tensor.shape) for name, tensor in weights.items()} == shapes
+    changes = {name: expected[name] - numbers["initial"][name] for name in expected}
+    off = sum((weights[name] - expected[name]).square().sum() for name in expected)
+    assert off < 1e-4 * sum(change.square().sum() for change in changes.values())
+
+
+def repeat(numbers, monkeypatch):
+    """Let the native trainer begin with these weights, and take what was drawn at each step."""
+
+    def with_weights(parts, runs, *bare, new=Pack.new):
+        pack = new(parts, runs, *bare)
+        members = [pack.member(index) for index in range(len(runs))]
+        return Pack(pack.known, [replace(one, tensors=initial(one)) for one in members])
+
+    def initial(member):
+        return {
+            key: {name: numbers["initial"][f"{key}.{name}"].clone() for name in tensors}
+            for key, tensors in member.tensors.items()
+        }
+
+    def step(state):
+        return numbers["steps"][state.num_micro_steps]
+
+    def draw(_loss, state, *_shape):
+        return step(state)["noise"], step(state)["timesteps"]
+
+    monkeypatch.setattr(Pack, "new", with_weights)
+    monkeypatch.setattr(PackLoss, "_latents", lambda _loss, state, _batch: step(state)["latents"])
+    monkeypatch.setattr(PackLoss, "_draw", draw)
+    captions = lambda _loss, states, _batches: step(states[0])["captions"]  # noqa: E731
+    monkeypatch.setattr(PackLoss, "_captions", captions)
