@@ -16,6 +16,7 @@ from PIL import Image
 from conftest import FEW
 from lorasweep.core.settings import SettingsError
 from lorasweep.data.dataset import select
+from lorasweep.data.subsets import subsets
 from lorasweep.lora_files import checkpoint
 from lorasweep.runs.prepare import encoded_images, write_folders
 from lorasweep.training.pack_loss import PackLoss
@@ -190,6 +191,17 @@ def test_a_dataset_config_that_cannot_be_followed_is_one_line(case, root, make_r
     with pytest.raises(SettingsError, match=re.escape(message)) as error:
         select(make_run(*KOHYA, f"dataset.image_dir={root / 'dataset.toml'}").dataset)
     assert "\n" not in str(error.value)
+
+
+def test_a_dataset_config_may_be_json(root, make_run):
+    (root / "dataset.toml").with_suffix(".json").write_text(
+        json.dumps(tomllib.loads((root / "dataset.toml").read_text()))
+    )
+    found = [
+        subsets(make_run(*KOHYA, f"dataset.image_dir={root}/dataset.{kind}").dataset)
+        for kind in ("toml", "json")
+    ]
+    assert found[0] == found[1] and len(found[0]) == 3
 
 
 def test_what_has_no_effect_is_refused_or_said(root, make_run, caplog):

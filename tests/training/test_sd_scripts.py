@@ -18,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 import narrow_sd15
 import sd_scripts_stand_in as stand_in
@@ -29,6 +30,7 @@ from lorasweep.data.latents import Item
 from lorasweep.lora_files import checkpoint as lora_file
 from lorasweep.models.noise_schedule import NoiseSchedule
 from lorasweep.runs import session
+from lorasweep.runs.prepare import encoded_images, write_folders
 from lorasweep.runs.session import run_pack
 from lorasweep.training import saved_states, sd_scripts_guard
 from lorasweep.training.native_trainer import NativeTraining
@@ -41,6 +43,7 @@ from lorasweep.training.sd_scripts_config import (
     text_of,
 )
 from lorasweep.training.sd_scripts_trainer import SdScriptsTraining, files_of
+from lorasweep.training.training_batches import steps_per_epoch
 from lorasweep.training.training_run import Stopped, TrainingData
 from small_training import load
 
@@ -671,8 +674,43 @@ def repeat(numbers, monkeypatch):
     def draw(_loss, state, *_shape):
         return step(state)["noise"], step(state)["timesteps"]
 
+    def images(loss, state, batch):
+        rows = zip(batch, step(state)["latents"], strict=True)
+        return [(replace(loss.data.items[index], latents=row), False) for index, row in rows]
+
     monkeypatch.setattr(Pack, "new", with_weights)
-    monkeypatch.setattr(PackLoss, "_latents", lambda _loss, state, _batch: step(state)["latents"])
+    monkeypatch.setattr(PackLoss, "_images", images)
     monkeypatch.setattr(PackLoss, "_draw", draw)
     captions = lambda _loss, states, _batches: step(states[0])["captions"]  # noqa: E731
     monkeypatch.setattr(PackLoss, "_captions", captions)
+
+
+@pytest.mark.skipif(REAL is None, reason="LORASWEEP_SD_SCRIPTS names no checkout")
+@pytest.mark.parametrize("kind", ["regularisation", "masks", "alpha"])
+def test_the_real_one_reads_our_folders_as_we_do(kind, make_run, base, model, tmp_path):
+    """Else it makes other steps than ours in an epoch, or stops at its dataset config."""
+    narrow_sd15.write_checkout(tmp_path / "real", Path(REAL), model)
+    python = os.environ.get("LORASWEEP_SD_SCRIPTS_PYTHON", sys.executable)
+    names = [f"{folder}/{n}.png" for folder in ("img/2_sks cat", "img/1_dog") for n in range(3)]
+    names += [f"reg/1_cat/{n}.png" for n in range(4)]
+    for number, name in enumerate(names):
+        for path in (tmp_path / name, tmp_path / "masks" / name.partition("/")[2]):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            mode = "RGBA" if kind == "alpha" else "RGB"
+            Image.new(mode, (64, 64), (20 * number, 90, 40)).save(path)
+    own = {
+        "regularisation": [f"dataset.reg_data_dir={tmp_path / 'reg'}", "dataset.keep_tokens=1"],
+        "masks": [f"dataset.conditioning_data_dir={tmp_path / 'masks'}"],
+        "alpha": ["dataset.alpha_mask=true", "dataset.caption_prefix=photo"],
+    }
+    run = make_run(
+        *(f"trainer.path={tmp_path / 'real'}", f"trainer.python={python}"),
+        *("dataset=kohya", f"dataset.image_dir={tmp_path / 'img'}", "dataset.num_images=all"),
+        *("dataset.num_holdout=1", "dataset.min_size=8", "dataset.shuffle_caption=true"),
+        *("trainer.max_train_epochs=1", *own[kind]),
+    )
+    data = TrainingData(encoded_images(base, run, write_folders(run)).trained, run.dataset)
+    told, checkpoints, failures = train(base, data, run)
+    assert not failures
+    assert len(checkpoints) == 1
+    assert len(told[run.name]) == steps_per_epoch(data.items, run.trainer.batch_size)

@@ -60,6 +60,14 @@ SETTING_OF = {
 """A word -> the setting that means it, or the two that do. Words that end like ours (unet_lr,
 resolution, gradient_checkpointing) need no row: any key is found by its last part."""
 
+_CACHED = "an image's latents are computed once, so that it can't change from step to step"
+WHY_NOT = {
+    "color_aug": _CACHED,
+    "random_crop": _CACHED,
+    "face_crop_aug_range": _CACHED,
+}
+"""A word that no setting here can mean -> why."""
+
 EXPORT_OF = {
     "a1111": "kohya",
     "automatic1111": "kohya",

@@ -20,7 +20,7 @@ from lorasweep.core.settings import SettingsError
 from lorasweep.core.text import listed, shown
 from lorasweep.data import image_files
 from lorasweep.data.subset_settings import SubsetSettings
-from lorasweep.data.subsets import CONFIGS, Subset, subsets
+from lorasweep.data.subsets import CONFIGS, Subset, entries, subsets
 
 logger = logging.getLogger(__name__)
 
@@ -304,8 +304,8 @@ def _named_files(settings: Dataset) -> dict[str, Path]:
 
 def images_in(subset: Subset) -> list[Path]:
     """The image files in a kohya folder, but not in folders below it, sorted by name; as `find`."""
-    visible = (path for path in subset.image_dir.iterdir() if not path.name.startswith("."))
-    return sorted(_pictures(visible, subset.root), key=lambda path: path.name)
+    visible = (path for path in entries(subset.image_dir) if not path.name.startswith("."))
+    return _pictures(visible, subset.root)
 
 
 def _files_of(folders: Sequence[Subset]) -> dict[str, Path]:

@@ -11,7 +11,7 @@ from lorasweep.core.settings import SettingsError
 from lorasweep.core.text import shown
 from lorasweep.data import image_files
 from lorasweep.data.dataset import Dataset, ImageFile, ImageSet
-from lorasweep.data.subsets import subsets
+from lorasweep.data.subsets import entries, subsets
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -85,5 +85,5 @@ def _image_files(folder: Path) -> list[Path]:
     """Sorted so that of one stem the first name stays."""
     if not folder.is_dir():
         return []
-    found = sorted(folder.iterdir(), reverse=True)
+    found = reversed(entries(folder))
     return [one for one in found if one.suffix.lower() in image_files.SUFFIXES and one.is_file()]

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from lorasweep.core.foreign_files import ForeignFileError, read_json, read_toml
 from lorasweep.core.settings import SettingsError, build_class, unknown_key
 from lorasweep.core.text import listed, shown
+from lorasweep.core.trainer_words import WHY_NOT
 from lorasweep.data.subset_settings import SUBSET_KEYS, SubsetSettings
 
 logger = logging.getLogger("lorasweep.data.dataset")  # whose lines are said once a command
@@ -43,11 +44,10 @@ _FOLDER_KEYS = (
 _OF_ONE_FOLDER = ("image_dir", "is_reg", "alpha_mask", "conditioning_data_dir")
 """What sd-scripts takes of a subset's own table alone."""
 _WITHOUT_EFFECT = ("cache_info", "validation_seed", "debug_dataset")
-_CACHED = "an image's latents are computed once, so it can't change from step to step"
 _ONLY_OFF: Mapping[str, tuple[object, str]] = {
-    "color_aug": (False, _CACHED),
-    "random_crop": (False, _CACHED),
-    "face_crop_aug_range": (None, _CACHED),
+    "color_aug": (False, WHY_NOT["color_aug"]),
+    "random_crop": (False, WHY_NOT["random_crop"]),
+    "face_crop_aug_range": (None, WHY_NOT["face_crop_aug_range"]),
     "resize_interpolation": (None, "images are scaled in one way"),
     "custom_attributes": ({}, "nothing here reads them"),
     "network_multiplier": (1.0, "a LoRA is trained at its full strength"),
@@ -127,6 +127,16 @@ def subsets(dataset: NamesFolders) -> list[Subset]:
     return list(_named(found))
 
 
+def entries(folder: Path) -> list[Path]:
+    """What is in a folder, sorted by name. Raises SettingsError for one that can't be listed."""
+    try:
+        return sorted(folder.iterdir(), key=lambda path: path.name)
+    except OSError as error:
+        raise SettingsError(
+            f"cannot list {shown(str(folder), 300)}: {error.strerror}; make it readable"
+        ) from None
+
+
 def dataset_level(dataset: NamesFolders) -> dict[str, Any]:
     """What a dataset config says of the data set as a whole, by our settings."""
     path = dataset.image_dir.expanduser()
@@ -144,7 +154,7 @@ def _of_folders(root: Path, dataset: NamesFolders, key: str) -> Iterator[Subset]
         problem = "is not a folder" if root.exists() else "there is no such folder"
         raise SettingsError(f"{where}: {problem}; give the folder that holds folders like 10_name")
     ignored, links_out, number = [], [], 0
-    for folder in sorted(root.iterdir()):
+    for folder in entries(root):
         if not folder.is_dir() or folder.name.startswith("."):
             continue
         first, _, tokens = folder.name.partition("_")
