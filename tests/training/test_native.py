@@ -18,7 +18,7 @@ from lorasweep.training.pack_loss import PackLoss
 from lorasweep.training.training_batches import epoch_batches
 from lorasweep.training.training_captions import caption_of, warn_of_cut_captions
 from lorasweep.training.training_run import TrainerError, TrainingData
-from small_training import Losses, load, relative_difference, tensors, train
+from small_training import Losses, half_of, load, relative_difference, tensors, train
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def data(make_run, base):
 @pytest.fixture
 def half(data):
     """Half of the images: two steps an epoch."""
-    return replace(data, items=data.items[:6])
+    return half_of(data)
 
 
 MIXED = [
