@@ -8,8 +8,9 @@ import pytest
 
 from command_line import done_here
 from lorasweep.config.build_run import build_run
-from lorasweep.config.compose import compose
+from lorasweep.config.compose import compose, flat, plain_values
 from lorasweep.core.settings import SettingsError
+from lorasweep.core.trainer_words import meant
 from lorasweep.reproduce.experiment_file import write_experiment
 from lorasweep.reproduce.preset_file import read_preset
 from lorasweep.reproduce.run_as_toml import write_toml
@@ -67,6 +68,12 @@ def test_every_option_of_sd_scripts_has_a_place():
     assert len(places) == len(set(places))
     assert OPTIONS.keys() <= set(places)
     assert set(places) - OPTIONS.keys() == {"num_reg_images", "timestep_range"}  # of metadata
+
+
+def test_whoever_types_an_option_of_sd_scripts_is_told_the_setting():
+    known = [*flat(plain_values(compose(PLACES))), "lr_scheduler.timescale"]
+    for name, option in sd_scripts_options.OPTIONS.items():
+        assert option.setting in (name, meant(name, known)), name
 
 
 def test_the_guides_preset_gives_the_run_that_kohya_ss_starts_by_it(tmp_path):
@@ -228,6 +235,7 @@ REFUSED = {
     "no preset": ({"a": 1}, "no preset of kohya_ss"),
     "data sets": ("[[datasets]]\nresolution = 512", "config of data sets"),
     "no TOML": ("network_dim = ", "is not TOML"),
+    "endless": ({"LoRA_type": "Standard", **dict.fromkeys(map(str, range(3000)))}, "keys"),
     "nested": ("a = " + "[" * 5000, "is not TOML"),
     "a rank": ("network_dim = 99999", "adapter.rank=99999"),
 }

@@ -203,7 +203,7 @@ def _why_idle(name: str) -> str | None:
 def _network(form: dict[str, Said], found: FoundSettings) -> dict[str, Said]:
     """The module and its arguments, of what the form holds for all of them."""
     kind = form.pop("LoRA_type")
-    if kind.value not in _NETWORKS:
+    if str(kind.value) not in _NETWORKS:
         known = ", ".join(_NETWORKS)
         raise SettingsError(f"{shown(kind.where)}: lorasweep has no such network; it has {known}")
     module, algo, names = _NETWORKS[str(kind.value)]
