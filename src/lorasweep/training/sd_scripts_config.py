@@ -8,6 +8,7 @@ What each word means was read from sd-scripts' code of February 2026.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from lorasweep.core.settings import SettingsError
 from lorasweep.data.dataset import Dataset
 from lorasweep.models.base_model import BaseModel
 from lorasweep.models.model_settings import ModelSettings
+from lorasweep.models.stable_diffusion import StableDiffusion
 from lorasweep.training.optimizers import Optimizer
 from lorasweep.training.sd_scripts_options import OPTIONS
 from lorasweep.training.training_run import SdScriptsTrainer, TrainingRun
@@ -48,6 +50,14 @@ _SCHEDULE = {
     "beta_schedule": "scaled_linear",
     "trained_betas": None,
 }
+_UNET: Mapping[str, object] = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "layers_per_block": 2,
+    "down_block_types": (*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
+}
+_WIDTHS = re.compile(r"^BLOCK_OUT_CHANNELS\b.*= *\(([\d, ]+\d)\)", re.MULTILINE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,10 +129,23 @@ def check(
     _optimizer(run.optimizer)
 
 
-def check_base(base: BaseModel) -> None:
-    """Raise SettingsError for a base model that sd-scripts would compute otherwise, unsaid."""
+def check_base(base: BaseModel, checkout: Path) -> None:
+    """Raise SettingsError for a base model that sd-scripts can't take or would compute otherwise.
+
+    Its UNet's shape is fixed in its code, that of SD1.x; the widths are asked of the checkout.
+    """
     where = f"model.path={base.settings.path}"
-    scale = base.vae.config.scaling_factor
+    if not isinstance(base, StableDiffusion):
+        raise _cannot(f"{where} is no Stable Diffusion 1.x", "give one that is")
+    unet = base.unet.config
+    shape = {**_UNET, "block_out_channels": _widths(checkout)}
+    for name, expected in shape.items():
+        if expected is not None and _shown(unet[name]) != _shown(expected):
+            raise _cannot(
+                f"{where} has a UNet of {name} {_shown(unet[name])}",
+                f"it takes those of {_shown(expected)} alone",
+            )
+    scale = base.latent_scale
     if abs(scale - VAE_SCALE) > 1e-6:
         raise _cannot(
             f"{where} has a VAE of scaling factor {scale:g}", f"it takes {VAE_SCALE} for any VAE"
@@ -132,6 +155,17 @@ def check_base(base: BaseModel) -> None:
         found = schedule.get(name)
         if found != expected:
             raise _cannot(f"{where} has a noise schedule of {name} {found}", f"it has {expected}")
+
+
+def _widths(checkout: Path) -> Sequence[int] | None:
+    """Of the UNet's blocks, as a checkout has them; None where it doesn't say."""
+    code = checkout.expanduser() / "library" / "original_unet.py"
+    found = _WIDTHS.search(code.read_text(errors="replace")) if code.is_file() else None
+    return [int(number) for number in found[1].split(",")] if found else None
+
+
+def _shown(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, Iterable) else str(value)
 
 
 def text_of(sections: Mapping[str, Section], comment: str) -> bytes:
@@ -155,8 +189,8 @@ def kohya_settings(
         "lr_scheduler": _lr_scheduler(run),
         "training": _training(trainer, start),
         "loss": {
-            "v_parameterization": base.prediction_type == "v_prediction",
-            "zero_terminal_snr": bool(base.scheduler_config.get("rescale_betas_zero_snr", False)),
+            "v_parameterization": base.noise_schedule.prediction_type == "v_prediction",
+            "zero_terminal_snr": base.noise_schedule.is_zero_terminal_snr,
         },
         "data": _data(data, start),
         "saving": {
@@ -185,23 +219,21 @@ def dataset_config(data: ToldData) -> str | None:
 
     Captions that are sentences are not shuffled.
     """
-    settings = data.settings
-    if not (settings.shuffle_caption or settings.caption_tag_dropout_rate):
-        return None
+    shared = data.settings.own()
     folders = {item.path.parent: item for item in data.items}
-    if all(item.tags for item in folders.values()):
+    own = {
+        folder: {key: value for key, value in item.settings.own().items() if value != shared[key]}
+        for folder, item in folders.items()
+    }
+    if not any(own.values()):
         return None
-    lines = [
-        "# Written by lorasweep: captions that are sentences keep their order.",
-        "[[datasets]]",
-    ]
+    lines = ["# Written by lorasweep: not all folders are read alike.", "[[datasets]]"]
     for folder, item in folders.items():
         subset: dict[str, Value] = {
             "image_dir": str(folder),
             "num_repeats": item.repeats,
             "class_tokens": folder.name.partition("_")[2],
-            "shuffle_caption": settings.shuffle_caption and item.tags,
-            "caption_tag_dropout_rate": settings.caption_tag_dropout_rate if item.tags else 0.0,
+            **own[folder],
         }
         lines += ["", "[[datasets.subsets]]"]
         lines += [f"{key} = {_toml(value)}" for key, value in subset.items()]
