@@ -391,8 +391,10 @@ def test_what_sd_scripts_can_not_be_told_is_said_by_name(make_run, tmp_path):
     assert "max_train_steps" not in options
     assert options["sample_every_n_epochs"] == 1
     assert run.sampling.prompts[0] in Path(options["sample_prompts"]).read_text()
-    said = " ".join(lines)
-    assert "captions.kosmos.tags=false" in said and "metrics.*" in said
+    subsets = tomllib.loads(Path(options["dataset_config"]).read_text())["datasets"][0]["subsets"]
+    shuffled = {Path(one["image_dir"]).name: one.get("shuffle_caption") for one in subsets}
+    assert shuffled["1_kosmos"] is False and shuffled["1_wd"] is None
+    assert "metrics.*" in " ".join(lines)
     with pytest.raises(SettingsError, match="is there already"):
         told(tmp_path)
     odd = make_run("adapter.init=orthogonal", number=1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -18,10 +17,11 @@ from lorasweep.core.foreign_files import parse_yaml
 from lorasweep.core.settings import SettingsError
 from lorasweep.core.text import shown
 from lorasweep.data.captions.caption_images import are_tags
-from lorasweep.data.captions.empty import Empty
 from lorasweep.data.dataset import Dataset
+from lorasweep.data.subset_settings import SubsetSettings
 from lorasweep.models.model_files import read_schedule
 from lorasweep.models.model_settings import ModelSettings
+from lorasweep.models.noise_schedule import NoiseSchedule
 from lorasweep.reproduce import logged_settings
 from lorasweep.reproduce.original_run import ReproduceError, find_original
 from lorasweep.tracking.history import Log
@@ -51,8 +51,7 @@ class _Base:
     """What sd-scripts is told of a base model, which isn't loaded for it."""
 
     settings: ModelSettings
-    prediction_type: str
-    scheduler_config: Mapping[str, Any]
+    noise_schedule: NoiseSchedule
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class _Image:
 
     path: Path
     repeats: int
-    tags: bool = True
+    settings: SubsetSettings
 
 
 @dataclass(frozen=True)
@@ -93,19 +92,16 @@ def write_toml(
         save_state=False,
     )
     schedule = read_schedule(run.model)
-    predicts = run.model.prediction_type or (schedule or {}).get("prediction_type", "epsilon")
-    base = _Base(run.model, predicts, schedule or {})
-    folders = Path(tags.get(FOLDERS_TAG, "FOLDER"))
-    arms = [
-        _Image(folders / "train" / f"{one.repeats}_{arm}" / "image", one.repeats)
-        for arm, one in run.captions.items()
-    ]
-    data = _Data(arms, run.dataset)
+    told = {"prediction_type": run.model.prediction_type} if run.model.prediction_type else {}
+    base = _Base(run.model, NoiseSchedule({**(schedule or {}), **told}))
+    data = _data(run, Path(tags.get(FOLDERS_TAG, "FOLDER"), "train"))
     sections = sd_scripts_config.kohya_settings(run.trainer, run, base, data, begun)
     if run.max_train_steps is None:
-        told: Section = {**sections["training"], "max_train_steps": None}
-        sections["training"] = {"max_train_epochs": run.max_train_epochs, **told}
+        steps: Section = {**sections["training"], "max_train_steps": None}
+        sections["training"] = {"max_train_epochs": run.max_train_epochs, **steps}
     _write(file, sd_scripts_config.text_of(sections, f"{run.name}, by lorasweep {__version__}"))
+    if (datasets := sd_scripts_config.dataset_config(data)) is not None:
+        _write(beside / sd_scripts_config.DATASET, datasets.encode())
     if run.trainer.sample_every_n_epochs:
         prompts = sd_scripts_config.sample_prompts(run.trainer, run.dataset.size)
         _write(beside / sd_scripts_config.PROMPTS, prompts.encode())
@@ -151,6 +147,20 @@ def _run(config: str, places: Sequence[str]) -> Run:
     return build_run(cfg, output_dir=Path(), checks=())
 
 
+def _data(run: Run, folder: Path) -> _Data:
+    """The folders of a run's captions, as its training wrote them."""
+    sentences = run.dataset.of_sentences()
+    images = [
+        _Image(
+            folder / f"{captioner.repeats}_{arm}" / "image",
+            captioner.repeats,
+            run.dataset if are_tags(captioner) else sentences,
+        )
+        for arm, captioner in run.captions.items()
+    ]
+    return _Data(images, run.dataset)
+
+
 def _unsaid(run: Run) -> Iterator[str]:
     """What the TOML says otherwise than the run's settings."""
     steps, epochs = run.max_train_steps, run.max_train_epochs
@@ -158,14 +168,6 @@ def _unsaid(run: Run) -> Iterator[str]:
         yield (
             f"trainer.max_train_epochs={epochs}: sd-scripts reads one limit, and is told"
             f" trainer.max_train_steps={steps}, which may come later"
-        )
-    shuffles = run.dataset.shuffle_caption or run.dataset.caption_tag_dropout_rate
-    told = {arm: one for arm, one in run.captions.items() if not isinstance(one, Empty)}
-    sentences = [arm for arm, one in told.items() if not are_tags(one)]
-    if shuffles and sentences:
-        yield (
-            f"captions.{sentences[0]}.tags=false: sd-scripts shuffles and drops parts of its"
-            " captions too; a dataset_config of its own can say otherwise"
         )
 
 

@@ -12,13 +12,15 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from lorasweep.adapters.kohya_names import adapted_parts
 from lorasweep.core.settings import SettingsError
 from lorasweep.data.dataset import Dataset
+from lorasweep.data.subset_settings import SubsetSettings
 from lorasweep.models.base_model import BaseModel
 from lorasweep.models.model_settings import ModelSettings
+from lorasweep.models.noise_schedule import NoiseSchedule
 from lorasweep.models.stable_diffusion import StableDiffusion
 from lorasweep.training.optimizers import Optimizer
 from lorasweep.training.sd_scripts_options import OPTIONS
@@ -81,10 +83,7 @@ class ToldBase(Protocol):
     def settings(self) -> ModelSettings: ...
 
     @property
-    def prediction_type(self) -> str: ...
-
-    @property
-    def scheduler_config(self) -> Mapping[str, Any]: ...
+    def noise_schedule(self) -> NoiseSchedule: ...
 
 
 class ToldImage(Protocol):
@@ -97,7 +96,7 @@ class ToldImage(Protocol):
     def repeats(self) -> int: ...
 
     @property
-    def tags(self) -> bool: ...
+    def settings(self) -> SubsetSettings: ...
 
 
 class ToldData(Protocol):
