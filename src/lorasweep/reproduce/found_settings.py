@@ -76,6 +76,11 @@ class FoundSettings:
         self.settings[setting], self.sources[setting] = value, where
         self._add(where, "taken as", f"{setting}={text_of(value)}")
 
+    def take_arm(self, arm: str, repeats: int, where: str) -> None:
+        """Take a folder of captions."""
+        self.arms[arm] = repeats
+        self._add(where, "taken as", f"captions.{arm}.repeats={repeats}")
+
     def read(self, setting: str, said: Said, read: Reader) -> None:
         """Take a setting from what is said, or list it as not understood."""
         try:
