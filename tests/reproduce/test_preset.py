@@ -5,13 +5,16 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 from command_line import done_here
 from lorasweep.config.build_run import build_run
 from lorasweep.config.compose import compose, flat, plain_values
+from lorasweep.config.conf_folder import conf_dir
 from lorasweep.core.settings import SettingsError
 from lorasweep.core.trainer_words import meant
 from lorasweep.reproduce.experiment_file import write_experiment
+from lorasweep.reproduce.kohya_settings import CLASS_DEFAULTS
 from lorasweep.reproduce.preset_file import read_preset
 from lorasweep.reproduce.run_as_toml import write_toml
 from lorasweep.tracking.records import NewRun, RunRecord, RunRecords
@@ -68,6 +71,13 @@ def test_every_option_of_sd_scripts_has_a_place():
     assert len(places) == len(set(places))
     assert OPTIONS.keys() <= set(places)
     assert set(places) - OPTIONS.keys() == {"num_reg_images", "timestep_range"}  # of metadata
+
+
+def test_what_an_optimiser_does_by_itself_is_known_of_every_argument_of_conf():
+    """A file that doesn't say weight_decay means the class's own, and not conf/'s."""
+    for file in (conf_dir() / "optimizer").glob("*.yaml"):
+        given = yaml.safe_load(file.read_text())["args"].keys() - {"fused"}  # the same result
+        assert given == CLASS_DEFAULTS[file.stem].keys(), file.stem
 
 
 def test_whoever_types_an_option_of_sd_scripts_is_told_the_setting():

@@ -38,7 +38,7 @@ _MAX_EPOCHS = 10_000  # of trainer.max_train_epochs
 _PARTS = ("unet", "text_encoder")
 _PIXELS = 8  # a side of one latent, in every Stable Diffusion
 
-_CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "adamw": {"weight_decay": 0.01},
     "adamw8bit": {"weight_decay": 0.01},
     "lion": {"weight_decay": 0.0},
@@ -130,7 +130,7 @@ def _optimizer(options: Options, found: FoundSettings) -> None:
         for said in args.values():
             found.leave(said.where, "its optimiser is left out")
         return
-    for name, default in _CLASS_DEFAULTS.get(option, {}).items():
+    for name, default in CLASS_DEFAULTS.get(option, {}).items():
         where = f"{name} of {kind.where}, which is not said"
         args.setdefault(name, Said(default, where, is_default=True))
     for name, said in args.items():
