@@ -216,7 +216,7 @@ def test_kohya_ss_sends_no_zeros_and_reads_percents(tmp_path):
         "additional_parameters": "--network_train_unet_only --min_snr_gamma=5",
         "wandb_api_key": "hunter2",
         "conv_dim": 8,
-        "lr_scheduler": "cosine",
+        "lr_scheduler": "constant",
     }
     found = found_of(tmp_path, preset)
     run = run_of(found, tmp_path / "c")
@@ -229,6 +229,7 @@ def test_kohya_ss_sends_no_zeros_and_reads_percents(tmp_path):
     assert told["conv_dim"].what == "Standard doesn't read it"
     assert "1.0 holds" in told["max_grad_norm"].what
     assert "hunter2" not in str(found.rows)
+    assert "lr_warmup=5: sd-scripts refuses it" in " ".join(found.notes)
 
 
 def test_the_text_false_is_true_to_lycoris(tmp_path):

@@ -66,6 +66,10 @@ def take_over(said: Mapping[str, Said], found: FoundSettings, *, with_defaults: 
     for name in OPTIONS:
         _alone(name, options, found)
     _resolution(found)
+    where = found.sources["lr_scheduler"]
+    if where.endswith("=constant") and found.settings.get("lr_scheduler.warmup"):
+        warmup = found.sources["lr_scheduler.warmup"]
+        found.notes.append(f"{warmup}: sd-scripts refuses it with {where}; lorasweep warms up")
     for name, rest in options.rest():
         _without_a_setting(name, rest, found)
 
