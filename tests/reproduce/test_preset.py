@@ -189,6 +189,10 @@ TAKEN = [
         {"dataset.resolution": [512, 650], "dataset.enable_bucket": True},
     ),
     (
+        {"caption_extention": ".txt", "caption_extension": ".cap"},
+        {"captions.sidecar.suffix": ".txt"},
+    ),
+    (
         {"keep_tokens": 2, "shuffle_caption": True, "v_parameterization": True},
         {"dataset.keep_tokens": 2, "model.prediction_type": "v_prediction"},
     ),

@@ -161,7 +161,7 @@ def as_options(preset: Mapping[str, Any], found: FoundSettings) -> dict[str, Sai
     for name, said in form.items():
         if (why := _why_idle(name)) is not None:
             found.idle(said.where, why)
-        elif name == "sample_prompts" and isinstance(said.value, str):
+        elif name == "sample_prompts" and isinstance(said.value, str) and said.value.strip():
             options[name] = said._replace(value=list(_lines(said.value)))
         elif _is_sent(said):
             options[_RENAMED.get(name, name)] = _as_sent(name, said)

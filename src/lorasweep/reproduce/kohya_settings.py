@@ -334,8 +334,11 @@ def _data(options: Options, found: FoundSettings) -> None:
                 found.idle(said.where, "it is empty")
             else:
                 found.leave(said.where, "places are for you to say: give dataset.image_dir=FOLDER")
-    misspelt = options.pop("caption_extention")
-    extension = options.pop("caption_extension", ".caption") or misspelt
+    extension = options.pop("caption_extension", ".caption")
+    if (old := options.pop("caption_extention")) is not None and not is_off(old.value):
+        if extension is not None and not extension.is_default:
+            found.idle(extension.where, f"{old.where} outdoes it")
+        extension = old
     if extension is not None:
         found.take("captions.sidecar.suffix", str(extension.value), extension.where)
         if str(extension.value) != ".txt":
