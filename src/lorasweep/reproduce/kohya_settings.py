@@ -335,7 +335,10 @@ def _data(options: Options, found: FoundSettings) -> None:
             else:
                 found.leave(said.where, "places are for you to say: give dataset.image_dir=FOLDER")
     extension = options.pop("caption_extension", ".caption")
-    if (old := options.pop("caption_extention")) is not None and not is_off(old.value):
+    old = options.pop("caption_extention")
+    if old is not None and is_off(old.value):
+        found.idle(old.where, "it is empty")
+    elif old is not None:
         if extension is not None and not extension.is_default:
             found.idle(extension.where, f"{old.where} outdoes it")
         extension = old
