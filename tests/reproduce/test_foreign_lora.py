@@ -83,6 +83,7 @@ def test_what_kohya_says_is_taken_over(tmp_path):
     assert (run.optimizer.unet_lr, run.optimizer.text_encoder_lr) == (1e-4, 5e-5)
     assert (run.max_train_epochs, run.trainer.batch_size) == (2, 2)
     assert (run.seed, run.noise_offset, run.model.clip_skip) == (1234, 0.05, 2)
+    assert run.name == "ref_full-guess"
     assert run.dataset.size == (64, 64)
     assert {arm: captioner.repeats for arm, captioner in run.captions.items()} == {"wd": 2}
     assert (run.dataset.num_images, run.dataset.num_holdout) == (10, 0)
@@ -94,6 +95,15 @@ def test_what_is_not_known_is_listed(tmp_path):
     assert "the images" in unknown
     # nothing else that the reference says is lost
     assert [one for one in unknown.split() if "ss_" in one] == ["ss_sd_model_name=sd15-random"]
+
+
+def test_of_every_entry_it_is_said_what_became_of_it(tmp_path):
+    found = foreign_lora.read_settings(file_of(tmp_path, {**KOHYA, "ss_odd": "1"}))
+    said = {row.said.partition("=")[0].partition(":")[0]: row for row in found.rows}
+    assert KOHYA.keys() <= said.keys()
+    assert said["ss_odd"].verdict == "unknown" and said["ss_seed"].what == "seed=1234"
+    assert "captions.wd.repeats=2" in [row.what for row in found.taken]
+    assert said["ss_session_id"].verdict == said["ss_loss_type"].verdict == "no effect"
 
 
 def test_a_lycoris_file_with_its_data_set_in_a_toml(tmp_path):

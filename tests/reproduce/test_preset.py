@@ -5,12 +5,16 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 from command_line import done_here
 from lorasweep.config.build_run import build_run
-from lorasweep.config.compose import compose
+from lorasweep.config.compose import compose, flat, plain_values
+from lorasweep.config.conf_folder import conf_dir
 from lorasweep.core.settings import SettingsError
+from lorasweep.core.trainer_words import meant
 from lorasweep.reproduce.experiment_file import write_experiment
+from lorasweep.reproduce.kohya_settings import CLASS_DEFAULTS
 from lorasweep.reproduce.preset_file import read_preset
 from lorasweep.reproduce.run_as_toml import write_toml
 from lorasweep.tracking.records import NewRun, RunRecord, RunRecords
@@ -67,6 +71,19 @@ def test_every_option_of_sd_scripts_has_a_place():
     assert len(places) == len(set(places))
     assert OPTIONS.keys() <= set(places)
     assert set(places) - OPTIONS.keys() == {"num_reg_images", "timestep_range"}  # of metadata
+
+
+def test_what_an_optimiser_does_by_itself_is_known_of_every_argument_of_conf():
+    """A file that doesn't say weight_decay means the class's own, and not conf/'s."""
+    for file in (conf_dir() / "optimizer").glob("*.yaml"):
+        given = yaml.safe_load(file.read_text())["args"].keys() - {"fused"}  # the same result
+        assert given == CLASS_DEFAULTS[file.stem].keys(), file.stem
+
+
+def test_whoever_types_an_option_of_sd_scripts_is_told_the_setting():
+    known = [*flat(plain_values(compose(PLACES))), "lr_scheduler.timescale"]
+    for name, option in sd_scripts_options.OPTIONS.items():
+        assert option.setting in (name, meant(name, known)), name
 
 
 def test_the_guides_preset_gives_the_run_that_kohya_ss_starts_by_it(tmp_path):
@@ -172,6 +189,10 @@ TAKEN = [
         {"dataset.resolution": [512, 650], "dataset.enable_bucket": True},
     ),
     (
+        {"caption_extention": ".txt", "caption_extension": ".cap"},
+        {"captions.sidecar.suffix": ".txt"},
+    ),
+    (
         {"keep_tokens": 2, "shuffle_caption": True, "v_parameterization": True},
         {"dataset.keep_tokens": 2, "model.prediction_type": "v_prediction"},
     ),
@@ -199,7 +220,7 @@ def test_kohya_ss_sends_no_zeros_and_reads_percents(tmp_path):
         "additional_parameters": "--network_train_unet_only --min_snr_gamma=5",
         "wandb_api_key": "hunter2",
         "conv_dim": 8,
-        "lr_scheduler": "cosine",
+        "lr_scheduler": "constant",
     }
     found = found_of(tmp_path, preset)
     run = run_of(found, tmp_path / "c")
@@ -212,6 +233,7 @@ def test_kohya_ss_sends_no_zeros_and_reads_percents(tmp_path):
     assert told["conv_dim"].what == "Standard doesn't read it"
     assert "1.0 holds" in told["max_grad_norm"].what
     assert "hunter2" not in str(found.rows)
+    assert "lr_warmup=5: sd-scripts refuses it" in " ".join(found.notes)
 
 
 def test_the_text_false_is_true_to_lycoris(tmp_path):
@@ -228,6 +250,7 @@ REFUSED = {
     "no preset": ({"a": 1}, "no preset of kohya_ss"),
     "data sets": ("[[datasets]]\nresolution = 512", "config of data sets"),
     "no TOML": ("network_dim = ", "is not TOML"),
+    "endless": ({"LoRA_type": "Standard", **dict.fromkeys(map(str, range(3000)))}, "keys"),
     "nested": ("a = " + "[" * 5000, "is not TOML"),
     "a rank": ("network_dim = 99999", "adapter.rank=99999"),
 }
@@ -383,8 +406,10 @@ def test_what_sd_scripts_can_not_be_told_is_said_by_name(make_run, tmp_path):
     assert "max_train_steps" not in options
     assert options["sample_every_n_epochs"] == 1
     assert run.sampling.prompts[0] in Path(options["sample_prompts"]).read_text()
-    said = " ".join(lines)
-    assert "captions.kosmos.tags=false" in said and "metrics.*" in said
+    subsets = tomllib.loads(Path(options["dataset_config"]).read_text())["datasets"][0]["subsets"]
+    shuffled = {Path(one["image_dir"]).name: one.get("shuffle_caption") for one in subsets}
+    assert shuffled["1_kosmos"] is False and shuffled["1_wd"] is None
+    assert "metrics.*" in " ".join(lines)
     with pytest.raises(SettingsError, match="is there already"):
         told(tmp_path)
     odd = make_run("adapter.init=orthogonal", number=1)

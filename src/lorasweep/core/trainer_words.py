@@ -25,6 +25,11 @@ SETTING_OF = {
     "optimizer_args": "optimizer.args",
     "lr_scheduler_type": "lr_scheduler",
     "lr_warmup_steps": "lr_scheduler.warmup",
+    "lr_decay_steps": "lr_scheduler.decay",
+    "lr_scheduler_min_lr_ratio": "lr_scheduler.min_lr_ratio",
+    "lr_scheduler_num_cycles": "lr_scheduler.num_cycles",
+    "lr_scheduler_power": "lr_scheduler.power",
+    "lr_scheduler_timescale": "lr_scheduler.timescale",
     "train_batch_size": "trainer.batch_size",
     "max_train_epochs": "trainer.max_train_epochs",
     "max_train_steps": "trainer.max_train_steps",
@@ -36,7 +41,8 @@ SETTING_OF = {
     "sample_every_n_epochs": "sampling.every_n_epochs",
     "sample_prompts": "sampling.prompts",
     "num_repeats": "captions.ARM.repeats",
-    # kohya_ss's form
+    # kohya_ss's form, its keys and labels
+    "lycoris_preset": "adapter.targets",
     "network_rank": "adapter.rank",
     "lora_type": "adapter",
     "lr_warmup": "lr_scheduler.warmup",

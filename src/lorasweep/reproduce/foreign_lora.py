@@ -73,6 +73,7 @@ def read_settings(path: Path) -> FoundSettings:
     stem = re.sub(r"[^\w-]+", "-", metadata.get("ss_output_name") or path.stem).strip("-")
     short = stem.encode()[:MAX_STEM].decode(errors="ignore")
     found = FoundSettings(name=f"{short or 'lora'}-guess")
+    found.take("name", found.name, f"ss_output_name={metadata.get('ss_output_name')}")
     options = _options(metadata)
     _of_tensors(options, metadata, tensors, found)
     take_over(options, found, with_defaults=False)
@@ -88,9 +89,12 @@ def read_settings(path: Path) -> FoundSettings:
             found.leave(f"the base model, sha256 {digest}", "give it as model.path=FILE")
     if not metadata.get("modelspec.timestep_range") and "modelspec.architecture" not in metadata:
         found.leave("min_timestep, max_timestep", "all timesteps are used")
-    for key in metadata:
+    told = {row.said.partition("=")[0].partition(":")[0] for row in found.rows}
+    for key in sorted(metadata.keys() - told):
         if key in _FACTS or not key.startswith("ss_"):
-            found.idle(key, "it says how the training went, or what was trained on")
+            found.idle(key, "a fact of that training")
+        else:
+            found.ignore(key, "nobody knows what it is")
     for what, instead in _NEVER_LOGGED:
         found.leave(what, instead)
     return found
@@ -174,7 +178,7 @@ def _folders(found: FoundSettings, metadata: Metadata) -> None:
         if not isinstance(repeats, int) or repeats < 1:
             found.leave(f"repeats of {folder}", "left out")
             continue
-        found.arms[arm or number] = repeats
+        found.take_arm(arm or number, repeats, f"ss_dataset_dirs: {folder}")
         if tags.get(folder) == {}:  # kohya counts a folder's tags; it found none
             found.empty_arms.add(arm or number)
         counts.append(images if isinstance(images, int) else 0)

@@ -54,6 +54,8 @@ class FoundSettings:
     empty_arms: set[str] = field(default_factory=set)
     """Those of them whose captions are all empty."""
 
+    _seen: set[Row] = field(default_factory=set)
+
     @property
     def unknown(self) -> list[tuple[str, str]]:
         """What is not known or can't be said here, and what stands instead."""
@@ -73,6 +75,11 @@ class FoundSettings:
         """Take a setting."""
         self.settings[setting], self.sources[setting] = value, where
         self._add(where, "taken as", f"{setting}={text_of(value)}")
+
+    def take_arm(self, arm: str, repeats: int, where: str) -> None:
+        """Take a folder of captions."""
+        self.arms[arm] = repeats
+        self._add(where, "taken as", f"captions.{arm}.repeats={repeats}")
 
     def read(self, setting: str, said: Said, read: Reader) -> None:
         """Take a setting from what is said, or list it as not understood."""
@@ -112,13 +119,16 @@ class FoundSettings:
     def forget(self, setting: str) -> str:
         """Take a setting back, with its row; what the file says of it."""
         where, value = self.sources.pop(setting), self.settings.pop(setting)
-        self.rows.remove(Row(where, "taken as", f"{setting}={text_of(value)}"))
+        row = Row(where, "taken as", f"{setting}={text_of(value)}")
+        self.rows.remove(row)
+        self._seen.discard(row)
         self.defaults.discard(setting)
         return where
 
     def _add(self, where: str, verdict: Verdict, what: str) -> None:
         row = Row(where, verdict, what)
-        if row not in self.rows:
+        if row not in self._seen:
+            self._seen.add(row)
             self.rows.append(row)
 
 
@@ -173,5 +183,8 @@ def text_of(value: Any) -> str:
         case float():
             return f"{value:g}" if float(f"{value:g}") == value else repr(value)
         case list() | tuple():
-            return f"[{','.join(map(text_of, value))}]"
+            inner = ("…" if isinstance(one, list | tuple | dict) else text_of(one) for one in value)
+            return f"[{','.join(inner)}]"
+        case dict():
+            return "{…}"
     return str(value)

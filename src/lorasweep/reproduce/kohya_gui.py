@@ -161,7 +161,7 @@ def as_options(preset: Mapping[str, Any], found: FoundSettings) -> dict[str, Sai
     for name, said in form.items():
         if (why := _why_idle(name)) is not None:
             found.idle(said.where, why)
-        elif name == "sample_prompts" and isinstance(said.value, str):
+        elif name == "sample_prompts" and isinstance(said.value, str) and said.value.strip():
             options[name] = said._replace(value=list(_lines(said.value)))
         elif _is_sent(said):
             options[_RENAMED.get(name, name)] = _as_sent(name, said)
@@ -203,7 +203,7 @@ def _why_idle(name: str) -> str | None:
 def _network(form: dict[str, Said], found: FoundSettings) -> dict[str, Said]:
     """The module and its arguments, of what the form holds for all of them."""
     kind = form.pop("LoRA_type")
-    if kind.value not in _NETWORKS:
+    if str(kind.value) not in _NETWORKS:
         known = ", ".join(_NETWORKS)
         raise SettingsError(f"{shown(kind.where)}: lorasweep has no such network; it has {known}")
     module, algo, names = _NETWORKS[str(kind.value)]

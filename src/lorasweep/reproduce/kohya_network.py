@@ -20,17 +20,17 @@ PRESETS = {"full": "full", "attn-mlp": "attn-mlp", "unet-transformer-only": "une
 """LyCORIS's preset -> adapter.targets."""
 _FACTORED = ("lora", "locon", "dora")
 _NETWORK_ARGS: Mapping[str, tuple[str, Reader, tuple[str, ...]]] = {
-    "rank_dropout": ("rank_dropout", number, (*_FACTORED, "loha", "lokr")),
-    "module_dropout": ("module_dropout", number, (*_FACTORED, "loha", "lokr")),
-    "dropout": ("network_dropout", number, _FACTORED),
-    "rs_lora": ("rslora", boolean, ("locon", "dora")),
-    "wd_on_output": ("wd_on_output", boolean, ("dora",)),
-    "factor": ("factor", whole, ("lokr",)),
-    "full_matrix": ("full_matrix", boolean, ("lokr",)),
+    "rank_dropout": ("adapter.rank_dropout", number, (*_FACTORED, "loha", "lokr")),
+    "module_dropout": ("adapter.module_dropout", number, (*_FACTORED, "loha", "lokr")),
+    "dropout": ("adapter.network_dropout", number, _FACTORED),
+    "rs_lora": ("adapter.rslora", boolean, ("locon", "dora")),
+    "wd_on_output": ("adapter.wd_on_output", boolean, ("dora",)),
+    "factor": ("adapter.factor", whole, ("lokr",)),
+    "full_matrix": ("adapter.full_matrix", boolean, ("lokr",)),
     # LyCORIS doesn't read the text, and any text is true
-    "decompose_both": ("decompose_both", lambda said: bool(str(said)), ("lokr",)),
+    "decompose_both": ("adapter.decompose_both", lambda said: bool(str(said)), ("lokr",)),
 }
-"""Argument of a network -> our setting of the adapter, and the options of conf/adapter with it."""
+"""Argument of a network -> our setting, how it is read, and the options of conf/adapter with it."""
 _IDLE_ARGS = {
     "bypass_mode": "it is about how LyCORIS computes, not what",
     "rank_dropout_scale": "lorasweep scales the rest up in any case, as networks.lora",
@@ -65,7 +65,7 @@ def read_network(options: Options, found: FoundSettings) -> None:
     for name, said in args.items():
         setting, read, adapters = _NETWORK_ARGS.get(name, ("", plain, ()))
         if adapter in adapters:
-            found.read(f"adapter.{setting}", said, read)
+            found.read(setting, said, read)
         elif str(said.value).lower() in NEUTRAL:
             found.idle(said.where, "it is off")
         elif name in _IDLE_ARGS:

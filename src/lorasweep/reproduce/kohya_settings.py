@@ -38,7 +38,7 @@ _MAX_EPOCHS = 10_000  # of trainer.max_train_epochs
 _PARTS = ("unet", "text_encoder")
 _PIXELS = 8  # a side of one latent, in every Stable Diffusion
 
-_CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "adamw": {"weight_decay": 0.01},
     "adamw8bit": {"weight_decay": 0.01},
     "lion": {"weight_decay": 0.0},
@@ -66,6 +66,10 @@ def take_over(said: Mapping[str, Said], found: FoundSettings, *, with_defaults: 
     for name in OPTIONS:
         _alone(name, options, found)
     _resolution(found)
+    where = found.sources["lr_scheduler"]
+    if where.endswith("=constant") and found.settings.get("lr_scheduler.warmup"):
+        warmup = found.sources["lr_scheduler.warmup"]
+        found.notes.append(f"{warmup}: sd-scripts refuses it with {where}; lorasweep warms up")
     for name, rest in options.rest():
         _without_a_setting(name, rest, found)
 
@@ -130,7 +134,7 @@ def _optimizer(options: Options, found: FoundSettings) -> None:
         for said in args.values():
             found.leave(said.where, "its optimiser is left out")
         return
-    for name, default in _CLASS_DEFAULTS.get(option, {}).items():
+    for name, default in CLASS_DEFAULTS.get(option, {}).items():
         where = f"{name} of {kind.where}, which is not said"
         args.setdefault(name, Said(default, where, is_default=True))
     for name, said in args.items():
@@ -330,8 +334,14 @@ def _data(options: Options, found: FoundSettings) -> None:
                 found.idle(said.where, "it is empty")
             else:
                 found.leave(said.where, "places are for you to say: give dataset.image_dir=FOLDER")
-    misspelt = options.pop("caption_extention")
-    extension = options.pop("caption_extension", ".caption") or misspelt
+    extension = options.pop("caption_extension", ".caption")
+    old = options.pop("caption_extention")
+    if old is not None and is_off(old.value):
+        found.idle(old.where, "it is empty")
+    elif old is not None:
+        if extension is not None and not extension.is_default:
+            found.idle(extension.where, f"{old.where} outdoes it")
+        extension = old
     if extension is not None:
         found.take("captions.sidecar.suffix", str(extension.value), extension.where)
         if str(extension.value) != ".txt":

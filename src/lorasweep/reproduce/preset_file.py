@@ -17,6 +17,7 @@ from lorasweep.reproduce.found_settings import FoundSettings, Said, said_as
 from lorasweep.reproduce.kohya_gui import as_options
 from lorasweep.reproduce.kohya_settings import take_over
 
+_MAX_KEYS = 2_000  # a preset of kohya_ss has 300
 _ALL_IMAGES = "sd-scripts trains on every image of its folders"
 
 
@@ -35,6 +36,8 @@ def read_preset(path: Path, name: str) -> FoundSettings:
             options = as_options(read_json(path), found)
         else:
             options = _flat(read_toml(path))
+        if len(options) + len(found.rows) > _MAX_KEYS:
+            raise SettingsError(f"it has more than {_MAX_KEYS} keys: it is no preset")
         take_over(options, found, with_defaults=True)
     except ForeignFileError:
         raise

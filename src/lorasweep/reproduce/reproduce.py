@@ -73,7 +73,7 @@ def _reproduce_foreign(path: Path, options: Options, console: Console) -> int:
     say(console, [f"No run in this log has made {path}; by what the file says:"])
     console.print(table(found.name, ("setting", "value", "from the file"), taken))
     unknown = "; ".join(f"{what} ({instead})" for what, instead in found.unknown)
-    say(console, [f"Not known: {unknown}"])
+    say(console, [f"Not known: {unknown}", *found.notes])
     say_config(console, file, folder, options.places or ["dataset.image_dir=FOLDER"])
     return 0
 

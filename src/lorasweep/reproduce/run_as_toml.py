@@ -17,7 +17,6 @@ from lorasweep.core.foreign_files import parse_yaml
 from lorasweep.core.settings import SettingsError
 from lorasweep.core.text import shown
 from lorasweep.data.captions.caption_images import are_tags
-from lorasweep.data.captions.empty import Empty
 from lorasweep.data.dataset import Dataset
 from lorasweep.data.subset_settings import SubsetSettings
 from lorasweep.models.model_files import read_schedule
@@ -94,21 +93,16 @@ def write_toml(
         save_state=False,
     )
     schedule = read_schedule(run.model)
-    said = dict(schedule or {})
-    if run.model.prediction_type is not None:
-        said["prediction_type"] = run.model.prediction_type
-    base = _Base(run.model, NoiseSchedule(said))
-    folders = Path(tags.get(FOLDERS_TAG, "FOLDER"))
-    arms = [
-        _Image(folders / "train" / f"{one.repeats}_{arm}" / "image", one.repeats, run.dataset)
-        for arm, one in run.captions.items()
-    ]
-    data = _Data(arms, run.dataset)
+    told = {"prediction_type": run.model.prediction_type} if run.model.prediction_type else {}
+    base = _Base(run.model, NoiseSchedule({**(schedule or {}), **told}))
+    data = _data(run, Path(tags.get(FOLDERS_TAG, "FOLDER"), "train"))
     sections = sd_scripts_config.kohya_settings(run.trainer, run, base, data, begun)
     if run.max_train_steps is None:
-        told: Section = {**sections["training"], "max_train_steps": None}
-        sections["training"] = {"max_train_epochs": run.max_train_epochs, **told}
+        steps: Section = {**sections["training"], "max_train_steps": None}
+        sections["training"] = {"max_train_epochs": run.max_train_epochs, **steps}
     _write(file, sd_scripts_config.text_of(sections, f"{run.name}, by lorasweep {__version__}"))
+    if (datasets := sd_scripts_config.dataset_config(data)) is not None:
+        _write(beside / sd_scripts_config.DATASET, datasets.encode())
     if run.trainer.sample_every_n_epochs:
         prompts = sd_scripts_config.sample_prompts(run.trainer, run.dataset.size)
         _write(beside / sd_scripts_config.PROMPTS, prompts.encode())
@@ -154,6 +148,20 @@ def _run(config: str, places: Sequence[str]) -> Run:
     return build_run(cfg, output_dir=Path(), checks=())
 
 
+def _data(run: Run, folder: Path) -> _Data:
+    """The folders of a run's captions, as its training wrote them."""
+    sentences = run.dataset.of_sentences()
+    images = [
+        _Image(
+            folder / f"{captioner.repeats}_{arm}" / "image",
+            captioner.repeats,
+            run.dataset if are_tags(captioner) else sentences,
+        )
+        for arm, captioner in run.captions.items()
+    ]
+    return _Data(images, run.dataset)
+
+
 def _unsaid(run: Run) -> Iterator[str]:
     """What the TOML says otherwise than the run's settings."""
     steps, epochs = run.max_train_steps, run.max_train_epochs
@@ -161,14 +169,6 @@ def _unsaid(run: Run) -> Iterator[str]:
         yield (
             f"trainer.max_train_epochs={epochs}: sd-scripts reads one limit, and is told"
             f" trainer.max_train_steps={steps}, which may come later"
-        )
-    shuffles = run.dataset.shuffle_caption or run.dataset.caption_tag_dropout_rate
-    told = {arm: one for arm, one in run.captions.items() if not isinstance(one, Empty)}
-    sentences = [arm for arm, one in told.items() if not are_tags(one)]
-    if shuffles and sentences:
-        yield (
-            f"captions.{sentences[0]}.tags=false: sd-scripts shuffles and drops parts of its"
-            " captions too; a dataset_config of its own can say otherwise"
         )
 
 
