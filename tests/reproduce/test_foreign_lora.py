@@ -116,18 +116,22 @@ def test_a_lycoris_file_with_its_data_set_in_a_toml(tmp_path):
     assert "seed" in unknown
 
 
-def test_what_kohya_did_otherwise_is_told(tmp_path):
+def test_what_kohyas_users_set_is_taken_over(tmp_path):
     """20 steps are two whole epochs of the reference, 15 end within the second."""
     entries = {
         "ss_max_train_steps": "15",
         "ss_zero_terminal_snr": "True",
         "modelspec.timestep_range": "200,800",
+        "ss_loss_type": "huber",
+        "ss_ip_noise_gamma": "0.1",
+        "ss_debiased_estimation": "True",
     }
     found = foreign_lora.read_settings(file_of(tmp_path, {**KOHYA, **entries}))
-    told = dict(found.unknown)
-    assert run_of(found, tmp_path / "config").max_train_steps == 15
-    assert "rescale_betas_zero_snr" in told["ss_zero_terminal_snr=True"]
-    assert "part of the timesteps" in told["modelspec.timestep_range=200,800"]
+    run = run_of(found, tmp_path / "config")
+    assert run.max_train_steps == 15 and run.model.zero_terminal_snr
+    assert (run.min_timestep, run.max_timestep) == (200, 800)
+    assert (run.loss_type, run.ip_noise_gamma) == ("huber", 0.1)
+    assert run.debiased_estimation_loss and not run.multires_noise_iterations
 
 
 def test_small_images_and_empty_captions_are_trained_on_again(tmp_path):

@@ -18,6 +18,7 @@ from lorasweep.config.run import COMPONENTS
 from lorasweep.core.settings import SettingsError
 from lorasweep.core.text import listed, shown
 from lorasweep.judging.metrics.metric import names
+from lorasweep.training.training_loss import HUBER
 
 if TYPE_CHECKING:
     from lorasweep.config.run import Run
@@ -122,6 +123,10 @@ def overrides_have_an_effect(run: Run) -> None:
         unused |= dict.fromkeys(_PICTURES, "sampling.every_n_epochs=1")
     if run.adapter.targets in ("attn-mlp", "unet-only"):
         unused |= dict.fromkeys(_CONVOLUTIONS, "adapter.targets=full (or conv)")
+    if run.loss_type not in HUBER:
+        unused |= dict.fromkeys(_HUBER, "trainer.loss_type=huber (or smooth_l1)")
+    if run.multires_noise_iterations == 0:
+        unused["trainer.multires_noise_discount"] = "trainer.multires_noise_iterations=6"
     for key, _ in _overrides(run):
         if key in unused:
             raise SettingsError(
@@ -242,6 +247,7 @@ _MLFLOW_VARIABLES = {
     "tracking.experiment": "MLFLOW_EXPERIMENT_NAME",
 }
 _BUCKETS = ("dataset.min_bucket_reso", "dataset.max_bucket_reso", "dataset.bucket_reso_steps")
+_HUBER = ("trainer.huber_schedule", "trainer.huber_c", "trainer.huber_scale")
 _CONVOLUTIONS = ("adapter.conv_rank", "adapter.conv_alpha")
 _PICTURES = tuple(
     f"sampling.{name}"

@@ -19,6 +19,22 @@ _PLACES = (
 )
 _LATER: Mapping[str, object] = {
     "trainer.max_train_steps": None,
+    "trainer.noise_offset_random_strength": False,
+    "trainer.adaptive_noise_scale": 0.0,
+    "trainer.multires_noise_iterations": 0,
+    "trainer.multires_noise_discount": 0.3,
+    "trainer.ip_noise_gamma": 0.0,
+    "trainer.ip_noise_gamma_random_strength": False,
+    "trainer.min_timestep": 0,
+    "trainer.max_timestep": 1000,
+    "trainer.loss_type": "l2",
+    "trainer.huber_schedule": "snr",
+    "trainer.huber_c": 0.1,
+    "trainer.huber_scale": 1.0,
+    "trainer.debiased_estimation_loss": False,
+    "trainer.scale_v_pred_loss_like_noise_pred": False,
+    "trainer.v_pred_like_loss": 0.0,
+    "model.zero_terminal_snr": None,
     "lr_scheduler.min_lr_ratio": None,
     "metrics.validation.num_swaps": 3,  # these add a score, and change none
     "metrics.validation.swap_from": 0.5,

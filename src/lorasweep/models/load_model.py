@@ -172,6 +172,9 @@ def frozen(
     schedule = dict(components["scheduler"])
     if settings.prediction_type is not None:
         schedule["prediction_type"] = settings.prediction_type
+    if settings.zero_terminal_snr is not None:
+        told = {"rescale_betas_zero_snr": settings.zero_terminal_snr}
+        schedule |= file_schedule.changes(schedule, told)
     noise_schedule = NoiseSchedule(schedule)
     noise_schedule.scheduler  # noqa: B018  # its config is read here, and may be wrong
     return BaseModel(

@@ -24,6 +24,7 @@ class ModelSettings(Settings):
     allow_pickle: bool
     clip_skip: PositiveInt
     prediction_type: Literal["epsilon", "v_prediction"] | None
+    zero_terminal_snr: bool | None = None  # later than runs of older versions
 
     def __post_init__(self) -> None:
         if not self.path.strip() or "\0" in self.path:

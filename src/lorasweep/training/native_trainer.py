@@ -102,6 +102,7 @@ class NativeTraining:
         With a saved state it goes on where that was written. Raises ValueError where its settings
         can't be trained on this base; the others go on.
         """
+        run.check_schedule(self.base.noise_schedule)
         run.output_dir.mkdir(parents=True, exist_ok=True)
         optimizer = run.optimizer
         adapters = Pack.new(

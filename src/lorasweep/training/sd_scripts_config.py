@@ -118,8 +118,8 @@ def kohya_settings(
         "lr_scheduler": _lr_scheduler(run),
         "training": _training(trainer, run, start),
         "loss": {
-            "noise_offset": run.noise_offset or None,
-            "min_snr_gamma": run.min_snr_gamma,
+            **_noise(run),
+            **_loss(run),
             "v_parameterization": base.prediction_type == "v_prediction",
             "zero_terminal_snr": bool(base.scheduler_config.get("rescale_betas_zero_snr", False)),
         },
@@ -275,6 +275,33 @@ def _lr_scheduler(run: TrainingRun) -> Section:
         "lr_scheduler_timescale": schedule.timescale,
         "lr_scheduler_min_lr_ratio": schedule.min_lr_ratio if is_named else None,
         "lr_scheduler_args": args or None,
+    }
+
+
+def _noise(run: TrainingRun) -> Section:
+    return {
+        "noise_offset": run.noise_offset or None,
+        "noise_offset_random_strength": run.noise_offset_random_strength,
+        "adaptive_noise_scale": run.adaptive_noise_scale or None,
+        "multires_noise_iterations": run.multires_noise_iterations or None,
+        "multires_noise_discount": run.multires_noise_discount,
+        "ip_noise_gamma": run.ip_noise_gamma or None,
+        "ip_noise_gamma_random_strength": run.ip_noise_gamma_random_strength,
+        "min_timestep": run.min_timestep or None,
+        "max_timestep": run.max_timestep if run.max_timestep < 1000 else None,
+    }
+
+
+def _loss(run: TrainingRun) -> Section:
+    return {
+        "loss_type": run.loss_type,
+        "huber_schedule": run.huber_schedule,
+        "huber_c": run.huber_c,
+        "huber_scale": run.huber_scale,
+        "min_snr_gamma": run.min_snr_gamma,
+        "debiased_estimation_loss": run.debiased_estimation_loss,
+        "scale_v_pred_loss_like_noise_pred": run.scale_v_pred_loss_like_noise_pred,
+        "v_pred_like_loss": run.v_pred_like_loss or None,
     }
 
 

@@ -98,6 +98,7 @@ class SdScriptsTraining:
         Raises ValueError where it can't be trained on this base; the others go on.
         """
         sd_scripts_config.check(self.settings, run, self.base.settings, self.data.settings)
+        run.check_schedule(self.base.noise_schedule)
         if lacking := sd_scripts_checkout.missing(self.settings, run, self._there):
             raise SettingsError(
                 f"trainer.python={sd_scripts_checkout.interpreter(self.settings)} lacks"

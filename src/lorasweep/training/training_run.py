@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 
 from lorasweep.adapters.adapter import Adapter
 from lorasweep.core.settings import Count, Settings, SettingsError, Texts
@@ -18,6 +18,8 @@ from lorasweep.lora_files.checkpoint import Checkpoint
 from lorasweep.models.base_model import Precision
 from lorasweep.training.lr_schedulers import LRScheduler
 from lorasweep.training.optimizers import Optimizer
+from lorasweep.training.training_loss import TrainingLoss
+from lorasweep.training.training_noise import TrainingNoise
 
 
 class TrainerError(RuntimeError):
@@ -76,13 +78,11 @@ class SdScriptsTrainer(TrainerSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunTraining(Settings):
+class RunTraining(TrainingNoise, TrainingLoss):
     """Settings under `trainer` that are a run's own: runs that differ in them can share a pack."""
 
     max_train_epochs: Count
     max_train_steps: PositiveInt | None = None  # runs of older versions have none
-    noise_offset: NonNegativeFloat
-    min_snr_gamma: PositiveFloat | None
 
 
 @dataclass(frozen=True, kw_only=True)
