@@ -17,9 +17,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 
 import narrow_sd15
 import sd_scripts_stand_in as stand_in
+from adapter_packs import trained
 from conftest import options
 from lorasweep.adapters.pack import Pack
 from lorasweep.core.settings import SettingsError, build
@@ -38,6 +40,7 @@ from lorasweep.training.sd_scripts_config import (
 )
 from lorasweep.training.sd_scripts_trainer import SdScriptsTraining
 from lorasweep.training.training_run import Stopped, TrainingData
+from renamed_loras import as_peft
 from small_training import load
 
 REAL = os.environ.get("LORASWEEP_SD_SCRIPTS")
@@ -459,6 +462,25 @@ def test_settings_are_told_in_kohyas_words(said, told):
     assert settings.keys() <= OPTIONS.keys()
     for key, choices in OPTIONS.items():
         assert key not in settings or choices is None or settings[key] in choices
+
+
+def test_files_that_training_begins_with_are_told(told, tmp_path):
+    file = tmp_path / "a b.safetensors"
+    file.touch()
+    settings = told(f"model.base_weights=['{file}']", f"trainer.network_weights='{file}'")
+    assert settings["base_weights"] == [str(file)] and settings["base_weights_multiplier"] == [1.0]
+    assert settings["network_weights"] == str(file) and not settings["dim_from_weights"]
+
+
+def test_a_file_whose_names_it_does_not_read_is_refused(stood_in, make_run, base, tmp_path):
+    """It would train on without a word, and without the file."""
+    path = tmp_path / "pefts.safetensors"
+    run = make_run(*stood_in.overrides)
+    own = trained(base, (run.adapter, 0)).file_tensors(0)
+    save_file({name: one.contiguous() for name, one in as_peft(own, base).items()}, path)
+    run = make_run(*stood_in.overrides, f"trainer.network_weights={path}")
+    with pytest.raises(SettingsError, match="names that sd-scripts doesn't read"):
+        start(base, load(run, base), run)
 
 
 LYCORIS = {"loha": "loha", "lokr": "lokr", "dora": "locon", "lycoris": "glora"}

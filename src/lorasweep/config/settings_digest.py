@@ -34,7 +34,11 @@ _LATER: Mapping[str, object] = {
     "trainer.debiased_estimation_loss": False,
     "trainer.scale_v_pred_loss_like_noise_pred": False,
     "trainer.v_pred_like_loss": 0.0,
+    "trainer.network_weights": None,
+    "trainer.dim_from_weights": False,
     "model.zero_terminal_snr": None,
+    "model.base_weights": [],
+    "model.base_weights_multiplier": [],
     "lr_scheduler.min_lr_ratio": None,
     "metrics.validation.num_swaps": 3,  # these add a score, and change none
     "metrics.validation.swap_from": 0.5,

@@ -170,11 +170,7 @@ def frozen(
     components["vae"].float()
     check_clip_skip(settings, int(components["text_encoder"].config.num_hidden_layers))
     schedule = dict(components["scheduler"])
-    if settings.prediction_type is not None:
-        schedule["prediction_type"] = settings.prediction_type
-    if settings.zero_terminal_snr is not None:
-        told = {"rescale_betas_zero_snr": settings.zero_terminal_snr}
-        schedule |= file_schedule.changes(schedule, told)
+    schedule |= file_schedule.changes(schedule, settings.told_schedule)
     noise_schedule = NoiseSchedule(schedule)
     noise_schedule.scheduler  # noqa: B018  # its config is read here, and may be wrong
     return BaseModel(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.core.text import shown
+from lorasweep.models import file_schedule
 from lorasweep.models.base_model import BaseModel
 from lorasweep.models.model_settings import ModelSettings
 
@@ -52,9 +53,7 @@ class SDXLModel:
     def scheduler_config(self) -> Mapping[str, Any]:
         """The noise schedule, as the settings change it."""
         config = dict(self.pipeline.scheduler.config)
-        if self.settings.prediction_type is not None:
-            config["prediction_type"] = self.settings.prediction_type
-        return config
+        return config | file_schedule.changes(config, self.settings.told_schedule)
 
     @property
     def prediction_type(self) -> str:

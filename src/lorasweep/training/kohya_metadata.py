@@ -110,6 +110,7 @@ def run_metadata(state: TrainingState) -> dict[str, str]:
         "ss_debiased_estimation": run.debiased_estimation_loss,
         "ss_seed": run.seed,
         **_network(run),
+        **state.network,
         "modelspec.title": run.name,
         "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S"),
     }

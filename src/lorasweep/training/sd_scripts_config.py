@@ -19,7 +19,7 @@ from lorasweep.models.model_settings import ModelSettings
 from lorasweep.training.optimizers import Optimizer
 from lorasweep.training.training_run import SdScriptsTrainer, TrainingData, TrainingRun
 
-Value = str | int | float | bool | Sequence[str]
+Value = str | int | float | bool | Sequence[str] | Sequence[float]
 Section = Mapping[str, Value | None]
 """Settings of sd-scripts by its names; None is sd-scripts' own default, and not written."""
 
@@ -187,9 +187,12 @@ def sample_prompts(trainer: SdScriptsTrainer, size: tuple[int, int]) -> str:
 def _model(base: BaseModel) -> Section:
     path = Path(base.settings.path).expanduser()
     name = str(path.absolute()) if path.exists() else base.settings.path  # a hub id
+    merged = base.settings.merged_weights
     return {
         "pretrained_model_name_or_path": name,
         "clip_skip": base.settings.clip_skip if base.settings.clip_skip > 1 else None,
+        "base_weights": [str(file.absolute()) for file, _ in merged] or None,
+        "base_weights_multiplier": [multiplier for _, multiplier in merged] or None,
         "no_half_vae": True,  # ours computes in fp32, and fp16 gives NaN
     }
 
@@ -229,7 +232,13 @@ def _network(run: TrainingRun) -> Section:
         "network_train_unet_only": parts == {"unet"},
         "network_train_text_encoder_only": parts == {"text_encoder"},
         "scale_weight_norms": adapter.scale_weight_norms,
+        "network_weights": _file(run.network_weights),
+        "dim_from_weights": run.dim_from_weights,
     }
+
+
+def _file(given: str | None) -> str | None:
+    return None if given is None else str(Path(given).expanduser().absolute())
 
 
 def _optimizer(optimizer: Optimizer) -> Section:

@@ -28,6 +28,7 @@ from lorasweep.lora_files import checkpoint
 from lorasweep.lora_files.checkpoint import Checkpoint
 from lorasweep.models.base_model import BaseModel, torch_dtype
 from lorasweep.training import saved_states, sd_scripts_checkout, sd_scripts_config
+from lorasweep.training.network_weights import first_adapters, is_kohyas
 from lorasweep.training.saved_states import SavedState
 from lorasweep.training.sd_scripts_config import Start
 from lorasweep.training.sd_scripts_process import SdScriptsProcess
@@ -99,6 +100,7 @@ class SdScriptsTraining:
         """
         sd_scripts_config.check(self.settings, run, self.base.settings, self.data.settings)
         run.check_schedule(self.base.noise_schedule)
+        self._check_weights(run)
         if lacking := sd_scripts_checkout.missing(self.settings, run, self._there):
             raise SettingsError(
                 f"trainer.python={sd_scripts_checkout.interpreter(self.settings)} lacks"
@@ -146,6 +148,19 @@ class SdScriptsTraining:
         bytes_each = torch_dtype(self.settings.save_dtype).itemsize
         states = (self.settings.keep_states + 1) * 3 * 4 if self.settings.keep_states else 0
         return member.numbers * (epochs * bytes_each + states)
+
+    def _check_weights(self, run: TrainingRun) -> None:
+        """Files that it begins with are such as ours would begin with, under kohya's names."""
+        merged = [file for file, _ in self.base.settings.merged_weights]
+        start = [] if run.network_weights is None else [Path(run.network_weights).expanduser()]
+        for file in (*merged, *start):
+            if not is_kohyas(file):
+                raise SettingsError(
+                    f"{file} has names that sd-scripts doesn't read; `lorasweep export {file} --to"
+                    " kohya` makes a file that it does"
+                )
+        if start:
+            first_adapters(self.base, run)
 
     def _check_captions(self) -> None:
         for item in self.data.items:

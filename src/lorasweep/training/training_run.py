@@ -16,6 +16,7 @@ from lorasweep.data.dataset import Dataset
 from lorasweep.data.latents import Item
 from lorasweep.lora_files.checkpoint import Checkpoint
 from lorasweep.models.base_model import Precision
+from lorasweep.models.model_settings import check_weights_file
 from lorasweep.training.lr_schedulers import LRScheduler
 from lorasweep.training.optimizers import Optimizer
 from lorasweep.training.training_loss import TrainingLoss
@@ -83,6 +84,18 @@ class RunTraining(TrainingNoise, TrainingLoss):
 
     max_train_epochs: Count
     max_train_steps: PositiveInt | None = None  # runs of older versions have none
+    network_weights: str | None = None  # nor these
+    dim_from_weights: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.network_weights is not None:
+            check_weights_file("trainer.network_weights", self.network_weights)
+        elif self.dim_from_weights:
+            raise SettingsError(
+                "trainer.dim_from_weights takes the ranks of trainer.network_weights, which names"
+                " no file; give it too"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
