@@ -30,6 +30,7 @@ LYCORIS = {
             "algo": "locon",
             "dora_wd": "False",
             "use_scalar": "True",
+            "loraplus_lr_ratio": "4",
         }
     ),
     "ss_unet_lr": "0.0001",
@@ -106,6 +107,7 @@ def test_a_lycoris_file_with_its_data_set_in_a_toml(tmp_path):
     assert list(run.optimizer.args["betas"]) == [0.9, 0.95]
     assert run.optimizer.type.endswith("AdamW8bit")
     assert run.optimizer.text_encoder_lr == 5e-5
+    assert run.optimizer.loraplus_lr_ratio == 4
     assert run.lr_scheduler.type == "cosine"
     assert (run.trainer.batch_size, run.dataset.size) == (3, (512, 650))
     assert run.dataset.enable_bucket

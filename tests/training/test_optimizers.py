@@ -1,5 +1,6 @@
 """Optimisers of other packages: what is saved, what is logged, and which can't be used."""
 
+import json
 from functools import partial
 
 import pytest
@@ -7,8 +8,10 @@ import torch
 
 from conftest import FEW
 from lorasweep.core.settings import SettingsError
+from lorasweep.lora_files import checkpoint
 from lorasweep.training.native_trainer import NativeTraining
-from small_training import load, tensors
+from lorasweep.training.network_weights import first_adapters
+from small_training import load, relative_difference, tensors, train
 
 ADAFACTOR = "optimizer.type=transformers.optimization.Adafactor"
 NO_ADAMW = ("~optimizer.args.fused", "~optimizer.args.weight_decay")
@@ -133,3 +136,67 @@ def test_a_step_size_that_was_found_multiplies_the_logged_rate(make_run, base):
     for group in state.optimizer.param_groups:
         group["d"] = 0.25
     assert state.rates()["train/lr_unet"] == 0.125
+
+
+HALF = "{down:0.5,mid:0.5,up:0.5}"
+LORA_PLUS = {
+    "loraplus_lr_ratio=4": {"text_encoder_plus": 4e-3, "unet_plus": 8e-3},
+    "loraplus_unet_lr_ratio=3": {"unet_plus": 6e-3},
+    f"loraplus_lr_ratio=4 loraplus_text_encoder_lr_ratio=2 block_lr_weights={HALF}": {
+        "text_encoder_plus": 2e-3,
+        "unet_plus_x0.5": 4e-3,
+    },
+}
+"""Settings, and the groups of second factors that sd-scripts (networks/lora.py) made of them."""
+
+
+@pytest.mark.parametrize("adapter", ["lora", "locon", "dora"])
+@pytest.mark.parametrize("settings", LORA_PLUS)
+def test_lora_plus_speeds_the_second_factors_as_kohya_does(settings, adapter, make_run, base):
+    rates = ("optimizer.text_encoder_lr=1e-3", "optimizer.unet_lr=2e-3")
+    options = [f"optimizer.{one}" for one in settings.split()]
+    run = make_run(f"adapter={adapter}", *rates, *options)
+    pack, _ = first_adapters(base, run)
+    views = pack.views(0, run.optimizer.group_of)
+    made = run.optimizer.create(
+        {name: [torch.nn.Parameter(t) for t in views[name]] for name in views}
+    )
+    groups = {group["name"]: group for group in made.param_groups}
+    plus = {name: group["lr"] for name, group in groups.items() if "plus" in name}
+    assert plus == pytest.approx(LORA_PLUS[settings])
+    parts = [name.removesuffix("_x0.5") for name in groups]
+    assert parts == [name for name in PARTS if name in parts]  # kohya's order
+    for name, of_group in views.items():
+        part = name.removesuffix("_x0.5").removesuffix("_plus")
+        expected = {"plus" in name} if part in run.optimizer.plus_ratios else {True, False}
+        assert {_is_up(tensor, pack) for tensor in of_group} == expected
+    run.check()
+
+
+PARTS = ("text_encoder", "text_encoder_plus", "unet", "unet_plus")
+
+
+def _is_up(tensor, pack):
+    """Is it the second factor of a site, by the memory that it shares?"""
+    stacks = [getattr(entry.stack, "inner", entry.stack) for entry in pack.entries]
+    return any(tensor.data_ptr() == stack.up.data_ptr() for stack in stacks)
+
+
+def test_a_run_with_lora_plus_trains_beside_one_without_as_alone(make_run, base):
+    runs = [
+        make_run("optimizer.loraplus_lr_ratio=16", number=0),
+        make_run("optimizer.unet_lr=1e-3", number=1),
+    ]
+    data = load(runs[0], base)
+    losses, last, _ = train(base, data, *runs)
+    alone, file, _ = train(base, data, runs[0])
+    name = runs[0].name
+    assert losses[name] == pytest.approx(alone[name], rel=1e-5)
+    assert relative_difference(tensors(last[name]), tensors(file[name])) < 1e-5
+    metadata = checkpoint.read_metadata(last[name].path)
+    assert json.loads(metadata["ss_network_args"])["loraplus_lr_ratio"] == "16.0"
+
+
+def test_lora_plus_without_second_factors_is_refused(make_run):
+    with pytest.raises(SettingsError, match=r"optimizer\.loraplus_lr_ratio has no effect"):
+        make_run("adapter=loha", "optimizer.loraplus_unet_lr_ratio=4")

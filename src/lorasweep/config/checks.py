@@ -204,6 +204,17 @@ def learning_rates_are_read(run: Run) -> Iterator[str]:
         )
 
 
+def second_factors_are_there(run: Run) -> None:
+    """LoRA+ speeds those of LoRA, LoCon and DoRA; other types have none."""
+    from lorasweep.adapters.lora import LoRA
+
+    if run.optimizer.plus_ratios and not isinstance(run.adapter, LoRA):
+        raise SettingsError(
+            "optimizer.loraplus_lr_ratio has no effect on this type of adapter, which has no second"
+            " factors as LoRA, LoCon and DoRA have; leave it at null"
+        )
+
+
 def saved_factors_are_exact(run: Run) -> Iterator[str]:
     """PiSSA starts from the base's own weights, whose rounding shows."""
     if getattr(run.adapter, "init", None) == "pissa" and run.trainer.save_dtype != "fp32":
@@ -238,6 +249,7 @@ CHECKS: tuple[Check, ...] = (
     mlflows_variables_are_not_read,
     alpha_is_at_most_the_rank,
     learning_rates_are_read,
+    second_factors_are_there,
     saved_factors_are_exact,
     sd_scripts_can_train_it,
 )

@@ -39,6 +39,9 @@ _LATER: Mapping[str, object] = {
     "model.zero_terminal_snr": None,
     "model.base_weights": [],
     "model.base_weights_multiplier": [],
+    "optimizer.loraplus_lr_ratio": None,
+    "optimizer.loraplus_unet_lr_ratio": None,
+    "optimizer.loraplus_text_encoder_lr_ratio": None,
     "lr_scheduler.min_lr_ratio": None,
     "metrics.validation.num_swaps": 3,  # these add a score, and change none
     "metrics.validation.swap_from": 0.5,

@@ -149,6 +149,11 @@ def _network(found: FoundSettings, metadata: Metadata, tensors: Info) -> None:
         convert, adapters = kohya.NETWORK_ARGS.get(name, (str, ()))
         if adapter in adapters:
             found.read(f"adapter.{name}", str(said), f"ss_network_args: {name}", convert)
+        elif name.startswith("loraplus_"):
+            if adapter in ("lora", "locon", "dora"):
+                found.read(
+                    f"optimizer.{name}", str(said), f"ss_network_args: {name}", kohya.optional
+                )
         elif name not in kohya.READ_ELSEWHERE and str(said) not in (
             "False",
             "None",

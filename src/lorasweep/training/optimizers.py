@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pydantic import NonNegativeFloat
+from pydantic import NonNegativeFloat, PositiveFloat
 
 from lorasweep.adapters.adapter import Site
 from lorasweep.adapters.unet_blocks import BlockWeights, block_index, joined
@@ -35,6 +35,9 @@ class Optimizer(Settings):
     unet_lr: NonNegativeFloat
     text_encoder_lr: NonNegativeFloat
     block_lr_weights: BlockWeights | None
+    loraplus_lr_ratio: PositiveFloat | None = None  # later than runs of older versions
+    loraplus_unet_lr_ratio: PositiveFloat | None = None
+    loraplus_text_encoder_lr_ratio: PositiveFloat | None = None
     max_grad_norm: NonNegativeFloat
     args: dict[str, Any]
 
@@ -62,19 +65,43 @@ class Optimizer(Settings):
         weights = self.block_lr_weights.all if self.block_lr_weights is not None else ()
         return frozenset(index for index, weight in enumerate(weights) if weight == 0)
 
-    def group_of(self, site: Site) -> str:
-        """The group of a site's parameters: its part, or unet_x0.5 where a weight multiplies."""
+    @property
+    def plus_ratios(self) -> dict[str, float]:
+        """LoRA+ by part: how much faster a LoRA's second factors learn, where they do."""
+        both = self.loraplus_lr_ratio
+        ratios = {
+            "text_encoder": self.loraplus_text_encoder_lr_ratio or both,
+            "unet": self.loraplus_unet_lr_ratio or both,
+        }
+        return {part: ratio for part, ratio in ratios.items() if ratio is not None}
+
+    def group_of(self, site: Site, is_up: bool) -> str:
+        """The group of a site's parameters: its part, or unet_x0.5 where a weight multiplies.
+
+        That of the second factors of a LoRA is text_encoder_plus or unet_plus_x0.5 with LoRA+.
+        """
         index = block_index(site)
+        name = f"{site.part}_plus" if is_up and site.part in self.plus_ratios else site.part
         if self.block_lr_weights is None or index is None:
-            return site.part
-        return _weighted(self.block_lr_weights.all[index])
+            return name
+        return _weighted(name, self.block_lr_weights.all[index])
 
     def network_args(self) -> dict[str, str]:
-        """kohya's network_args of the weights by block."""
+        """kohya's network_args of LoRA+ and of the weights by block."""
+        ratios = {
+            name: getattr(self, name)
+            for name in (
+                "loraplus_lr_ratio",
+                "loraplus_unet_lr_ratio",
+                "loraplus_text_encoder_lr_ratio",
+            )
+        }
+        plus = {name: str(ratio) for name, ratio in ratios.items() if ratio is not None}
         weights = self.block_lr_weights
         if weights is None:
-            return {}
+            return plus
         return {
+            **plus,
             "down_lr_weight": joined(weights.down),
             "mid_lr_weight": joined([weights.mid]),
             "up_lr_weight": joined(weights.up),
@@ -125,10 +152,16 @@ class Optimizer(Settings):
         return created
 
     def _rates(self) -> dict[str, float]:
-        """The learning rate of every group there may be."""
+        """The learning rate of every group there may be, a part's second factors after the rest."""
         weights = self.block_lr_weights.all if self.block_lr_weights is not None else ()
-        by_block = {_weighted(weight): self.unet_lr * weight for weight in sorted(set(weights))}
-        return {"text_encoder": self.text_encoder_lr, "unet": self.unet_lr, **by_block}
+        rates: dict[str, float] = {}
+        for part, rate in (("text_encoder", self.text_encoder_lr), ("unet", self.unet_lr)):
+            ratio = self.plus_ratios.get(part)
+            for name, own in ((part, rate), (f"{part}_plus", rate * (ratio or 0))):
+                rates[name] = own
+                if part == "unet":
+                    rates |= {_weighted(name, one): own * one for one in sorted(set(weights))}
+        return rates
 
     def _class(self) -> Any:
         module_name, _, name = self.type.rpartition(".")
@@ -183,5 +216,5 @@ def evaluated(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         optimizer.train()  # type: ignore[attr-defined]
 
 
-def _weighted(weight: float) -> str:
-    return "unet" if weight == 1 else f"unet_x{weight}"
+def _weighted(name: str, weight: float) -> str:
+    return name if weight == 1 else f"{name}_x{weight}"

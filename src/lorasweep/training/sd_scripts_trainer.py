@@ -249,7 +249,11 @@ class SdScriptsTraining:
             epoch.is_over = True
             self._check_length(member, len(epoch.records))
         elif scalar.tag.startswith("lr/") and not _GROUP.fullmatch(scalar.tag):
-            part = scalar.tag.rpartition("/")[2].replace("textencoder", "text_encoder")
+            part = (
+                scalar.tag.rpartition("/")[2]
+                .replace("textencoder", "text_encoder")
+                .replace(" ", "_")
+            )
             member.rates[f"train/lr_{part}"] = scalar.value
         elif scalar.tag == "loss/current":
             epoch.losses.append(scalar.value)
