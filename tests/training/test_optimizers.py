@@ -1,16 +1,20 @@
 """Optimisers of other packages: what is saved, what is logged, and which can't be used."""
 
 import json
+import math
+from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 
 import pytest
 import torch
 
-from conftest import FEW
+from conftest import FEW, options
 from lorasweep.core.settings import SettingsError
 from lorasweep.lora_files import checkpoint
 from lorasweep.training.native_trainer import NativeTraining
 from lorasweep.training.network_weights import first_adapters
+from lorasweep.training.optimizers import KNOWN_PACKAGES, KOHYAS_NAMES
 from small_training import load, relative_difference, tensors, train
 
 ADAFACTOR = "optimizer.type=transformers.optimization.Adafactor"
@@ -200,3 +204,47 @@ def test_a_run_with_lora_plus_trains_beside_one_without_as_alone(make_run, base)
 def test_lora_plus_without_second_factors_is_refused(make_run):
     with pytest.raises(SettingsError, match=r"optimizer\.loraplus_lr_ratio has no effect"):
         make_run("adapter=loha", "optimizer.loraplus_unet_lr_ratio=4")
+
+
+@pytest.mark.parametrize("option", options("optimizer"))
+def test_every_option_trains_and_goes_on_bit_by_bit(option, make_run, base):
+    """Those of packages that are not installed say in one line what to install."""
+    one_rate = ("optimizer.unet_lr=1e-3", "optimizer.text_encoder_lr=1e-3")  # Prodigy wants one
+    run = make_run(f"optimizer={option}", *one_rate, "trainer.batch_size=6")
+    package = run.optimizer.dotted_type.partition(".")[0]
+    if find_spec(package) is None and "." in run.optimizer.dotted_type:
+        with pytest.raises(SettingsError, match=f"pip install {KNOWN_PACKAGES[package]}"):
+            run.check()
+        return
+    if option.startswith("paged") and not torch.cuda.is_available():
+        pytest.skip("pages memory of a GPU")
+    run.check()
+    data, states = load(run, base), []
+    for number in range(2):
+        own = replace(run, output_dir=run.output_dir / str(number))
+        training = NativeTraining(run.trainer, base, [own], data)
+        (state,) = training.pack.states
+        for step, batch in enumerate(training.batches(state)):
+            if number == step == 1:  # gone and come back
+                saved = state.snapshot()
+                training = NativeTraining(run.trainer, base, [own], data)
+                (state,) = training.pack.states
+                state.restore(saved)
+            (record,) = training.step([[batch]]).values()
+            assert math.isfinite(record["train/loss"])
+        states.append(state.snapshot().parameters)
+    assert all(torch.equal(*pair) for pair in zip(*states, strict=True))
+
+
+def test_kohyas_names_are_taken(make_run):
+    ours = make_run().optimizer
+    told = {name: replace(ours, type=name) for name in KOHYAS_NAMES}
+    assert told["DAdaptLion"].dotted_type == "dadaptation.DAdaptLion"
+    assert not [name for name in KOHYAS_NAMES if hasattr(torch.optim, name)]
+    for name, optimizer in told.items():
+        package = optimizer.dotted_type.partition(".")[0]
+        if find_spec(package) is None:
+            with pytest.raises(SettingsError, match=f"pip install {KNOWN_PACKAGES[package]}"):
+                optimizer._class()
+        else:
+            assert optimizer._class().__name__ == name

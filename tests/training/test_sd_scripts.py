@@ -443,7 +443,8 @@ SAID = [
         "lr_scheduler.num_cycles=3": {"lr_scheduler_num_cycles": 3},
     },
     {
-        "optimizer=adamw8bit": {"optimizer_type": "AdamW8bit"},
+        "optimizer=adamw8bit": {},
+        "optimizer.type=DAdaptLion": {"optimizer_type": "DAdaptLion"},
         "lr_scheduler=polynomial": {"lr_scheduler": "polynomial", "lr_scheduler_args": None},
         "lr_scheduler.power=2": {"lr_scheduler_power": 2.0},
         "adapter=locon": {"network_module": "networks.lora"},

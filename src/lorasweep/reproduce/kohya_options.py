@@ -169,7 +169,13 @@ NEVER_LOGGED: list[tuple[str, str]] = [
 
 OPTIMIZERS = {
     "AdamW8bit": "adamw8bit",
+    "PagedAdamW8bit": "paged_adamw8bit",
     "AdamW": "adamw",
+    "AdamWScheduleFree": "adamw_schedulefree",
+    "ProdigyPlusScheduleFree": "prodigy_plus_schedulefree",
+    "DAdaptAdam": "dadapt_adam",
+    "CAME": "came",
+    "Adafactor": "adafactor",
     "Lion": "lion",
     "Prodigy": "prodigy",
     "SGD": "sgd",

@@ -46,6 +46,10 @@ LIBRARIES = (
     "bitsandbytes",
     "lion-pytorch",
     "prodigyopt",
+    "prodigy-plus-schedule-free",
+    "dadaptation",
+    "schedulefree",
+    "pytorch-optimizer",
     "lycoris-lora",
 )
 TAGGED = ("lorasweep", "torch", "diffusers", "transformers", "safetensors", "mlflow")

@@ -23,8 +23,35 @@ KNOWN_PACKAGES = {
     "bitsandbytes": "bitsandbytes",
     "lion_pytorch": "lion-pytorch",
     "prodigyopt": "prodigyopt",
+    "prodigyplus": "prodigy-plus-schedule-free",
+    "dadaptation": "dadaptation",
+    "schedulefree": "schedulefree",
+    "pytorch_optimizer": "pytorch-optimizer",
 }
 """The packages of conf/optimizer beside torch, and what pip calls them."""
+
+KOHYAS_NAMES = {
+    "AdamW8bit": "bitsandbytes.optim.AdamW8bit",
+    "PagedAdamW": "bitsandbytes.optim.PagedAdamW",
+    "PagedAdamW8bit": "bitsandbytes.optim.PagedAdamW8bit",
+    "PagedAdamW32bit": "bitsandbytes.optim.PagedAdamW32bit",
+    "Lion": "lion_pytorch.Lion",
+    "Lion8bit": "bitsandbytes.optim.Lion8bit",
+    "PagedLion8bit": "bitsandbytes.optim.PagedLion8bit",
+    "Prodigy": "prodigyopt.Prodigy",
+    "DAdaptAdam": "dadaptation.DAdaptAdam",
+    "DAdaptAdaGrad": "dadaptation.DAdaptAdaGrad",
+    "DAdaptAdan": "dadaptation.DAdaptAdan",
+    "DAdaptLion": "dadaptation.DAdaptLion",
+    "DAdaptSGD": "dadaptation.DAdaptSGD",
+    "AdamWScheduleFree": "schedulefree.AdamWScheduleFree",
+    "RAdamScheduleFree": "schedulefree.RAdamScheduleFree",
+    "SGDScheduleFree": "schedulefree.SGDScheduleFree",
+}
+"""sd-scripts' names (library/train_util.py, get_optimizer) of classes of other packages.
+
+Without those that torch.optim has too: Adafactor is torch's here, and that of transformers there.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +79,11 @@ class Optimizer(Settings):
                 "optimizer.block_lr_weights multiply optimizer.unet_lr, which is 0; set it or leave"
                 " them out"
             )
+
+    @property
+    def dotted_type(self) -> str:
+        """`type` as a dotted path, but for a class of torch.optim."""
+        return KOHYAS_NAMES.get(self.type, self.type)
 
     @property
     def trained_parts(self) -> frozenset[str]:
@@ -164,7 +196,7 @@ class Optimizer(Settings):
         return rates
 
     def _class(self) -> Any:
-        module_name, _, name = self.type.rpartition(".")
+        module_name, _, name = self.dotted_type.rpartition(".")
         try:
             found = getattr(importlib.import_module(module_name or "torch.optim"), name)
         except ImportError:

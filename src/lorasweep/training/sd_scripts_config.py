@@ -16,7 +16,7 @@ from lorasweep.core.settings import SettingsError
 from lorasweep.data.dataset import Dataset
 from lorasweep.models.base_model import BaseModel
 from lorasweep.models.model_settings import ModelSettings
-from lorasweep.training.optimizers import Optimizer
+from lorasweep.training.optimizers import KOHYAS_NAMES, Optimizer
 from lorasweep.training.training_run import SdScriptsTrainer, TrainingData, TrainingRun
 
 Value = str | int | float | bool | Sequence[str] | Sequence[float]
@@ -27,13 +27,7 @@ PROMPTS, DATASET = "sample_prompts.txt", "dataset.toml"
 """Names of the files that the TOML refers to, in the folder that sd-scripts writes to."""
 
 ADAFACTOR = "transformers.optimization.Adafactor"
-_OPTIMIZERS = {
-    "bitsandbytes.optim.AdamW8bit": "AdamW8bit",
-    "lion_pytorch.Lion": "Lion",
-    "prodigyopt.Prodigy": "Prodigy",
-    ADAFACTOR: "Adafactor",
-    "AdamW": "AdamW",
-}
+_OPTIMIZERS = {**{dotted: name for name, dotted in KOHYAS_NAMES.items()}, ADAFACTOR: "Adafactor"}
 """Classes that sd-scripts has names of its own for; others it takes by their dotted path."""
 _PRECISIONS = {"fp32": "no", "fp16": "fp16", "bf16": "bf16"}
 _SAVED = {"fp32": "float", "fp16": "fp16", "bf16": "bf16"}
@@ -243,8 +237,8 @@ def _file(given: str | None) -> str | None:
 
 def _optimizer(optimizer: Optimizer) -> Section:
     kind = _OPTIMIZERS.get(optimizer.type, optimizer.type)
-    if kind == optimizer.type and "." not in kind:
-        kind = f"torch.optim.{kind}" if kind != "AdamW" else kind
+    if "." not in kind and kind not in (*KOHYAS_NAMES, "AdamW"):
+        kind = f"torch.optim.{kind}"
     args = dict(optimizer.args)
     if optimizer.type == ADAFACTOR:
         args.setdefault("relative_step", True)  # the class's own default, and sd-scripts' too
