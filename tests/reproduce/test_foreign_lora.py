@@ -125,12 +125,14 @@ def test_what_kohyas_users_set_is_taken_over(tmp_path):
         "ss_zero_terminal_snr": "True",
         "modelspec.timestep_range": "200,800",
         "ss_loss_type": "huber",
+        "ss_max_token_length": "225",
         "ss_ip_noise_gamma": "0.1",
         "ss_debiased_estimation": "True",
     }
     found = foreign_lora.read_settings(file_of(tmp_path, {**KOHYA, **entries}))
     run = run_of(found, tmp_path / "config")
-    assert run.max_train_steps == 15 and run.model.zero_terminal_snr
+    assert run.max_train_steps == 15
+    assert run.model.zero_terminal_snr and run.model.max_token_length == 225
     assert (run.min_timestep, run.max_timestep) == (200, 800)
     assert (run.loss_type, run.ip_noise_gamma) == ("huber", 0.1)
     assert run.debiased_estimation_loss and not run.multires_noise_iterations

@@ -37,6 +37,8 @@ _LATER: Mapping[str, object] = {
     "trainer.network_weights": None,
     "trainer.dim_from_weights": False,
     "model.zero_terminal_snr": None,
+    "model.max_token_length": 75,
+    "model.weighted_captions": False,
     "model.base_weights": [],
     "model.base_weights_multiplier": [],
     "optimizer.loraplus_lr_ratio": None,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from lorasweep.core import kohya_hashes
 from lorasweep.models.model_settings import ModelSettings
 from lorasweep.models.noise_schedule import NoiseSchedule
+from lorasweep.models.prompt_tokens import in_chunks, joined, weighted_ids, weighted_parts
 
 if TYPE_CHECKING:
     import torch
@@ -97,11 +98,13 @@ class BaseModel:
         return torch.autocast(torch.device(self.device).type, torch_dtype(self.precision))
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Token ids (N, L), padded and cut to the text encoder's length."""
+        """Token ids (N, 2 + max_tokens), padded and cut."""
+        if self.settings.weighted_captions:
+            return weighted_ids(self.tokenizer, prompts, self.max_tokens + 2)[0].to(self.device)
         tokens = self.tokenizer(
             list(prompts),
             padding="max_length",
-            max_length=self._max_length,
+            max_length=self.max_tokens + 2,
             truncation=True,
             return_tensors="pt",
         )
@@ -110,32 +113,43 @@ class BaseModel:
 
     def too_long(self, prompts: Sequence[str]) -> list[str]:
         """The prompts of which the text encoder reads no more than the first `max_tokens`."""
-        tokens = self.tokenizer(list(prompts), verbose=False).input_ids if prompts else []
+        texts = list(prompts)
+        if self.settings.weighted_captions:
+            texts = ["".join(text for text, _ in weighted_parts(prompt)) for prompt in prompts]
+        tokens = self.tokenizer(texts, verbose=False).input_ids if prompts else []
         return [
-            one for one, ids in zip(prompts, tokens, strict=True) if len(ids) > self._max_length
+            one for one, ids in zip(prompts, tokens, strict=True) if len(ids) > self.max_tokens + 2
         ]
 
     @property
     def max_tokens(self) -> int:
         """Tokens of a prompt that the text encoder reads, besides the two that frame it."""
-        return self._max_length - 2
+        return (self._max_length - 2) * self.settings.num_chunks
 
     @property
     def _max_length(self) -> int:
-        """Tokens of a prompt; a tokenizer without a limit of its own takes the text encoder's."""
+        """Tokens of a chunk; a tokenizer without a limit of its own takes the text encoder's."""
         positions = int(self.text_encoder.config.max_position_embeddings)
         return min(positions, int(self.tokenizer.model_max_length))
 
     def encode_prompt(self, prompts: Sequence[str]) -> Tensor:
         """Prompt embeddings (N, L, D) from the layer that clip_skip names."""
         ids = self.tokenize(prompts)
+        embeds = joined(self._hidden(in_chunks(ids, self._max_length)), len(prompts))
+        if self.settings.weighted_captions:
+            _, weights = weighted_ids(self.tokenizer, prompts, self.max_tokens + 2)
+            embeds = embeds * weights.to(embeds)[..., None]
+        return embeds
+
+    def _hidden(self, ids: Tensor) -> Tensor:
         skip = self.settings.clip_skip
         if skip == 1:
             embeds: Tensor = self.text_encoder(ids).last_hidden_state
             return embeds
         states = self.text_encoder(ids, output_hidden_states=True).hidden_states
         inner = getattr(self.text_encoder, "text_model", self.text_encoder)
-        return inner.final_layer_norm(states[-skip])
+        hidden: Tensor = inner.final_layer_norm(states[-skip])
+        return hidden
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, embeds: Tensor) -> Tensor:
         """The UNet's prediction (N, C, h, w) at timesteps (N,) under embeddings (N, L, D)."""

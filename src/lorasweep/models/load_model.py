@@ -169,6 +169,12 @@ def frozen(
         components[name].requires_grad_(False).eval().to(device)
     components["vae"].float()
     check_clip_skip(settings, int(components["text_encoder"].config.num_hidden_layers))
+    tokenizer = components["tokenizer"]
+    if settings.num_chunks > 1 and tokenizer.pad_token_id != tokenizer.eos_token_id:
+        raise SettingsError(
+            f"model.max_token_length={settings.max_token_length}: prompts of this model end in"
+            " other tokens than Stable Diffusion 1.x's, and can't be longer than 75"
+        )
     schedule = dict(components["scheduler"])
     schedule |= file_schedule.changes(schedule, settings.told_schedule)
     noise_schedule = NoiseSchedule(schedule)

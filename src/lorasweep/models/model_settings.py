@@ -25,6 +25,8 @@ class ModelSettings(Settings):
     clip_skip: PositiveInt
     prediction_type: Literal["epsilon", "v_prediction"] | None
     zero_terminal_snr: bool | None = None  # these are later than runs of older versions
+    max_token_length: Literal[75, 150, 225] = 75
+    weighted_captions: bool = False
     base_weights: Texts = ()
     base_weights_multiplier: tuple[float, ...] = ()
 
@@ -61,6 +63,11 @@ class ModelSettings(Settings):
                 f"model.base_weights_multiplier has {len(self.base_weights_multiplier)} numbers for"
                 f" {len(self.base_weights)} files of model.base_weights; give one for each"
             )
+
+    @property
+    def num_chunks(self) -> int:
+        """How many passes of the text encoder read a prompt."""
+        return self.max_token_length // 75
 
     @property
     def told_schedule(self) -> dict[str, Any]:

@@ -120,6 +120,7 @@ LATER_SETTINGS: dict[str, tuple[str, Converter]] = {
     "trainer.huber_c": ("ss_huber_c", float),
     "trainer.huber_scale": ("ss_huber_scale", float),
     "trainer.debiased_estimation_loss": ("ss_debiased_estimation", boolean),
+    "model.max_token_length": ("ss_max_token_length", whole),
     "model.zero_terminal_snr": ("ss_zero_terminal_snr", only_if_true),
     "trainer.min_timestep": ("modelspec.timestep_range", lambda said: count(said.split(",")[0])),
     "trainer.max_timestep": ("modelspec.timestep_range", last_timestep),
@@ -150,7 +151,6 @@ NOT_IN_LORASWEEP: dict[str, tuple[tuple[str, ...], str]] = {
     "ss_random_crop": (("False", "None"), "random crops"),
     "ss_full_fp16": (("False", "None"), "adapters trained in fp16"),
     "ss_fp8_base": (("False", "None"), "a base in fp8"),
-    "ss_max_token_length": (("None", "75"), "prompts longer than the text encoder's"),
     "ss_prior_loss_weight": (("1.0", "1", "None"), "weight of regularisation images"),
     "ss_v2": (("False", "None"), "Stable Diffusion 2's layout"),
 }

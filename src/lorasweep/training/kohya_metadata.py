@@ -17,6 +17,7 @@ from pathlib import Path
 from lorasweep import __version__
 from lorasweep.data.latents import Item
 from lorasweep.models.base_model import BaseModel
+from lorasweep.models.model_settings import ModelSettings
 from lorasweep.training.training_batches import steps_per_epoch
 from lorasweep.training.training_run import NativeTrainer, TrainingData, TrainingRun
 from lorasweep.training.training_state import TrainingState
@@ -28,7 +29,6 @@ _OFF: Mapping[str, object] = {
     "ss_fp8_base_unet": False,
     "ss_full_fp16": False,
     "ss_lowram": False,
-    "ss_max_token_length": None,  # 75, of which a None says so
     "ss_max_validation_steps": None,
     "ss_num_validation_images": 0,  # of kohya's own kind; our hold-out set is not in the folders
     "ss_prior_loss_weight": 1.0,
@@ -60,6 +60,7 @@ def pack_metadata(trainer: NativeTrainer, base: BaseModel, data: TrainingData) -
         "ss_gradient_checkpointing": trainer.gradient_checkpointing,
         "ss_mixed_precision": _PRECISION[trainer.precision],
         "ss_clip_skip": base.settings.clip_skip,
+        "ss_max_token_length": max_token_length(base.settings),
         "ss_base_model_version": base.base_model_version,
         "ss_sd_model_name": Path(base.settings.path).name,
         "ss_zero_terminal_snr": bool(base.scheduler_config.get("rescale_betas_zero_snr", False)),
@@ -73,6 +74,11 @@ def pack_metadata(trainer: NativeTrainer, base: BaseModel, data: TrainingData) -
         "modelspec.encoder_layer": base.settings.clip_skip,
     }
     return {key: str(value) for key, value in values.items()}
+
+
+def max_token_length(settings: ModelSettings) -> int | None:
+    """kohya's option, of which 75 is None."""
+    return settings.max_token_length if settings.num_chunks > 1 else None
 
 
 def run_metadata(state: TrainingState) -> dict[str, str]:

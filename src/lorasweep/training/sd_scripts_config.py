@@ -16,6 +16,7 @@ from lorasweep.core.settings import SettingsError
 from lorasweep.data.dataset import Dataset
 from lorasweep.models.base_model import BaseModel
 from lorasweep.models.model_settings import ModelSettings
+from lorasweep.training.kohya_metadata import max_token_length
 from lorasweep.training.optimizers import KOHYAS_NAMES, Optimizer
 from lorasweep.training.training_run import SdScriptsTrainer, TrainingData, TrainingRun
 
@@ -185,6 +186,8 @@ def _model(base: BaseModel) -> Section:
     return {
         "pretrained_model_name_or_path": name,
         "clip_skip": base.settings.clip_skip if base.settings.clip_skip > 1 else None,
+        "max_token_length": max_token_length(base.settings),
+        "weighted_captions": base.settings.weighted_captions,
         "base_weights": [str(file.absolute()) for file, _ in merged] or None,
         "base_weights_multiplier": [multiplier for _, multiplier in merged] or None,
         "no_half_vae": True,  # ours computes in fp32, and fp16 gives NaN
