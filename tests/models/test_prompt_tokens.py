@@ -37,7 +37,7 @@ def test_prompts_are_encoded_as_kohya_does(case, base):
         length = 75 * one["chunks"]
         read = reading(base, max_token_length=length, weighted_captions=one["weighted"])
         with torch.no_grad():
-            (embeds,) = read.encode_prompt([case["text"]])
+            (embeds,) = read.encode_prompt([case["text"]]).embeds
         assert len(embeds) == read.max_tokens + 2 == 30 * one["chunks"] + 2
         values = embeds[:: max(1, len(embeds) // 9), 7].tolist()
         assert values == pytest.approx(one["values"], abs=2e-3)

@@ -84,9 +84,9 @@ def test_losses_are_kohyas(case):
 def test_a_schedule_is_ended_in_noise_as_kohya_does(make_run, base):
     model = replace(make_run("model.zero_terminal_snr=true").model, prediction_type="epsilon")
     schedule = model.load().noise_schedule
-    assert schedule.ends_in_noise and schedule.config["timestep_spacing"] == "trailing"
+    assert schedule.is_zero_terminal_snr and schedule.config["timestep_spacing"] == "trailing"
     plain = make_run("model.zero_terminal_snr=false").model.load().noise_schedule
-    assert not plain.ends_in_noise
+    assert not plain.is_zero_terminal_snr
     usual = NoiseSchedule({**SCHEDULE, "rescale_betas_zero_snr": True}).scheduler.alphas_cumprod
     for timestep, alpha in KOHYA["zero_terminal_snr"].items():
         assert float(usual[int(timestep)]) == pytest.approx(alpha, rel=1e-3, abs=1e-12)
@@ -126,7 +126,7 @@ def test_what_would_do_nothing_is_refused(overrides, says, make_run):
 
 
 def test_weights_that_the_model_has_no_use_for_are_refused(make_run, base):
-    ends_in_noise = NoiseSchedule({**base.scheduler_config, "prediction_type": "epsilon"})
+    ends_in_noise = NoiseSchedule({**base.noise_schedule.config, "prediction_type": "epsilon"})
     of_noise = replace(base, noise_schedule=ends_in_noise)
     for override, where, says in (
         ("v_pred_like_loss=0.5", base, "for models that predict the noise"),

@@ -17,6 +17,7 @@ from lorasweep.core.text import shown
 from lorasweep.models import file_schedule
 from lorasweep.models.base_model import BaseModel
 from lorasweep.models.model_settings import ModelSettings
+from lorasweep.models.noise_schedule import NoiseSchedule
 
 if TYPE_CHECKING:
     import torch
@@ -49,16 +50,22 @@ class SDXLModel:
             "unet": ("lora_unet", self.unet),
         }
 
-    @property
-    def scheduler_config(self) -> Mapping[str, Any]:
+    @cached_property
+    def noise_schedule(self) -> NoiseSchedule:
         """The noise schedule, as the settings change it."""
         config = dict(self.pipeline.scheduler.config)
-        return config | file_schedule.changes(config, self.settings.told_schedule)
+        told = file_schedule.changes(config, self.settings.told_schedule)
+        return NoiseSchedule(config | told)
 
     @property
-    def prediction_type(self) -> str:
-        """epsilon or v_prediction."""
-        return str(self.scheduler_config.get("prediction_type", "epsilon"))
+    def native_side(self) -> int:
+        """Pixels a side of the pictures that it was trained on."""
+        return int(self.unet.config.sample_size) * self.vae_scale_factor
+
+    @property
+    def text_width(self) -> int:
+        """Width of the prompt embeddings."""
+        return int(self.unet.config.cross_attention_dim)
 
     @property
     def vae_scale_factor(self) -> int:

@@ -50,7 +50,7 @@ class TrainingLoss(Settings):
                 " v_prediction; set it to 0"
             )
         divides = self.debiased_estimation_loss or self.v_pred_like_loss
-        if divides and not is_v and schedule.ends_in_noise:
+        if divides and not is_v and schedule.is_zero_terminal_snr:
             name = (
                 "debiased_estimation_loss" if self.debiased_estimation_loss else "v_pred_like_loss"
             )

@@ -1,0 +1,134 @@
+"""Stable Diffusion 1.x: one CLIP text encoder, whose layer is chosen by clip_skip."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lorasweep.models.conditioning import Conditioning
+from lorasweep.models.latent_diffusion import LatentDiffusion
+from lorasweep.models.prompt_tokens import in_chunks, joined, weighted_ids, weighted_parts
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import UNet2DConditionModel
+    from torch import Tensor
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+
+@dataclass(frozen=True)
+class StableDiffusion(LatentDiffusion):
+    """A loaded, frozen base model of Stable Diffusion 1.x's layout."""
+
+    tokenizer: CLIPTokenizer
+    text_encoder: CLIPTextModel
+
+    @property
+    def parts(self) -> dict[str, tuple[str, torch.nn.Module]]:
+        """What adapters attach to: part -> (prefix of its names in files, module)."""
+        return parts_of(self.text_encoder, self.unet)
+
+    @property
+    def base_model_version(self) -> str:
+        """kohya's ss_base_model_version."""
+        return "sd_v1_v" if self.noise_schedule.prediction_type == "v_prediction" else "sd_v1"
+
+    @property
+    def architecture(self) -> str:
+        """modelspec.architecture of a LoRA of this model."""
+        return "stable-diffusion-v1/lora"
+
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:
+        """Token ids (N, 2 + max_tokens), padded and cut."""
+        if self.settings.weighted_captions:
+            return weighted_ids(self.tokenizer, prompts, self.max_tokens + 2)[0].to(self.device)
+        tokens = self.tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=self.max_tokens + 2,
+            truncation=True,
+            return_tensors="pt",
+        )
+        ids: Tensor = tokens.input_ids.to(self.device)
+        return ids
+
+    def too_long(self, prompts: Sequence[str]) -> list[str]:
+        """The prompts of which the text encoder reads no more than the first `max_tokens`."""
+        texts = list(prompts)
+        if self.settings.weighted_captions:
+            texts = ["".join(text for text, _ in weighted_parts(prompt)) for prompt in prompts]
+        tokens = self.tokenizer(texts, verbose=False).input_ids if prompts else []
+        return [
+            one for one, ids in zip(prompts, tokens, strict=True) if len(ids) > self.max_tokens + 2
+        ]
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of a prompt that the text encoder reads, besides the two that frame it."""
+        return (self._max_length - 2) * self.settings.num_chunks
+
+    @property
+    def _max_length(self) -> int:
+        """Tokens of a chunk; a tokenizer without a limit of its own takes the text encoder's."""
+        positions = int(self.text_encoder.config.max_position_embeddings)
+        return min(positions, int(self.tokenizer.model_max_length))
+
+    def encode_prompt(self, prompts: Sequence[str]) -> Conditioning:
+        """Prompt embeddings (N, 2 + max_tokens, D) from the layer that clip_skip names."""
+        ids = self.tokenize(prompts)
+        embeds = joined(self._hidden(in_chunks(ids, self._max_length)), len(prompts))
+        if self.settings.weighted_captions:
+            _, weights = weighted_ids(self.tokenizer, prompts, self.max_tokens + 2)
+            embeds = embeds * weights.to(embeds)[..., None]
+        return Conditioning(embeds)
+
+    def _hidden(self, ids: Tensor) -> Tensor:
+        skip = self.settings.clip_skip
+        if skip == 1:
+            embeds: Tensor = self.text_encoder(ids).last_hidden_state
+            return embeds
+        states = self.text_encoder(ids, output_hidden_states=True).hidden_states
+        inner = getattr(self.text_encoder, "text_model", self.text_encoder)
+        hidden: Tensor = inner.final_layer_norm(states[-skip])
+        return hidden
+
+    def predict(
+        self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning
+    ) -> Tensor:
+        """The UNet's prediction (N, C, h, w) at timesteps (N,)."""
+        prediction: Tensor = self.unet(
+            noisy_latents.to(self.unet.dtype), timesteps, conditioning.embeds.to(self.unet.dtype)
+        ).sample
+        return prediction
+
+    def checkpoint_gradients(self) -> None:
+        """Compute activations again in the backward pass, for as long as the model lives."""
+        self.unet.enable_gradient_checkpointing()
+        self.unet.train()  # diffusers checkpoints in training mode only; nothing else differs
+        self.text_encoder.activation_checkpointing_enable()
+        self.text_encoder.train()
+
+    def pipeline(self) -> Any:
+        """diffusers' pipeline over its modules, not copies of them."""
+        from diffusers import StableDiffusionPipeline
+
+        return StableDiffusionPipeline(
+            vae=self.vae,
+            text_encoder=self.text_encoder,
+            tokenizer=self.tokenizer,
+            unet=self.unet,
+            scheduler=self.noise_schedule.scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+
+
+def parts_of(
+    text_encoder: CLIPTextModel, unet: UNet2DConditionModel
+) -> dict[str, tuple[str, torch.nn.Module]]:
+    """What adapters of this architecture attach to, with the names that kohya gives them."""
+    # transformers 5 dropped the text_model. level that files' names have
+    inner = getattr(text_encoder, "text_model", text_encoder)
+    return {"text_encoder": ("lora_te_text_model", inner), "unet": ("lora_unet", unet)}
