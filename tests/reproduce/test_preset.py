@@ -70,7 +70,7 @@ def test_every_option_of_sd_scripts_has_a_place():
     places = [name for table in tables for name in table] + sorted(TOGETHER - {"dim_from_weights"})
     assert len(places) == len(set(places))
     assert OPTIONS.keys() <= set(places)
-    assert set(places) - OPTIONS.keys() == {"num_reg_images", "timestep_range"}  # of metadata
+    assert set(places) - OPTIONS.keys() == {"num_reg_images"}  # of metadata
 
 
 def test_what_an_optimiser_does_by_itself_is_known_of_every_argument_of_conf():

@@ -25,7 +25,6 @@ _OTHER_NAMES = {
     "ss_num_epochs": "max_train_epochs",
     "ss_batch_size_per_device": "train_batch_size",
     "ss_debiased_estimation": "debiased_estimation_loss",
-    "modelspec.timestep_range": "timestep_range",
     "ss_sd_model_name": "pretrained_model_name_or_path",
 }
 """Entry -> sd-scripts' option, where that isn't the entry's name after `ss_`."""
@@ -87,7 +86,7 @@ def read_settings(path: Path) -> FoundSettings:
         found.choose("model", usual, f"ss_base_model_version={version}")
         if len(digest or "") == 64:
             found.leave(f"the base model, sha256 {digest}", "give it as model.path=FILE")
-    if not metadata.get("modelspec.timestep_range") and "modelspec.architecture" not in metadata:
+    if "modelspec.architecture" not in metadata:  # else it would have the range, were there one
         found.leave("min_timestep, max_timestep", "all timesteps are used")
     told = {row.said.partition("=")[0].partition(":")[0] for row in found.rows}
     for key in sorted(metadata.keys() - told):
@@ -107,6 +106,10 @@ def _options(metadata: Metadata) -> dict[str, Said]:
         if key not in _FACTS and (key.startswith("ss_") or key in _OTHER_NAMES):
             name = _OTHER_NAMES.get(key, key.removeprefix("ss_"))
             options[name] = Said(value, f"{key}={value}")
+    first, comma, last = metadata.get("modelspec.timestep_range", "").partition(",")
+    if comma:
+        where = f"modelspec.timestep_range={first},{last}"
+        options |= {"min_timestep": Said(first, where), "max_timestep": Said(last, where)}
     if metadata.get("modelspec.prediction_type") == "v":
         options["v_parameterization"] = Said(True, "modelspec.prediction_type=v")
     kind, _, arguments = metadata.get("ss_optimizer", "").partition("(")

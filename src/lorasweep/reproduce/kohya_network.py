@@ -11,7 +11,15 @@ from lorasweep.core.foreign_files import ForeignFileError, parse_json
 from lorasweep.core.settings import SettingsError
 from lorasweep.core.text import shown
 from lorasweep.reproduce.found_settings import NEUTRAL, FoundSettings, Options, Said
-from lorasweep.training.sd_scripts_options import Reader, boolean, is_off, number, plain, whole
+from lorasweep.training.sd_scripts_options import (
+    Reader,
+    boolean,
+    is_off,
+    number,
+    optional,
+    plain,
+    whole,
+)
 
 MODULES = ("networks.lora", "lycoris.kohya")
 """Networks of sd-scripts that lorasweep has."""
@@ -29,6 +37,14 @@ _NETWORK_ARGS: Mapping[str, tuple[str, Reader, tuple[str, ...]]] = {
     "full_matrix": ("adapter.full_matrix", boolean, ("lokr",)),
     # LyCORIS doesn't read the text, and any text is true
     "decompose_both": ("adapter.decompose_both", lambda said: bool(str(said)), ("lokr",)),
+    **{
+        name: (f"optimizer.{name}", optional, _FACTORED)
+        for name in (
+            "loraplus_lr_ratio",
+            "loraplus_unet_lr_ratio",
+            "loraplus_text_encoder_lr_ratio",
+        )
+    },
 }
 """Argument of a network -> our setting, how it is read, and the options of conf/adapter with it."""
 _IDLE_ARGS = {

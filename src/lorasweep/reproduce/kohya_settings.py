@@ -41,6 +41,11 @@ _PIXELS = 8  # a side of one latent, in every Stable Diffusion
 CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "adamw": {"weight_decay": 0.01},
     "adamw8bit": {"weight_decay": 0.01},
+    "paged_adamw8bit": {"weight_decay": 0.01},
+    "adamw_schedulefree": {"weight_decay": 0},
+    "prodigy_plus_schedulefree": {"weight_decay": 0.0},
+    "dadapt_adam": {"decouple": False, "weight_decay": 0},
+    "came": {"weight_decay": 0.0},
     "lion": {"weight_decay": 0.0},
     "prodigy": {"weight_decay": 0.0},
     "sgd": {"momentum": 0.0},
@@ -63,8 +68,9 @@ def take_over(said: Mapping[str, Said], found: FoundSettings, *, with_defaults: 
     _steps(options, found)
     _model(options, found)
     _data(options, found)
-    for name in OPTIONS:
-        _alone(name, options, found)
+    unsaid = [OPTIONS[name].setting for name in OPTIONS if not _alone(name, options, found)]
+    if unsaid:
+        found.leave(", ".join(unsaid), "the file says nothing of it; lorasweep's defaults stand")
     _resolution(found)
     where = found.sources["lr_scheduler"]
     if where.endswith("=constant") and found.settings.get("lr_scheduler.warmup"):
@@ -74,8 +80,8 @@ def take_over(said: Mapping[str, Said], found: FoundSettings, *, with_defaults: 
         _without_a_setting(name, rest, found)
 
 
-def _alone(name: str, options: Options, found: FoundSettings) -> None:
-    """An option that says one setting by itself."""
+def _alone(name: str, options: Options, found: FoundSettings) -> bool:
+    """Take an option that says one setting by itself; False where the file should say it."""
     option = OPTIONS[name]
     said = options.pop(name, option.default)
     group, _, setting = option.setting.rpartition(".")
@@ -88,9 +94,10 @@ def _alone(name: str, options: Options, found: FoundSettings) -> None:
         if said is not None and not said.is_default:
             found.idle(said.where, why)
     elif said is None:
-        found.leave(option.setting, f"the file has no {name}; lorasweep's default stands")
+        return False
     else:
         found.read(option.setting, said, option.read)
+    return True
 
 
 def _is_read(group: str, setting: str, found: FoundSettings) -> bool:

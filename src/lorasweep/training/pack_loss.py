@@ -14,9 +14,10 @@ from lorasweep.core import rng
 from lorasweep.data.latents import Item, masks_of
 from lorasweep.models.base_model import BaseModel
 from lorasweep.models.conditioning import Conditioning, SizeAndCrop
-from lorasweep.models.diffusion_loss import squared_errors
+from lorasweep.models.diffusion_loss import prediction_and_target
 from lorasweep.training.training_batches import Batch
 from lorasweep.training.training_captions import caption_of
+from lorasweep.training.training_noise import DrawnNoise
 from lorasweep.training.training_run import TrainingData
 from lorasweep.training.training_state import TrainingState
 
@@ -45,19 +46,23 @@ class PackLoss:
 
         images = [one for pair in zip(states, batches, strict=True) for one in self._images(*pair)]
         latents = torch.stack([item.latents_of(mirrored=flip) for item, flip in images])
-        draws = [self._draw(state, len(batches[0]), latents.shape[1:]) for state in states]
-        noise = torch.cat([noise for noise, _ in draws]).to(latents.device)
-        timesteps = torch.cat([timesteps for _, timesteps in draws]).to(latents.device)
+        own = latents.chunk(len(states))
+        drawn = [self._draw(state, rows) for state, rows in zip(states, own, strict=True)]
+        noise, on_input, timesteps = (
+            torch.cat([getattr(one, name) for one in drawn]).to(latents.device)
+            for name in ("target", "on_input", "timesteps")
+        )
         captions = self._captions(states, batches)
         sizes = [item.size_and_crop(flipped=flip) for item, flip in images]
         masks = masks_of(*zip(*images, strict=True))
         with pack.attached(dropout_steps=[state.num_micro_steps for state in states]):
             with self.base.autocast():
                 conditioning = self._encode(pack, captions, sizes)
-                per_sample = squared_errors(
-                    self.base, latents, noise, timesteps, conditioning, masks
+                prediction, target = prediction_and_target(
+                    self.base, latents, noise, timesteps, conditioning, on_input
                 )
-            losses = self._weighted(per_sample, timesteps, states, batches)
+            errors = self._errors(prediction, target, timesteps, states, masks)
+            losses = self._weighted(errors, timesteps, states, batches)
             shares = losses / num_micro_steps
             total = torch.stack(
                 [state.scaler.scale(share) for state, share in zip(states, shares, strict=True)]
@@ -74,19 +79,9 @@ class PackLoss:
         items = [(self.data.items[index], draw.random() < 0.5) for index in batch]
         return [(item, flip and item.flipped is not None) for item, flip in items]
 
-    def _draw(self, state: TrainingState, rows: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Noise (rows, C, h, w) and timesteps (rows,) of this run's micro step, on the CPU."""
-        import torch
-
-        seed, step = state.run.seed, state.num_micro_steps
-        draw = rng.generator(seed, "noise", step)
-        noise = torch.randn(rows, *shape, generator=draw)
-        if state.run.noise_offset > 0:  # kohya: the offset noise is the target too
-            noise += state.run.noise_offset * torch.randn(rows, shape[0], 1, 1, generator=draw)
-        draw = rng.generator(seed, "timesteps", step)
-        return noise, torch.randint(
-            self.base.noise_schedule.num_train_timesteps, (rows,), generator=draw
-        )
+    def _draw(self, state: TrainingState, latents: Tensor) -> DrawnNoise:
+        num_timesteps = self.base.noise_schedule.num_train_timesteps
+        return state.run.draw(state.run.seed, state.num_micro_steps, latents, num_timesteps)
 
     def _captions(self, states: Sequence[TrainingState], batches: Sequence[Batch]) -> list[str]:
         return [
@@ -125,6 +120,24 @@ class PackLoss:
                 self.base.rest_text_encoders()
             return Conditioning.joined([self._encoded[caption] for caption in captions])
 
+    def _errors(
+        self,
+        prediction: Tensor,
+        target: Tensor,
+        timesteps: Tensor,
+        states: Sequence[TrainingState],
+        masks: Tensor | None,
+    ) -> Tensor:
+        """Errors (K * rows,) of predictions (K * rows, C, h, w), each run's by its own settings."""
+        import torch
+
+        schedule = self.base.noise_schedule
+        rows = (one.chunk(len(states)) for one in (prediction, target, timesteps))
+        errors = torch.cat(
+            [s.run.errors(*own, schedule) for s, *own in zip(states, *rows, strict=True)]
+        )
+        return (errors if masks is None else errors * masks).mean(dim=(1, 2, 3))
+
     def _weighted(
         self,
         per_sample: Tensor,
@@ -132,10 +145,10 @@ class PackLoss:
         states: Sequence[TrainingState],
         batches: Sequence[Batch],
     ) -> Tensor:
-        """Losses (K,) of per-sample losses (K * rows,)."""
+        """Losses (K,) of per-sample losses (K * rows,), each run's weighed by its own settings."""
         import torch
 
-        num_runs = len(states)
+        num_runs, schedule = len(states), self.base.noise_schedule
         losses, times = per_sample.view(num_runs, -1), timesteps.view(num_runs, -1)
         weight = self.data.settings.prior_loss_weight
         if weight != 1:
@@ -143,12 +156,5 @@ class PackLoss:
             losses = torch.where(
                 torch.tensor(is_reg, device=losses.device), losses * weight, losses
             )
-        if any(state.run.min_snr_gamma is not None for state in states):
-            weights = [
-                torch.ones_like(losses[index])
-                if state.run.min_snr_gamma is None
-                else self.base.noise_schedule.min_snr_weight(times[index], state.run.min_snr_gamma)
-                for index, state in enumerate(states)
-            ]
-            losses = losses * torch.stack(weights)
-        return losses.mean(dim=1)
+        rows = zip(states, losses, times, strict=True)
+        return torch.stack([s.run.weighted(of, at, schedule).mean() for s, of, at in rows])
