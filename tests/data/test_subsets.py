@@ -192,6 +192,24 @@ def test_a_dataset_config_that_cannot_be_followed_is_one_line(case, root, make_r
     assert "\n" not in str(error.value)
 
 
+def test_regularisation_images_go_with_any_folder_and_are_not_among_its_own(root, make_run, base):
+    (root / "reg").rename(root / "img/3_dog/reg")
+    reg = f"dataset.reg_data_dir={root / 'img/3_dog/reg'}"
+    run = make_run(*KOHYA[1:], f"dataset.image_dir={root / 'img/3_dog'}", reg, "captions=[empty]")
+    images = encoded_images(base, run, write_folders(run))
+    assert {item.caption for item in images.train} == {""} and len(images.train) == 2
+    assert {item.caption for item in images.reg} == {"woman", "a woman", "person"}
+    assert sum(item.repeats for item in images.reg) == sum(item.repeats for item in images.train)
+
+
+def test_folders_of_one_name_are_two_arms(tmp_path, make_run):
+    root = write_files(tmp_path / "kohya", dict.fromkeys(["img/9_a b/x.png", "reg/1_a b/y.png"]))
+    run = make_run(
+        *KOHYA, f"dataset.image_dir={root / 'img'}", f"dataset.reg_data_dir={root / 'reg'}"
+    )
+    assert [one.name for one in subsets(run.dataset)] == ["a_b", "a_b-2"]
+
+
 def test_a_dataset_config_may_be_json(root, make_run):
     (root / "dataset.toml").with_suffix(".json").write_text(
         json.dumps(tomllib.loads((root / "dataset.toml").read_text()))

@@ -289,9 +289,10 @@ def _named_files(settings: Dataset) -> dict[str, Path]:
     """What `find` finds, by the names that draws depend on."""
     if settings.is_kohyas:
         return _files_of([one for one in subsets(settings) if not one.is_reg])
-    root, masks = _root(settings), settings.conditioning_data_dir
-    masks = None if masks is None else masks.expanduser().resolve()
-    files = _pictures((one for one in _walk(root) if masks not in one.parents), root)
+    root = _root(settings)
+    given = (settings.conditioning_data_dir, settings.reg_data_dir)
+    others = {one.expanduser().resolve() for one in given if one is not None}
+    files = _pictures((one for one in _walk(root) if others.isdisjoint(one.parents)), root)
     _warn_of_repeats(files)
     if not files:
         raise SettingsError(

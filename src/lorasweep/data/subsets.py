@@ -195,7 +195,8 @@ def _of_config(path: Path, dataset: NamesFolders) -> Iterator[Subset]:
         values = {**shared, **of_subset}
         for key, (off, why) in _ONLY_OFF.items():
             if values.get(key, off) != off:
-                raise SettingsError(f"{where}: {key}={values[key]} can't be: {why}; take it out")
+                said = shown(str(values[key]))
+                raise SettingsError(f"{where}: {key}={said} can't be: {why}; take it out")
         folder = Path(str(values["image_dir"])).expanduser().resolve()
         if not folder.is_dir():
             raise SettingsError(
