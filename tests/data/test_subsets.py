@@ -202,6 +202,14 @@ def test_regularisation_images_go_with_any_folder_and_are_not_among_its_own(root
     assert sum(item.repeats for item in images.reg) == sum(item.repeats for item in images.train)
 
 
+def test_a_folder_that_is_named_as_an_arm_is_refused(root, make_run):
+    (root / "reg/1_woman").rename(root / "reg/1_empty")
+    reg = f"dataset.reg_data_dir={root / 'reg'}"
+    run = make_run(*KOHYA[1:], f"dataset.image_dir={root / 'img/3_dog'}", reg, "captions=[empty]")
+    with pytest.raises(SettingsError, match=r"captions\.empty and a folder of dataset\.reg_data_d"):
+        write_folders(run)
+
+
 def test_folders_of_one_name_are_two_arms(tmp_path, make_run):
     root = write_files(tmp_path / "kohya", dict.fromkeys(["img/9_a b/x.png", "reg/1_a b/y.png"]))
     run = make_run(
