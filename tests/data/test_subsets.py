@@ -133,7 +133,8 @@ def test_with_wildcards_all_lines_of_a_caption_come_through(root, make_run, base
 def test_a_run_on_kohyas_folders_trains_is_scored_and_keeps_its_images(root, make_run, shared_base):
     run = make_run(
         *(*KOHYA, FEW, f"dataset.image_dir={root / 'img'}", f"dataset.reg_data_dir={root / 'reg'}"),
-        *("dataset.num_holdout=2", "dataset.log_images=true", "trainer.max_train_steps=2"),
+        "sampling.every_n_epochs=0",
+        *("dataset.num_holdout=2", "dataset.log_images=true", "trainer.max_train_steps=1"),
     )
     (report,) = reports(run)
     metadata = checkpoint.read(report.checkpoint.path)[1]
@@ -191,6 +192,32 @@ def test_a_dataset_config_that_cannot_be_followed_is_one_line(case, root, make_r
     with pytest.raises(SettingsError, match=re.escape(message)) as error:
         select(make_run(*KOHYA, f"dataset.image_dir={root / 'dataset.toml'}").dataset)
     assert "\n" not in str(error.value)
+
+
+def test_regularisation_images_go_with_any_folder_and_are_not_among_its_own(root, make_run, base):
+    (root / "reg").rename(root / "img/3_dog/reg")
+    reg = f"dataset.reg_data_dir={root / 'img/3_dog/reg'}"
+    run = make_run(*KOHYA[1:], f"dataset.image_dir={root / 'img/3_dog'}", reg, "captions=[empty]")
+    images = encoded_images(base, run, write_folders(run))
+    assert {item.caption for item in images.train} == {""} and len(images.train) == 2
+    assert {item.caption for item in images.reg} == {"woman", "a woman", "person"}
+    assert sum(item.repeats for item in images.reg) == sum(item.repeats for item in images.train)
+
+
+def test_a_folder_that_is_named_as_an_arm_is_refused(root, make_run):
+    (root / "reg/1_woman").rename(root / "reg/1_empty")
+    reg = f"dataset.reg_data_dir={root / 'reg'}"
+    run = make_run(*KOHYA[1:], f"dataset.image_dir={root / 'img/3_dog'}", reg, "captions=[empty]")
+    with pytest.raises(SettingsError, match=r"captions\.empty and a folder of dataset\.reg_data_d"):
+        write_folders(run)
+
+
+def test_folders_of_one_name_are_two_arms(tmp_path, make_run):
+    root = write_files(tmp_path / "kohya", dict.fromkeys(["img/9_a b/x.png", "reg/1_a b/y.png"]))
+    run = make_run(
+        *KOHYA, f"dataset.image_dir={root / 'img'}", f"dataset.reg_data_dir={root / 'reg'}"
+    )
+    assert [one.name for one in subsets(run.dataset)] == ["a_b", "a_b-2"]
 
 
 def test_a_dataset_config_may_be_json(root, make_run):

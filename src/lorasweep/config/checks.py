@@ -200,7 +200,7 @@ def shuffled_captions_are_tags(run: Run) -> Iterator[str]:
     if run.dataset.is_kohyas:
         return
     if not any(are_tags(captioner) for captioner in run.captions.values()):
-        for name in ("shuffle_caption", "caption_tag_dropout_rate"):
+        for name in ("shuffle_caption", "caption_tag_dropout_rate", "token_warmup_step"):
             if getattr(run.dataset, name):
                 yield (
                     f"dataset.{name} has no effect: no arm's captions are tags; set"

@@ -109,8 +109,8 @@ def _shuffles_as_ever(key: str, value: object, params: Mapping[str, Any]) -> boo
     """Is it captions.ARM.tags, and its captions are read as by versions that had no such key?"""
     if not (key.startswith("captions.") and key.endswith(".tags")):
         return False
-    changed = ("dataset.shuffle_caption", "dataset.caption_tag_dropout_rate")
-    return bool(value) or not any(params.get(one) for one in changed)
+    changed = ("shuffle_caption", "caption_tag_dropout_rate", "token_warmup_step")
+    return bool(value) or not any(params.get(f"dataset.{one}") for one in changed)
 
 
 def changes_nothing(key: str) -> bool:

@@ -255,8 +255,9 @@ def select(settings: Dataset) -> ImageSet:
     Raises SettingsError for a missing or empty folder and BadImagesError for bad images, which
     `skip_bad` turns into a warning; the next images are then drawn in their place.
     """
-    files = _named_files(settings)
-    reg_files = _files_of([one for one in subsets(settings) if one.is_reg])
+    folders = subsets(settings, warn=True)
+    files = _named_files(settings, folders)
+    reg_files = _files_of([one for one in folders if one.is_reg])
     problems = {
         name: _header_problem(path, settings) for name, path in {**files, **reg_files}.items()
     }
@@ -282,16 +283,17 @@ def find(settings: Dataset) -> tuple[Path, ...]:
     they stay inside the folder; the others are left out with a warning, and so are masks
     (`X_mask.png` or `X-masklabel.png` beside an image X) and pictures of types that aren't read.
     """
-    return tuple(_named_files(settings).values())
+    return tuple(_named_files(settings, subsets(settings)).values())
 
 
-def _named_files(settings: Dataset) -> dict[str, Path]:
+def _named_files(settings: Dataset, folders: Sequence[Subset]) -> dict[str, Path]:
     """What `find` finds, by the names that draws depend on."""
     if settings.is_kohyas:
-        return _files_of([one for one in subsets(settings) if not one.is_reg])
-    root, masks = _root(settings), settings.conditioning_data_dir
-    masks = None if masks is None else masks.expanduser().resolve()
-    files = _pictures((one for one in _walk(root) if masks not in one.parents), root)
+        return _files_of([one for one in folders if not one.is_reg])
+    root = _root(settings)
+    given = (settings.conditioning_data_dir, settings.reg_data_dir)
+    others = {one.expanduser().resolve() for one in given if one is not None}
+    files = _pictures((one for one in _walk(root) if others.isdisjoint(one.parents)), root)
     _warn_of_repeats(files)
     if not files:
         raise SettingsError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def _caption(subset: Subset, image: Path) -> str | None:
             " what it points to in its place"
         )
     try:
-        text = read_text(path, MAX_CAPTION)
+        text = re.sub("\r\n?", "\n", read_text(path, MAX_CAPTION))
         return text if subset.settings.enable_wildcard else text.partition("\n")[0]
     except ForeignFileError as error:
         raise SettingsError(f"{shown(str(error), 400)}; mend it") from None

@@ -106,25 +106,31 @@ class Subset:
         return json.dumps(about, sort_keys=True)
 
 
-def subsets(dataset: NamesFolders) -> list[Subset]:
+def subsets(dataset: NamesFolders, *, warn: bool = False) -> list[Subset]:
     """The folders that a data set names: its own, where it is kohya's, and regularisation images.
 
+    It is asked for often, and one who asks is to `warn` of what is not read.
     Raises SettingsError for a folder that isn't there, or a dataset config that can't be followed.
     """
     found: list[Subset] = []
     if dataset.is_kohyas:
         path = dataset.image_dir.expanduser().resolve()
         is_config = path.suffix.lower() in CONFIGS and not path.is_dir()
-        found += _of_config(path, dataset) if is_config else _of_folders(path, dataset, "image_dir")
+        found += (
+            _of_config(path, dataset, warn=warn)
+            if is_config
+            else _of_folders(path, dataset, "image_dir", warn=warn)
+        )
     if dataset.reg_data_dir is not None:
         path = dataset.reg_data_dir.expanduser().resolve()
-        found += [replace(one, is_reg=True) for one in _of_folders(path, dataset, "reg_data_dir")]
+        of_reg = _of_folders(path, dataset, "reg_data_dir", warn=warn)
+        found += [replace(one, is_reg=True) for one in of_reg]
     if dataset.is_kohyas and all(one.is_reg for one in found):
         raise SettingsError(
             f"dataset.image_dir={dataset.image_dir}: all folders hold regularisation images; give"
             " one to train on"
         )
-    return list(_named(found))
+    return list(_named(found, warn=warn))
 
 
 def entries(folder: Path) -> list[Path]:
@@ -147,7 +153,7 @@ def dataset_level(dataset: NamesFolders) -> dict[str, Any]:
     return {setting: said[key] for key, setting in DATASET_KEYS.items() if key in said}
 
 
-def _of_folders(root: Path, dataset: NamesFolders, key: str) -> Iterator[Subset]:
+def _of_folders(root: Path, dataset: NamesFolders, key: str, *, warn: bool) -> Iterator[Subset]:
     """The folders of `root` whose names begin with their repeats, sorted by name."""
     where = f"dataset.{key}={getattr(dataset, key)}"
     if not root.is_dir():
@@ -167,9 +173,9 @@ def _of_folders(root: Path, dataset: NamesFolders, key: str) -> Iterator[Subset]
         number += 1
         table = {"image_dir": str(folder), "num_repeats": int(first[:9]), "class_tokens": tokens}
         yield _subset(table, dataset, str(folder), root)
-    if links_out:
+    if links_out and warn:
         logger.warning("%s: links that lead out of it are not read: %s", where, listed(links_out))
-    if ignored:
+    if ignored and warn:
         logger.warning("%s: folders without repeats are not read: %s", where, listed(ignored))
     if not number:
         raise SettingsError(
@@ -178,11 +184,11 @@ def _of_folders(root: Path, dataset: NamesFolders, key: str) -> Iterator[Subset]
         )
 
 
-def _of_config(path: Path, dataset: NamesFolders) -> Iterator[Subset]:
+def _of_config(path: Path, dataset: NamesFolders, *, warn: bool) -> Iterator[Subset]:
     general, (table,) = _tables(path)
     of_subsets = table["subsets"]
     shared = {**general, **{key: value for key, value in table.items() if key != "subsets"}}
-    if shared.get("validation_split"):
+    if shared.get("validation_split") and warn:
         logger.warning(
             "%s: validation_split has no effect: dataset.num_holdout says how many images are held"
             " out",
@@ -195,7 +201,8 @@ def _of_config(path: Path, dataset: NamesFolders) -> Iterator[Subset]:
         values = {**shared, **of_subset}
         for key, (off, why) in _ONLY_OFF.items():
             if values.get(key, off) != off:
-                raise SettingsError(f"{where}: {key}={values[key]} can't be: {why}; take it out")
+                said = shown(str(values[key]))
+                raise SettingsError(f"{where}: {key}={said} can't be: {why}; take it out")
         folder = Path(str(values["image_dir"])).expanduser().resolve()
         if not folder.is_dir():
             raise SettingsError(
@@ -303,13 +310,14 @@ def _refuse(where: str, key: str, known: Sequence[str] | set[str]) -> None:
     raise SettingsError(f"{where}: {unknown_key(shown(key), sorted(known))}")
 
 
-def _named(found: Sequence[Subset]) -> Iterator[Subset]:
+def _named(found: Sequence[Subset], *, warn: bool) -> Iterator[Subset]:
     """The subsets with a name each, after their folders; a folder counts once, as with kohya."""
     taken: set[str] = set()
     folders: set[Path] = set()
     for one in found:
         if one.image_dir in folders:
-            logger.warning("%s is given twice: the first counts", one.image_dir)
+            if warn:
+                logger.warning("%s is given twice: the first counts", one.image_dir)
             continue
         folders.add(one.image_dir)
         plain = re.sub(r"^\d+_", "", one.image_dir.name)

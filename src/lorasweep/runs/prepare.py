@@ -13,6 +13,7 @@ from filelock import FileLock
 from lorasweep.config.run import Run
 from lorasweep.config.settings_digest import settings_digest
 from lorasweep.core.atomic_write import FolderGoneError, write_atomically
+from lorasweep.core.settings import SettingsError
 from lorasweep.data import dataset, kohya_folders, latents
 from lorasweep.data.captions import caption_images
 from lorasweep.data.dataset import ImageSet
@@ -64,7 +65,13 @@ def check_server(run: Run) -> None:
 def write_folders(run: Run) -> Path:
     """Draw, caption and write the images into kohya's folders; the same inputs share one place."""
     images = dataset.select(run.dataset)
-    texts = {**_made_captions(run, images), **subset_captions(run.dataset, images)}
+    texts, of_folders = _made_captions(run, images), subset_captions(run.dataset, images)
+    if both := sorted(texts.keys() & of_folders.keys()):
+        raise SettingsError(
+            f"captions.{both[0]} and a folder of dataset.reg_data_dir have one name; rename the"
+            " folder"
+        )
+    texts |= of_folders
     masks = mask_files(run.dataset, images)
     of_masks = [hashlib.sha256(data).hexdigest() for data in masks.values()]
     of_masks += [arm for arm, made in texts.items() if made.keeps_alpha]
