@@ -139,6 +139,12 @@ def test_what_differs_in_its_seed_alone_is_ranked_by_the_mean_over_seeds() -> No
     assert [len(one.checkpoints) for one in ranked] == [3, 1, 1, 3]
 
 
+def test_scores_too_large_to_add_come_last() -> None:
+    huge = seeds("a", 1, 1.7e308, 1.7e308, 0.1)
+    ranked = rank([*huge, candidate(1, loss_rel=0.5)], BY)
+    assert [one.file.scores[BY] for one in ranked] == [0.5, 0.1]
+
+
 @pytest.mark.parametrize("number", [2, 3, 6, 12])
 def test_the_interval_over_seeds_is_students(number: int) -> None:
     draw = random.Random(number)

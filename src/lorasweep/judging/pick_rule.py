@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -120,19 +119,19 @@ def _over_seeds(some: Sequence[T], by: str) -> Ranked[T]:
         return Ranked(some, some[0].scores, some[0].terms)
     best_first = sorted(some, key=lambda one: sign(by) * one.scores[by])
     shared = set.intersection(*(set(one.scores) for one in some))
-    scores = {name: statistics.fmean(one.scores[name] for one in some) for name in shared}
+    scores = {name: sum(one.scores[name] for one in some) / len(some) for name in shared}
     scores[f"{by}_lo"], scores[f"{by}_hi"] = interval_of_mean([one.scores[by] for one in some])
     terms = [one.terms.get(by, ()) for one in some]
     is_same = len({len(of) for of in terms}) == 1
-    means = [statistics.fmean(of) for of in zip(*terms, strict=True)] if is_same else []
+    means = [sum(of) / len(of) for of in zip(*terms, strict=True)] if is_same else []
     return Ranked(best_first, scores, {by: means})
 
 
 def interval_of_mean(values: Sequence[float]) -> tuple[float, float]:
     """The 95 % interval of the mean of what at least two seeds gave, by Student's t."""
-    mean, freedom = statistics.fmean(values), len(values) - 1
-    quantile = T_975[min(freedom, len(T_975)) - 1]
-    half = quantile * statistics.stdev(values) / math.sqrt(len(values))
+    mean, freedom = sum(values) / len(values), len(values) - 1
+    squares = sum((one - mean) * (one - mean) for one in values)  # inf, where ** and fsum raise
+    half = T_975[min(freedom, len(T_975)) - 1] * math.sqrt(squares / freedom / len(values))
     return mean - half, mean + half
 
 

@@ -258,7 +258,7 @@ def _candidate(model: LoggedModel) -> Candidate:
         experiment_id=sys.intern(model.experiment_id),
         created=model.creation_timestamp,
         hash=tags.get(HASH_TAG),
-        setting=sys.intern(setting) if setting else None,
+        setting=sys.intern(setting) if setting and seed else None,
         seed=sys.intern(seed) if seed else None,
     )
 
