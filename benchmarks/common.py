@@ -21,7 +21,7 @@ from lorasweep.data import kohya_folders, latents
 from lorasweep.models.base_model import BaseModel
 from lorasweep.runs.prepare import write_folders
 from lorasweep.training.native_trainer import NativeTraining
-from lorasweep.training.training_run import TrainingData
+from lorasweep.training.training_run import NativeTrainer, TrainingData
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -57,6 +57,7 @@ class Bench:
 
     def training(self, num_runs: int, batch_size: int) -> NativeTraining:
         """A training of a pack; the runs differ in their seeds."""
+        assert isinstance(self.run.trainer, NativeTrainer)
         trainer = replace(self.run.trainer, batch_size=batch_size)
         runs = [replace(self.run, name=f"run-{number}", seed=number) for number in range(num_runs)]
         return NativeTraining(trainer, self.base, runs, self.data)

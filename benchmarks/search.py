@@ -101,7 +101,7 @@ def _train(seeds: int, record: Path, overrides: Sequence[str]) -> None:
                 recorded[str(seed)] = _epochs(Path(name), "grid")
                 record.write_text(json.dumps(recorded))
             points = [_point(one) for one in recorded[str(seed)]]
-            tpe = _sweep(seed, "tpe", Path(name), [*TPE, *overrides])
+            tpe = _sweep(seed, "tpe", Path(name) / "tpe", [*TPE, *overrides])
         grid = Result(_best(points), sum(len(point.curve) for point in points))
         for row in (grid.row("grid of 16", seed), tpe.row("TPE, 12 trials", seed)):
             rows.append(row)

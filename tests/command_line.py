@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+from contextlib import chdir, redirect_stderr, redirect_stdout
+from io import StringIO
 
 from lorasweep.cli import main
 
@@ -27,3 +29,10 @@ def exit_code(*arguments):
     except SystemExit as ended:
         return ended.code or 0
     return 0
+
+
+def done_here(*arguments, cwd):
+    """The same in a folder; as a finished process, with what it has said."""
+    with chdir(cwd), redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
+        code = exit_code(*arguments)
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())

@@ -1,11 +1,13 @@
 """What the tests share.
 
 Here: `SMALL`, `FEW` and `options`, and the fixtures
-  cache_dir    a cache of latents, captions and hashes, the same for all tests of a process
-  make_run     overrides -> a Run of the small demo below `tmp_path`
-  base         the embedded base model, loaded
-  shared_base  sessions in this process take `base`, of each kind they ask for, from memory
-  empty_store  an MLflow store without runs, copied wherever a test would make one
+  cache_dir       a cache of latents, captions and hashes, the same for all tests of a process
+  make_run        overrides -> a Run of the small demo below `tmp_path`
+  base            the embedded base model, loaded
+  shared_base     sessions in this process take `base`, of each kind they ask for, from memory
+  forked_workers  a sweep's worker processes begin as copies of this one
+  short_pictures  an export's check draws its pictures in few steps
+  empty_store     an MLflow store without runs, copied wherever a test would make one
 
 Helper modules beside this file, named by what they hold:
   small_training    training in this process, and its losses, checkpoints, reports and weights
@@ -16,25 +18,39 @@ Helper modules beside this file, named by what they hold:
   logged            a run as a trainer logs it, and all that MLflow then has of it
   fake_worker_pool  stands in for a sweep's worker processes
   lora_tensors      a module's tensors of every type of LoRA file
+  renamed_loras     a LoRA's tensors under the names of every program
   bad_files         images, LoRA files and models that are broken on purpose
+  narrow_sd15       a narrow base model of SD1.5's shape, which the real sd-scripts can train
+  sd_scripts_stand_in  a checkout of kohya's sd-scripts without torch, and what may go amiss in it
   old_runs          runs that an earlier lorasweep left (made by make_old_runs)
 recorded/ holds what other programs have written.
 """
 
 from __future__ import annotations
 
+import gc
 import logging
+import multiprocessing
 import os
+import pickle
 from collections.abc import Callable, Iterator
 from functools import cache
+from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a shared machine: no busy waiting
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the network
 
+import hydra
+import omegaconf
 import pytest
 import yaml
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra.plugins.config_source import ConfigResult
+from omegaconf import DictConfig, _utils, grammar_parser
 
+from lorasweep.config import conf_folder
 from lorasweep.config.build_run import build_run
 from lorasweep.config.compose import compose
 from lorasweep.config.conf_folder import conf_dir
@@ -43,6 +59,41 @@ from lorasweep.core.atomic_write import write_atomically
 from lorasweep.tracking import store
 
 yaml.SafeLoader = yaml.CSafeLoader  # Hydra's files are parsed thousands of times
+
+
+def read_shipped_files_once() -> None:
+    """conf/ stays as it is while tests run, and is read for each of a thousand configs."""
+    read, kept = FileConfigSource.load_config, {}
+
+    def load_config(self: FileConfigSource, config_path: str) -> ConfigResult:
+        if Path(self.path) != conf_dir():
+            return read(self, config_path)
+        key = config_path, self.provider
+        if key not in kept:
+            kept[key] = pickle.dumps(read(self, config_path))
+        return pickle.loads(kept[key])
+
+    FileConfigSource.load_config = load_config
+
+
+def compose_once() -> None:
+    """What is composed of conf/ alone is the same in every test."""
+    composed, kept = hydra.compose, {}
+
+    def compose(config_name: str, overrides: list[str]) -> DictConfig:
+        if conf_folder._OPTIONS.get() is not None:  # --config-dir: its files may change
+            return composed(config_name, overrides)
+        key = config_name, *overrides
+        if key not in kept:
+            kept[key] = pickle.dumps(composed(config_name, overrides))
+        return pickle.loads(kept[key])
+
+    hydra.compose = compose
+
+
+read_shipped_files_once()
+compose_once()
+grammar_parser.parse = _utils.parse = omegaconf.base.parse = cache(grammar_parser.parse)
 
 SMALL = [
     "experiment=demo",
@@ -66,20 +117,36 @@ FEW = "adapter.targets=[unet.*.attn2.*,unet.*.proj_in,text_encoder.*.q_proj]"
 
 
 LONGEST_FIRST = (
+    "test_sweep.py",
     "test_resume.py",
     "test_native.py",
-    "test_sweep.py",
+    "test_bad_inputs.py",
+    "test_adapters.py",
+    "test_shipped_sweeps.py",
+    "test_states.py",
+    "test_reproduce.py",
+    "test_hostile_log.py",
+    "test_foreign_settings.py",
+    "test_resize_and_draw.py",
+    "test_sdxl.py",
     "test_end_to_end.py",
     "test_old_runs.py",
     "test_golden.py",
-    "test_reproduce.py",
-    "test_states.py",
-    "test_adapters.py",
+    "test_merge.py",
+    "test_convert.py",
+    "test_combine_loras.py",
     "test_run.py",
-    "test_worker_pool.py",
+    "test_config.py",
+    "test_kills.py",
 )
 """Files that are given to the workers of pytest-xdist before others, so that none is left alone
 with a long one at the end."""
+
+
+def pytest_collection_finish() -> None:
+    """Take what was imported and collected out of every later look of the garbage collector."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -99,6 +166,12 @@ def no_log_file_of_an_earlier_test() -> None:
     root.handlers[:] = [one for one in root.handlers if type(one) is not logging.FileHandler]
 
 
+@pytest.fixture(autouse=True)
+def no_store_of_an_earlier_test() -> None:
+    """MLflow names the store that it is told of to the processes that it may start."""
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache that all tests share, as all runs of a user do."""
@@ -110,7 +183,10 @@ def make_run(tmp_path: Path, cache_dir: Path) -> Callable[..., Run]:
     """Build a Run from overrides on the small demo."""
 
     def make(*overrides: str, number: int | None = None) -> Run:
-        cfg = compose([*SMALL, f"output_root={tmp_path}", f"cache_dir={cache_dir}", *overrides])
+        cfg = compose([*SMALL, *overrides])
+        cfg.cache_dir = str(cache_dir)
+        if not any(one.startswith("output_root=") for one in overrides):
+            cfg.output_root = str(tmp_path)
         output_dir = tmp_path / "run" / str(number or 0)
         return build_run(cfg, output_dir=output_dir, overrides=overrides, sweep="s", number=number)
 
@@ -141,6 +217,38 @@ def quick_stores(request: pytest.FixtureRequest) -> Iterator[None]:
         if request.path.parent.name != "tracking":
             patch.setattr(store, "_create_database", copied)
         yield
+
+
+@pytest.fixture(scope="module")
+def forked_workers() -> Iterator[None]:
+    """Worker processes are copies of this one, which has its libraries loaded: 7 s less for each.
+
+    That they begin on their own, too, is for the tests of kills to show.
+    """
+    import torch
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    from lorasweep.sweeps import worker_pool, worker_process
+
+    def work(connection: Connection) -> None:
+        torch.set_num_threads(1)  # a thread pool is not copied
+        for engine in SqlAlchemyStore._engine_map.values():
+            engine.dispose(close=False)  # the connections stay the driver's
+        worker_process.work(connection)
+
+    forked = SimpleNamespace(get_context=lambda _: multiprocessing.get_context("fork"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker_pool, "multiprocessing", forked)
+        patch.setattr(worker_pool, "work", work)
+        yield
+
+
+@pytest.fixture
+def short_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An export's check draws its pictures in 2 steps, not 8: what it finds here shows in them."""
+    from lorasweep.export import picture_check
+
+    monkeypatch.setattr(picture_check, "NUM_STEPS", 2)
 
 
 @pytest.fixture(scope="session")

@@ -33,9 +33,12 @@ def tucker(site, draw):
     }
 
 
-def dora(site, draw):
+def dora(site, draw, alpha=2.0):
     norms = site.weight.flatten(1).norm(dim=1) * 1.2
-    return {**lora(site, draw), "dora_scale": norms.reshape(-1, *[1] * (site.weight.dim() - 1))}
+    return {
+        **lora(site, draw, alpha=alpha),
+        "dora_scale": norms.reshape(-1, *[1] * (site.weight.dim() - 1)),
+    }
 
 
 def dora_here_and_there(site, draw):

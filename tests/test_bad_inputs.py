@@ -91,7 +91,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def refused(case: Case, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Run the command and check all that is promised of a refusal."""
     case.make(here)
-    before = outputs(here)
+    before, had_folders = outputs(here), (here / "outputs").exists()
     with pytest.raises(SystemExit) as exit_:
         main.main(shlex.split(case.command.replace("BASE", str(BASE))))
     told = capsys.readouterr().err
@@ -102,6 +102,7 @@ def refused(case: Case, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert all(line.startswith("  ") for line in more), told  # a list of files, indented
     assert "Traceback" not in told and told.replace("\n", "").isprintable()
     assert outputs(here) == before, "something was left that looks like an output"
+    assert had_folders or not list(here.glob("outputs/*/2*")), "a folder was left"
     assert not (here / "PWNED").exists()
 
 
@@ -352,7 +353,7 @@ SWEEPS = [
 
 COMMANDS = [
     Case("no command", "", "required: COMMAND; see lorasweep --help", lambda _: None),
-    Case("a command that isn't there", "nope", "invalid choice: 'nope'", lambda _: None),
+    Case("a command that isn't there", "nope", "nope: there is no such command", lambda _: None),
     Case("a flag that isn't there", "doctor --nope", "unrecognized arguments: --nope", lambda _: None),
     Case("a word too many", "doctor x", "x: not understood", lambda _: None),
     Case("the doctor of a wrong value", "doctor adapter.rank=0", "adapter.rank=0: must be", lambda _: None),
@@ -420,7 +421,7 @@ LORAS = [
     bad_lora("resize with a LoRA for a base", "is a LoRA, not a whole model", lora(), "resize a.safetensors --rank 1 --model a.safetensors"),
     bad_lora("export of a base unknown", "which base model is it for?", lora(), "export a.safetensors --to merged"),
     bad_lora("export of no run", "nothing is tracked yet", lora(), "export ../x --to merged"),
-    bad_lora("export to what isn't there", "invalid choice: 'nope'", lora(), "export a.safetensors --to nope"),
+    bad_lora("export to what isn't there", "--to: nope: there is no such form or program", lora(), "export a.safetensors --to nope"),
     bad_lora("export at NaN", "--strength nan", lora(), "export a.safetensors --to merged model=embedded --strength nan"),
     bad_lora("export with NaN of another", "--with a.safetensors=nan: give a number", lora(), "export a.safetensors --to merged model=embedded --with a.safetensors=nan"),
     bad_lora("export of a pickle", "only .safetensors files are read", file("a.ckpt", PICKLE), "export a.ckpt --to diffusers-lora model=embedded"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from command_line import lorasweep
+from command_line import exit_code
 from conftest import SMALL
 from lorasweep import tracking
 from lorasweep.cli.command_line import OneLineParser, parse
@@ -218,10 +218,12 @@ def test_the_metric_of_the_contributing_page_scores(tmp_path, cache_dir, monkeyp
     (line,) = [one for one in "".join(code_blocks(page)).splitlines() if "--config-dir" in one]
     variable, program, *words = shlex.split(line)
     assert (variable, program, len(files)) == ("PYTHONPATH=mine", "lorasweep", 2)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'mine'}:{PACKAGE.parent}")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "mine"))
+    monkeypatch.syspath_prepend(tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
     small = [one for one in SMALL if not one.startswith(("experiment=", "trainer.max_train"))]
     shrunk = [*small, "trainer.max_train_epochs=1", f"cache_dir={cache_dir}"]
-    lorasweep(*words, *shrunk, cwd=tmp_path)
+    assert exit_code(*words, *shrunk) == 0
     store = f"sqlite:///{tmp_path / 'outputs' / 'mlflow.db'}"
     (candidate,) = tracking.candidates(store, "lorasweep")
     effect = candidate.scores["val/prompt_effect"]

@@ -7,7 +7,7 @@ import pytest
 from mlflow import MlflowClient
 from omegaconf import OmegaConf
 
-from command_line import exit_code, lorasweep
+from command_line import done_here, exit_code, lorasweep
 from conftest import FEW, SMALL
 from lorasweep import tracking
 from lorasweep.lora_files import checkpoint
@@ -17,10 +17,10 @@ RANKS = (2, 4)
 
 
 @pytest.fixture(scope="module")
-def sweep(tmp_path_factory, cache_dir):
+def sweep(tmp_path_factory, cache_dir, forked_workers):
     """A sweep over two ranks, and a third job whose learning rate breaks it."""
     folder = tmp_path_factory.mktemp("sweep")
-    result = lorasweep(
+    result = done_here(
         "train",
         "-m",
         *SMALL,
@@ -29,7 +29,6 @@ def sweep(tmp_path_factory, cache_dir):
         f"adapter.rank={','.join(map(str, RANKS))}",
         "optimizer.unet_lr=1e-3,1e30",
         cwd=folder,
-        check=False,
     )
     return folder, result
 
@@ -123,23 +122,25 @@ def test_every_checkpoint_is_a_logged_model_with_its_scores(sweep, client, runs)
             assert one.scores["val/loss_rel"] == pytest.approx(value)
 
 
-def test_pick_ranks_records_and_copies(sweep, client, base):
+def test_pick_ranks_records_and_copies(sweep, client, monkeypatch, capsys):
     folder, _ = sweep
-    result = lorasweep("pick", cwd=folder)
-    assert "demo-0" in result.stdout and "demo-2" in result.stdout
+    monkeypatch.chdir(folder)
+    assert exit_code("pick") == 0
+    said = capsys.readouterr().out
+    assert "demo-0" in said and "demo-2" in said
     version = client.get_model_version_by_alias("demo", "best")
     picked = folder / "outputs" / "picked"
     (copy,) = picked.rglob("*.safetensors")
-    assert copy.stem in result.stdout
+    assert copy.stem in said
     assert version.tags["lorasweep.picked"] == copy.stem
     assert (copy.parent / "config.yaml").exists()
     assert (copy.parent / "contact_sheet.png").exists()
     text = (copy.parent / "README.md").read_text()
     assert all(word in text for word in ("diffusers", "kohya", "AUTOMATIC1111", "ComfyUI"))
-    assert "lorasweep ui" in result.stdout
+    assert "lorasweep ui" in said
 
-    own = lorasweep("pick", "--run", "demo-2", "--epoch", "1", cwd=folder)
-    assert "your own choice" in own.stdout
+    assert exit_code("pick", "--run", "demo-2", "--epoch", "1") == 0
+    assert "your own choice" in capsys.readouterr().out
     version = client.get_model_version_by_alias("demo", "best")
     assert version.tags["lorasweep.chosen_by"] == "person"
     assert list(picked.glob("*/demo-2-e001/demo-2-e001.safetensors"))

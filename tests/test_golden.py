@@ -20,9 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import platform
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -33,6 +31,7 @@ from typing import Any
 
 import pytest
 
+from command_line import done_here
 from lorasweep.core import rng
 
 GOLDEN = Path(__file__).parent / "recorded" / "golden.json"
@@ -187,13 +186,10 @@ def train(folder: Path) -> dict[str, Any]:
     jobs = _write_options(folder / "conf" / "golden")
     command = ["train", "-m", "--config-dir", "conf", f"+golden={','.join(jobs)}", *SHARED]
     places = ["output_root=outputs", "cache_dir=cache", "dataset.image_dir=photos", "name=golden"]
-    done = subprocess.run(
-        [sys.executable, "-m", "lorasweep", *command, *places, "hydra.sweep.dir=outputs/golden"],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env={**os.environ, **ONE_THREAD, "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"},
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ONE_THREAD.items():
+            patch.setenv(name, value)
+        done = done_here(*command, *places, "hydra.sweep.dir=outputs/golden", cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     curves = _curves(folder / "outputs")
     found: dict[str, Any] = {}
@@ -340,7 +336,7 @@ def _near(path: tuple[str, ...], a: Any, b: Any, old: dict[tuple[str, ...], Any]
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def trained(tmp_path_factory: pytest.TempPathFactory, forked_workers: None) -> dict[str, Any]:
     return train(tmp_path_factory.mktemp("golden"))
 
 

@@ -19,6 +19,9 @@ EXPECTED = json.loads(old_runs.EXPECTED.read_text())
 CLOSE = 1e-3  # on another machine, which rounds otherwise
 
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
+
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
     """As the old runs had, here and in worker processes."""

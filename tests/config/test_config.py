@@ -3,28 +3,43 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import yaml
 from hydra.errors import HydraException
 
 from command_line import exit_code
 from conftest import options
+from lorasweep.cli import export_command
+from lorasweep.cli.command_line import OneLineParser
 from lorasweep.cli.train_command import flags_first
 from lorasweep.config.build_run import build_run
 from lorasweep.config.compose import compose
+from lorasweep.config.conf_folder import conf_dir
 from lorasweep.config.error_messages import one_line
+from lorasweep.config.run import KEYS
 from lorasweep.config.settings_digest import settings_digest
 from lorasweep.core.settings import SettingsError, unknown_key
+from lorasweep.core.trainer_words import SETTING_OF
 from lorasweep.data import dataset
 
 GROUPS = ["model", "adapter", "optimizer", "lr_scheduler", "trainer", "sampling", "tracking"]
 
 
+def test_a_name_may_be_a_number(make_run):
+    run = make_run("name=2026", "tracking.experiment=7")
+    assert (run.name, run.tracking.registered_model) == ("2026", "2026")
+    assert run.tracking.experiment == "7"
+
+
 @pytest.mark.parametrize(
     ("group", "name"), [(group, name) for group in GROUPS for name in options(group)]
 )
-def test_every_option_composes_and_passes_its_own_checks(group, name, make_run):
-    run = make_run(f"{group}={name}")
+def test_every_option_composes_and_passes_its_own_checks(group, name, make_run, tmp_path):
+    (tmp_path / "train_network.py").touch()
+    given = [f"trainer.path={tmp_path}"] if name == "sd_scripts" else []
+    run = make_run(f"{group}={name}", *given)
     assert getattr(run, group) is not None
 
 
@@ -58,6 +73,18 @@ def test_guide_experiment_is_the_guides_recipe(tmp_path):
     assert (run.optimizer.unet_lr, run.optimizer.text_encoder_lr) == (1e-4, 5e-5)
     assert run.max_train_epochs == 100
     assert run.sampling.every_n_epochs == 1
+
+
+def test_quick_takes_own_images_and_captions_on_the_embedded_model():
+    own = ["experiment=quick", "dataset.image_dir=photos"]
+    run = build_run(compose(own), output_dir=Path(), checks=())
+    assert (run.name, set(run.captions), run.model.path.endswith("base_model")) == (
+        "photos",
+        {"empty"},
+        True,
+    )
+    cfg = compose([*own, "captions=[empty,sidecar]"])
+    assert set(build_run(cfg, output_dir=Path(), checks=()).captions) == {"empty", "sidecar"}
 
 
 def test_alpha_follows_the_rank(make_run):
@@ -167,6 +194,60 @@ def test_arguments_can_be_added_on_the_command_line(override, capsys):
 
 def test_a_key_is_never_suggested_instead_of_itself():
     assert "mean a.rank?" in unknown_key("a.conv_rank", ["a.conv_rank", "a.rank"])
+
+
+@pytest.mark.parametrize(
+    ("said", "says"),
+    [
+        ("network_dim=8", "adapter.rank"),
+        ("network_alpha=8", "adapter.alpha"),
+        ("learning_rate=1e-4", "optimizer.unet_lr and optimizer.text_encoder_lr"),
+        ("train_batch_size=2", "trainer.batch_size"),
+        ("max_train_steps=2", "trainer.max_train_steps"),
+        ("unet_lr=1e-4", "optimizer.unet_lr"),
+        ("optimizer.lr=1e-4", "optimizer.unet_lr and optimizer.text_encoder_lr"),
+        ("adapter.dim=8", "adapter.rank"),
+        ("trainer.epochs=8", "trainer.max_train_epochs"),
+        ("--network_dim=8", "adapter.rank=VALUE"),
+        ("--config=mine", "--config-dir"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "doctor"])
+def test_words_of_other_trainers_say_what_they_are_here(command, said, says, capsys):
+    if command == "doctor" and said.startswith("--config"):
+        return  # argparse completes it
+    assert exit_code(command, "experiment=demo", said) == 2
+    assert f"did you mean {says}?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["trian"], "did you mean train?"),
+        (["zzz"], "there are caption, convert, doctor"),
+        (["export", "demo", "--to", "diffuser"], "did you mean diffusers?"),
+        (["export", "demo", "--to", "zzz"], "choose one of merged, kohya"),
+    ],
+)
+def test_a_misspelt_command_or_program_is_told_from_its_like(words, says, capsys):
+    assert exit_code(*words) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_programs_stand_for_the_form_they_read():
+    parser = OneLineParser()
+    export_command.add_parser(parser.add_subparsers())
+    programs = ("a1111", "ComfyUI", "forge", "kohya", "diffusers")
+    found = [parser.parse_args(["export", "demo", "--to", one]).to for one in programs]
+    assert found == ["kohya"] * 4 + ["diffusers-lora"]
+
+
+def test_other_trainers_words_lead_to_settings_that_exist():
+    known = {*KEYS, "captions.ARM.repeats"}
+    for path in conf_dir().glob("*/*.yaml"):
+        known |= {f"{path.parent.name}.{key}" for key in yaml.safe_load(path.read_text()) or {}}
+    for word, setting in SETTING_OF.items():
+        assert set(setting.split(" and ")) <= known, word
 
 
 def test_both_learning_rates_zero_would_train_nothing(make_run):

@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from command_line import exit_code
-from lorasweep.config.compose import begun_by, compose
+from lorasweep.config.begun_command import begun_by
+from lorasweep.config.compose import compose
 from lorasweep.config.foreign_settings import unsaid
 from lorasweep.core.settings import SettingsError, build
 
@@ -61,13 +62,15 @@ def broken_off(*task, hydra=(), multirun=False, config_dir=None, cwd="."):
         "overrides": {"hydra": list(hydra), "task": list(task)},
         "runtime": {
             "cwd": str(Path(cwd).absolute()),
+            "output_dir": str(folder),
             "config_sources": sources if config_dir else [],
         },
         "callbacks": {"x": {"_target_": "pandas.read_pickle", "filepath_or_buffer": "evil.pickle"}},
         "searchpath": ["file://evil"],
     }
     file = folder / "multirun.yaml" if multirun else folder / ".hydra" / "hydra.yaml"
-    file.write_text(yaml.safe_dump({"hydra": config}))
+    file.write_text(yaml.safe_dump({"hydra": config, "output_root": "outputs"}))
+    (folder / ".hydra" / "config.yaml").write_text("output_root: outputs")
     record = {"name": "a", "status": "unfinished", "settings": "x", "data": "x"}
     (folder / "run.json").write_text(json.dumps(record))
     return folder
@@ -100,6 +103,8 @@ HOSTILE_WORDS = [
     "launcher.engine={address: ray://evil.example}",
     "launcher.engine.slurm_setup=[touch RAN]",
     "launcher={engine: {x: {_target_: pandas.read_pickle}}}",
+    "trainer.path=theirs",
+    "trainer.python=theirs/python",
     "optimizer.type=touching.Thing",
     "optimizer.type=AdamW,touching.Thing",
     "sampling.prompts=['${oc.env:SECRET}']",
@@ -134,11 +139,11 @@ def test_no_pickle_runs_of_a_folder_that_is_resumed(capsys):
 def test_what_is_said_again_holds_and_nothing_else_does():
     server, launcher = "tracking.uri=http://mine.example", "hydra.launcher.partition=gpu"
     folder = broken_off("experiment=demo", server, hydra=[launcher, "hydra.run.dir=x"])
-    argv, cwd = begun_by(folder, [server, launcher])
-    assert (argv[:-1], cwd) == ([launcher, "experiment=demo", server], Path.cwd())
+    begun = begun_by(folder, [server, launcher])
+    assert (begun.argv[:-1], begun.cwd) == ([launcher, "experiment=demo", server], Path.cwd())
     with pytest.raises(SettingsError, match="partition=gpu"):
         begun_by(folder, [server])
-    with pytest.raises(SettingsError, match=r"rank=8: .* was not begun with it"):
+    with pytest.raises(SettingsError, match=r"rank=8: .* was begun with adapter.rank=16"):
         begun_by(folder, [server, launcher, "adapter.rank=8"])
 
 
@@ -217,6 +222,7 @@ def option(text, name="experiment/x.yaml"):
 
 
 HEAD = "# @package _global_\n"
+KOHYA = f"{HEAD}defaults: [override /trainer: sd_scripts]\n"
 CALLED = f"{{_target_: pandas.read_pickle, {CALL}}}"
 CALLBACK = f"callbacks: {{x: {CALLED}}}"
 HOSTILE_OPTIONS = {
@@ -247,6 +253,8 @@ HOSTILE_OPTIONS = {
     "a server by its package": "# @package tracking\nuri: http://evil.example",
     "a program of the shell": "# @package launcher\npack_via: joblib\nengine: {n_jobs: 2}",
     "a call among a launcher's options": f"{HEAD}launcher: {{engine: {{x: {CALLED}}}}}",
+    "a folder of programs": f"{KOHYA}trainer: {{path: theirs}}",
+    "a program": f"{HEAD}trainer: {{python: theirs/python}}",
     "a module": f"{HEAD}optimizer: {{type: touching.Thing}}",
     "a class": f"{HEAD}adapter: {{_target_: touching.Thing}}",
     "a function": f"{HEAD}model: {CALLED}",
@@ -360,6 +368,6 @@ def test_a_config_beside_a_lora_reads_no_variable(tmp_path):
 def test_options_of_ones_own_are_found_again_by_the_folders_words(capsys):
     option("_target_: LoRA\nrank: 4", "adapter/mine.yaml")
     folder = broken_off("adapter=mine", *PLACES, config_dir=Path("theirs").absolute())
-    argv, _ = begun_by(folder)
+    argv = begun_by(folder).argv
     assert exit_code("train", "--cfg", "job", *argv) == 0
     assert "rank: 4" in capsys.readouterr().out

@@ -195,7 +195,7 @@ def test_a_torn_entry_is_made_again(tmp_path, tear):
 
 
 def in_a_process(captioner: Any, images: Sequence[ImageFile], tmp_path: Path) -> Any:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")  # with its libraries loaded
     process = context.Process(target=run, args=(captioner, images, tmp_path))
     process.start()
     return process
@@ -203,7 +203,7 @@ def in_a_process(captioner: Any, images: Sequence[ImageFile], tmp_path: Path) ->
 
 def test_two_processes_at_once_share_the_work(tmp_path):
     images = numbered(tmp_path, 20)
-    barrier = multiprocessing.get_context("spawn").Barrier(2)
+    barrier = multiprocessing.get_context("fork").Barrier(2)
     recorder = Recorder(tmp_path / "log", start=barrier)
     # overlapping, not equal: each has images of its own too
     processes = [in_a_process(recorder, part, tmp_path) for part in (images[:15], images[5:])]
@@ -226,7 +226,7 @@ def test_after_kill_9_the_next_process_goes_on_where_the_last_one_was(tmp_path):
 def test_waiting_for_another_process_is_said(tmp_path, caplog, monkeypatch):
     caplog.set_level("INFO")
     cache = CaptionCache(tmp_path, "one")
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")  # with its libraries loaded
     held, done = context.Event(), context.Event()
     process = context.Process(target=hold, args=(cache, held, done))
     process.start()

@@ -185,6 +185,27 @@ def test_too_few_images_are_split_and_it_is_said(
     assert f"{split[0]} to train on, {split[1]} held out" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("available", "num_holdout", "split"),
+    [(40, 8, (32, 8)), (10, 8, (8, 2)), (3, 8, (2, 1)), (1, 8, (1, 0)), (4, 0, (4, 0))],
+)
+def test_all_takes_every_image(tmp_path, caplog, available, num_holdout, split):
+    caplog.set_level(logging.INFO)
+    write_images(tmp_path, available)
+    image_set = select(settings(tmp_path, num_images="all", num_holdout=num_holdout))
+    assert (len(image_set.train), len(image_set.holdout)) == split
+    assert f"{split[0]} of {available} images are trained on, {split[1]} held out" in caplog.text
+    assert "unused" not in caplog.text and "usable" not in caplog.text
+
+
+def test_what_of_the_folder_is_used_is_said(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    write_images(tmp_path, 6)
+    select(settings(tmp_path, num_images=2, num_holdout=1))
+    said = "2 of 6 images are trained on, drawn by seed 0, 1 held out for scoring, 3 unused;"
+    assert f"{said} dataset.num_images=all takes every one" in caplog.text
+
+
 def test_enough_images_bring_no_warning(tmp_path, caplog):
     write_images(tmp_path, 3)
     select(settings(tmp_path, num_images=2, num_holdout=1))

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,37 +14,6 @@ import torch
 from bad_files import encoded, file, picture
 from lorasweep.data.kohya_folders import Arm, CaptionedImage
 from lorasweep.data.latents import encode
-
-FILL = """
-import sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from lorasweep.config.compose import compose
-from lorasweep.data.kohya_folders import Arm, CaptionedImage
-from lorasweep.data.latents import encode
-from lorasweep.core.settings import build
-
-images, cache, after = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-cfg = compose(["experiment=demo"])
-base, settings = build(cfg.model, "model").load(), build(cfg.dataset, "dataset")
-items = tuple(CaptionedImage(path, "") for path in sorted(images.glob("*.png")))
-if after:  # die in the middle of the write after this many
-    from lorasweep.core import atomic_write
-    whole, written = atomic_write.os.fsync, []
-    def die(handle):
-        written.append(handle)
-        if len(written) > after:
-            import os, signal
-            os.ftruncate(handle, 40)
-            os.kill(os.getpid(), signal.SIGKILL)
-        whole(handle)
-    atomic_write.os.fsync = die
-print("ready", flush=True)
-sys.stdin.readline()
-encode(base, [Arm("a", 1, items)], settings, cache)
-print("done", flush=True)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -56,23 +24,36 @@ def images(tmp_path_factory):
     return folder
 
 
-def filling(images: Path, cache: Path, after: int = 0) -> subprocess.Popen[str]:
-    """A process that loads the model, says so, and fills the cache once it is told to."""
-    command = [sys.executable, "-c", FILL, str(images), str(cache), str(after)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def fill_at_once(images: Path, cache: Path, base, settings, *deaths: int) -> list[int | None]:
+    """Let a process for each of `deaths` fill the cache; their exit codes.
 
+    It dies in the middle of the write after so many, unless that is 0.
+    """
+    forked = multiprocessing.get_context("fork")  # with the model loaded
+    ready = forked.Barrier(len(deaths))
 
-def go(*processes: subprocess.Popen[str]) -> list[int]:
-    """Let all begin at once; their exit codes."""
+    def fill(after: int) -> None:
+        torch.set_num_threads(1)
+        whole, written = os.fsync, []
+
+        def die(handle: int) -> None:
+            written.append(handle)
+            if len(written) > after:
+                os.ftruncate(handle, 40)
+                os.kill(os.getpid(), signal.SIGKILL)
+            whole(handle)
+
+        if after:
+            os.fsync = die
+        ready.wait(60)
+        latents(images, cache, base, settings)
+
+    processes = [forked.Process(target=fill, args=(after,)) for after in deaths]
     for process in processes:
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        process.start()
     for process in processes:
-        assert process.stdin is not None
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    for process in processes:
-        process.communicate(timeout=120)
-    return [process.returncode for process in processes]
+        process.join(timeout=120)
+    return [process.exitcode for process in processes]
 
 
 def latents(images: Path, cache: Path, base, settings) -> list[torch.Tensor]:
@@ -85,8 +66,7 @@ def test_two_processes_fill_one_cache_and_one_is_killed_in_a_write(
 ):
     settings = make_run().dataset
     cache = tmp_path / "cache"
-    codes = go(filling(images, cache), filling(images, cache, after=4))
-    assert codes == [0, -signal.SIGKILL]
+    assert fill_at_once(images, cache, base, settings, 0, 4) == [0, -signal.SIGKILL]
     files = sorted((cache / "latents").glob("*.safetensors"))
     assert len(files) == 12  # what the killed one had begun lies beside, under no entry's name
     found = latents(images, cache, base, settings)
@@ -97,7 +77,7 @@ def test_two_processes_fill_one_cache_and_one_is_killed_in_a_write(
 
 def test_what_a_killed_process_left_is_gone_on_with(images, base, make_run, tmp_path):
     settings, cache = make_run().dataset, tmp_path / "cache"
-    assert go(filling(images, cache, after=4)) == [-signal.SIGKILL]
+    assert fill_at_once(images, cache, base, settings, 4) == [-signal.SIGKILL]
     assert len(list((cache / "latents").glob("[!.]*.safetensors"))) == 4
     before = {path: path.stat().st_mtime_ns for path in (cache / "latents").glob("[!.]*")}
     found = latents(images, cache, base, settings)

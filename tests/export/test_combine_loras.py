@@ -18,6 +18,8 @@ from lorasweep.export.kohya_lora import write_for_kohya
 from lorasweep.export.lora_weights import PartWeights, parsed, unet_alone, weight_at
 from lorasweep.lora_files import checkpoint, peft_names, read_lora_file
 
+pytestmark = pytest.mark.usefixtures("short_pictures")
+
 
 @pytest.fixture
 def write(base, tmp_path):

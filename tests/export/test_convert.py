@@ -21,6 +21,8 @@ from lorasweep.export.single_file_names import ModelLayout
 from lorasweep.models import file_schedule
 from lorasweep.models.model_files import ModelError
 
+pytestmark = pytest.mark.usefixtures("short_pictures")
+
 
 @pytest.fixture(scope="module")
 def embedded(base):

@@ -26,6 +26,8 @@ from lorasweep.export.exported import ExportError
 from lorasweep.lora_files import checkpoint, peft_names, read_lora_file
 from lorasweep.lora_files.kohya_form import kohya_form
 
+pytestmark = pytest.mark.usefixtures("short_pictures")
+
 
 def is_attention_or_mlp(site):
     return site.part == "text_encoder" or "attentions" in site.path

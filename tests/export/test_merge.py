@@ -22,6 +22,8 @@ from lorasweep.export.generic_diffusion_feature import offline_lora
 from lorasweep.export.picture_check import EXACT
 from lorasweep.lora_files import checkpoint, read_lora_file
 
+pytestmark = pytest.mark.usefixtures("short_pictures")
+
 
 @pytest.fixture(scope="module")
 def source(base):
@@ -223,6 +225,9 @@ def test_a_run_means_its_best_checkpoint_in_its_newest_sweep(monkeypatch, tmp_pa
     by_run = find_lora.find("a", [f"output_root={tmp_path}"])
     assert by_run.path == file
     assert "a-e003 of sweep s, the best of its 3 by val/loss_rel" in by_run.lines[0]
+    found[1] = replace(found[1], chosen_by="person")
+    picked = find_lora.find("a", [f"output_root={tmp_path}"])
+    assert f"{found[1].name} of sweep s, chosen by a person" in picked.lines[0]
     assert "a-e002" in find_lora.find("a-e002", [f"output_root={tmp_path}"]).lines[0]
     with pytest.raises(OriginError, match="runs are: a, b"):
         find_lora.find("c", [f"output_root={tmp_path}"])

@@ -47,6 +47,7 @@ def resize(capsys, *words):
 EMBEDDED = {"ss_sd_model_name": "base_model"}
 
 
+@pytest.mark.usefixtures("short_pictures")
 def test_the_base_that_the_metadata_names_draws_the_pictures(write, capsys):
     path = write(EMBEDDED)
     code, out, _ = resize(capsys, path, "--rank", 4)
@@ -109,6 +110,7 @@ def test_a_file_that_is_no_lora_is_told_as_such(tmp_path, capsys):
     assert (code, out) == (2, "") and "not a whole safetensors file" in err
 
 
+@pytest.mark.usefixtures("short_pictures")
 def test_a_merged_lora_is_extracted_again_and_drawn_by_diffusers(write, base, tmp_path, capsys):
     path = write(EMBEDDED)
     merge.merged(base.settings, [(path, 1.0)], tmp_path / "tuned", precision="fp32")

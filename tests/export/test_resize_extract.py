@@ -16,6 +16,8 @@ from lorasweep.export.svd_ranks import SvdRanks
 from lorasweep.lora_files import checkpoint, read_lora_file
 from lorasweep.models.model_files import ModelError
 
+pytestmark = pytest.mark.usefixtures("short_pictures")
+
 LINEAR = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
 CONV = "lora_unet_mid_block_resnets_0_conv1"
 
@@ -134,6 +136,14 @@ def test_a_smaller_rank_is_the_best_there_is_and_says_what_it_kept(tmp_path):
     assert done.kept.worst == pytest.approx(min(shares.values()), rel=1e-4)
     assert done.kept.worst_site == min(shares, key=lambda key: shares[key])
     assert f"{done.kept.total:.2%}" in "\n".join(done.lines())
+
+
+@pytest.mark.parametrize(("rank", "warns"), [(1, True), (6, False)])
+def test_a_rank_that_keeps_too_little_is_warned_of(rank, warns, tmp_path):
+    source = written(tmp_path / "a.safetensors", (LINEAR, lora()))
+    done = resize.resize(source, tmp_path / "b.safetensors", SvdRanks(rank))
+    assert (done.kept.total < 0.9) == warns
+    assert ("Warning: less than 90% of the LoRA is kept" in "\n".join(done.lines())) == warns
 
 
 def test_energy_gives_each_module_its_own_rank(tmp_path):

@@ -32,9 +32,12 @@ from lorasweep.export.generic_diffusion_feature import loader_of, offline_lora
 from lorasweep.export.kohya_lora import write_for_kohya
 from lorasweep.export.single_file_names import ModelLayout
 from lorasweep.lora_files import checkpoint, read_lora_file
+from lorasweep.lora_files.peft_names import to_peft
 from lorasweep.models.load_model import Model
 from lorasweep.models.model_files import ModelError
 from lorasweep.models.sdxl import SDXLModel
+
+pytestmark = pytest.mark.usefixtures("short_pictures")
 
 KEYS = json.loads(
     gzip.decompress((Path(__file__).parents[1] / "recorded/kohya_sdxl_keys.json.gz").read_bytes())
@@ -322,6 +325,18 @@ def loaded(xl, path):
         return predict(pipeline)
     finally:
         pipeline.unload_lora_weights()
+
+
+@pytest.mark.parametrize("names", ["kohya's", "kohya's of diffusers' layout", "PEFT's"])
+def test_a_file_is_read_as_diffusers_reads_it(names, xl, write):
+    """An oracle: load_lora_weights on the very file."""
+    path = write() if names == "kohya's" else write(names={})
+    if names == "PEFT's":
+        tensors, _ = checkpoint.read(path)
+        checkpoint.write(path, to_peft(tensors), {})
+    theirs = loaded(xl, path)
+    assert not torch.allclose(theirs, predict(xl.pipeline), atol=1e-2)
+    assert torch.allclose(attached(xl, path), theirs, atol=2e-5)
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,8 @@ def test_training_writes_the_entries_that_kohya_writes(make_run, base):
         assert ours[name] == reference[name]
     assert ours["ss_base_model_version"] == "sd_v1_v"  # the demo's predicts v
     assert ours["ss_lr_warmup_steps"] == "0.25"
+    # "CLASS(KEY=VALUE,…)" (sd-scripts' train_util.get_optimizer)
+    assert ours["ss_optimizer"] == "torch.optim.adamw.AdamW(weight_decay=0.01,fused=True)"
     for name in ("ss_tag_frequency", "ss_dataset_dirs"):
         assert json.loads(ours[name]).keys() == {"1_empty", "1_kosmos", "1_wd"}
 

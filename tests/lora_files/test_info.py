@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
+from command_line import exit_code
 from lorasweep.cli import main
 from lorasweep.lora_files import checkpoint, info, read_lora_file
 
@@ -233,3 +234,11 @@ def test_differences_of_norms_and_what_is_left_out_are_shown(described):
     assert found.type == "LoRA and bias difference and norm difference"
     assert found.left_out == {"bundled embeddings": 1}
     assert "left out        1 bundled embeddings" in shown(found)
+
+
+def test_a_whole_model_is_told_as_such(tmp_path, capsys):
+    path = tmp_path / "model.safetensors"
+    names = ("model.diffusion_model.input_blocks.0.0.weight", "cond_stage_model.transformer.x")
+    save_file({name: torch.zeros(1) for name in names}, path)
+    assert exit_code("info", str(path)) == 0
+    assert "a whole model, Stable Diffusion 1.x, and no LoRA" in capsys.readouterr().out

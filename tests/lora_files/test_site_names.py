@@ -10,12 +10,20 @@ from safetensors.torch import save_file
 from lora_tensors import dora, lora
 from lorasweep.adapters.kohya_names import every_site, sites
 from lorasweep.core.safetensors_header import CheckpointError
-from lorasweep.export.attach_loras import attachable, attached
-from lorasweep.export.picture_check import pipeline_of
-from lorasweep.export.whole_model import read as read_model
+from lorasweep.export.attach_loras import attachable
 from lorasweep.lora_files import info, read_lora_file
-from lorasweep.lora_files.peft_names import peft_path, to_peft
 from lorasweep.lora_files.site_names import diffusers_path, parsed
+from renamed_loras import (
+    as_comfyui,
+    as_kohya,
+    as_lycoris,
+    as_one_trainer,
+    as_original,
+    as_peft,
+    as_te1,
+    by_diffusers,
+    without_text_model,
+)
 
 ORIGINAL = json.loads(
     (Path(__file__).parents[1] / "recorded/sd15_checkpoint_original_format.json").read_text()
@@ -86,65 +94,6 @@ def test_every_programs_names_become_kohyas(theirs, ours):
     assert found is not None and f"{found.key(layers=2)}.{found.role}" == ours
 
 
-def as_kohya(tensors, base):
-    return tensors
-
-
-def as_peft(tensors, base):
-    return {f"base_model.model.{name}": t for name, t in to_peft(tensors).items()}
-
-
-def as_one_trainer(tensors, base):
-    """Dotted, with the text encoder's name."""
-    named = {name: peft_path(name.partition(".")[0]) for name in tensors}
-    return {
-        f"{path.replace('text_encoder.', 'clip_l.')}.{name.partition('.')[2]}": tensors[name]
-        for name, path in named.items()
-    }
-
-
-def as_te1(tensors, base):
-    return {name.replace("lora_te_", "lora_te1_"): tensor for name, tensor in tensors.items()}
-
-
-def without_text_model(tensors, base):
-    return {name.replace("_text_model_", "_"): tensor for name, tensor in tensors.items()}
-
-
-def as_lycoris(tensors, base):
-    return {name.replace("lora_unet_", "lycoris_"): tensor for name, tensor in tensors.items()}
-
-
-def as_original(tensors, base):
-    paths = {
-        path.replace(".", "_"): original.replace(".", "_")
-        for original, path in read_model(base.settings.path).layout.original_unet_paths.items()
-    }
-    found = {}
-    for name, tensor in tensors.items():
-        key, _, role = name.partition(".")
-        path = key.removeprefix("lora_unet_")
-        found[f"lora_unet_{paths[path]}.{role}" if path != key else name] = tensor
-    return found
-
-
-def as_comfyui(tensors, base):
-    original = as_original(tensors, base)
-    return {
-        name.replace("lora_unet_", "diffusion_model.").replace(
-            "lora_te_", "text_encoders.clip_l.transformer."
-        ): tensor
-        for name, tensor in original.items()
-    }
-
-
-def by_diffusers(tensors, base):
-    """Its convert_state_dict_to_kohya, which takes the rank for alpha: here they are equal."""
-    from diffusers.utils import convert_state_dict_to_kohya
-
-    return convert_state_dict_to_kohya(to_peft(tensors))
-
-
 SCHEMES = [
     *(as_kohya, as_peft, as_one_trainer, as_te1, without_text_model, as_lycoris, as_original),
     *(as_comfyui, by_diffusers),
@@ -166,54 +115,6 @@ def test_a_renamed_file_is_the_same_adapter(rename, make, base, tmp_path):
     assert all(torch.equal(found.tensors[name], tensor) for name, tensor in tensors.items())
     attachable(base, [(found, 1.0)])
     assert found.left_out == {}
-
-
-def as_diffusers_once_saved(tensors, base):
-    """unet.….lora.down.weight, and of the text encoder lora_linear_layer."""
-    found = {}
-    for name, tensor in to_peft(tensors).items():
-        layer = "lora" if name.startswith("unet") else "lora_linear_layer"
-        old = name.replace("lora_A", f"{layer}.down").replace("lora_B", f"{layer}.up")
-        found[old] = tensor
-    return found
-
-
-def as_peft_in_diffusers(tensors, base):
-    return to_peft(tensors)
-
-
-def predicted(unet, embeds):
-    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        return unet(latents, torch.tensor([500]), embeds).sample
-
-
-@pytest.mark.parametrize(
-    "rename", [as_kohya, by_diffusers, as_peft_in_diffusers, as_diffusers_once_saved]
-)
-def test_what_diffusers_loads_is_read_as_diffusers_reads_it(rename, base, tmp_path):
-    """An oracle: diffusers' load_lora_weights on the file, its prediction with both parts."""
-    draw = torch.Generator().manual_seed(0)
-    tensors = {
-        f"{site.key}.{role}": tensor
-        for site in sites(base.parts, "attn-mlp")
-        for role, tensor in lora(site, draw, alpha=4.0).items()
-    }
-    save_file(rename(tensors, base), tmp_path / "a.safetensors")
-    found = read_lora_file.read(tmp_path / "a.safetensors", base)
-    with attached(attachable(base, [(found, 1.0)])), torch.no_grad():
-        ours = predicted(base.unet, base.encode_prompt(["a fox"]))
-    pipeline = pipeline_of(base)
-    pipeline.load_lora_weights(str(tmp_path), weight_name="a.safetensors", use_safetensors=True)
-    try:
-        with torch.no_grad():
-            theirs = predicted(base.unet, base.encode_prompt(["a fox"]))
-    finally:
-        pipeline.unload_lora_weights()
-    with torch.no_grad():
-        bare = predicted(base.unet, base.encode_prompt(["a fox"]))
-    assert float((theirs - bare).norm() / bare.norm()) > 0.1
-    assert torch.allclose(ours, theirs, atol=1e-4)
 
 
 def one(name, rank=2, width=768, out=4):

@@ -205,6 +205,8 @@ def test_the_command_prints_the_table_and_how_to_go_on(tmp_path, monkeypatch, ca
     assert end.value.code == 0
     said = capsys.readouterr().out
     assert "No run in this log has made" in said
+    (unknown,) = [line for line in said.splitlines() if line.startswith("Not known: ")]
+    assert "the images (give them as dataset.image_dir=FOLDER" in unknown
     assert "lorasweep train --config-dir mine experiment=ref_full-guess" in said
     assert (tmp_path / "mine" / "experiment" / "ref_full-guess.yaml").is_file()
 

@@ -6,6 +6,7 @@ the files that a run logs, some of which are hostile.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import time
@@ -20,7 +21,7 @@ from command_line import exit_code
 from conftest import SMALL
 from lorasweep.config.build_run import build_run
 from lorasweep.config.compose import compose, literal
-from lorasweep.config.conf_folder import PACKAGE
+from lorasweep.config.conf_folder import PACKAGE, conf_dir
 from lorasweep.reproduce import original_images, reproduce_run, trusted_settings
 from lorasweep.reproduce.logged_settings import rebuild
 from lorasweep.reproduce.original_run import ReproduceError, find_original
@@ -330,6 +331,27 @@ def test_a_class_of_others_that_is_named_again_is_trusted(store, here, monkeypat
     assert plan.run.optimizer.type == "theirs_too.SGD"
     with pytest.raises(ReproduceError, match="only a class that the log names"):
         rebuild(yaml.safe_dump(store.files["config.yaml"]), ["optimizer.type=theirs_too.SGD"])
+
+
+def test_a_program_of_a_log_is_not_run(store, here, capsys):
+    """sd-scripts runs from the checkout that a person names, in that one's Python."""
+    named = {"path": str(here.home / "theirs"), "python": str(here.home / "theirs" / "python")}
+    (here.home / "theirs").mkdir()
+    (here.home / "theirs" / "train_network.py").touch()
+
+    def by_sd_scripts(values):
+        option = yaml.safe_load((conf_dir() / "trainer" / "sd_scripts.yaml").read_text())
+        prompts = values["sampling"]["prompts"]
+        values["trainer"] = {**option, **named, "sample_prompts": prompts}
+
+    made = store.run(config_yaml=by_sd_scripts)
+    assert "trainer.path=FOLDER" in refused(here, capsys, made)
+    mine = here.home / "mine"
+    values = copy.deepcopy(store.files["config.yaml"])
+    by_sd_scripts(values)
+    text = yaml.safe_dump(values)
+    rebuilt = rebuild(text, [f"trainer.path={mine}"]).values["trainer"]
+    assert (rebuilt["path"], rebuilt["python"]) == (str(mine), None)
 
 
 def test_a_pickle_is_not_loaded_because_a_log_says_so(store, here, capsys):

@@ -14,6 +14,8 @@ from mlflow import MlflowClient
 from PIL import Image
 from safetensors.torch import save
 
+import sd_scripts_stand_in as stand_in
+from lorasweep import __version__
 from lorasweep.config.compose import compose
 from lorasweep.core.settings import SettingsError
 from lorasweep.runs import doctor, doctor_probes
@@ -72,11 +74,19 @@ def test_demo_has_all_it_needs_and_leaves_nothing_behind(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_need_gives_exit_code_1(
-    examined: Examined, capsys: pytest.CaptureFixture[str]
+def test_a_missing_need_comes_first_and_gives_exit_code_1(
+    examined: Examined, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     assert doctor.examine(compose([*examined.places, DEMO, "model.path=nobody/none"])) == 1
-    assert "1 to mend" in capsys.readouterr().out
+    said = capsys.readouterr().out.splitlines()
+    lines = said[said.index(f"lorasweep {__version__}") :]  # others' libraries may have spoken
+    assert lines[1].startswith("problem model.path: nobody/none")
+    remedies = [line for line in lines if line.startswith("    ")]
+    assert any("hf download nobody/none" in line for line in remedies)  # uncut
+    well = [line for line in lines if line.startswith("OK")]
+    assert well and all(len(line) <= 80 for line in well)
+    assert len(lines) <= 28 and lines[-1].startswith("1 to fix")
 
 
 def test_works_without_an_image_folder(examined: Examined) -> None:
@@ -96,7 +106,48 @@ def test_too_few_images_are_a_warning_with_both_numbers(examined: Examined, tmp_
     Image.new("RGB", (64, 64)).save(tmp_path / "photos" / "one.png")
     finding = examined(DEMO, f"dataset.image_dir={tmp_path / 'photos'}")["dataset.image_dir"]
     assert finding.level == "warning"
-    assert "1 images, 38 wanted" in finding.text
+    assert "1 of 1 images are trained on, 0 held out" in finding.text
+    assert "38 wanted" in finding.text
+
+
+def sd_scripts(examined: Examined, folder: Path, *overrides: str) -> list[tuple[str, str, str]]:
+    """What is said of a checkout: level, text and remedy."""
+    words = DEMO, "trainer=sd_scripts", f"trainer.path={folder}", *overrides
+    found = doctor.findings(compose([*examined.places, *words]), words)
+    checks = ("trainer", "trainer.path", "trainer.python", "sd-scripts")
+    return [(one.level, one.text, one.remedy) for one in found if one.check in checks]
+
+
+def test_a_checkout_of_sd_scripts_its_python_and_packages_are_examined(
+    examined: Examined, tmp_path: Path
+) -> None:
+    (tmp_path / "no.safetensors").touch()
+    stand_in.write(tmp_path / "checkout", tmp_path / "no.safetensors", preset=True)
+    pins = "accelerate==1.6.0\ndiffusers[torch]==1.0\n"
+    (tmp_path / "checkout" / "requirements.txt").write_text(pins)
+    folder, python, packages, starts = sd_scripts(examined, tmp_path / "checkout")
+    assert folder[0] == "OK" and "not from git" in folder[1]
+    assert python[0] == "OK" and "checkout/venv/bin/python: Python 3.10.14" in python[1]
+    assert packages[0] == "warning"
+    assert packages[1].endswith("and its requirements.txt asks for accelerate 1.6.0")
+    assert starts[:2] == ("OK", "train_network.py starts with torch 2.6.0 on cpu")
+    *_, lycoris = sd_scripts(examined, tmp_path / "checkout", "adapter=loha")
+    assert lycoris[0] == "warning" and "time embedding twice" in lycoris[1]
+
+
+def test_what_a_checkout_of_sd_scripts_lacks_is_a_problem_with_its_remedy(
+    examined: Examined, tmp_path: Path
+) -> None:
+    (problem,) = sd_scripts(examined, tmp_path)
+    assert problem[0] == "problem" and "there is no train_network.py" in problem[1]
+    (tmp_path / "no.safetensors").touch()
+    stand_in.write(tmp_path / "bare", tmp_path / "no.safetensors", ["torch", "toml"])
+    *_, problem = sd_scripts(examined, tmp_path / "bare")
+    assert problem[:2] == ("problem", "no accelerate, tensorboard there")
+    assert problem[2].endswith("venv/bin/python -m pip install accelerate tensorboard")
+    (tmp_path / "bare" / "venv" / "bin" / "python").write_text("#!/bin/sh\necho no >&2; exit 1\n")
+    *_, problem = sd_scripts(examined, tmp_path / "bare")
+    assert problem[0] == "problem" and "python failed: no" in problem[1]
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,11 @@ import random
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,7 +46,12 @@ class Store:
 
     def pick(self, **choice: str | int | None) -> pick_checkpoint.Pick:
         by = {"by": BY, "sweep": "grid", **choice}
-        return pick_checkpoint.pick(self.settings, self.root, **by)  # type: ignore[arg-type]
+        return pick(self.settings, self.root, **by)
+
+
+def pick(settings: Tracking, root: Path, **choice: Any) -> pick_checkpoint.Pick:
+    chosen = pick_checkpoint.choose(settings, root, **choice)
+    return pick_checkpoint.record(chosen, settings, root, replaces=True)
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +73,11 @@ def fill(
     scored: list[tuple[float, float, float]],
     setting: str | None = None,
     seed: int | None = None,
+    params: Mapping[str, str] | None = None,
 ) -> None:
     """One run with an epoch for each (score, upper end of its interval, drift)."""
-    log = tracker.open_run(replace(new_run(name, sweep, root), setting=setting, seed=seed))
+    new = replace(new_run(name, sweep, root), setting=setting, seed=seed, params=params or {})
+    log = tracker.open_run(new)
     for epoch, (score, high, drift) in enumerate(scored, start=1):
         path = root / name / f"{name}-{epoch:06d}.safetensors"
         checkpoint.write(path, {"lora_unet_x.alpha": torch.tensor(score)}, {"ss_output_name": name})
@@ -123,6 +132,23 @@ def test_a_persons_choice_replaces_the_rules_and_is_recorded_as_such(store: Stor
     assert version.tags["lorasweep.chosen_by"] == "person"
     assert "lorasweep.picked" not in store.client.get_run(by_rule.run_id).data.tags
     assert "lorasweep.picked" not in store.client.get_logged_model(by_rule.model_id).tags
+
+
+def test_the_rule_takes_a_persons_place_only_if_it_is_told_to(store: Store) -> None:
+    store.pick(run="two", epoch=1)
+    by_rule = pick_checkpoint.choose(store.settings, store.root, by=BY, sweep="grid")
+    assert by_rule.before is not None and by_rule.before.name == "two-e001"
+    assert "choice: two-e001, by person" in pick_table.not_recorded(by_rule)[0]
+    of_another_sweep = pick_checkpoint.choose(store.settings, store.root, by=BY, sweep="alone")
+    for choice in (by_rule, of_another_sweep):  # of which `best` is the alias too
+        with pytest.raises(pick_checkpoint.PickError, match="two-e001 is a person's choice"):
+            pick_checkpoint.record(choice, store.settings, store.root, replaces=False)
+    version = store.client.get_model_version_by_alias("style", "best")
+    assert version.tags["lorasweep.checkpoint"] == "two-e001"
+    done = pick_checkpoint.record(by_rule, store.settings, store.root, replaces=True)
+    assert "takes the place of two-e001, a person's choice" in pick_table.summary(done)[1]
+    again = pick_checkpoint.choose(store.settings, store.root, by=BY, sweep="alone")
+    pick_checkpoint.record(again, store.settings, store.root, replaces=False)
 
 
 def test_picking_the_same_twice_makes_no_second_version(store: Store) -> None:
@@ -180,6 +206,10 @@ def test_the_table_shows_the_winner_the_ties_and_what_was_left_out(store: Store)
         (True, "two"),
     ]
     assert "0.7100" in rows[0]
+    assert [row.split("│")[-2].strip() for row in rows] == [
+        "tied, and drifts least",
+        "tied, but drifts more",
+    ]
     assert "2 more" in text
     assert "one-e003 is left out" in text
     assert "held-out image" not in text
@@ -263,8 +293,8 @@ def test_a_pick_takes_no_other_picks_place_and_its_path_tells_the_sweep(tmp_path
     for sweep, score in (("first", 0.1), ("second", 0.2), ("first", 0.3)):
         with Tracker(settings, tmp_path) as tracker:  # the last one trains the first run anew
             fill(tracker, tmp_path, "same", sweep, [(score, score, 0.1)])
-        file = pick_checkpoint.pick(settings, tmp_path, by=BY, sweep=sweep).folder
-        assert pick_checkpoint.pick(settings, tmp_path, by=BY, sweep=sweep).folder == file
+        file = pick(settings, tmp_path, by=BY, sweep=sweep).folder
+        assert pick(settings, tmp_path, by=BY, sweep=sweep).folder == file
         found[file.relative_to(tmp_path / "picked").as_posix()] = score
     assert found == {"first/same-e001": 0.1, "second/same-e001": 0.2, "first/same-e001-2": 0.3}
     for folder, score in found.items():
@@ -278,9 +308,15 @@ def test_of_several_seeds_the_best_one_of_the_best_mean_is_picked(tmp_path: Path
         for number, (rank, scores) in enumerate(((4, (0.5, 0.9, 0.6)), (16, (0.58, 0.62, 0.6)))):
             for seed, score in enumerate(scores):
                 name = f"r-{number * 3 + seed}"
-                fill(tracker, tmp_path, name, "s", [(score, score, 0.1)], f"rank {rank}", seed)
+                values = {
+                    "adapter.rank": f"{rank}",
+                    "adapter.alpha": f"{rank / 2}",
+                    "seed": f"{seed}",
+                }
+                row = [(score, score, 0.1)]
+                fill(tracker, tmp_path, name, "s", row, f"rank {rank}", seed, values)
         fill(tracker, tmp_path, "older", "s", [(0.7, 0.7, 0.1)])  # whose seed isn't known
-    result = pick_checkpoint.pick(settings, tmp_path, by=BY)
+    result = pick(settings, tmp_path, by=BY)
     assert [one.scores[BY] for one in result.ranked] == pytest.approx([0.6, 2 / 3, 0.7])
     assert (result.winner.name, result.winner.seed) == ("r-3-e001", "0")
     text = (result.folder / "README.md").read_text()
@@ -290,14 +326,15 @@ def test_of_several_seeds_the_best_one_of_the_best_mean_is_picked(tmp_path: Path
     console = Console(width=160, file=io.StringIO(), record=True)
     console.print(pick_table.table(result))
     rows = [line for line in console.export_text().splitlines() if line.startswith("│")]
-    assert [[cell.strip() for cell in row.split("│")[2:5]] for row in rows] == [
-        ["r-3", "1", "0.6000 [0.5503, 0.6497]"],
-        ["r-0", "1", "0.6667 [0.1495, 1.1838]"],
-        ["older", "1", "0.7000 [, 0.7000]"],
+    # alpha goes with the rank
+    assert [[cell.strip() for cell in row.split("│")[2:6]] for row in rows] == [
+        ["r-3", "16", "1", "0.6000 [0.55, 0.65]"],
+        ["r-0", "4", "1", "0.6667 [0.15, 1.18]"],
+        ["older", "", "1", "0.7000 [, 0.70]"],
     ]
     assert [row.split("│")[-2].strip() for row in rows] == ["0, 1, 2", "0, 1, 2", ""]
     # of one run the rule sees no other seeds
-    assert pick_checkpoint.pick(settings, tmp_path, by=BY, run="r-1").winner.run == "r-1"
+    assert pick(settings, tmp_path, by=BY, run="r-1").winner.run == "r-1"
 
 
 def test_what_was_deleted_in_mlflow_is_not_chosen(tmp_path: Path) -> None:
@@ -311,13 +348,13 @@ def test_what_was_deleted_in_mlflow_is_not_chosen(tmp_path: Path) -> None:
     by_name = {one.run: one.run_id for one in tracking.candidates(uri, "e")}
     client.delete_run(by_name["good"])
     client.delete_run(by_name["alone"])
-    result = pick_checkpoint.pick(settings, tmp_path, by=BY)  # the newest sweep that is there
+    result = pick(settings, tmp_path, by=BY)  # the newest sweep that is there
     assert [one.file.run for one in result.ranked] == ["fair"]
     assert [one.run for one in tracking.candidates(uri, "e")] == ["fair"]
     with pytest.raises(pick_checkpoint.PickError, match=r"no sweep alone; there are: s$"):
-        pick_checkpoint.pick(settings, tmp_path, by=BY, sweep="alone")
+        pick(settings, tmp_path, by=BY, sweep="alone")
     client.restore_run(by_name["good"])
-    assert pick_checkpoint.pick(settings, tmp_path, by=BY).winner.run == "good"
+    assert pick(settings, tmp_path, by=BY).winner.run == "good"
 
 
 def test_an_experiment_that_was_renamed_or_deleted_is_said(tmp_path: Path) -> None:
@@ -327,13 +364,13 @@ def test_an_experiment_that_was_renamed_or_deleted_is_said(tmp_path: Path) -> No
     experiment = client.get_experiment_by_name("e").experiment_id
     client.rename_experiment(experiment, "renamed")
     with pytest.raises(tracking.TrackingError, match="there are: renamed"):
-        pick_checkpoint.pick(SETTINGS, tmp_path, by=BY)
+        pick(SETTINGS, tmp_path, by=BY)
     settings = replace(SETTINGS, experiment="renamed")
-    assert pick_checkpoint.pick(settings, tmp_path, by=BY).winner.run == "a"
+    assert pick(settings, tmp_path, by=BY).winner.run == "a"
     client.delete_experiment(experiment)
     said = f"was deleted in MLflow; .*restore -x {experiment}"
     with pytest.raises(tracking.TrackingError, match=said):
-        pick_checkpoint.pick(settings, tmp_path, by=BY)
+        pick(settings, tmp_path, by=BY)
     with pytest.raises(tracking.TrackingError, match=said), Tracker(settings, tmp_path) as tracker:
         tracker.ready(tmp_path / "b", "other")
     assert not (tmp_path / "b").exists()

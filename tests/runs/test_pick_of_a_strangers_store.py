@@ -43,7 +43,8 @@ class Store:
     client: MlflowClient
 
     def pick(self, sweep: str) -> pick_checkpoint.Pick:
-        return pick_checkpoint.pick(self.settings, self.root, by=BY, sweep=sweep)
+        chosen = pick_checkpoint.choose(self.settings, self.root, by=BY, sweep=sweep)
+        return pick_checkpoint.record(chosen, self.settings, self.root, replaces=False)
 
     @property
     def uri(self) -> str:

@@ -4,19 +4,24 @@ import errno
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from mlflow import MlflowClient
 
+from command_line import exit_code
 from conftest import SMALL
 from lorasweep.cli import main
+from lorasweep.config.begun_command import begun_by
 from lorasweep.config.build_run import build_run
 from lorasweep.config.compose import compose
 from lorasweep.core.atomic_write import DiskFullError
@@ -462,6 +467,121 @@ def test_resume_takes_a_name_or_a_folder(target, command, monkeypatch, tmp_path,
     assert "mine has ended" in capsys.readouterr().err
 
 
+def resumed(*words):
+    with pytest.raises(SystemExit) as done:
+        main.main(["resume", *words])
+    return done.value.code or 0
+
+
+def begun_in(tmp_path, name="mine"):
+    (folder,) = (tmp_path / "outputs" / name).iterdir()
+    return folder
+
+
+def test_a_run_that_has_ended_is_trained_further_as_if_it_had_been_longer_from_the_start(
+    command, tmp_path
+):
+    """Weights, scores and curves to the bit; MLflow keeps its run, and learns its new config."""
+    places = ["hydra.run.dir=once", "output_root=once"]
+    main.main([*command, *places])  # two epochs at once
+    main.main([*command, "trainer.max_train_epochs=1"])
+    folder = begun_in(tmp_path)
+    ((run, *_),) = [of(tmp_path / "outputs")]
+    assert resumed(str(folder), f"trainer.max_train_epochs={EPOCHS}") == 0
+    ((again, config),) = [of(tmp_path / "outputs")]
+    assert again == run
+    assert yaml.safe_load(config)["trainer"]["max_train_epochs"] == EPOCHS
+    assert logged(tmp_path / "outputs") == logged(tmp_path / "once")
+    file = "mine-000002.safetensors"
+    assert checkpoint.data_hash(folder / file) == checkpoint.data_hash(tmp_path / "once" / file)
+    assert checkpoint.read_metadata(folder / file)["ss_num_epochs"] == str(EPOCHS)
+    assert run_folder.read_record(folder).status == "finished"
+    assert resumed(str(folder)) == 0  # with the new settings, by which it has ended
+
+
+def of(output_root):
+    """The one run of a store: its id and its config."""
+    client = MlflowClient(f"sqlite:///{output_root}/mlflow.db")
+    experiment = client.get_experiment_by_name("lorasweep")
+    (run,) = client.search_runs([experiment.experiment_id])
+    path = client.download_artifacts(run.info.run_id, "config.yaml")
+    return run.info.run_id, Path(path).read_text()
+
+
+@pytest.mark.parametrize(
+    ("begun", "changes", "told"),
+    [
+        ([], ["optimizer.unet_lr=1"], "optimizer.unet_lr=1: .* was begun with optimizer.unet_lr=0"),
+        ([], ["trainer.max_train_epochs=1"], "begun with trainer.max_train_epochs=2.* only grow"),
+        ([], ["trainer.max_train_epochs=many"], "max_train_epochs=many: .* only grow"),
+        ([], ["adapter=locon"], "adapter._target_=LoCon: .* begun with adapter._target_=LoRA"),
+        ([], ["optimizer.args.eps=1e-7"], "optimizer.args.eps=1e-07: .* was begun without it"),
+        ([], ["seed=1,2"], "seed=1,2: .* was begun without it"),
+        ([], ["hydra.run.dir=x"], "hydra.run.dir=x: .* was begun without it"),
+        ([], ["trainer.max_train_epochs=3"], "mine has ended and left no state"),
+        (["lr_scheduler=cosine"], ["trainer.max_train_epochs=3"], "lr_scheduler.type=cosine foll"),
+        (["lr_scheduler.warmup=0.1"], ["trainer.max_train_epochs=3"], "lr_scheduler.warmup=0.1 "),
+    ],
+)
+def test_what_a_run_that_goes_on_cannot_change_is_named(
+    begun, changes, told, command, tmp_path, capsys
+):
+    folder = as_begun(tmp_path, [*command[1:], *begun], "finished")
+    before = (folder / ".hydra" / "hydra.yaml").read_text()
+    assert resumed("mine", *changes) == 2
+    said = capsys.readouterr().err
+    assert re.search(told, said)
+    assert said.startswith("lorasweep: ") and said.count("\n") == 1
+    assert (folder / ".hydra" / "hydra.yaml").read_text() == before
+
+
+def as_begun(tmp_path, words, status, *, multirun=False):
+    """A run's or a multirun's folder, as Hydra and we leave it; with no states."""
+    folder = tmp_path / "outputs" / "mine" / "1"
+    (folder / ".hydra").mkdir(parents=True)
+    hydra = {
+        "overrides": {"hydra": [], "task": words},
+        "runtime": {"cwd": str(tmp_path), "config_sources": [], "output_dir": str(folder)},
+    }
+    file = folder / ("multirun.yaml" if multirun else ".hydra/hydra.yaml")
+    file.write_text(yaml.safe_dump({"hydra": hydra, "output_root": "outputs"}))
+    (folder / ".hydra" / "config.yaml").write_text("output_root: outputs")
+    record = {"name": "mine", "status": status, "settings": "x", "data": "x"}
+    (folder / "run.json").write_text(json.dumps(record))
+    return folder
+
+
+def test_what_changes_no_result_may_change_as_a_run_goes_on(command, tmp_path):
+    """Words are compared by what they come to: what is said again needs no ++."""
+    folder = as_begun(tmp_path, [*command[1:], "++optimizer.args={eps: 1e-7}"], "unfinished")
+    same = ["optimizer.args={eps: 1e-7}", "optimizer.args.eps=1e-7", "adapter.rank=2"]
+    free = ["trainer.device=cpu", "tracking.experiment=x", "launcher.max_pack=1", "cache_dir=c"]
+    begun = begun_by(folder, [*same, *free])
+    assert begun.longer is None
+    assert set(free) <= set(begun.argv)
+    assert [w for w in begun.argv if w.startswith("cache_dir")] == ["cache_dir=c"]
+    longer = begun_by(folder, ["trainer.max_train_epochs=3"]).longer
+    assert longer.trainer.max_train_epochs == 3
+
+
+def test_of_a_multirun_all_may_change_but_what_its_runs_differ_in(command, tmp_path):
+    words = [*command[1:], "adapter.rank=2,4", "optimizer.unet_lr=interval(1e-4,1e-3)"]
+    folder = as_begun(tmp_path, words, "finished", multirun=True)
+    begun = begun_by(folder, ["adapter.rank=2,4", "trainer.max_train_epochs=3"])
+    assert begun.argv[0] == "-m"
+    assert begun.argv[-2] == "trainer.max_train_epochs=3"
+    assert begun.longer is not None
+    for word in ("adapter.rank=2,4,8", "adapter.rank=2", "optimizer.unet_lr=1e-4", "seed=0,1"):
+        with pytest.raises(SettingsError, match=f"^{re.escape(word)}: .* change on the way"):
+            begun_by(folder, [word])
+    folder = as_begun(
+        tmp_path / "search", ["+sweeps=rank_lr", "experiment=demo"], "unfinished", multirun=True
+    )
+    begun_by(folder, ["study.n_trials=50", "study.pruner=none"])  # how it searches
+    with pytest.raises(SettingsError, match="alpha=3"):
+        begun_by(folder, ["adapter.alpha=3"])
+
+
 def test_a_job_that_failed_before_fails_again_whatever_launches_it(command, monkeypatch, capsys):
     monkeypatch.setattr(run_folder, "ended", lambda run: "failed")
     with pytest.raises(SystemExit) as failed:
@@ -478,6 +598,25 @@ def test_resume_names_what_was_broken_off(command, monkeypatch, tmp_path, capsys
         main.main(["resume", "other"])
     assert "other: no such run" in (said := capsys.readouterr().err)
     assert said.rstrip().endswith("broken off: mine")
+
+
+def test_resume_without_a_name_lists_what_was_broken_off(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for place, name, status in (
+        ("mine/1", "run.json", "unfinished"),
+        ("mine/2", "run.json", "completed"),
+        ("mine/3/0", "run.json", "unfinished"),
+        ("mine/3", "sweep.json", "unfinished"),
+    ):
+        folder = tmp_path / "outputs" / place
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps({"status": status}))
+    (tmp_path / "outputs" / "mine" / "3" / "multirun.yaml").touch()
+    assert exit_code("resume") == 0
+    said = sorted(capsys.readouterr().out.splitlines())
+    assert said == [f"lorasweep resume outputs/mine/{one}" for one in (1, 3)]
+    assert exit_code("resume", "output_root=none") == 0
+    assert "Nothing in none was broken off" in capsys.readouterr().out
 
 
 def test_a_corrupt_record_is_one_line(make_run):

@@ -74,9 +74,12 @@ def test_runs_are_of_one_setting_if_they_differ_in_nothing_but_seed_and_name(mak
     assert len({same, edited, *others}) == 4
 
 
-def test_a_run_whose_steps_end_within_an_epoch_is_finished_then(make_run):
+def test_a_run_whose_steps_end_within_an_epoch_is_finished_then(make_run, caplog):
     run = replace(make_run("trainer.max_train_steps=1", "sampling.every_n_epochs=0"), metrics={})
-    _, report, end = run_pack([run])
+    with caplog.at_level(logging.INFO):
+        _, report, end = run_pack([run])
+    assert "in batches of" in caplog.text and "in all 1 steps, epochs: 1" in caplog.text
+    assert any(one.startswith("captions, such as of") and "wd '" in one for one in caplog.messages)
     assert (report.checkpoint.epoch, report.checkpoint.step) == (1, 1)
     assert end == Finished(run=run.name, dropped=False)
 
@@ -106,7 +109,8 @@ def test_scoring_out_of_memory_goes_on_with_fewer_at_once(make_run, monkeypatch,
         return forward(self, sample, *args, **kwargs)
 
     monkeypatch.setattr(UNet2DConditionModel, "forward", limited)
-    runs = [replace(run, output_dir=run.output_dir / "limited") for run in runs]
+    # not where a sweep's jobs lie, which would be taken as they were trained
+    runs = [replace(run, output_dir=run.output_dir / "limited" / "0") for run in runs]
     with caplog.at_level(logging.WARNING):
         found = {(r.run, r.checkpoint.epoch): r.scores["val/loss_rel"] for r in reports(*runs)}
     assert "fewer are scored at once" in caplog.text

@@ -131,7 +131,7 @@ def assert_came_to_the_same(sweep: Sweep, unbroken: Sweep) -> None:
 
 
 def test_a_sweep_whose_driver_and_then_a_worker_are_killed_has_everything_once(
-    tmp_path, monkeypatch
+    tmp_path, monkeypatch, forked_workers
 ):
     sweep = Sweep(tmp_path / "sweep")
     with subprocess.Popen(

@@ -1,10 +1,12 @@
 """The launcher: its settings, its retries, and packs as jobs of other engines."""
 
+import copy
 import os
 import pickle
 import signal
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import hydra
@@ -16,6 +18,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError
 
+from lorasweep.cli.choose_folder import ContinueBrokenOff
 from lorasweep.config.compose import compose
 from lorasweep.config.conf_folder import conf_dir
 from lorasweep.config.error_messages import one_line
@@ -102,6 +105,35 @@ def test_jobs_share_nothing_that_was_composed(tmp_path):
         jobs = [compose_job(sweep, loader, overrides[n], n) for n in range(2)]
     assert [job.config.adapter.rank for job in jobs] == [2, 3]
     assert [job.config.hydra.job.num for job in jobs] == [0, 1]
+
+
+@pytest.fixture
+def by_rank(tmp_path):
+    """A multirun's config, whose name is made of a value that it varies, and what loads its jobs"""
+    register_resolvers()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        app = GlobalHydra.instance().hydra
+        name = "name=i_${adapter.rank}"
+        given = ["experiment=demo", f"output_root={tmp_path}", "hydra.job.name=x", name]
+        given.append("hydra.mode=MULTIRUN")
+        yield app.compose_config("config", given, RunMode.MULTIRUN), app.config_loader, given
+
+
+def test_a_name_made_of_a_swept_value_makes_one_sweep_and_one_pack(by_rank):
+    sweep, loader, given = by_rank
+    jobs = [compose_job(sweep, loader, [*given, f"adapter.rank={n}"], n) for n in (2, 3)]
+    assert [job.run.name for job in jobs] == ["i_2-2", "i_3-3"]
+    assert len({job.run.sweep for job in jobs}) == 1
+    assert [job.run.output_dir.parent for job in jobs] == [Path(sweep.hydra.sweep.dir)] * 2
+    assert len(group([job.run for job in jobs], max_pack=8)) == 1
+
+
+def test_commands_begun_in_the_same_second_have_a_folder_each(by_rank):
+    first, second = by_rank[0], copy.deepcopy(by_rank[0])
+    for config in (first, second):
+        ContinueBrokenOff().on_multirun_start(config)
+    assert second.hydra.sweep.dir == f"{first.hydra.sweep.dir}-2"
+    assert Path(second.hydra.sweep.dir).is_dir()
 
 
 def test_failures_worth_a_retry_are_tried_again_and_others_not(make_run):

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from optuna.trial import TrialState
 from PIL import Image
 
-from conftest import SMALL
+from conftest import FEW, SMALL
 from fake_worker_pool import FakePool
 from lorasweep import tracking
 from lorasweep.cli import main
@@ -134,7 +134,7 @@ def test_the_best_is_none_whose_run_was_deleted_in_mlflow(sweep, tmp_path, capsy
     assert f"Best: trial {others[0].number}, epoch 2" in said
     assert f"Deleted in MLflow, so not to be chosen: trial {best.number}." in said
     left = tracking.candidates(client.tracking_uri, "lorasweep")  # what pick chooses among
-    assert rank(left, "val/loss_rel")[0].run == f"demo-{others[0].number}"
+    assert rank(left, "val/loss_rel")[0].file.run == f"demo-{others[0].number}"
     place = first.tracking, first.output_root, "demo-mine"
     assert deleted_trials(*place) == {best.number}
     (tmp_path / "outputs" / "mlflow.db").unlink()
@@ -378,13 +378,16 @@ def test_a_trial_that_waits_for_room_does_not_begin_when_too_many_have_failed(sw
     ],
     ids=["hydras", "packs"],
 )
-def test_jobs_of_other_launchers_report_themselves_and_stop_when_pruned(tmp_path, cache_dir, how):
+def test_jobs_of_other_launchers_report_themselves_and_stop_when_pruned(
+    tmp_path, cache_dir, how, shared_base
+):
     (tmp_path / "sweeps").mkdir()
     (tmp_path / "sweeps" / "mine.yaml").write_text(SWEEP)
     places = [f"output_root={tmp_path}/outputs", f"cache_dir={cache_dir}"]
     small = [
         *(one for one in SMALL if not one.startswith("sampling.")),
         "sampling.every_n_epochs=0",
+        FEW,
     ]
     asked = ["study.n_trials=2", "study.pruner=asha", "study.min_epochs=1"]
     rates = ["optimizer.unet_lr=choice(1e-3,1e-6)", "study.sampler=grid", "adapter.rank=4"]

@@ -26,7 +26,9 @@ def told(events):
     return [(type(event).__name__, event.run) for event in events]
 
 
-def test_a_place_left_is_taken_a_killed_worker_replaced_and_results_are_the_same(make_run, caplog):
+def test_a_place_left_is_taken_a_killed_worker_replaced_and_results_are_the_same(
+    make_run, caplog, forked_workers
+):
     runs = [make_run("adapter.rank=2", f"seed={n}", number=n) for n in range(4)]
     last, failures, dropped = {}, [], []
     pool = WorkerPool(["cpu"], max_pack=2)

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 import pytest
 import torch
@@ -339,12 +338,12 @@ def view_of(tag: str) -> dict[str, Any]:
 
 def test_a_page_may_show_one_sweep_its_best_runs_first(store: Store) -> None:
     what = mlflow_page.Shown(sweep="grid", by="val/loss_rel")
-    address = unquote(mlflow_page.experiment_page(store.uri, "e", what=what))
-    where = re.search("&searchFilter=(.*?)&", address)
-    order = re.search("&orderByKey=(.*?)&orderByAsc=true", address)
-    assert where is not None
-    assert order is not None
-    found = store.client.search_runs(["1"], where[1], order_by=[f"{order[1]} ASC"])  # as MLflow's
+    address = mlflow_page.experiment_page(store.uri, "e", what=what)
+    assert "searchFilter" not in address  # in the address it would hide the saved view
+    view = view_of(store.client.get_experiment("1").tags["mlflow.sharedViewState.lorasweep"])
+    assert view["orderByAsc"] is True
+    order = [f"{view['orderByKey']} ASC"]
+    found = store.client.search_runs(["1"], view["searchFilter"], order_by=order)  # as MLflow's
     assert [run.data.tags["lorasweep.sweep"] for run in found] == ["grid"] * len(found)
     assert found
     with pytest.raises(TrackingError, match=r"no sweep gird; there are: .*grid"):

@@ -5,13 +5,18 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lorasweep.cli.command_line import Commands, add_command, say_lines
+from lorasweep.cli.command_line import Commands, add_command, say_lines, show_examples
 
 
 def add_parser(commands: Commands) -> None:
     """Add the command's words."""
     text = "caption a folder of images into kohya's folders"
-    add_command(commands, "caption", _caption, text, "[DIR]", "DIR: folder of images")
+    caption = add_command(commands, "caption", _caption, text, "[DIR]", "DIR: folder of images")
+    show_examples(
+        caption,
+        ["caption photos", "caption photos captions=[empty,wd14] dataset.num_images=all"],
+        settings="dataset.*, captions.*, model.*, output_root",
+    )
 
 
 def _caption(arguments: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ if it had been given on the command line.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,24 @@ def _choose(config: DictConfig, key: str, record: str, digest: Callable[[DictCon
     except OmegaConfBaseException:  # no good name: Hydra meets it too, when it makes the folder
         return
     folder = find_broken_off(parent, record, digest(config))
+    if folder is None and not OmegaConf.select(config, "study.name"):
+        folder = _new(Path(str(OmegaConf.select(config, key))))
     if folder is not None:
         with open_dict(config):
             OmegaConf.update(config, key, str(folder))
             config.hydra.overrides.hydra.append(f"{key}={quoted(str(folder))}")  # for the jobs
+
+
+def _new(folder: Path) -> Path | None:
+    """Make the folder, which is named by the second; another command may have made one in it."""
+    path = folder
+    for number in count(2):
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            path = folder.with_name(f"{folder.name}-{number}")
+        except OSError:  # Hydra meets it too
+            return None
+        else:
+            return path
+    return None

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
+
+from lorasweep.cli.completion import complete_word
 
 Commands = Any
 """What argparse's `add_subparsers` returns; its class is private."""
@@ -17,10 +20,20 @@ class OneLineParser(argparse.ArgumentParser):
     """argparse, without its lines of usage before each mistake."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise SettingsError with the message."""
+        """Raise SettingsError with the message, and what an unknown flag was meant to be."""
         from lorasweep.core.settings import SettingsError
+        from lorasweep.core.trainer_words import meant
 
-        raise SettingsError(f"{message}; see {self.prog} --help")
+        hint = f"see {self.prog} --help"
+        if found := re.match(r"unrecognized arguments: (--[\w-]+)", message):
+            flag = found[1]
+            flags = [*re.findall(r"--[\w-]+", self.format_help()), "--config-dir"]
+            close = meant(flag, flags)
+            if close and not close.startswith("-"):
+                hint = f"did you mean {close}=VALUE? Settings are given without dashes"
+            elif close:
+                hint = f"did you mean {close}?"
+        raise SettingsError(f"{message}; {hint}")
 
 
 def add_command(
@@ -40,9 +53,21 @@ def add_command(
     parser.set_defaults(command=run, takes=words.split(), needs=f"{name} what? Give {words_help}")
     told = "; ".join(filter(None, (words_help, "KEY=VALUE: settings to change")))
     metavar = " ".join(filter(None, (words, "KEY=VALUE")))
-    parser.add_argument("words", nargs="*", metavar=metavar, help=told)
+    takes = parser.add_argument("words", nargs="*", metavar=metavar, help=told)
+    takes.completer = complete_word  # type: ignore[attr-defined]  # argcomplete looks for it
     parser.add_argument("--config-dir", type=Path, help="folder of your own options")
     return parser
+
+
+def show_examples(
+    parser: argparse.ArgumentParser, examples: Sequence[str], settings: str = ""
+) -> None:
+    """End a command's help with examples, without `lorasweep`, and the settings that it takes."""
+    lines = ["examples:", *(f"  lorasweep {example}" for example in examples)]
+    if settings:
+        lines += ["", f"settings: {settings}"]
+    parser.epilog = "\n".join(lines)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
@@ -83,9 +108,13 @@ def tracking_settings(arguments: argparse.Namespace) -> tuple[Any, Any, Path]:
     from lorasweep.config.build_run import absolute_folder
     from lorasweep.config.compose import compose_without_images
     from lorasweep.core.settings import build
+    from lorasweep.tracking.moved_store import follow_move
 
     cfg = compose_without_images(arguments.overrides, arguments.config_dir)
-    return cfg, build(cfg.tracking, "tracking"), absolute_folder(cfg.output_root, "output_root")
+    settings = build(cfg.tracking, "tracking")
+    output_root = absolute_folder(cfg.output_root, "output_root")
+    follow_move(settings, output_root)
+    return cfg, settings, output_root
 
 
 def say_unsent(output_root: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lorasweep.cli.command_line import Commands, add_command, say_lines
+from lorasweep.cli.command_line import Commands, add_command, say_lines, show_examples
 from lorasweep.models.base_model import PRECISIONS
 
 _WORDS = (
@@ -22,6 +22,11 @@ def add_parser(commands: Commands) -> None:
     convert.add_argument("--vae", help="a VAE's file or folder, for a file without one or instead")
     convert.add_argument("--dtype", choices=PRECISIONS, help="precision (default: as it is)")
     convert.add_argument("--overwrite", action="store_true", help="replace an existing TARGET")
+    show_examples(
+        convert,
+        ["convert v1-5.safetensors sd15", "convert sd15 sd15-fp16.safetensors --dtype fp16"],
+        settings="model.config, model.prediction_type",
+    )
 
 
 def _convert(arguments: argparse.Namespace) -> int:

@@ -6,7 +6,8 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from lorasweep.cli.command_line import Commands, add_command, say_lines
+from lorasweep.cli.command_line import Commands, add_command, say_lines, show_examples
+from lorasweep.core.text import shown
 from lorasweep.models.base_model import PRECISIONS
 
 FORMATS = ("merged", "kohya", "diffusers-lora", "offline-lora")
@@ -20,10 +21,11 @@ def add_parser(commands: Commands) -> None:
     export.add_argument(
         "--to",
         required=True,
-        choices=FORMATS,
+        type=_form,
+        metavar="FORM|PROGRAM",
         help="merged: the whole model with the LoRA in it; kohya: a LoRA file under kohya's names"
-        " (A1111, ComfyUI); diffusers-lora: for load_lora_weights; offline-lora: for generic"
-        " diffusion feature",
+        " (or say a1111, forge, comfyui); diffusers-lora (or diffusers): for load_lora_weights;"
+        " offline-lora: for generic diffusion feature",
     )
     export.add_argument("--out", type=Path, help="where to; ending in .safetensors: a single file")
     export.add_argument(
@@ -49,6 +51,27 @@ def add_parser(commands: Commands) -> None:
         help="read .ckpt and .pt LoRAs too: only those that you trust, for they can run any code",
     )
     export.add_argument("--overwrite", action="store_true", help="replace what is there")
+    show_examples(
+        export,
+        [
+            "export photos-3-e012 --to comfyui",
+            "export photos-3 --to merged --out merged.safetensors",
+        ],
+        settings="model=…, model.path, output_root, tracking.*",
+    )
+
+
+def _form(word: str) -> str:
+    """A form, or the one that a program reads."""
+    from lorasweep.core.trainer_words import EXPORT_OF, meant
+
+    form = EXPORT_OF.get(word.lower(), word)
+    if form in FORMATS:
+        return form
+    known = [*FORMATS, *EXPORT_OF]
+    close = meant(word, known)
+    hint = f"did you mean {close}?" if close in known else f"choose one of {', '.join(known)}"
+    raise argparse.ArgumentTypeError(f"{shown(word)}: there is no such form or program; {hint}")
 
 
 def _export(arguments: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lorasweep.cli.command_line import Commands
+from lorasweep.cli.command_line import Commands, show_examples
 from lorasweep.models.base_model import PRECISIONS
 
 
@@ -27,6 +27,13 @@ def add_parser(commands: Commands) -> None:
     extract.add_argument("--config", help="for single files: diffusers folder or hub id of configs")
     extract.add_argument("--out", type=Path, required=True, help="file to write, .safetensors")
     extract.add_argument("--overwrite", action="store_true", help="replace the file to write")
+    show_examples(
+        extract,
+        [
+            "extract tuned.safetensors v1-5.safetensors --rank 64 --out tuned-lora.safetensors",
+            "extract tuned sd15 --energy 0.95 --targets full --out tuned-lora.safetensors",
+        ],
+    )
 
 
 def _extract(arguments: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from lorasweep import __version__
 from lorasweep.cli import (
@@ -24,7 +24,9 @@ from lorasweep.cli import (
     train_command,
     ui_command,
 )
-from lorasweep.cli.command_line import OneLineParser, end_with, parse
+from lorasweep.cli.command_line import Commands, OneLineParser, end_with, parse
+from lorasweep.cli.completion import answer_shell
+from lorasweep.core.text import shown
 
 _EPILOG = """\
 Settings are Hydra overrides (KEY=VALUE); `lorasweep train --cfg job` shows them all.
@@ -70,7 +72,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if argv and argv[0] in _HYDRA_APPS:  # Hydra reads the rest, its own flags included
             _HYDRA_APPS[argv[0]](argv[1:])
             return
-        arguments = parse(_parser(), argv)
+        parser, commands = _parser()
+        if "_ARGCOMPLETE" in os.environ:
+            answer_shell(parser)
+        if argv:
+            _refuse_unknown(argv[0], commands.choices)
+        arguments = parse(parser, argv)
         sys.exit(arguments.command(arguments))
     except KeyboardInterrupt:
         sys.exit(130)
@@ -78,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         end_with(error)
 
 
-def _parser() -> OneLineParser:
+def _parser() -> tuple[OneLineParser, Commands]:
+    """The parser, and its commands by name."""
     parser = OneLineParser(
         prog="lorasweep",
         description="Train, compare and choose LoRAs of Stable Diffusion.",
@@ -89,4 +97,16 @@ def _parser() -> OneLineParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add_parser(commands)
-    return parser
+    return parser, commands
+
+
+def _refuse_unknown(command: str, known: Iterable[str]) -> None:
+    """argparse would list all the commands, and not the one that was meant."""
+    from lorasweep.core.settings import SettingsError
+    from lorasweep.core.trainer_words import meant
+
+    if command.startswith("-") or command in (names := sorted(known)):
+        return
+    close = meant(command, names)
+    hint = f"did you mean {close}?" if close in names else f"there are {', '.join(names)}"
+    raise SettingsError(f"{shown(command)}: there is no such command; {hint}")

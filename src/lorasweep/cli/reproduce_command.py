@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lorasweep.cli.command_line import Commands, add_command, tracking_settings
+from lorasweep.cli.command_line import Commands, add_command, show_examples, tracking_settings
 
 
 def add_parser(commands: Commands) -> None:
@@ -27,6 +27,11 @@ def add_parser(commands: Commands) -> None:
     )
     again.add_argument(
         "--as-config", type=Path, metavar="DIR", help="only write a folder for train --config-dir"
+    )
+    show_examples(
+        again,
+        ["reproduce photos-3", "reproduce photos-3 --override trainer.max_train_epochs=20"],
+        settings="where things are: model.path, dataset.image_dir, output_root, tracking.*",
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lorasweep.cli.command_line import Commands
+from lorasweep.cli.command_line import Commands, show_examples
 
 
 def add_parser(commands: Commands) -> None:
@@ -24,6 +24,13 @@ def add_parser(commands: Commands) -> None:
     )
     resize.add_argument("--config", help="for a single file: diffusers folder or hub id of configs")
     resize.add_argument("--overwrite", action="store_true", help="replace the file to write")
+    show_examples(
+        resize,
+        [
+            "resize style.safetensors --rank 8",
+            "resize style.safetensors --energy 0.95 --model sd15",
+        ],
+    )
 
 
 def _resize(arguments: argparse.Namespace) -> int:

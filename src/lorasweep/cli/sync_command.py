@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import argparse
 
-from lorasweep.cli.command_line import Commands, add_command, say_lines, tracking_settings
+from lorasweep.cli.command_line import (
+    Commands,
+    add_command,
+    say_lines,
+    show_examples,
+    tracking_settings,
+)
 
 
 def add_parser(commands: Commands) -> None:
     """Add the command's words."""
     words_help = "DIR: a run's folder or one of several, or RUN: a run's name (default: all)"
     text = "send MLflow what it could not take before"
-    add_command(commands, "sync", _sync, text, "[DIR|RUN]", words_help)
+    sync = add_command(commands, "sync", _sync, text, "[DIR|RUN]", words_help)
+    show_examples(
+        sync,
+        ["sync", "sync photos-3 tracking.uri=http://host:5000"],
+        settings="output_root, tracking.*",
+    )
 
 
 def _sync(arguments: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 from lorasweep.cli.command_line import Commands, OneLineParser, add_command, end_with
 
+log = logging.getLogger(__name__)
 _HELP = """\
 usage: lorasweep train [-m] [--cfg job] [--config-dir DIR] [GROUP=OPTION | KEY=VALUE ...]
 
@@ -79,7 +81,7 @@ def flags_first(argv: Sequence[str]) -> list[str]:
     the flags that Hydra documents (hydra.cc, "Hydra's command line flags"), but for those that take
     a whole configuration from elsewhere: --config-path, and --experimental-rerun, of a pickle.
     """
-    parser = OneLineParser(prog="lorasweep train", add_help=False)
+    parser = OneLineParser(prog="lorasweep train", add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*")
     for names in ("--hydra-help", "--version", "--resolve", "--run -r", "--multirun -m"):
         parser.add_argument(*names.split(), action="store_true")
@@ -128,6 +130,7 @@ def _train_job(cfg: Any, hydra_cfg: Any) -> None:
             raise RunError("it failed before")
         print(f"{run.name} has ended in {run_folder.as_typed(run.output_dir)}: nothing to train")
         return
+    log.info("%s: everything goes to %s", run.name, run_folder.as_typed(run.output_dir))
     dataset.find(run.dataset)
     run.check()
     from lorasweep.core.failures import RunError

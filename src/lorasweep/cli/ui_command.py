@@ -9,6 +9,7 @@ from lorasweep.cli.command_line import (
     add_command,
     is_there,
     say_unsent,
+    show_examples,
     tracking_settings,
 )
 
@@ -25,6 +26,11 @@ def add_parser(commands: Commands) -> None:
         help="show a sweep's study in optuna-dashboard instead (default: the newest)",
     )
     ui.add_argument("--port", type=_port, default=5000, help="port to listen on (default 5000)")
+    show_examples(
+        ui,
+        ["ui", "ui --optuna rank_lr --port 5001"],
+        settings="output_root, tracking.*",
+    )
 
 
 def _port(text: str) -> int:

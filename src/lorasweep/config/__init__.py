@@ -1,6 +1,7 @@
 """From the command line's overrides and conf/ to a Run whose every value has been checked.
 
-In come `KEY=VALUE` words; `compose` makes a config of them, `build_run` a typed `Run`.
+In come `KEY=VALUE` words; `compose` makes a config of them, `build_run` a typed `Run`. Those of a
+run that was begun before come from its folder (begun_command.py).
 Checks of several components are listed in checks.py; error_messages.py says in one line what is
 wrong. Open build_run.py first.
 """

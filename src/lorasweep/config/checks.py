@@ -209,6 +209,16 @@ def saved_factors_are_exact(run: Run) -> Iterator[str]:
         )
 
 
+def sd_scripts_can_train_it(run: Run) -> None:
+    """Its checkout is there, and every setting has a word there."""
+    from lorasweep.training import sd_scripts_checkout, sd_scripts_config
+    from lorasweep.training.training_run import SdScriptsTrainer
+
+    if isinstance(run.trainer, SdScriptsTrainer):
+        sd_scripts_config.check(run.trainer, run, run.model, run.dataset)
+        sd_scripts_checkout.check_folder(run.trainer)
+
+
 CHECKS: tuple[Check, ...] = (
     places_can_be_written,
     output_root_is_outside_the_images,
@@ -224,6 +234,7 @@ CHECKS: tuple[Check, ...] = (
     alpha_is_at_most_the_rank,
     learning_rates_are_read,
     saved_factors_are_exact,
+    sd_scripts_can_train_it,
 )
 
 _MLFLOW_VARIABLES = {

@@ -1,9 +1,8 @@
-"""From the command line's overrides to a composed config, and back from a folder to its command."""
+"""From the command line's overrides to a composed config."""
 
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lorasweep.config.conf_folder import conf_dir, options_from
-from lorasweep.config.foreign_settings import check_said, unsaid
+from lorasweep.config.foreign_settings import check_said
 from lorasweep.config.resolvers import register_resolvers
-from lorasweep.core.foreign_files import ForeignFileError, read_yaml
 from lorasweep.core.settings import SettingsError
-from lorasweep.core.text import shown
-from lorasweep.tracking.store import public_uri
 
 
 def compose(overrides: Sequence[str], config_dir: Path | None = None) -> DictConfig:
@@ -69,43 +65,6 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             found[f"{prefix}{key}"] = value
     return found
-
-
-def begun_by(folder: Path, said: Sequence[str] = ()) -> tuple[list[str], Path]:
-    """How to go on in a run's or a multirun's folder: the words after `lorasweep train`, and where.
-
-    They are given in the folder in which it was begun. The folder may be a stranger's: it names
-    settings, groups' options, a launcher and a sweeper. Any other of its words holds only if it is
-    among those that are `said` again. Raises SettingsError for one that isn't, and where Hydra's
-    files of it are missing.
-    """
-    multirun = folder / "multirun.yaml"
-    file = multirun if multirun.is_file() else folder / ".hydra" / "hydra.yaml"
-    key = "hydra.sweep.dir" if multirun.is_file() else "hydra.run.dir"
-    try:
-        hydra = read_yaml(file)["hydra"]
-        given = [*hydra["overrides"]["hydra"], *hydra["overrides"]["task"]]
-        sources = hydra["runtime"]["config_sources"]
-        folders = [str(one["path"]) for one in sources if one["provider"] == "command-line"]
-        cwd = Path(str(hydra["runtime"]["cwd"]))
-    except ForeignFileError as error:
-        raise SettingsError(f"{error}: can't tell how it was begun") from None
-    except (OSError, KeyError, TypeError, AttributeError) as error:
-        raise SettingsError(f"{file}: can't tell how it was begun ({error})") from None
-    if not all(isinstance(word, str) for word in given) or not cwd.is_dir():
-        raise SettingsError(f"{file}: can't tell how it was begun, in {shown(str(cwd))}")
-    words = [one for one in given if one.lstrip("+").partition("=")[0] not in ("hydra.mode", key)]
-    if unknown := [word for word in said if word not in words]:
-        raise SettingsError(f"{unknown[0]}: {folder} was not begun with it; leave it out")
-    if missing := [word for word in unsaid(words) if word not in said]:
-        again = shown(public_uri(shlex.join([str(folder), *said, *missing])), 500)
-        raise SettingsError(
-            f"{folder} was begun with what it can't decide for you: if you began it so, say it"
-            f" again: lorasweep resume {again}"
-        )
-    flags = ["-m"] if multirun.is_file() else []
-    options = [word for path in folders for word in ("--config-dir", path)]
-    return [*flags, *options, *words, f"{key}={quoted(str(folder))}"], cwd
 
 
 def quoted(text: str) -> str:

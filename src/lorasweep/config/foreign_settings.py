@@ -41,6 +41,8 @@ ONLY_SAID = (
     "launcher.pack_via",  # another machine's programs; their options hold commands of the shell
     "launcher.engine",
     "optimizer.type",  # imports a package, but for those of conf/
+    "trainer.path",  # of programs
+    "trainer.python",
 )
 """Settings that hold only if they are conf/'s own or said on the command line."""
 

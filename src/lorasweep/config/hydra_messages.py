@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lorasweep.config.conf_folder import conf_dir, groups
-from lorasweep.config.run import KEYS
+from lorasweep.config.run import COMPONENTS, KEYS
 from lorasweep.core.settings import unknown_key
 from lorasweep.core.text import shown
 
@@ -85,7 +85,10 @@ def _no_such_key(key: str) -> str:
     group, _, rest = key.partition(".")
     if group == "study":
         return _no_such_study_key(key)
-    files = list((conf_dir() / group).glob("*.yaml")) if rest else []
+    if not rest:  # perhaps a setting without its group
+        every = (f"{one}.{name}" for one in COMPONENTS for name in _of_group(one))
+        return unknown_key(key, sorted({*KEYS, *every}))
+    files = list((conf_dir() / group).glob("*.yaml"))
     having = {file.stem for file in files if rest in _keys_of(file)}
     if having:
         have = "have" if len(having) > 1 else "has"
@@ -95,6 +98,12 @@ def _no_such_key(key: str) -> str:
         )
     known = {f"{group}.{name}" for file in files for name in _keys_of(file)}
     return unknown_key(key, sorted(known or KEYS))
+
+
+def _of_group(group: str) -> set[str]:
+    """The settings of a group's options."""
+    files = (conf_dir() / group).glob("*.yaml")
+    return {name for file in files for name in _keys_of(file)}
 
 
 def _no_such_study_key(key: str) -> str:

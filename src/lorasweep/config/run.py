@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorasweep.training.training_run import NativeTrainer, TrainingRun
+from lorasweep.training.training_run import NativeTrainer, SdScriptsTrainer, TrainingRun
 
 if TYPE_CHECKING:
     from lorasweep.data.captions.caption_images import Captioner
@@ -42,7 +42,7 @@ class PackSettings:
     model: Model
     dataset: Dataset
     captions: Mapping[str, Captioner]
-    trainer: NativeTrainer
+    trainer: NativeTrainer | SdScriptsTrainer
     sampling: Sampling
     metrics: Mapping[str, Metric]
     tracking: Tracking

@@ -13,7 +13,10 @@ from lorasweep.core.settings import SettingsError
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-_PLACES = ("output_root", "cache_dir", "tracking.", "launcher.", "pick.")
+_PLACES = (
+    *("output_root", "cache_dir", "tracking.", "launcher.", "pick."),
+    *("trainer.path", "trainer.python"),
+)
 _LATER: Mapping[str, object] = {
     "trainer.max_train_steps": None,
     "lr_scheduler.min_lr_ratio": None,
@@ -22,6 +25,8 @@ _LATER: Mapping[str, object] = {
 }
 """Settings that older versions lack -> the value with which a run goes on as theirs were."""
 _STATES = ("trainer.keep_states", "trainer.save_every_n_steps")
+NUM_EPOCHS = "trainer.max_train_epochs"
+"""The one setting of the training that may change on the way: it may grow."""
 
 
 def run_digest(cfg: DictConfig) -> str:
@@ -44,6 +49,12 @@ def settings_digest(params: Mapping[str, Any]) -> str:
         for key, value in that_count(params).items()
     }
     return _digest(sorted(named.items(), key=str))
+
+
+def digests_with_fewer_epochs(params: Mapping[str, Any]) -> dict[str, int]:
+    """The digests that settings would have with fewer epochs, and how many those are."""
+    fewer = range(1, int(params.get(NUM_EPOCHS) or 1))
+    return {settings_digest({**params, NUM_EPOCHS: number}): number for number in fewer}
 
 
 def that_count(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ MODULES = {
     "Optimizer": "lorasweep.training.optimizers",
     "PriorDrift": "lorasweep.judging.metrics.prior_drift",
     "Sampling": "lorasweep.judging.sampling",
+    "SdScriptsTrainer": "lorasweep.training.training_run",
     "Sidecar": "lorasweep.data.captions.sidecar",
     "StudySettings": "lorasweep.sweeps.study.study_settings",
     "Tracking": "lorasweep.tracking.store",

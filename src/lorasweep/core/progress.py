@@ -31,6 +31,21 @@ class PrintHandler(logging.Handler):
             self.handleError(record)
 
 
+class SaidOnce(logging.Filter):
+    """Lets a line of the loggers below `name` through once: each pack of a sweep says it anew."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self._said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not super().filter(record):
+            return True
+        is_new = record.getMessage() not in self._said
+        self._said.add(record.getMessage())
+        return is_new
+
+
 def say(text: str) -> None:
     """Print a line. Once stdout is closed, as by `| head`, printing does nothing.
 

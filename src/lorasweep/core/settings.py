@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from difflib import get_close_matches
+from functools import cache
 from importlib.machinery import PathFinder
 from typing import Annotated, Any, ClassVar, cast, get_args, get_type_hints
 
@@ -19,6 +19,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 
 from lorasweep.core.components import MODULES, dotted_path, short_name
 from lorasweep.core.text import shown
+from lorasweep.core.trainer_words import meant
 
 Probability = Annotated[float, Field(ge=0, lt=1)]
 """A share of the time, from 0 up to but not including 1."""
@@ -40,7 +41,7 @@ class Settings:
     """Base of every component's settings. Values are checked against the fields' types."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(
-        extra="forbid", use_enum_values=True, allow_inf_nan=False
+        extra="forbid", use_enum_values=True, allow_inf_nan=False, coerce_numbers_to_str=True
     )
 
 
@@ -65,9 +66,15 @@ def build_class(cls: type, values: Mapping[str, Any], key: str) -> Any:
     """Build `cls` from plain values, as `build` does once the class is known."""
     _refuse_bools(cls, values, key)
     try:
-        return TypeAdapter(cls).validate_python(dict(values))
+        return _checker(cls).validate_python(dict(values))
     except ValidationError as error:
         raise SettingsError(_explain(error, cls, key)) from None
+
+
+@cache
+def _checker(cls: type) -> TypeAdapter[Any]:
+    """A sweep builds each class for each trial."""
+    return TypeAdapter(cls)
 
 
 def name_for_files(name: object, key: str) -> str:
@@ -156,9 +163,9 @@ def _length(context: Mapping[str, Any]) -> int:
 
 def unknown_key(key: str, known: list[str]) -> str:
     """The one line that refuses a key nobody reads."""
-    close = get_close_matches(key, [name for name in known if name != key], n=1)
+    close = meant(key, known)
     parent = key.rpartition(".")[0]
     siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == parent]
     there = f"{parent} has" if parent else "there are"
-    hint = f"did you mean {close[0]}?" if close else f"{there} {', '.join(sorted(siblings))}"
+    hint = f"did you mean {close}?" if close else f"{there} {', '.join(sorted(siblings))}"
     return f"{key}: there is no such setting; {hint}"

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PlainValidator, PositiveInt
 
@@ -54,7 +54,17 @@ def _resolution(value: object) -> int | tuple[int, int]:
     return sides[0] if len(sides) == 1 else (sides[0], sides[1])
 
 
+def _num_images(value: object) -> int | Literal["all"]:
+    """30, or all; anything else is refused in one line."""
+    if value == "all":
+        return "all"
+    if isinstance(value, int) and value > 0:
+        return value
+    raise ValueError(f"dataset.num_images={value}: must be a number of images, or all")
+
+
 Side = Annotated[int, Field(gt=0, le=_MAX_SIDE)]
+NumImages = Annotated[int | Literal["all"], PlainValidator(_num_images)]
 Resolution = Annotated[int | tuple[int, int], PlainValidator(_resolution)]
 
 
@@ -63,7 +73,7 @@ class Dataset(Settings):
     """Which images are used, and kohya's options for reading them (the trainer applies those)."""
 
     image_dir: Path
-    num_images: PositiveInt
+    num_images: NumImages
     num_holdout: NonNegativeInt
     seed: int
     min_size: PositiveInt
@@ -92,6 +102,11 @@ class Dataset(Settings):
         self._check_extension()
         self._check_no_effect()
         self._check_sizes()
+
+    @property
+    def wanted(self) -> int | None:
+        """How many images are drawn, held out ones too; None for every one."""
+        return None if self.num_images == "all" else self.num_images + self.num_holdout
 
     @property
     def size(self) -> tuple[int, int]:
@@ -169,6 +184,20 @@ class ImageSet:
 
     train: tuple[ImageFile, ...]
     holdout: tuple[ImageFile, ...]
+    num_usable: int = 0
+    """Of how many they were drawn; duplicates and what is known to be bad don't count."""
+
+    def summary(self, settings: Dataset) -> str:
+        """One line for a person: what of the folder is used."""
+        used = f"{len(self.train)} of {self.num_usable} images are trained on"
+        held = f"{len(self.holdout)} held out for scoring"
+        left = self.num_usable - len(self.images)
+        if not left:
+            return f"{used}, {held}"
+        return (
+            f"{used}, drawn by seed {settings.seed}, {held}, {left} unused;"
+            " dataset.num_images=all takes every one"
+        )
 
     @property
     def images(self) -> tuple[ImageFile, ...]:
@@ -186,6 +215,8 @@ class ImageSet:
 def select(settings: Dataset) -> ImageSet:
     """Draw `num_images` to train on and `num_holdout` more from the folder's usable images.
 
+    With `all` every image is used; of those at most `num_holdout`, and a fifth, are held out.
+
     The draw depends on `seed` and the images' relative names only. The holdout is drawn first:
     runs that differ in `num_images` are scored on the same images.
 
@@ -201,9 +232,12 @@ def select(settings: Dataset) -> ImageSet:
     problems = {name: _header_problem(path, settings) for name, path in files.items()}
     bad = {name: problem for name, problem in problems.items() if problem is not None}
     sound = {name: path for name, path in files.items() if name not in bad}
-    drawn, undecodable = _draw(_without_duplicates(sound), settings)
+    different = _without_duplicates(sound)
+    drawn, undecodable = _draw(different, settings)
     _report_bad({**bad, **undecodable}, settings, num_usable=len(drawn))
-    return _split(drawn, settings)
+    found = _split(drawn, settings, len(different) - len(undecodable))
+    logger.info("dataset: %s", found.summary(settings))
+    return found
 
 
 def find(settings: Dataset) -> tuple[Path, ...]:
@@ -346,7 +380,7 @@ def _draw(files: Mapping[str, Path], settings: Dataset) -> tuple[list[ImageFile]
     drawn: list[ImageFile] = []
     bad = {}
     for name in sorted(files, key=lambda name: _draw_key(name, settings.seed)):
-        if len(drawn) == settings.num_holdout + settings.num_images:
+        if len(drawn) == settings.wanted:
             break
         try:
             drawn.append(_decode(files[name], name))
@@ -384,11 +418,12 @@ def _report_bad(bad: Mapping[str, str], settings: Dataset, num_usable: int) -> N
     logger.warning("dataset.skip_bad: left out %d bad images%s", len(bad), lines)
 
 
-def _split(drawn: Sequence[ImageFile], settings: Dataset) -> ImageSet:
-    wanted = settings.num_images + settings.num_holdout
+def _split(drawn: Sequence[ImageFile], settings: Dataset, num_usable: int) -> ImageSet:
     num_holdout = settings.num_holdout
-    if len(drawn) < wanted:
-        num_holdout = _fewer_holdout(len(drawn), settings)
+    if settings.num_images == "all":
+        num_holdout = min(num_holdout, max(len(drawn) // 5, 1), len(drawn) - 1)
+    elif len(drawn) < settings.num_images + num_holdout:
+        num_holdout = _fewer_holdout(len(drawn), settings.num_images, num_holdout)
         logger.warning(
             "dataset: %d usable images instead of num_images=%d + num_holdout=%d: "
             "%d to train on, %d held out",
@@ -400,12 +435,12 @@ def _split(drawn: Sequence[ImageFile], settings: Dataset) -> ImageSet:
         )
     holdout = sorted(drawn[:num_holdout], key=lambda image: image.name)
     train = sorted(drawn[num_holdout:], key=lambda image: image.name)
-    return ImageSet(tuple(train), tuple(holdout))
+    return ImageSet(tuple(train), tuple(holdout), num_usable)
 
 
-def _fewer_holdout(num_drawn: int, settings: Dataset) -> int:
+def _fewer_holdout(num_drawn: int, num_images: int, num_holdout: int) -> int:
     """The same share as asked for, but at least one held out and first of all one to train on."""
-    if settings.num_holdout == 0:
+    if num_holdout == 0:
         return 0
-    share = settings.num_holdout / (settings.num_images + settings.num_holdout)
+    share = num_holdout / (num_images + num_holdout)
     return min(max(round(num_drawn * share), 1), num_drawn - 1)

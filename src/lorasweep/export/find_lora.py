@@ -15,8 +15,9 @@ from lorasweep.core.foreign_files import parse_yaml, read_yaml
 from lorasweep.core.settings import SettingsError, build
 from lorasweep.core.text import listed, shown
 from lorasweep.export import diffusers_folder
-from lorasweep.judging.pick_rule import rank, with_finite_score
+from lorasweep.judging.pick_rule import DRIFT, rank, sign, with_finite_score
 from lorasweep.lora_files import checkpoint
+from lorasweep.tracking.moved_store import follow_move
 from lorasweep.tracking.store import sqlite_path
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ def _of_run(
     """A run's file, how it was found, and its base with a line about it."""
     settings: Tracking = build(cfg.tracking, "tracking")
     output_root = absolute_folder(cfg.output_root, "output_root")
+    follow_move(settings, output_root)
     uri = settings.resolve(output_root)
     found = tracking.candidates(uri, settings.experiment)
     wanted = [one for one in found if name in (one.run, one.name)]
@@ -120,13 +122,22 @@ def _of_run(
 
 def _best(candidates: Sequence[Candidate], by: str) -> tuple[Candidate, str]:
     """The checkpoint that a person expects of a run, and why it is that."""
+    if chosen := next((one for one in candidates if one.chosen_by), None):
+        who = "chosen by a person" if chosen.chosen_by == "person" else "picked by the rule"
+        return chosen, f"{who} in its sweep"
     scored = with_finite_score(candidates, by)
     if len(candidates) == 1:
         return candidates[0], "its only checkpoint"
     if not scored:
         return candidates[-1], f"its newest, for none has a {by}"
-    best = rank(scored, by)[0].file
-    return best, f"the best of its {len(candidates)} by {by} ({best.scores[by]:.4f})"
+    ranked = rank(scored, by)
+    best = ranked[0].file
+    why = f"the best of its {len(candidates)} by {by} ({best.scores[by]:.4f})"
+    top = min(scored, key=lambda one: sign(by) * one.scores[by])
+    if top is best:
+        return best, why
+    more = "drifts more" if DRIFT in best.scores else "comes later"
+    return best, f"{why}: {top.name}'s {top.scores[by]:.4f} ties with it, and {more}"
 
 
 def trained_on(path: Path, cfg: Any) -> tuple[Model, str] | None:
@@ -156,7 +167,9 @@ def unknown_base(path: Path) -> str:
 def _by_hash(wanted: str, cfg: Any) -> tuple[Model, str] | None:
     """The base of the run whose checkpoint has this hash; a store that isn't there has none."""
     settings: Tracking = build(cfg.tracking, "tracking")
-    uri = settings.resolve(Path(cfg.output_root).absolute())
+    output_root = absolute_folder(cfg.output_root, "output_root")
+    follow_move(settings, output_root)
+    uri = settings.resolve(output_root)
     store = sqlite_path(uri)
     if store is not None and not store.is_file():
         return None

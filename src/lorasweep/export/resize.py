@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from lorasweep.models.sdxl import Base
 
 RESIZABLE = (*FACTORED, "dora", "full")
+ENOUGH = 0.9
+"""Share of the delta's squared norm below which a person is warned."""
 CARRIED = ("norm", "bias")
 """What has no rank, and goes into the new file as it is."""
 
@@ -50,11 +52,18 @@ class Resized:
         worst = (
             f"; worst {self.kept.worst:.2%}, {self.kept.worst_site}" if self.kept.worst_site else ""
         )
-        return [
+        lines = [
             f"{sum(self.ranks.values())} modules: {ranks}",
             f"Kept energy: {self.kept.total:.2%} of the delta's squared norm{worst}",
             f"Wrote {self.path}",
         ]
+        if self.kept.total < ENOUGH:
+            lines.insert(
+                -1,
+                f"Warning: less than {ENOUGH:.0%} of the LoRA is kept, so it will draw otherwise;"
+                " give a larger --rank, or --energy 0.95 without a rank to see which it needs",
+            )
+        return lines
 
 
 def resize_and_draw(

@@ -95,8 +95,9 @@ class Judge:
             )
             for epoch in contact_sheet.thinned(epochs)
         ]
+        sheet = contact_sheet.contact_sheet(rows, [prompt.text for prompt in self.prompts])
         path = output_dir / contact_sheet.FILE_NAME
-        contact_sheet.contact_sheet(rows, [prompt.text for prompt in self.prompts]).save(path)
+        write_atomically(path, _png(sheet))  # the old one may be a link to another sweep's
         return path
 
     def _at_once(self, checkpoints: Sequence[Checkpoint]) -> list[tuple[Scored, Pictures]]:
@@ -123,11 +124,16 @@ class Judge:
         """Write an epoch's pictures, each whole; a log that names them can rely on them."""
         pictures = {}
         for number, (prompt, image) in enumerate(zip(self.prompts, images, strict=True)):
-            content, path = BytesIO(), _sample_path(output_dir, run, epoch, number)
-            image.save(content, "PNG")
-            write_atomically(path, content.getvalue())
+            path = _sample_path(output_dir, run, epoch, number)
+            write_atomically(path, _png(image))
             pictures[f"{number:02d} {prompt.text}"] = path
         return pictures
+
+
+def _png(image: Image.Image) -> bytes:
+    content = BytesIO()
+    image.save(content, "PNG")
+    return content.getvalue()
 
 
 def load_pack(base: BaseModel, files: Sequence[Path]) -> Pack:

@@ -30,6 +30,7 @@ from lorasweep.reproduce.trusted_settings import (
     refuse_classes,
     refuse_downloads,
     refuse_odd_values,
+    refuse_programs,
 )
 
 PLACES = (
@@ -41,6 +42,8 @@ PLACES = (
     "model.config",
     "model.allow_pickle",
     "trainer.device",
+    "trainer.path",
+    "trainer.python",
     "tracking",
 )
 """Settings that say where things are, not what is trained; they may differ here."""
@@ -82,6 +85,9 @@ def rebuild(
     _check_overrides(changed)
     before = _read(logged)
     refuse_classes(before, places)
+    refuse_programs(before["trainer"], [_key(one) for one in (*places, *changed)])
+    if "python" in before["trainer"]:
+        before["trainer"]["python"] = None  # a program too, and there is a default
     before["model"]["allow_pickle"] = False
     values = literal(before)
     filled = _fill_in(values)

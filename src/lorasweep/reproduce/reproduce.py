@@ -79,9 +79,9 @@ def _reproduce_foreign(path: Path, options: Options, console: Console) -> int:
     found = foreign_lora.read_settings(path)
     file = foreign_lora.write_config(found, folder, options.overrides)
     _say(console, [f"No run in this log has made {path}; by what the file says:"])
-    unknown = [(what, "not known", instead) for what, instead in found.unknown]
-    columns = ("setting", "value", "from the file, or instead")
-    console.print(_table(found.name, columns, [*found.rows(), *unknown]))
+    console.print(_table(found.name, ("setting", "value", "from the file"), found.rows()))
+    unknown = "; ".join(f"{what} ({instead})" for what, instead in found.unknown)
+    _say(console, [f"Not known: {unknown}"])
     _say_config(console, file, folder, options.places or ["dataset.image_dir=FOLDER"])
     return 0
 

@@ -71,6 +71,16 @@ def refuse_classes(values: Mapping[str, Any], places: Sequence[str]) -> None:
             raise ReproduceError(f"{place}: only a class that the log names can be given again")
 
 
+def refuse_programs(trainer: Mapping[str, Any], named: Collection[str]) -> None:
+    """Raise ReproduceError for a trainer that runs programs, unless they are `named` by hand."""
+    is_program = short_name(str(trainer.get("_target_"))) == "SdScriptsTrainer"
+    if is_program and "trainer.path" not in named:
+        raise ReproduceError(
+            f"it was trained by sd-scripts in {shown(str(trainer.get('path')))}, and no program"
+            " runs because a log names it; give your own checkout as trainer.path=FOLDER"
+        )
+
+
 def refuse_downloads(model: Mapping[str, Any], named: Collection[str]) -> None:
     """Raise ReproduceError for a base model that isn't here; `named` are settings given by hand."""
     path, config = str(model.get("path")), model.get("config")

@@ -17,10 +17,11 @@ from lorasweep.core.text import harmless
 from lorasweep.models.model_files import ModelError
 from lorasweep.runs import doctor_probes
 from lorasweep.runs.doctor_probes import Finding, Level, problem_of
+from lorasweep.runs.sd_scripts_probe import sd_scripts
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
-    from rich.table import Table
+    from rich.text import Text
 
     from lorasweep.config.run import Run
 
@@ -34,17 +35,19 @@ def examine(cfg: DictConfig, overrides: Sequence[str] = ()) -> int:
 
     found = findings(cfg, overrides)
     console = Console()
-    console.print(_table(found))
+    console.print(f"lorasweep {__version__}", highlight=False)
+    for line in _lines(found, console.width):
+        console.print(line, soft_wrap=line.plain.startswith("    "))  # a command is copied whole
     num_problems = sum(finding.level == "problem" for finding in found)
     if num_problems:
-        console.print(f"{num_problems} to mend before this configuration can run.")
+        console.print(f"{num_problems} to fix before this configuration can run.")
     else:
         console.print("This configuration has what it needs.")
     return 1 if num_problems else 0
 
 
 def findings(cfg: DictConfig, overrides: Sequence[str] = ()) -> list[Finding]:
-    """All lines of the table, in its order: this machine, and the checks that `train` begins with.
+    """All that is found: this machine, and the checks that `train` begins with.
 
     `overrides` are the command line's, which some checks look at.
     """
@@ -58,6 +61,7 @@ def findings(cfg: DictConfig, overrides: Sequence[str] = ()) -> list[Finding]:
         *doctor_probes.versions(),
         *doctor_probes.devices(run, cfg.launcher),
         *_checked(run),
+        *sd_scripts(run),
         doctor_probes.disk("output_root", run.output_root),
         doctor_probes.disk("cache_dir", run.cache_dir),
         doctor_probes.base_model(run, hub),
@@ -93,16 +97,18 @@ def _group(message: str) -> str:
     return found[0] if found else "settings"
 
 
-def _table(found: Sequence[Finding]) -> Table:
-    from rich.markup import escape
-    from rich.table import Table
+def _lines(found: Sequence[Finding], width: int) -> Iterator[Text]:
+    """Problems first, what to do on a line of its own; what is well has one line each, cut."""
+    from rich.text import Text
 
-    colours: Mapping[Level, str] = {"OK": "green", "warning": "yellow", "problem": "red"}
-    table = Table(title=f"lorasweep {__version__}", title_justify="left")
-    for column in ("check", "", "finding", "remedy"):
-        table.add_column(column, overflow="fold", no_wrap=column == "check")
-    for one in found:
-        colour = colours[one.level]
-        check, text, remedy = (escape(harmless(part)) for part in (one.check, one.text, one.remedy))
-        table.add_row(check, f"[{colour}]{one.level}", text, remedy)
-    return table
+    colours: Mapping[Level, str] = {"problem": "red", "warning": "yellow", "OK": "green"}
+    for level, colour in colours.items():
+        for one in found:
+            if one.level == level:
+                text = Text(f"{level:8}", style=colour)
+                text.append(harmless(f"{one.check}: {one.text}"), style="default")
+                if level == "OK" and one.check != "dataset.image_dir":  # of which all is wanted
+                    text.truncate(width, overflow="ellipsis")
+                yield text
+                if one.remedy and level != "OK":
+                    yield Text(f"    {harmless(one.remedy)}")

@@ -327,13 +327,12 @@ def images(run: Run) -> Finding:
     """Can the images that would be drawn be read, and are there enough?"""
     settings = run.dataset
     try:
-        num_found = len(dataset.find(settings))
-        dataset.select(settings)  # opens those that would be drawn, as train does
+        drawn = dataset.select(settings)  # opens those that would be drawn, as train does
     except SettingsError as error:
         return problem_of("dataset.image_dir", error)
-    wanted = settings.num_images + settings.num_holdout
-    text = f"{settings.image_dir}: {num_found} images, {wanted} wanted"
-    if num_found < wanted:
+    text = f"{settings.image_dir}: {drawn.summary(settings)}"
+    if settings.wanted is not None and drawn.num_usable < settings.wanted:
+        text += f"; {settings.wanted} wanted"
         return Finding("dataset.image_dir", text, "warning", "fewer are trained on and held out")
     return Finding("dataset.image_dir", text)
 

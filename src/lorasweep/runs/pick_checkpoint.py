@@ -18,6 +18,7 @@ from lorasweep.judging.contact_sheet import FILE_NAME as CONTACT_SHEET
 from lorasweep.judging.pick_rule import Ranked, rank, with_finite_score
 from lorasweep.runs.picked_readme import ChosenBy, readme, value_at
 from lorasweep.tracking import Candidate, Tracking
+from lorasweep.tracking.model_registry import own_choice
 from lorasweep.tracking.read_candidates import newest_sweep, sweeps
 
 
@@ -26,8 +27,8 @@ class PickError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pick:
-    """What was chosen, among what, and where its copy lies."""
+class Choice:
+    """What is to be chosen, and among what."""
 
     winner: Candidate
     ranked: Sequence[Ranked[Candidate]]
@@ -36,9 +37,8 @@ class Pick:
     """One line for each candidate that has no usable score."""
     by: str
     chosen_by: ChosenBy
-    folder: Path
-    version: str
-    """Number of the registered version that the alias `best` points at."""
+    before: Candidate | None
+    """The sweep's choice until now."""
     uri: str
 
     @property
@@ -47,7 +47,16 @@ class Pick:
         return _of(self.winner, self.ranked)
 
 
-def pick(
+@dataclass(frozen=True, kw_only=True)
+class Pick(Choice):
+    """A choice that was recorded, and where the copy of its file lies."""
+
+    folder: Path
+    version: str
+    """Number of the registered version that the alias `best` points at."""
+
+
+def choose(
     settings: Tracking,
     output_root: Path,
     *,
@@ -55,8 +64,8 @@ def pick(
     sweep: str | None = None,
     run: str | None = None,
     epoch: int | None = None,
-) -> Pick:
-    """Choose a checkpoint of a sweep (the newest by default), record it and copy it out.
+) -> Choice:
+    """Choose a checkpoint of a sweep (the newest by default), and record nothing.
 
     `run` and `epoch` together are a person's own choice; one alone narrows what the rule sees.
     Raises PickError, or TrackingError when nothing is tracked.
@@ -77,25 +86,46 @@ def pick(
         winner = _fitting(found, run, epoch, by)[-1]
     else:
         winner = rank(_fitting(usable, run, epoch, by), by)[0].file
-    chosen_by: ChosenBy = "person" if by_person else "rule"
-    if settings.upload != "none":
-        tracking.check_place(uri, winner)
-    config = _config_of(uri, winner)
-    settings = replace(settings, registered_model=_registered_model(config.values, settings))
-    how_to_use = readme(winner, config.values, by, chosen_by, _of(winner, ranked))
-    folder = _copy_out(uri, winner, output_root, config, how_to_use)
-    upload = None if settings.upload == "none" else folder
-    version = tracking.record_choice(uri, settings, winner, chosen_by=chosen_by, upload=upload)
-    return Pick(
+    return Choice(
         winner=winner,
         ranked=ranked,
         left_out=left_out,
         by=by,
-        chosen_by=chosen_by,
-        folder=folder,
-        version=version,
+        chosen_by="person" if by_person else "rule",
+        before=next((one for one in found if one.chosen_by), None),
         uri=uri,
     )
+
+
+def record(choice: Choice, settings: Tracking, output_root: Path, *, replaces: bool) -> Pick:
+    """Record a choice and copy its file out.
+
+    A person's choice gives way to the rule's only if the new one `replaces` it; else PickError.
+    """
+    uri, winner, chosen_by = choice.uri, choice.winner, choice.chosen_by
+    if settings.upload != "none":
+        tracking.check_place(uri, winner)
+    config = _config_of(uri, winner)
+    settings = replace(settings, registered_model=_registered_model(config.values, settings))
+    if chosen_by == "rule" and not replaces:
+        _check_no_own_choice(choice, settings.registered_model)
+    how_to_use = readme(winner, config.values, choice.by, chosen_by, choice.of_winner)
+    folder = _copy_out(uri, winner, output_root, config, how_to_use)
+    upload = None if settings.upload == "none" else folder
+    version = tracking.record_choice(uri, settings, winner, chosen_by=chosen_by, upload=upload)
+    return Pick(**vars(choice), folder=folder, version=version)
+
+
+def _check_no_own_choice(choice: Choice, registered_model: str) -> None:
+    """Neither in this sweep nor, as it holds the alias `best`, in another of the same name."""
+    own = own_choice(choice.uri, registered_model)
+    if choice.before and choice.before.chosen_by == "person":
+        own = choice.before.model_id, choice.before.name
+    if own is not None and own[0] != choice.winner.model_id:
+        raise PickError(
+            f"{shown(own[1])} is a person's choice and stays: --show only looks at the candidates,"
+            f" --replace puts {choice.winner.name}, the rule's choice, in its place"
+        )
 
 
 def _find(uri: str, experiment: str, sweep: str | None) -> list[Candidate]:

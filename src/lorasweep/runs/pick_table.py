@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import shlex
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lorasweep.core.text import shown
 from lorasweep.judging.contact_sheet import FILE_NAME as CONTACT_SHEET
 from lorasweep.judging.pick_rule import DRIFT, FEW_IMAGES, TIE_BOUND, Ranked, sign, ties
-from lorasweep.runs.pick_checkpoint import Pick
+from lorasweep.runs.pick_checkpoint import Choice, Pick
 from lorasweep.runs.picked_readme import seeds_of
 from lorasweep.tracking import Candidate
 from lorasweep.tracking.mlflow_page import page
+from lorasweep.tracking.read_candidates import differing_settings
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 TABLE_LIMIT = 15
+MAX_SETTINGS = 4
+LIMITS = r"\[lo, hi]"
 
 
-def table(result: Pick, limit: int = TABLE_LIMIT) -> Table:
+def table(result: Choice, limit: int = TABLE_LIMIT) -> Table:
     """The first `limit` candidates, best first, and the chosen one wherever it stands.
 
     `≈` marks those that tie with the smallest score.
@@ -27,22 +32,34 @@ def table(result: Pick, limit: int = TABLE_LIMIT) -> Table:
     from rich.table import Table
 
     score = _escaped(result.by.rpartition("/")[2])
-    chosen = "own choice" if result.chosen_by == "person" else "picked"
+    by_rule = "picked" if isinstance(result, Pick) else "first by the rule:"
+    chosen = "own choice" if result.chosen_by == "person" else by_rule
     title = _escaped(f"{result.winner.sweep}: {chosen} {result.winner.name}")
-    found = Table(title=title, caption=_caption(result, limit), caption_justify="left")
+    found = Table(
+        title=title, caption=_caption(result, limit), caption_justify="left", pad_edge=False
+    )
     several = any(len(one.checkpoints) > 1 for one in result.ranked)
-    for header in ("rank", "run", "epoch", f"{score} [lo, hi]", "gap", "drift"):
+    by, winner = result.by, result.of_winner
+    smallest = min(result.ranked, key=lambda one: sign(by) * one.scores[by], default=None)
+    tied = [one for one in result.ranked if ties(one, smallest or one, by)]
+    settings = differing_settings(result.uri, [one.file for one in result.ranked])
+    keys = list(next(iter(settings.values()), {}))[:MAX_SETTINGS]
+    headers = "#", "run", *_short_names(keys), "epoch", f"{score} {LIMITS}", "gap", "drift"
+    for header in headers:
         found.add_column(header, justify="left" if header == "run" else "right", overflow="fold")
     if several:
         found.add_column("seeds", overflow="fold")
-    by, winner = result.by, result.of_winner
-    smallest = min(result.ranked, key=lambda one: sign(by) * one.scores[by], default=None)
+    if len(tied) > 1:
+        found.add_column("why", overflow="fold")
     for number, one in enumerate(result.ranked, start=1):
         if number <= limit or one is winner:
+            file = result.winner if one is winner else one.file
+            own = settings.get(file.run_id, {})
             cells = [
-                f"≈ {number}" if ties(one, smallest or one, by) else str(number),
-                *_cells(result, one, result.winner if one is winner else one.file),
+                f"≈ {number}" if one in tied else str(number),
+                *_cells(result, one, file, [own.get(key, "") for key in keys]),
                 *([_escaped(seeds_of(one))] if several else []),
+                *([_why(one, tied)] if len(tied) > 1 else []),
             ]
             found.add_row(*cells, style="bold green" if one is winner else None)
     return found
@@ -57,13 +74,29 @@ def summary(result: Pick) -> list[str]:
         who += f", seed {result.winner.seed} of {seeds_of(of)}"
     return [
         f"{result.winner.name}, {who}: {result.folder / result.winner.name}.safetensors",
+        *_replaced(result),
         f"How to use it: {result.folder / 'README.md'}",
         *([f"Its run's contact sheet: {sheet}"] if sheet.exists() else []),
         f"Look at all of it: lorasweep ui {shlex.quote(result.winner.sweep)}",
     ]
 
 
-def _caption(result: Pick, limit: int) -> str:
+def not_recorded(choice: Choice) -> list[str]:
+    """That the sweep's choice is what it was, and how to choose."""
+    before = choice.before
+    now = f"{before.name}, by {before.chosen_by}" if before else "none yet"
+    return [f"Nothing was recorded. The sweep's choice: {now}. To choose: lorasweep pick"]
+
+
+def _replaced(result: Pick) -> list[str]:
+    before = result.before
+    if before is None or before.model_id == result.winner.model_id:
+        return []
+    whose = "a person's choice" if before.chosen_by == "person" else "the rule's choice"
+    return [f"It takes the place of {before.name}, {whose}."]
+
+
+def _caption(result: Choice, limit: int) -> str:
     lines = [
         f"≈ can't be told from the best score, and lies within {TIE_BOUND:.0%} of it; of these, the"
         " least drift wins."
@@ -88,11 +121,34 @@ def _caption(result: Pick, limit: int) -> str:
     return "\n".join(_escaped(line) for line in lines)
 
 
-def _cells(result: Pick, one: Ranked[Candidate], file: Candidate) -> list[str]:
+def _short_names(keys: Sequence[str]) -> list[str]:
+    """A setting's last word, where it says which one it is."""
+    ends = [key.rpartition(".")[2] for key in keys]
+    return [
+        _escaped(end if ends.count(end) == 1 else key) for key, end in zip(keys, ends, strict=True)
+    ]
+
+
+def _why(one: Ranked[Candidate], tied: Sequence[Ranked[Candidate]]) -> str:
+    """Why a tie comes first, or after the others."""
+    if one not in tied:
+        return ""
+    first, has_drift = tied[0], DRIFT in one.scores
+    if one is first:
+        return "tied, and drifts least" if has_drift else "tied, and the earliest"
+    more = has_drift and one.scores[DRIFT] > first.scores.get(DRIFT, math.inf)
+    return "tied, but drifts more" if more else "tied, but later"
+
+
+def _cells(
+    result: Choice, one: Ranked[Candidate], file: Candidate, settings: Sequence[str]
+) -> list[str]:
     by, scores = result.by, one.scores
-    interval = f" [{_short(scores.get(f'{by}_lo'))}, {_short(scores.get(f'{by}_hi'))}]"
+    low, high = (_short(scores.get(f"{by}_{end}"), ".2f") for end in ("lo", "hi"))
+    interval = f" [{low}, {high}]"
     return [
         _link(file.run, page(result.uri, file)),
+        *map(_escaped, settings),
         _link(str(file.epoch), file.path.as_uri()),
         _short(scores[by]) + _escaped(interval if f"{by}_hi" in scores else ""),
         _short(scores.get("val/gap")),

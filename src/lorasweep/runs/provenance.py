@@ -62,7 +62,7 @@ def record(folder: Path, model: Model, cache_dir: Path, device: str) -> list[Pat
     code = sources()
     content = {
         "versions": versions(),
-        "code": [{key: one[key] for key in one if key != "diff"} for one in code],
+        "code": _without_diffs(code),
         "diff_is_cut": sum(len(str(one["diff"]).encode(errors="replace")) for one in code)
         > MAX_DIFF,
         "device": device_of(device),
@@ -74,6 +74,29 @@ def record(folder: Path, model: Model, cache_dir: Path, device: str) -> list[Pat
         return [folder / ORIGIN]
     write_atomically(folder / DIFF, diff.encode(errors="replace")[:MAX_DIFF])
     return [folder / ORIGIN, folder / DIFF]
+
+
+def is_made_alike(folder: Path, model: Model, cache_dir: Path) -> bool:
+    """Was the run of a folder made with this very base model, these libraries and this code?"""
+    try:
+        found = read_json(folder / ORIGIN)
+    except (ForeignFileError, OSError):
+        return False
+    ours = {"versions": versions(), "code": _of_lorasweep(_without_diffs(sources()))}
+    theirs = {"versions": found.get("versions"), "code": _of_lorasweep(found.get("code"))}
+    known = found.get("model")
+    sha256 = known.get("sha256") if isinstance(known, dict) else None
+    return ours == theirs and sha256 is not None and sha256 == identity(model, cache_dir)["sha256"]
+
+
+def _without_diffs(code: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: one[key] for key in one if key != "diff"} for one in code]
+
+
+def _of_lorasweep(code: object) -> list[Any]:
+    """Of the checkouts, those of this code: the folder it was started in changes no result."""
+    found = code if isinstance(code, list) else []
+    return [one for one in found if isinstance(one, dict) and one.get("what") == "lorasweep"]
 
 
 @cache

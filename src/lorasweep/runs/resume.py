@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lorasweep.core.foreign_files import ForeignFileError, read_json, refuse_links_out
 from lorasweep.core.settings import SettingsError
 from lorasweep.runs.run_folder import (
     MULTIRUN,
     RECORD,
+    SWEEP_RECORD,
     RunJson,
+    check_longer,
     is_free,
     read_record,
     sweep_name,
 )
+
+if TYPE_CHECKING:
+    from lorasweep.training.lr_schedulers import LRScheduler
 
 log = logging.getLogger(__name__)
 
@@ -39,15 +45,34 @@ def find_broken_off(parent: Path, record: str, settings: str) -> Path | None:
     return None
 
 
-def find(target: str, output_root: Path) -> Path:
+def broken_off(output_root: Path) -> list[Path]:
+    """Folders of runs and sweeps that have not ended and that nobody trains in; newest first."""
+    patterns = (f"*/*/{RECORD}", f"*/*/*/{RECORD}", f"*/*/{SWEEP_RECORD}")
+    records = [path for pattern in patterns for path in output_root.glob(pattern)]
+    records.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    found: dict[Path, None] = {}
+    for path in records:
+        try:
+            status = read_json(path).get("status")
+        except (ForeignFileError, OSError):
+            continue  # not ours, or torn: whoever trains there says so
+        if status == "unfinished" and is_free(path.parent):
+            in_sweep = (path.parent.parent / MULTIRUN).is_file()
+            found[path.parent.parent if in_sweep else path.parent] = None
+    return [folder for folder in found if is_free(folder)]
+
+
+def find(target: str, output_root: Path, *, also_ended: bool = False) -> Path:
     """The folder to go on in, of a run or a sweep by its name or its folder.
+
+    With `also_ended` that of a run that has ended is found by its name too: the newest.
 
     A run of a multirun goes on with the others, for a pack rounds by its members. Raises
     SettingsError, and ForeignFileError for a folder with a link out of it.
     """
     folder = Path(target)
     if not folder.is_dir():
-        folder = _named(target, output_root)
+        folder = _named(target, output_root, also_ended=also_ended)
     if (folder.parent / MULTIRUN).is_file():
         folder = folder.parent
     if (folder / MULTIRUN).is_file() or (folder / RECORD).is_file():
@@ -56,7 +81,14 @@ def find(target: str, output_root: Path) -> Path:
     raise SettingsError(f"{target} is no folder of a run or of a sweep: nothing was begun there")
 
 
-def _named(name: str, output_root: Path) -> Path:
+def check_longer_runs(folder: Path, schedule: LRScheduler) -> None:
+    """Raise SettingsError if a run of a run's or a multirun's folder can't get more epochs."""
+    for path in sorted([*folder.glob(RECORD), *folder.glob(f"*/{RECORD}")]):
+        if (record := read_record(path.parent)) is not None:
+            check_longer(path.parent, record, schedule)
+
+
+def _named(name: str, output_root: Path, *, also_ended: bool) -> Path:
     paths = [*output_root.glob(f"*/*/{RECORD}"), *output_root.glob(f"*/*/*/{RECORD}")]
     records = [path for path in paths if path.is_file()]
     records.sort(key=lambda path: path.stat().st_mtime, reverse=True)
@@ -73,7 +105,12 @@ def _named(name: str, output_root: Path) -> Path:
     sweeps = [path.parent for path in output_root.glob(f"*/*/{MULTIRUN}")]
     if named := [folder for folder in sweeps if sweep_name(folder) == name]:
         return max(named, key=lambda folder: (folder / MULTIRUN).stat().st_mtime)
-    if name in {one.name for one in found.values() if one}:
-        raise SettingsError(f"{name} has ended: there is nothing to go on with")
+    if ended := [folder for folder, one in found.items() if one and one.name == name]:
+        if also_ended:
+            return ended[0]
+        raise SettingsError(
+            f"{name} has ended: there is nothing to go on with; trainer.max_train_epochs=… trains"
+            " it further"
+        )
     known_names = ", ".join(dict.fromkeys(open_ones.values())) or "none"
     raise SettingsError(f"{name}: no such run or sweep in {output_root}; broken off: {known_names}")

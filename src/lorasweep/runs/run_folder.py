@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from filelock import FileLock, Timeout
 
-from lorasweep.config.settings_digest import settings_digest
+from lorasweep.config.settings_digest import digests_with_fewer_epochs, settings_digest
 from lorasweep.core.atomic_write import delete_temporaries, write_atomically
 from lorasweep.core.foreign_files import (
     ForeignFileError,
@@ -28,11 +28,14 @@ from lorasweep.core.interrupts import Interrupts
 from lorasweep.core.settings import SettingsError
 from lorasweep.lora_files.checkpoint import checkpoint_path
 from lorasweep.tracking.records import forget_run, read_epoch
+from lorasweep.tracking.store import TrackingError
 from lorasweep.training import saved_states
+from lorasweep.training.training_run import NativeTrainer
 
 if TYPE_CHECKING:
     from lorasweep.config.run import Run
     from lorasweep.judging.metrics.metric import Scores, Terms
+    from lorasweep.training.lr_schedulers import LRScheduler
 
 log = logging.getLogger(__name__)
 
@@ -66,10 +69,13 @@ class RunFolder:
     def __init__(self, run: Run, data: str) -> None:
         """Take the folder for `run` on `data`, a digest of images and captions.
 
+        A run that was begun there with fewer epochs goes on, also where it had trained them all.
         Raises SettingsError if another process trains there, or if what was begun there can't go
         on with these settings or images; ForeignFileError for a link out of the folder.
         """
-        self.path = run.output_dir
+        self.path, self._run = run.output_dir, run
+        self.had_ended = False
+        """Had it trained all epochs that it was begun with, of which there are more now?"""
         refuse_links_out(self.path)
         self._lock = lock(self.path)
         settings = settings_digest(run.params)
@@ -82,14 +88,14 @@ class RunFolder:
         for folder in (self.path, saved_states.folder_of(self.path), self.path / "samples"):
             delete_temporaries(folder)
         if self.found in ("finished", "dropped"):
-            saved_states.delete(self.path)  # a kill may have come between the record and that
+            _forget_states(run, self.found)  # a kill may have come between the record and it
             return
         if self.found is None:
             saved_states.delete(self.path)
             forget_run(self.path)
             for path in (self.path / OLD_SCORES).glob("*.json"):
                 path.unlink()
-            self._write("unfinished")
+        self._write("unfinished")
 
     def _found(self) -> Status | None:
         """This run's state in the folder: unfinished, finished or dropped; None for a new run."""
@@ -98,6 +104,17 @@ class RunFolder:
             return None
         if replace(found, status=ours.status) == ours:
             return found.status
+        begun_with = digests_with_fewer_epochs(self._run.params).get(found.settings)
+        if begun_with and replace(found, status=ours.status, settings=ours.settings) == ours:
+            if found.status == "dropped":
+                return None
+            check_longer(self.path, found, self._run.lr_scheduler)
+            self.had_ended = found.status == "finished"
+            log.info(
+                "%s was begun with trainer.max_train_epochs=%d: it goes on to %d",
+                *(ours.name, begun_with, self._run.max_train_epochs),
+            )
+            return "unfinished"
         if found.status != "unfinished":
             return None
         if replace(found, status=ours.status, data=ours.data) == ours:
@@ -111,9 +128,9 @@ class RunFolder:
         )
 
     def end(self, status: Status) -> None:
-        """The run has come to its end here: no state of it is needed any more."""
+        """The run has come to its end here; from its last state it may be trained further."""
         self._write(status)
-        saved_states.delete(self.path)
+        _forget_states(self._run, status)
         self.release()
 
     def release(self) -> None:
@@ -121,8 +138,7 @@ class RunFolder:
         self._lock.release()
 
     def _write(self, status: Status) -> None:
-        values = {**vars(self._record), "status": status}
-        write_atomically(self.path / RECORD, json.dumps(values, indent=1).encode())
+        write_record(self.path, replace(self._record, status=status))
 
 
 @contextmanager
@@ -196,6 +212,16 @@ def delete_if_nothing_began(folder: Path, output_root: Path) -> None:
                 parent.rmdir()
 
 
+@contextmanager
+def nothing_left_if_refused(folder: Path, output_root: Path) -> Iterator[None]:
+    """Delete a multirun's folder if the command is refused while its settings are checked."""
+    try:
+        yield
+    except (ValueError, OSError, TrackingError):
+        delete_if_nothing_began(folder, output_root)
+        raise
+
+
 def write_sweep(folder: Path, settings: str, status: Status) -> None:
     """Note that a multirun was begun in the folder, or has come to its end."""
     content = {"status": status, "settings": settings}
@@ -212,6 +238,11 @@ def read_record(folder: Path) -> RunJson | None:
     except ForeignFileError as error:
         raise SettingsError(f"{error}; delete the folder to train anew") from None
     return RunJson(**{one.name: found[one.name] for one in fields(RunJson)})
+
+
+def write_record(folder: Path, record: RunJson) -> None:
+    """Note what was begun in a folder."""
+    write_atomically(folder / RECORD, json.dumps(vars(record), indent=1).encode())
 
 
 def read_scores(folder: Path, epoch: int) -> tuple[Scores, Terms] | None:
@@ -265,8 +296,38 @@ def ended(run: Run) -> Status | None:
     status = status_of(run)
     if status not in ("finished", "failed"):
         return None
-    saved_states.delete(run.output_dir)
+    _forget_states(run, status)
     return status
+
+
+def check_longer(folder: Path, record: RunJson, schedule: LRScheduler) -> None:
+    """Raise SettingsError if what was begun in a folder can't go on to more epochs.
+
+    That is so where the learning rate follows the number of steps in all, and where a run that has
+    ended left no state.
+    """
+    if record.status == "failed":
+        return  # it begins anew
+    if reason := schedule.follows_the_end:
+        raise SettingsError(
+            f"{folder}: {reason} follows the number of steps in all, so the epochs that"
+            f" {record.name} has trained are not the first ones of a longer run; train anew, with"
+            " another name or hydra.run.dir"
+        )
+    if record.status == "finished" and not saved_states.together({record.name: folder}):
+        raise SettingsError(
+            f"{folder}: {record.name} has ended and left no state to go on from"
+            " (trainer.keep_states=0, trainer=sd_scripts, or an older lorasweep); train anew, with"
+            " another name or hydra.run.dir"
+        )
+
+
+def _forget_states(run: Run, status: Status) -> None:
+    """Delete the states that a run which ended so needs no more; sd-scripts deletes its own."""
+    if status == "finished" and isinstance(run.trainer, NativeTrainer):
+        saved_states.keep_last(run.output_dir, 1)  # more epochs go on from there
+    else:
+        saved_states.delete(run.output_dir)
 
 
 def status_of(run: Run) -> Status | None:

@@ -36,6 +36,8 @@ from lorasweep.runs.run_folder import (
     read_scores,
     scored_checkpoints,
 )
+from lorasweep.runs.trained_before import take_trained
+from lorasweep.runs.training_plan import plan
 from lorasweep.tracking import Tracker, TrackingError
 from lorasweep.tracking.records import InUseError
 from lorasweep.tracking.store import PRUNED_TAG
@@ -43,8 +45,9 @@ from lorasweep.tracking.tracker import RunLog
 from lorasweep.training import saved_states
 from lorasweep.training.native_trainer import NativeTraining
 from lorasweep.training.saved_states import SavedState
+from lorasweep.training.sd_scripts_trainer import SdScriptsTraining
 from lorasweep.training.training_captions import warn_of_cut_captions
-from lorasweep.training.training_run import Stopped, TrainedEpoch, TrainingData
+from lorasweep.training.training_run import SdScriptsTrainer, Stopped, TrainedEpoch, TrainingData
 
 log = logging.getLogger(__name__)
 
@@ -157,6 +160,7 @@ class Session:
         self._is_prepared = False
         self._runs: dict[str, _OpenRun] = {}  # those that train
         self._waiting: dict[str, tuple[Run, dict[str, float]]] = {}  # and the clock as they came
+        self._taken: list[str] = []  # of those that came in last, what earlier sweeps have trained
         if not first.tracking.is_remote:  # a file is made once the images are known to be good
             self._open_tracker()
 
@@ -189,9 +193,7 @@ class Session:
             self.join(run)
         if not self._is_prepared:
             self._prepare()
-        self._training = NativeTraining(
-            self.first.trainer, self._base, [], self._data, self._show, self._log_step
-        )
+        self._training = self._new_training()
         epochs = iter(self._training)
         while True:
             while started := self._admit():  # those that wait, while there is room
@@ -227,6 +229,12 @@ class Session:
         known = (self.max_pack, self._fitting, self._training.max_runs)
         return min((number for number in known if number is not None), default=None)
 
+    def _new_training(self) -> NativeTraining | SdScriptsTraining:
+        trainer, rest = self.first.trainer, (self._data, self._show, self._log_step)
+        if isinstance(trainer, SdScriptsTrainer):
+            return SdScriptsTraining(trainer, self._base, [], *rest)
+        return NativeTraining(trainer, self._base, [], *rest)
+
     def _open_tracker(self) -> Tracker:
         self._tracker = Tracker(self.first.tracking, self.first.output_root)
         return self._tracker
@@ -235,11 +243,14 @@ class Session:
         """Load the base model, encode the images, and score the bare base."""
         first = self.first
         with self.clock("prepare"):
+            log.info("loading %s on %s", first.model.path, self.device)
             self._base = self._load(first, self.device)
             if not first.tracking.is_remote:  # a store that can't be written ends it here
                 self._tracker.ready(first.output_dir, first.sweep)
             images = encoded_images(self._base, first, self._folder)
             warn_of_cut_captions(self._base, [*images.train, *images.holdout])
+            for line in plan(first, images):
+                log.info(line)
             self._data = TrainingData(images.train, first.dataset)
             self._judge = Judge(
                 self._base,
@@ -254,11 +265,14 @@ class Session:
 
     def _measure(self) -> int | None:
         """Runs that fit into the device's memory; what a step takes grows with K x B."""
+        trainer = self.first.trainer
+        if isinstance(trainer, SdScriptsTrainer):
+            return None
 
         def step() -> None:
             for run, _ in self._waiting.values():
                 with suppress(ValueError):  # a run that can't start will say so itself
-                    NativeTraining(self.first.trainer, self._base, [run], self._data).probe()
+                    NativeTraining(trainer, self._base, [run], self._data).probe()
                     return
 
         number = memory_for(self.device, step)
@@ -271,16 +285,23 @@ class Session:
         room = None if self.max_runs is None else max(0, self.max_runs - len(self._runs))
         reports: list[Report] = []
         opened: list[_OpenRun] = []
-        for name in list(self._waiting)[:room]:
+        self._taken.clear()
+        names = list(self._waiting)[:room]
+        for name in names:
             found = self._open(*self._waiting.pop(name))
             if isinstance(found, _OpenRun):
                 opened.append(found)
             else:
                 reports += found
-        begun = {
-            one.run.name: one.run.output_dir for one in opened if one.folder.found == "unfinished"
-        }
-        states = saved_states.together(begun)
+        if self._taken:
+            said = "%d of %d runs are trained already: %s"
+            log.info(said, len(self._taken), len(names), ", ".join(self._taken))
+        begun = [one for one in opened if one.folder.found == "unfinished"]
+        broken_off = [one for one in begun if not one.folder.had_ended]
+        states = saved_states.together({one.run.name: one.run.output_dir for one in broken_off})
+        for one in begun:
+            if one.folder.had_ended:  # each from its own end
+                states |= saved_states.together({one.run.name: one.run.output_dir})
         if fresh := [one.run.name for one in opened if one.run.name not in states]:
             log.info("training %s", ", ".join(fresh))
         reports += [self._start(one, states.get(one.run.name)) for one in opened]
@@ -291,12 +312,16 @@ class Session:
         """Take a run's folder and begin its log; or what is said of a run that won't train."""
         new = new_run(run, self._folder, self._captions)
         try:
+            taken = take_trained(run, new, self._tracker)
             folder = RunFolder(run, new.dataset_digest)
-        except ValueError as error:  # another's, or begun otherwise
-            kind = FailureKind.RETRY if isinstance(error, TakenError) else FailureKind.OWN
+        except (ValueError, InUseError) as error:  # another's, or begun otherwise
+            is_taken = isinstance(error, TakenError | InUseError)
+            kind = FailureKind.RETRY if is_taken else FailureKind.OWN
             return [Failure(run=run.name, reason=str(error), kind=kind)]
+        if taken is not None:
+            self._taken.append(taken)
         if folder.found in ("finished", "dropped"):
-            return self._ended_before(run, folder)
+            return self._ended_before(run, folder, is_said=taken is not None)
         try:
             run_log = self._tracker.open_run(new, goes_on=folder.found == "unfinished")
         except InUseError as error:
@@ -305,13 +330,14 @@ class Session:
         run_log.log_file(run.output_dir / "manifest.json")
         return _OpenRun(run, folder, run_log, begun)
 
-    def _ended_before(self, run: Run, folder: RunFolder) -> list[Report]:
+    def _ended_before(self, run: Run, folder: RunFolder, *, is_said: bool) -> list[Report]:
         """Reports of a run that came to its end or was dropped, for a driver not told yet."""
         folder.release()
         self._tracker.publish_left(run.output_dir)
         dropped = folder.found == "dropped"
         how = "dropped" if dropped else "trained"
-        log.info("%s was %s before, in %s", run.name, how, run.output_dir)
+        if not is_said:
+            log.info("%s was %s before, in %s", run.name, how, run.output_dir)
         epochs = [
             EpochReport(
                 run=run.name,

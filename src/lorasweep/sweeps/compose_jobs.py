@@ -58,6 +58,8 @@ def _composed(config: DictConfig, loader: Any, overrides: Sequence[str], number:
     with open_dict(composed):
         composed.hydra.job.id = str(number)
         composed.hydra.job.num = number
+        # a name made of a swept value would give each job a folder, and a sweep, of its own
+        composed.hydra.sweep.dir = str(config.hydra.sweep.dir)
         output_dir = Path(composed.hydra.sweep.dir) / str(composed.hydra.sweep.subdir)
         composed.hydra.runtime.output_dir = str(output_dir.absolute())
     check_job(composed, composed.hydra)

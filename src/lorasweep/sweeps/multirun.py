@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,6 @@ from lorasweep.sweeps.read_yaml_once import read_yaml_once
 from lorasweep.sweeps.slurm_ray_joblib import Engine, train_by_jobs
 from lorasweep.sweeps.trial_job import JobsStudy
 from lorasweep.sweeps.worker_pool import WorkerPool
-from lorasweep.tracking import TrackingError
 from lorasweep.tracking.sync import publish_left
 
 if TYPE_CHECKING:
@@ -70,14 +69,18 @@ def launch(
     Every job's config is checked before the first trains. A job that fails is returned as failed,
     with its reason; the others stand.
     """
-    check_job(config, config.hydra)
-    if not job_overrides:
-        swept = [word for word in config.hydra.overrides.task if "range(" in word]
-        raise SettingsError(f"{' '.join(swept)}: the range is empty")
-    read_yaml_once(config_loader)
-    pool = open_pool(settings, config.trainer.device)
-    with pool.ready(len(job_overrides)) if pool else nullcontext():
-        try:
+    folder, output_root = Path(config.hydra.sweep.dir), Path(str(config.output_root))
+    with ExitStack() as workers:
+        with run_folder.nothing_left_if_refused(folder, output_root):
+            check_job(config, config.hydra)
+            if not job_overrides:
+                swept = [word for word in config.hydra.overrides.task if "range(" in word]
+                raise SettingsError(f"{' '.join(swept)}: the range is empty")
+            log.info("%d runs go to %s", len(job_overrides), run_folder.as_typed(folder))
+            read_yaml_once(config_loader)
+            pool = open_pool(settings, config.trainer.device)
+            if pool:
+                workers.enter_context(pool.ready(len(job_overrides)))
             jobs = [
                 compose_job(config, config_loader, overrides, number)
                 for number, overrides in enumerate(job_overrides, start=initial_job_idx)
@@ -88,11 +91,6 @@ def launch(
                 check_server(jobs[0].run)
             for job in jobs:
                 job.run.check()
-        except (ValueError, OSError, TrackingError):  # the command is refused
-            run_folder.delete_if_nothing_began(
-                Path(config.hydra.sweep.dir), Path(str(config.output_root))
-            )
-            raise
         failures = _launch(config, jobs, settings, pool, study)
     failed = {failure.run: failure for failure in failures}
     return [_returned(job, failed.get(job.run.name)) for job in jobs]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from lorasweep.config.foreign_settings import check_job
 from lorasweep.config.run import Run
 from lorasweep.core.progress import say
-from lorasweep.runs.run_folder import stoppable, sweep_name
+from lorasweep.runs.run_folder import as_typed, nothing_left_if_refused, stoppable, sweep_name
 from lorasweep.sweeps import sweep_file
 from lorasweep.sweeps.compose_jobs import TrialJobs
 from lorasweep.sweeps.read_yaml_once import read_yaml_once
@@ -37,15 +37,19 @@ def sweep(config: DictConfig, config_loader: Any, launcher: Any, arguments: Sequ
     `arguments` are the command line's overrides. Raises SettingsError, in one line and before any
     work, for what is wrong in the sweep; SweepError when too many trials failed.
     """
-    check_job(config, config.hydra)
-    read_yaml_once(config_loader)
-    found = sweep_file.read_search(config, config_loader, arguments)
-    settings = sweep_file.read_study_settings(config, config.hydra.overrides.task)
-    pool = launcher.worker_pool() if hasattr(launcher, "worker_pool") else None
-    with pool.ready(settings.n_trials) if pool else nullcontext():
-        folder = Path(config.hydra.sweep.dir).absolute()
-        jobs = TrialJobs(config, config_loader, found)
-        probes = jobs.check(settings)
+    folder = Path(config.hydra.sweep.dir).absolute()
+    with ExitStack() as workers:
+        with nothing_left_if_refused(folder, Path(str(config.output_root))):
+            check_job(config, config.hydra)
+            log.info("the sweep's runs go to %s", as_typed(folder))
+            read_yaml_once(config_loader)
+            found = sweep_file.read_search(config, config_loader, arguments)
+            settings = sweep_file.read_study_settings(config, config.hydra.overrides.task)
+            pool = launcher.worker_pool() if hasattr(launcher, "worker_pool") else None
+            if pool:
+                workers.enter_context(pool.ready(settings.n_trials))
+            jobs = TrialJobs(config, config_loader, found)
+            probes = jobs.check(settings)
         first, *others = probes.values()
         with only_driver(folder, sweep_name(folder), settings.storage), stoppable(folder):
             if hasattr(launcher, "begin"):

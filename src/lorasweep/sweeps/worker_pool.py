@@ -195,7 +195,7 @@ class Worker:
     def add(self, run: Run) -> None:
         """Let the run train here; a process is started if none is there."""
         if not self.runs:
-            self._max_runs = None
+            self._max_runs = run.trainer.max_runs
         self.runs[run.name] = run
         self._joining.append(run)
         self._open()

@@ -1,8 +1,8 @@
 """The ledger of a run's folder: which items of its records MLflow has, and which it refused.
 
-Items are named by what they are: `run`, `epoch 3`, `steps` (of the unfinished epoch), `file
-captions.json`, `tag lorasweep.pruned`, `end`. Each has a state, which changes when there is more
-of it to send.
+Items are named by what they are: `run`, `settings` (if they changed on the way), `epoch 3`, `steps`
+(of the unfinished epoch), `file captions.json`, `tag lorasweep.pruned`, `end`. Each has a state,
+which changes when there is more of it to send.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lorasweep.tracking.records import (
     write,
 )
 
-RUN, STEPS, END = "run", "steps", "end"
+RUN, SETTINGS, STEPS, END = "run", "settings", "steps", "end"
 GONE = "gone"  # the state of a file that isn't there
 
 
@@ -61,6 +61,8 @@ def write_ledger(output_dir: Path, ledger: Ledger) -> None:
 def missing(records: RunRecords, run: RunRecord, ledger: Ledger) -> dict[str, str]:
     """The items that the store lacks, refused ones too, with their states, in their order."""
     items = {RUN: str(run.opened)}
+    if run.changed is not None:
+        items[SETTINGS] = str(run.changed)
     items |= {f"epoch {number}": "written" for number in records.epochs()}
     if steps := records.unfinished(run.uid):
         items[STEPS] = str(steps[-1].step)

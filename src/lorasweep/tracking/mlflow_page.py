@@ -25,6 +25,7 @@ from lorasweep.tracking.store import (
     PICKED_TAG,
     SWEEP_TAG,
     TrackingError,
+    differing,
     is_server,
     open_experiment,
     tagged,
@@ -72,11 +73,7 @@ def experiment_page(
             raise TrackingError(
                 f"there is no sweep {shown(what.sweep)}; there are: {listed(names) or 'none yet'}"
             )
-        address += f"&searchFilter={quote(tagged({SWEEP_TAG: what.sweep}), '')}"
-    if what.by is not None:
-        key = quote(f"metrics.`{BEST}{what.by}`", "")
-        address += f"&orderByKey={key}&orderByAsc={str(what.smaller_first).lower()}"
-    is_saved = _save_view(client, experiment_id)
+    is_saved = _save_view(client, experiment_id, what)
     return f"{address}&viewStateShareKey={VIEW_KEY}" if is_saved else address
 
 
@@ -94,13 +91,21 @@ def _server(uri: str, port: int) -> str:
     return re.sub(r"//[^/@]*@", "//", uri).rstrip("/") if is_server(uri) else local
 
 
-def _save_view(client: MlflowClient, experiment_id: str) -> bool:
-    """Fit the view to what is logged now; False when there is nothing to show yet."""
+def _save_view(client: MlflowClient, experiment_id: str, what: Shown) -> bool:
+    """Fit the view to what is logged now; False when there is nothing to show yet.
+
+    Filter and order are part of it: given in the address, MLflow would show no saved view.
+    """
     runs = client.search_runs([experiment_id], max_results=MAX_RUNS)
     if not runs:
         return False
     metrics = sorted({key for run in runs for key in run.data.metrics})
-    packed = _packed(_view(metrics, _sample_keys(client, runs), _searched_params(runs)))
+    view = _view(metrics, _sample_keys(client, runs), _searched_params(runs))
+    if what.sweep is not None:
+        view["searchFilter"] = tagged({SWEEP_TAG: what.sweep})
+    if what.by is not None:
+        view |= {"orderByKey": f"metrics.`{BEST}{what.by}`", "orderByAsc": what.smaller_first}
+    packed = _packed(view)
     if len(packed) > MAX_TAG:
         return False
     client.set_experiment_tag(experiment_id, VIEW_TAG, packed)
@@ -196,9 +201,9 @@ def _sample_keys(client: MlflowClient, runs: Sequence[Run]) -> list[str]:
 def _searched_params(runs: Sequence[Run]) -> list[str]:
     """Params in which the runs of the newest sweep differ."""
     sweep = runs[0].data.tags.get(SWEEP_TAG)
-    params = [run.data.params for run in runs if run.data.tags.get(SWEEP_TAG) == sweep]
-    keys = sorted({key for one in params for key in one})
-    return [key for key in keys if len({one.get(key) for one in params}) > 1][:MAX_COLUMNS]
+    return differing([run.data.params for run in runs if run.data.tags.get(SWEEP_TAG) == sweep])[
+        :MAX_COLUMNS
+    ]
 
 
 def _packed(view: dict[str, Any]) -> str:

@@ -31,6 +31,21 @@ def check_place(uri: str, candidate: Candidate) -> None:
     artifact_folder.of_model(client_of(uri), candidate.model_id)
 
 
+def own_choice(uri: str, registered_model: str) -> tuple[str, str] | None:
+    """Model id and checkpoint's name of what is registered as `best`, if a person chose it."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        version = client_of(uri).get_model_version_by_alias(registered_model, "best")
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None  # no such model, or alias
+        raise
+    if version.tags.get(CHOSEN_BY_TAG) != "person":
+        return None
+    return str(version.model_id), version.tags.get(CHECKPOINT_TAG, "a checkpoint")
+
+
 def record_choice(
     uri: str,
     settings: Tracking,

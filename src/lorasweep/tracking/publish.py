@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from lorasweep.core.foreign_files import ForeignFileError, inside
 from lorasweep.core.text import markdown
-from lorasweep.tracking.ledger import RUN, STEPS, Ledger, missing, read_ledger
+from lorasweep.tracking.ledger import RUN, SETTINGS, STEPS, Ledger, missing, read_ledger
 from lorasweep.tracking.outage import is_refused
 from lorasweep.tracking.records import (
     LEDGER,
@@ -164,6 +164,8 @@ class _Sending:
             self.store.client.set_tag(self._run_id, key, value)
         elif kind == STEPS:
             self._log_metrics(_step_metrics(self.records.unfinished(self.run.uid)))
+        elif kind == SETTINGS:
+            self._send_texts(self._run_id)
         else:
             self._send_end()
 
@@ -226,6 +228,11 @@ class _Sending:
         )
         use = InputTag("mlflow.data.context", "training")
         client.log_inputs(run_id, [DatasetInput(dataset, tags=[use])])
+        self._send_texts(run_id)
+
+    def _send_texts(self, run_id: str) -> None:
+        """The config and its overrides; others take their place. MLflow lets no param change."""
+        new = self.run.new
         overrides = json.dumps(list(new.overrides), ensure_ascii=False, indent=1)
         texts = {
             "config.yaml": new.config_yaml,
@@ -234,7 +241,7 @@ class _Sending:
         with tempfile.TemporaryDirectory() as name:
             for file, text in texts.items():
                 (Path(name) / file).write_text(text, encoding="utf-8")
-            client.log_artifacts(run_id, name)
+            self.store.client.log_artifacts(run_id, name)
 
     def _delete_earlier_attempt(self) -> None:
         """Delete what was begun before in this folder; another's run may have the same names."""

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lorasweep.core.atomic_write import DiskFullError
 from lorasweep.tracking.ledger import write_ledger
+from lorasweep.tracking.moved_store import follow_move
 from lorasweep.tracking.outage import OutageError, asked_pause
 from lorasweep.tracking.publish import publish
 from lorasweep.tracking.records import InUseError, RunRecords
@@ -154,6 +155,7 @@ class PublishThread:
 
     def _open(self) -> None:
         try:
+            follow_move(self._settings, self._output_root)
             store = open_store(self._settings, self._output_root)
         except Exception as error:  # MLflow raises what its plug-ins and drivers raise
             address = self._settings.resolve(self._output_root)

@@ -20,6 +20,7 @@ from lorasweep.lora_files import checkpoint
 from lorasweep.tracking import artifact_folder
 from lorasweep.tracking.store import (
     CHECKPOINT_TAG,
+    CHOSEN_BY_TAG,
     EPOCH_TAG,
     HASH_TAG,
     MAX_TAG,
@@ -33,6 +34,7 @@ from lorasweep.tracking.store import (
     Tracking,
     TrackingError,
     client_of,
+    differing,
     each_model,
     each_run,
     newest_run,
@@ -67,6 +69,8 @@ class Candidate:
     """Milliseconds since 1970."""
     hash: str | None = None
     """sha256 of its data (kohya's sshs_model_hash), if that was logged."""
+    chosen_by: str | None = None
+    """By whom it is the sweep's choice, `rule` or `person`; None for the others."""
     setting: str | None = None
     """Equal for runs that differ in their seed alone; None if an older version logged it."""
     seed: str | None = None
@@ -144,6 +148,28 @@ def search_candidates(client: MlflowClient, experiment_id: str, where: str) -> l
     return sorted(found, key=lambda one: one.created)
 
 
+def differing_settings(uri: str, candidates: Sequence[Candidate]) -> dict[str, dict[str, str]]:
+    """The settings in which the runs of candidates differ, by the runs' ids.
+
+    The seed is none, and of those that go together, such as rank and alpha, only the last is one.
+    """
+    wanted = {one.run_id for one in candidates}
+    sweeps = {(one.experiment_id, one.sweep) for one in candidates}
+    runs = [
+        run
+        for experiment, sweep in sweeps
+        for run in each_run(client_of(uri), experiment, tagged({SWEEP_TAG: sweep}))
+        if run.info.run_id in wanted
+    ]
+    params = {run.info.run_id: run.data.params for run in runs}
+    keys: dict[tuple[int, ...], str] = {}
+    for key in differing(list(params.values())):
+        values = [one.get(key, "") for one in params.values()]
+        if key != "seed":
+            keys[tuple(map(values.index, values))] = key
+    return {of: {key: one.get(key, "") for key in keys.values()} for of, one in params.items()}
+
+
 def config_of(uri: str, candidate: Candidate) -> str:
     """The resolved config, as YAML, of the run that a candidate comes from.
 
@@ -177,15 +203,19 @@ def _gone(candidate: Candidate, output_root: Path) -> str:
 
 
 def local_file(candidate: Candidate, output_root: Path) -> Path | None:
-    """A candidate's file where it was written, if it still lies there.
+    """A candidate's file where it was written, or at the same place of an output_root that moved.
 
     It lies below `output_root` once links are followed, is a safetensors file, and its data have
     the hash that was logged.
     """
-    if not _is_inside(output_root, candidate.path):
-        return None
-    path = inside(output_root, candidate.path)
-    return path if _is_it(candidate, path) else None
+    parts = candidate.path.parts
+    moved = (output_root.joinpath(*parts[start:]) for start in range(1, len(parts)))
+    for path in (candidate.path, *moved):
+        if _is_inside(output_root, path) and path.is_file():
+            found = inside(output_root, path)
+            if _is_it(candidate, found):
+                return found
+    return None
 
 
 @contextmanager
@@ -258,6 +288,7 @@ def _candidate(model: LoggedModel) -> Candidate:
         experiment_id=sys.intern(model.experiment_id),
         created=model.creation_timestamp,
         hash=tags.get(HASH_TAG),
+        chosen_by=tags.get(CHOSEN_BY_TAG),
         setting=sys.intern(setting) if setting and seed else None,
         seed=sys.intern(seed) if seed else None,
     )

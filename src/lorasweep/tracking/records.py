@@ -159,6 +159,8 @@ class RunRecord(JsonRecord):
     """Milliseconds since 1970, like `opened`."""
     opened: int
     """When it was begun, or gone on with the last time."""
+    changed: int | None = None
+    """When it went on with other settings than it was begun with; `new` has the latest."""
     tags: Mapping[str, str] = field(default_factory=dict)
     """Those that were set since."""
     files: Mapping[str, str | None] = field(default_factory=dict)

@@ -8,7 +8,7 @@ import os
 import re
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +40,7 @@ TRIAL_TAG = "lorasweep.trial"
 PRUNED_TAG = "lorasweep.pruned"
 FOLDER_TAG = "lorasweep.folder"  # of the run, where it was trained
 UID_TAG = "lorasweep.uid"  # made where a run is begun, so that it is found without MLflow's id
+TRAINED_AS_TAG = "lorasweep.trained_as"  # of a run that was copied: whose weights it has
 SUSPENDED_TAG = "lorasweep.suspended"
 SETTING_TAG = "lorasweep.setting"  # of a checkpoint: a digest of its settings without the seed
 SEED_TAG = "lorasweep.seed"  # of a checkpoint
@@ -78,7 +79,7 @@ class Tracking(Settings):
 
     uri: str | None
     experiment: str
-    registered_model: str
+    registered_model: str = field(compare=False)  # pick's alone: the runs may share a pack
     upload: Literal["none", "picked", "all"]
     offline: bool
     max_wait_seconds: PositiveFloat
@@ -348,6 +349,12 @@ def search_runs(
     Those that are there, or with `deleted` those that somebody has deleted in MLflow.
     """
     return list(each_run(client, experiment_id, where, deleted=deleted))
+
+
+def differing(params: Sequence[Mapping[str, str]]) -> list[str]:
+    """The keys in which runs' params differ, sorted."""
+    keys = sorted({key for one in params for key in one})
+    return [key for key in keys if len({one.get(key) for one in params}) > 1]
 
 
 def each_run(

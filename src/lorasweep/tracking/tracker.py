@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from lorasweep.tracking.records import (
     hash_of,
     now,
 )
-from lorasweep.tracking.store import BEST, Tracking, TrackingError, public_uri
+from lorasweep.tracking.store import BEST, TRAINED_AS_TAG, Tracking, TrackingError, public_uri
 
 log = logging.getLogger(__name__)
 
@@ -79,17 +79,13 @@ class Tracker:
         """
         records = self._held_records(new.output_dir)
         begun = records.run() if goes_on else None
-        place: dict[str, Any] = {
-            "uri": self._settings.public_uri,
-            "experiment": self._settings.experiment,
-            "upload": self._settings.upload == "all",
-            "opened": now(),
-        }
-        params = {key: str(value) for key, value in new.params.items()}
-        told = replace(new, params=params, image_dir=new.image_dir.resolve())
+        place, told = self._place(), _told(new)
         if begun is not None and (begun.new.name, begun.new.sweep) == (new.name, new.sweep):
             # what was told when it began stays, but an older version didn't keep that
             run = replace(begun, **place, new=begun.new if begun.new.params else told, end=None)
+            if run.new.config_yaml != told.config_yaml:  # with more epochs, say
+                latest = {key: getattr(told, key) for key in ("params", "config_yaml", "overrides")}
+                run = replace(run, new=replace(run.new, **latest), changed=now())
             ledger = read_ledger(records.output_dir, run)
             if ledger.refused:  # it is tried again
                 write_ledger(records.output_dir, replace(ledger, refused={}))
@@ -103,6 +99,37 @@ class Tracker:
         if len(self._runs) == 1:
             self._publish_leftovers(run, records.output_dir)
         return run_log
+
+    def copy_run(
+        self, source: Path, new: NewRun, renamed: Callable[[Path], Path], trained_as: str
+    ) -> None:
+        """Log in `new.output_dir` what the run of another folder has logged, as a run of its own.
+
+        `renamed` are its files, below its folder. It isn't sent: a run that goes on is opened
+        next, and `publish_left` sends one that has ended. Raises InUseError and TrackingError.
+        """
+        theirs, ours = RunRecords(source.resolve()), RunRecords(new.output_dir.resolve())
+        run = theirs.run()
+        if run is None:
+            raise TrackingError(f"{source} has no log of its run")
+        with ours.held():
+            forget_run(ours.output_dir)
+            uid = uuid.uuid4().hex
+            for epoch, record in sorted(theirs.known_epochs(run.uid).items()):
+                checkpoint = record.checkpoint
+                if checkpoint is not None:
+                    path = renamed(checkpoint.file)
+                    name = Checkpoint(
+                        path=path, run=new.name, epoch=epoch, step=checkpoint.step
+                    ).name
+                    checkpoint = replace(checkpoint, name=name, file=path)
+                pictures = {key: renamed(path) for key, path in record.pictures.items()}
+                ours.write_epoch(replace(record, uid=uid, checkpoint=checkpoint, pictures=pictures))
+            files = {str(renamed(Path(one))): place for one, place in run.files.items()}
+            files = {one: of for one, of in files.items() if (ours.output_dir / one).is_file()}
+            tags = {**run.tags, TRAINED_AS_TAG: trained_as}
+            told: dict[str, Any] = {"new": _told(new), "uid": uid, "files": files, "tags": tags}
+            ours.write_run(replace(run, **self._place(), **told, changed=None))
 
     def publish_left(self, output_dir: Path) -> None:
         """Publish what a run that ended before has left: its process was killed, say."""
@@ -161,6 +188,15 @@ class Tracker:
             self._records[key] = records
         return self._records[key]
 
+    def _place(self) -> dict[str, Any]:
+        """Where a run is logged, and since when."""
+        return {
+            "uri": self._settings.public_uri,
+            "experiment": self._settings.experiment,
+            "upload": self._settings.upload == "all",
+            "opened": now(),
+        }
+
     def _left(self) -> str | None:
         """What is said of what could not be sent, if there is any."""
         counts = [len(unsent_items(records)[0]) for records in self._records.values()]
@@ -172,6 +208,12 @@ class Tracker:
             f"MLflow at {uri} did not take everything: {sum(counts)} writes of {runs}"
             f" run{'s' if runs != 1 else ''} wait on the disk; send them by `lorasweep sync`"
         )
+
+
+def _told(new: NewRun) -> NewRun:
+    """What is kept of a new run: as text, and with its images' whole path."""
+    params = {key: str(value) for key, value in new.params.items()}
+    return replace(new, params=params, image_dir=new.image_dir.resolve())
 
 
 def _runs_of_sweep(output_dir: Path, sweep: str | None) -> Iterator[tuple[RunRecords, RunRecord]]:

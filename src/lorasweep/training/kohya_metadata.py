@@ -89,6 +89,7 @@ def pack_metadata(trainer: NativeTrainer, base: BaseModel, data: TrainingData) -
 def run_metadata(state: TrainingState) -> dict[str, str]:
     """A run's own entries, as they are now."""
     run, optimizer = state.run, type(state.optimizer)
+    args = ",".join(f"{key}={value}" for key, value in run.optimizer.args.items())
     values = {
         "ss_session_id": state.session_id,
         "ss_training_started_at": state.started,
@@ -97,7 +98,7 @@ def run_metadata(state: TrainingState) -> dict[str, str]:
         "ss_learning_rate": run.optimizer.unet_lr,
         "ss_unet_lr": run.optimizer.unet_lr,
         "ss_text_encoder_lr": run.optimizer.text_encoder_lr,
-        "ss_optimizer": f"{optimizer.__module__}.{optimizer.__name__}",
+        "ss_optimizer": f"{optimizer.__module__}.{optimizer.__name__}{args and f'({args})'}",
         "ss_lr_scheduler": run.lr_scheduler.type,
         "ss_lr_warmup_steps": run.lr_scheduler.warmup_as_given,
         "ss_max_grad_norm": run.optimizer.max_grad_norm,

@@ -88,6 +88,13 @@ class LRScheduler(Settings):
             )
 
     @property
+    def follows_the_end(self) -> str | None:
+        """The setting by which the rate depends on how many steps there are in all, if any does."""
+        if self.type not in ("constant", "inverse_sqrt", "piecewise_constant", "adafactor"):
+            return f"lr_scheduler.type={self.type}"
+        return f"lr_scheduler.warmup={self.warmup:g}" if 0 < self.warmup < 1 else None
+
+    @property
     def warmup_as_given(self) -> int | float:
         """kohya's lr_warmup_steps: a whole number of steps, or a fraction of all."""
         return self.warmup if 0 < self.warmup < 1 else int(self.warmup)

@@ -117,7 +117,7 @@ def keep_last(output_dir: Path, number: int) -> None:
 
 
 def delete(output_dir: Path) -> None:
-    """Delete a run's states: it has come to its end."""
+    """Delete a run's states: nothing goes on from them."""
     folder = folder_of(output_dir)
     for path in folder.glob("*.state"):
         path.unlink()

@@ -6,11 +6,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar, Literal
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from lorasweep.adapters.adapter import Adapter
-from lorasweep.core.settings import Count, Settings, SettingsError
+from lorasweep.core.settings import Count, Settings, SettingsError, Texts
 from lorasweep.data.dataset import Dataset
 from lorasweep.data.latents import Item
 from lorasweep.lora_files.checkpoint import Checkpoint
@@ -24,8 +25,8 @@ class TrainerError(RuntimeError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class NativeTrainer(Settings):
-    """Settings that the runs of a pack share; conf/trainer/native.yaml says what each does.
+class TrainerSettings(Settings):
+    """Settings of every trainer that the runs of a pack share.
 
     Those under `trainer` that are a run's own are `RunTraining`.
     """
@@ -36,17 +37,42 @@ class NativeTrainer(Settings):
     save_dtype: Precision
     gradient_checkpointing: bool
     device: str
-    save_every_n_steps: PositiveInt | None
     keep_states: NonNegativeInt
-    deterministic: bool
+
+    max_runs: ClassVar[int | None] = None
+    """Runs that it trains at once at most; None: as many as memory allows."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise SettingsError(f"trainer.device={self.device}: give auto, cpu, cuda or cuda:1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NativeTrainer(TrainerSettings):
+    """lorasweep's own trainer; conf/trainer/native.yaml says what each setting does."""
+
+    save_every_n_steps: PositiveInt | None
+    deterministic: bool
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.save_every_n_steps is not None and self.keep_states == 0:
             raise SettingsError(
                 "trainer.save_every_n_steps has no effect with trainer.keep_states=0"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SdScriptsTrainer(TrainerSettings):
+    """kohya's sd-scripts as trainer; conf/trainer/sd_scripts.yaml says what each setting does."""
+
+    path: Path
+    python: Path | None
+    attention: Literal["plain", "sdpa", "xformers", "mem_eff_attn"]
+    sample_every_n_epochs: NonNegativeInt
+    sample_prompts: Texts
+
+    max_runs: ClassVar[int | None] = 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -119,6 +119,11 @@ class Sidecar(Settings):
                 f"suffix={self.suffix}: no caption for {listed(names)}; put NAME{self.suffix} "
                 "beside each, or set suffix to the end that your files' names have"
             )
+        if self.jsonl.parent.name == "demo_images":
+            return CaptionerError(
+                f"jsonl={self.jsonl}: the demo's captions are of the demo's images; for yours take"
+                " experiment=quick, or captions=[empty,sidecar] with .txt files beside the images"
+            )
         return CaptionerError(
             f"jsonl={self.jsonl}: no line for {listed(names)}; add one for each, with file = "
             "its path relative to dataset.image_dir, or use captions=[empty,sidecar] for .txt "

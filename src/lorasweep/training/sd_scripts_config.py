@@ -1,0 +1,333 @@
+"""lorasweep's settings in the words of kohya's sd-scripts, as the TOML that train_network.py reads.
+
+Every setting is written, or refused by name: `check` does so before anything starts. What each word
+means was read from sd-scripts' code of February 2026.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorasweep.adapters.kohya_names import adapted_parts
+from lorasweep.core.settings import SettingsError
+from lorasweep.data.dataset import Dataset
+from lorasweep.models.base_model import BaseModel
+from lorasweep.models.model_settings import ModelSettings
+from lorasweep.training.optimizers import Optimizer
+from lorasweep.training.training_run import SdScriptsTrainer, TrainingData, TrainingRun
+
+Value = str | int | float | bool | Sequence[str]
+Section = Mapping[str, Value | None]
+"""Settings of sd-scripts by its names; None is sd-scripts' own default, and not written."""
+
+PROMPTS, DATASET = "sample_prompts.txt", "dataset.toml"
+"""Names of the files that the TOML refers to, in the folder that sd-scripts writes to."""
+
+ADAFACTOR = "transformers.optimization.Adafactor"
+_OPTIMIZERS = {
+    "bitsandbytes.optim.AdamW8bit": "AdamW8bit",
+    "lion_pytorch.Lion": "Lion",
+    "prodigyopt.Prodigy": "Prodigy",
+    ADAFACTOR: "Adafactor",
+    "AdamW": "AdamW",
+}
+"""Classes that sd-scripts has names of its own for; others it takes by their dotted path."""
+_PRECISIONS = {"fp32": "no", "fp16": "fp16", "bf16": "bf16"}
+_SAVED = {"fp32": "float", "fp16": "fp16", "bf16": "bf16"}
+_ATTENTION = ("sdpa", "xformers", "mem_eff_attn")
+VAE_SCALE = 0.18215  # what sd-scripts multiplies latents by, whatever the VAE's config says
+_BUCKET_STEP = 64
+_SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "trained_betas": None,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where a process of sd-scripts begins, and where it writes."""
+
+    output_dir: Path
+    logging_dir: Path
+    num_steps: int
+    """Optimizer steps in all, from the first epoch on."""
+    save_state: bool
+    epochs_behind: int = 0
+    resume: Path | None = None
+    """The state that it goes on from, of the end of those epochs."""
+
+
+def check(
+    trainer: SdScriptsTrainer, run: TrainingRun, model: ModelSettings, dataset: Dataset
+) -> None:
+    """Raise SettingsError, naming the setting, for what sd-scripts can't be told."""
+    if model.revision is not None and not Path(model.path).expanduser().exists():
+        raise _cannot(
+            f"model.revision={model.revision}", "download it and give its folder as model.path"
+        )
+    if model.allow_pickle:
+        raise _cannot("model.allow_pickle=true", "convert the base model to .safetensors")
+    if dataset.enable_bucket and dataset.bucket_reso_steps % _BUCKET_STEP:
+        raise _cannot(
+            f"dataset.bucket_reso_steps={dataset.bucket_reso_steps}",
+            f"it takes multiples of {_BUCKET_STEP}",
+        )
+    _network(run)
+    _optimizer(run.optimizer)
+
+
+def check_base(base: BaseModel) -> None:
+    """Raise SettingsError for a base model that sd-scripts would compute otherwise, unsaid."""
+    where = f"model.path={base.settings.path}"
+    scale = base.vae.config.scaling_factor
+    if abs(scale - VAE_SCALE) > 1e-6:
+        raise _cannot(
+            f"{where} has a VAE of scaling factor {scale:g}", f"it takes {VAE_SCALE} for any VAE"
+        )
+    schedule = base.noise_schedule.scheduler.config
+    for name, expected in _SCHEDULE.items():
+        found = schedule.get(name)
+        if found != expected:
+            raise _cannot(f"{where} has a noise schedule of {name} {found}", f"it has {expected}")
+
+
+def text_of(sections: Mapping[str, Section], comment: str) -> bytes:
+    """The TOML file."""
+    lines = [f"# {comment}"]
+    for name, section in sections.items():
+        lines += ["", f"[{name}]"]
+        lines += [f"{key} = {_toml(value)}" for key, value in section.items() if value is not None]
+    return ("\n".join(lines) + "\n").encode()
+
+
+def kohya_settings(
+    trainer: SdScriptsTrainer, run: TrainingRun, base: BaseModel, data: TrainingData, start: Start
+) -> dict[str, Section]:
+    """All that sd-scripts is told of a run, in the sections of the file."""
+    drawn = trainer.sample_every_n_epochs or None
+    return {
+        "model": _model(base),
+        "network": _network(run),
+        "optimizer": _optimizer(run.optimizer),
+        "lr_scheduler": _lr_scheduler(run),
+        "training": _training(trainer, run, start),
+        "loss": {
+            "noise_offset": run.noise_offset or None,
+            "min_snr_gamma": run.min_snr_gamma,
+            "v_parameterization": base.prediction_type == "v_prediction",
+            "zero_terminal_snr": bool(base.scheduler_config.get("rescale_betas_zero_snr", False)),
+        },
+        "data": _data(data, start),
+        "saving": {
+            "output_dir": str(start.output_dir),
+            "output_name": run.name,
+            "save_model_as": "safetensors",
+            "save_precision": _SAVED[trainer.save_dtype],
+            "save_every_n_epochs": 1,
+            "save_state": start.save_state,
+            "resume": None if start.resume is None else str(start.resume),
+            # the state's own count of steps is wrong once a run has been resumed
+            "initial_epoch": None if start.resume is None else start.epochs_behind + 1,
+            "logging_dir": str(start.logging_dir),
+            "log_with": "tensorboard",
+        },
+        "samples": {
+            "sample_every_n_epochs": drawn,
+            "sample_prompts": str(start.output_dir / PROMPTS) if drawn else None,
+        },
+    }
+
+
+def dataset_config(data: TrainingData) -> str | None:
+    """sd-scripts' dataset config where its folders are not all read alike; None where they are.
+
+    Captions that are sentences are not shuffled.
+    """
+    settings = data.settings
+    if not (settings.shuffle_caption or settings.caption_tag_dropout_rate):
+        return None
+    folders = {item.path.parent: item for item in data.items}
+    if all(item.tags for item in folders.values()):
+        return None
+    lines = [
+        "# Written by lorasweep: captions that are sentences keep their order.",
+        "[[datasets]]",
+    ]
+    for folder, item in folders.items():
+        subset: dict[str, Value] = {
+            "image_dir": str(folder),
+            "num_repeats": item.repeats,
+            "class_tokens": folder.name.partition("_")[2],
+            "shuffle_caption": settings.shuffle_caption and item.tags,
+            "caption_tag_dropout_rate": settings.caption_tag_dropout_rate if item.tags else 0.0,
+        }
+        lines += ["", "[[datasets.subsets]]"]
+        lines += [f"{key} = {_toml(value)}" for key, value in subset.items()]
+    return "\n".join(lines) + "\n"
+
+
+def sample_prompts(trainer: SdScriptsTrainer, size: tuple[int, int]) -> str:
+    """The lines of the file of prompts; pictures are of the training resolution if unsaid."""
+    width, height = size
+    return "".join(
+        line
+        + ("" if " --w " in line else f" --w {width}")
+        + ("" if " --h " in line else f" --h {height}")
+        + "\n"
+        for line in trainer.sample_prompts
+    )
+
+
+def _model(base: BaseModel) -> Section:
+    path = Path(base.settings.path).expanduser()
+    name = str(path.absolute()) if path.exists() else base.settings.path  # a hub id
+    return {
+        "pretrained_model_name_or_path": name,
+        "clip_skip": base.settings.clip_skip if base.settings.clip_skip > 1 else None,
+        "no_half_vae": True,  # ours computes in fp32, and fp16 gives NaN
+    }
+
+
+def _network(run: TrainingRun) -> Section:
+    """The adapter, of networks.lora or lycoris.kohya."""
+    adapter, optimizer = run.adapter, run.optimizer
+    targets = adapter.targets
+    if not isinstance(targets, str):
+        raise _cannot(
+            f"adapter.targets={list(targets)}", "give a preset's name, such as attn-mlp or full"
+        )
+    entries = adapter.metadata()
+    module = entries["ss_network_module"]
+    if getattr(adapter, "init", "kaiming") != "kaiming":
+        raise _cannot(f"adapter.init={getattr(adapter, 'init', None)}", "set it to kaiming")
+    if module == "lycoris.kohya":
+        if targets == "conv":
+            raise _cannot(f"adapter.targets=conv with {type(adapter).__name__}", "take full")
+        if getattr(adapter, "block_ranks", None) is not None:
+            raise _cannot("adapter.block_ranks with LyCORIS's networks", "set them to null")
+        if optimizer.block_lr_weights is not None:
+            raise _cannot("optimizer.block_lr_weights with LyCORIS's networks", "set them to null")
+    args: dict[str, str] = json.loads(entries.get("ss_network_args", "{}"))
+    args = {**args, **optimizer.network_args()}
+    args.pop("dropout", None)  # sd-scripts adds network_dropout itself
+    # LyCORIS takes the text False for true in some arguments, and has it for their default
+    said = {key: value for key, value in args.items() if value != "False" or key == "wd_on_output"}
+    parts = adapted_parts(targets) & optimizer.trained_parts
+    dropout = entries["ss_network_dropout"]
+    return {
+        "network_module": module,
+        "network_dim": int(entries["ss_network_dim"]),
+        "network_alpha": float(entries["ss_network_alpha"]),
+        "network_dropout": None if dropout == "None" else float(dropout),
+        "network_args": [f"{key}={value}" for key, value in said.items()] or None,
+        "network_train_unet_only": parts == {"unet"},
+        "network_train_text_encoder_only": parts == {"text_encoder"},
+        "scale_weight_norms": adapter.scale_weight_norms,
+    }
+
+
+def _optimizer(optimizer: Optimizer) -> Section:
+    kind = _OPTIMIZERS.get(optimizer.type, optimizer.type)
+    if kind == optimizer.type and "." not in kind:
+        kind = f"torch.optim.{kind}" if kind != "AdamW" else kind
+    args = dict(optimizer.args)
+    if optimizer.type == ADAFACTOR:
+        args.setdefault("relative_step", True)  # the class's own default, and sd-scripts' too
+    if odd := [name for name, value in args.items() if "=" in f"{name}{value!r}"]:
+        raise _cannot(f"optimizer.args.{odd[0]}={args[odd[0]]}", "its values can't hold a =")
+    unet, text_encoder = (
+        rate if part in optimizer.trained_parts else None
+        for part, rate in (("unet", optimizer.unet_lr), ("text_encoder", optimizer.text_encoder_lr))
+    )
+    return {
+        "optimizer_type": kind,
+        "optimizer_args": [f"{name}={value!r}" for name, value in args.items()] or None,
+        "learning_rate": unet or text_encoder,
+        "unet_lr": unet,
+        "text_encoder_lr": text_encoder,
+        "max_grad_norm": optimizer.max_grad_norm,
+    }
+
+
+def _lr_scheduler(run: TrainingRun) -> Section:
+    schedule, optimizer = run.lr_scheduler, run.optimizer
+    kind = schedule.type
+    args = []
+    if kind == "piecewise_constant":
+        args = [f"step_rules={schedule.step_rules!r}"]
+    elif kind == "polynomial" and schedule.min_lr_ratio:
+        end = schedule.min_lr_ratio * (optimizer.unet_lr or optimizer.text_encoder_lr)
+        args = [f"lr_end={end!r}"]
+    is_named = kind in ("cosine_with_min_lr", "warmup_stable_decay")
+    decay = schedule.decay or 0
+    return {
+        "lr_scheduler": "constant_with_warmup" if kind == "constant" and schedule.warmup else kind,
+        "lr_warmup_steps": schedule.warmup_as_given,
+        "lr_decay_steps": decay if 0 < decay < 1 else int(decay),
+        "lr_scheduler_num_cycles": schedule.num_cycles,
+        "lr_scheduler_power": float(schedule.power),
+        "lr_scheduler_timescale": schedule.timescale,
+        "lr_scheduler_min_lr_ratio": schedule.min_lr_ratio if is_named else None,
+        "lr_scheduler_args": args or None,
+    }
+
+
+def _training(trainer: SdScriptsTrainer, run: TrainingRun, start: Start) -> Section:
+    attention = {str(name): True for name in _ATTENTION if name == trainer.attention}
+    return {
+        # max_train_epochs would outdo the steps
+        "max_train_steps": start.num_steps,
+        "train_batch_size": trainer.batch_size,
+        "gradient_accumulation_steps": trainer.gradient_accumulation_steps,
+        "gradient_checkpointing": trainer.gradient_checkpointing,
+        "mixed_precision": _PRECISIONS[trainer.precision],
+        "seed": run.seed,
+        **attention,
+        "max_data_loader_n_workers": 0,  # latents are cached: further processes gain nothing
+    }
+
+
+def _data(data: TrainingData, start: Start) -> Section:
+    settings = data.settings
+    width, height = settings.size
+    root = data.items[0].path.parent.parent
+    buckets = settings.enable_bucket
+    return {
+        "train_data_dir": str(root),
+        "dataset_config": str(start.output_dir / DATASET) if dataset_config(data) else None,
+        "caption_extension": settings.caption_extension,
+        "resolution": f"{width},{height}",
+        "enable_bucket": buckets,
+        "min_bucket_reso": settings.min_bucket_reso if buckets else None,
+        "max_bucket_reso": settings.max_bucket_reso if buckets else None,
+        "bucket_reso_steps": settings.bucket_reso_steps if buckets else None,
+        "bucket_no_upscale": settings.bucket_no_upscale,
+        "flip_aug": settings.flip_aug,
+        "shuffle_caption": settings.shuffle_caption,
+        "keep_tokens": settings.keep_tokens,
+        "caption_dropout_rate": settings.caption_dropout_rate,
+        "caption_dropout_every_n_epochs": settings.caption_dropout_every_n_epochs,
+        "caption_tag_dropout_rate": settings.caption_tag_dropout_rate,
+        "cache_latents": True,
+    }
+
+
+def _toml(value: Value) -> str:
+    """A value as TOML has it; JSON's texts are TOML's too."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, Iterable):
+        return f"[{', '.join(map(_toml, value))}]"
+    return repr(value)
+
+
+def _cannot(what: str, remedy: str) -> SettingsError:
+    return SettingsError(f"{what}: trainer=sd_scripts can't do that; {remedy}, or trainer=native")
