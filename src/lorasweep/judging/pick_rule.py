@@ -142,13 +142,13 @@ def ties(candidate: HasScores, best: HasScores, by: str) -> bool:
     gap = sign(by) * (candidate.scores[by] - best.scores[by])
     ours, theirs = candidate.terms.get(by), best.terms.get(by)
     if ours and theirs and len(ours) == len(theirs):
-        return _reaches_zero([sign(by) * (a - b) for a, b in zip(ours, theirs, strict=True)])
+        return reaches_zero([sign(by) * (a - b) for a, b in zip(ours, theirs, strict=True)])
     worst = f"{by}_hi" if sign(by) == 1 else f"{by}_lo"
     limit = best.scores.get(worst, best.scores[by])
     return gap <= max(0.0, sign(by) * (limit - best.scores[by]))
 
 
-def _reaches_zero(gaps: Sequence[float]) -> bool:
+def reaches_zero(gaps: Sequence[float]) -> bool:
     """Is the 2.5 % quantile of their mean, by bootstrap, at most zero?"""
     draw = random.Random(0)  # the same resamplings each time
     sums = sorted(sum(draw.choices(gaps, k=len(gaps))) for _ in range(BOOTSTRAP))
