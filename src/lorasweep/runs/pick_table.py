@@ -33,19 +33,19 @@ def table(result: Choice, limit: int = TABLE_LIMIT) -> Table:
     """
     from rich.table import Table
 
-    score = _escaped(result.by.rpartition("/")[2])
+    several = any(len(one.checkpoints) > 1 for one in result.ranked)
+    score = _escaped(result.by.rpartition("/")[2]) + (f" {LIMITS}" if several else "")
     by_rule = "picked" if isinstance(result, Pick) else "first by the rule:"
     chosen = "own choice" if result.chosen_by == "person" else by_rule
     title = _escaped(f"{result.winner.sweep}: {chosen} {result.winner.name}")
     found = Table(
         title=title, caption=_caption(result, limit), caption_justify="left", pad_edge=False
     )
-    several = any(len(one.checkpoints) > 1 for one in result.ranked)
     by, winner = result.by, result.of_winner
     parts = PARTS if by == SCORE else OTHER_COLUMNS
     settings = differing_settings(result.uri, [one.file for one in result.ranked])
     keys = list(next(iter(settings.values()), {}))[:MAX_SETTINGS]
-    headers = "#", "run", *_short_names(keys), "epoch", f"{score} {LIMITS}", *parts
+    headers = "#", "run", *_short_names(keys), "epoch", score, *parts
     for header in headers:
         found.add_column(header, justify="left" if header == "run" else "right", overflow="fold")
     if several:
@@ -136,12 +136,12 @@ def _cells(
 ) -> list[str]:
     by, scores = result.by, one.scores
     low, high = (_short(scores.get(f"{by}_{end}"), ".2f") for end in ("lo", "hi"))
-    interval = f" [{low}, {high}]"
+    interval = f" [{low}, {high}]" if len(one.checkpoints) > 1 else ""
     return [
         _link(file.run, page(result.uri, file)),
         *map(_escaped, settings),
         _link(str(file.epoch), file.path.as_uri()),
-        _short(scores[by]) + _escaped(interval if f"{by}_hi" in scores else ""),
+        _short(scores[by]) + _escaped(interval),
     ]
 
 
