@@ -78,13 +78,14 @@ def _style(run: Run, base: BaseModel, unseen: Path) -> Style:
     drawings = [Drawing(_caption(one), one.stem, [_picture(one)]) for one in files]
     drift = run.metrics["prior_drift"]
     assert isinstance(drift, PriorDrift)
-    sampling = replace(run.sampling, prompts=drift.prompts)
+    lines = tuple(f"{prompt} --d {n}" for n, prompt in enumerate(drift.prompts))  # same noise
+    sampling = replace(run.sampling, prompts=lines)
     prompts = sampling.resolve(run.dataset.size, base.vae_scale_factor)
     (drawn,) = render(base, None, prompts, sampling)
     own = [np.asarray(one.convert("RGB")) for one in drawn]
-    unrelated = [Drawing(p, p, [picture]) for p, picture in zip(drift.prompts, own, strict=True)]
-    gallery = [(one.label, one.true[0]) for one in drawings]
-    return Style(unseen, drawings, gallery, unrelated, list(zip(drift.prompts, own, strict=True)))
+    unrelated = [Drawing(line, line, [one]) for line, one in zip(lines, own, strict=True)]
+    galleries = ([(one.label, one.true[0]) for one in some] for some in (drawings, unrelated))
+    return Style(unseen, drawings, next(galleries), unrelated, next(galleries))
 
 
 def _caption(file: Path) -> str:

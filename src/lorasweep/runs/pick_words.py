@@ -13,8 +13,8 @@ SMALL_GAIN = 0.01  # of the base's: multiples of less say nothing
 NEIGHBOURS = 9  # those ranked next, whose drift is the usual one
 OUT_OF_LINE = 3.0  # times their median; picks of the recorded sweeps had at most 2
 ALL_FORGOTTEN = 1.0
-"""Drift at which predictions are as far from the base's as noise: no recorded checkpoint with more
-drew a single unrelated prompt so that it was recognised (benchmarks/README.md, Choosing)."""
+"""Drift at which predictions are as far from the base's as noise: of eight unrelated prompts, no
+recorded checkpoint with more drew two so that they were recognised (benchmarks/README.md)."""
 
 
 @dataclass(frozen=True)
