@@ -152,6 +152,8 @@ def _instead(asked: str, by: str) -> list[str]:
 
 
 def _said_of(uri: str, winner: Candidate, ranked: Sequence[Ranked[Candidate]]) -> list[str]:
+    if _of(winner, ranked) is None:
+        return []
     of_base = tracking.base_score(uri, winner, GAIN) if GAIN in winner.scores else None
     listening = Listening(ranked, of_base)
     words = listening.words(winner)
