@@ -18,7 +18,7 @@ from lorasweep.config.build_run import build_run
 from lorasweep.config.compose import compose
 from lorasweep.config.run import Run
 from lorasweep.data import kohya_folders, latents
-from lorasweep.models.base_model import BaseModel
+from lorasweep.models.stable_diffusion import StableDiffusion
 from lorasweep.runs.prepare import write_folders
 from lorasweep.training.native_trainer import NativeTraining
 from lorasweep.training.training_run import NativeTrainer, TrainingData
@@ -52,7 +52,7 @@ class Bench:
     """The demo's run with a loaded model and its encoded images."""
 
     run: Run
-    base: BaseModel
+    base: StableDiffusion
     data: TrainingData
 
     def training(self, num_runs: int, batch_size: int) -> NativeTraining:
@@ -155,7 +155,7 @@ def _now(device: str) -> float:
     return time.perf_counter()
 
 
-def _sd15_unet(base: BaseModel) -> UNet2DConditionModel:
+def _sd15_unet(base: StableDiffusion) -> UNet2DConditionModel:
     from diffusers import UNet2DConditionModel
     from torch.nn import Module
 
@@ -163,7 +163,7 @@ def _sd15_unet(base: BaseModel) -> UNet2DConditionModel:
     return Module.to(unet, base.device, base.unet.dtype)  # diffusers' own warns of its fp32 parts
 
 
-def _sd15_text_encoder(base: BaseModel) -> CLIPTextModel:
+def _sd15_text_encoder(base: StableDiffusion) -> CLIPTextModel:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     text_encoder = CLIPTextModel(CLIPTextConfig(**SD15_TEXT_ENCODER))

@@ -22,6 +22,7 @@ Helper modules beside this file, named by what they hold:
   bad_files         images, LoRA files and models that are broken on purpose
   narrow_sd15       a narrow base model of SD1.5's shape, which the real sd-scripts can train
   sd_scripts_stand_in  a checkout of kohya's sd-scripts without torch, and what may go amiss in it
+  kept_configs      configs of the shipped conf/ are composed with a tenth of the work
   old_runs          runs that an earlier lorasweep left (made by make_old_runs)
 recorded/ holds what other programs have written.
 """
@@ -32,7 +33,6 @@ import gc
 import logging
 import multiprocessing
 import os
-import pickle
 from collections.abc import Callable, Iterator
 from functools import cache
 from multiprocessing.connection import Connection
@@ -42,15 +42,9 @@ from types import SimpleNamespace
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a shared machine: no busy waiting
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the network
 
-import hydra
-import omegaconf
 import pytest
-import yaml
-from hydra._internal.core_plugins.file_config_source import FileConfigSource
-from hydra.plugins.config_source import ConfigResult
-from omegaconf import DictConfig, _utils, grammar_parser
 
-from lorasweep.config import conf_folder
+from kept_configs import keep_configs
 from lorasweep.config.build_run import build_run
 from lorasweep.config.compose import compose
 from lorasweep.config.conf_folder import conf_dir
@@ -58,42 +52,7 @@ from lorasweep.config.run import Run
 from lorasweep.core.atomic_write import write_atomically
 from lorasweep.tracking import store
 
-yaml.SafeLoader = yaml.CSafeLoader  # Hydra's files are parsed thousands of times
-
-
-def read_shipped_files_once() -> None:
-    """conf/ stays as it is while tests run, and is read for each of a thousand configs."""
-    read, kept = FileConfigSource.load_config, {}
-
-    def load_config(self: FileConfigSource, config_path: str) -> ConfigResult:
-        if Path(self.path) != conf_dir():
-            return read(self, config_path)
-        key = config_path, self.provider
-        if key not in kept:
-            kept[key] = pickle.dumps(read(self, config_path))
-        return pickle.loads(kept[key])
-
-    FileConfigSource.load_config = load_config
-
-
-def compose_once() -> None:
-    """What is composed of conf/ alone is the same in every test."""
-    composed, kept = hydra.compose, {}
-
-    def compose(config_name: str, overrides: list[str]) -> DictConfig:
-        if conf_folder._OPTIONS.get() is not None:  # --config-dir: its files may change
-            return composed(config_name, overrides)
-        key = config_name, *overrides
-        if key not in kept:
-            kept[key] = pickle.dumps(composed(config_name, overrides))
-        return pickle.loads(kept[key])
-
-    hydra.compose = compose
-
-
-read_shipped_files_once()
-compose_once()
-grammar_parser.parse = _utils.parse = omegaconf.base.parse = cache(grammar_parser.parse)
+keep_configs()
 
 SMALL = [
     "experiment=demo",

@@ -94,6 +94,9 @@ def _train(settings, here):
             if global_step >= total:
                 break
         log.scalars(epoch, **{"loss/epoch_average": 1 / epoch})
+        if settings.get("sample_every_n_epochs"):
+            (output / "sample").mkdir(parents=True, exist_ok=True)
+            (output / "sample" / f"{name}_e{epoch:06d}_00_20261129.png").write_bytes(b"picture")
         if epoch < num_epochs:
             stem = f"{name}-{epoch:06d}"
             _save(here, output / f"{stem}.safetensors", settings, global_step, epoch)

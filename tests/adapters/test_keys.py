@@ -26,7 +26,7 @@ def sd15_parts():
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from lorasweep.models.base_model import parts_of
+    from lorasweep.models.stable_diffusion import parts_of
 
     with torch.device("meta"):
         unet = UNet2DConditionModel(cross_attention_dim=768)

@@ -403,7 +403,7 @@ def test_what_a_file_says_of_its_schedule_is_taken_wherever_it_is_read(
         not names and not metadata
     )
     loaded = make_run(f"model.path={file}", f"model.config={plain}").model.load()
-    assert loaded.prediction_type == predicts
+    assert loaded.noise_schedule.prediction_type == predicts
     assert (float(loaded.noise_schedule.scheduler.alphas_cumprod[-1]) < 1e-6) == ends_in_noise
     assert bool(read.schedule.get("rescale_betas_zero_snr")) == ends_in_noise
 

@@ -283,9 +283,9 @@ def test_a_file_under_pefts_names_scores_as_under_kohyas(base, tmp_path):
     for name in ("kohya", "peft"):
         pack = load_pack(base, [tmp_path / f"{name}.safetensors"])
         with torch.no_grad(), computing_with(pack):
-            predictions.append(predict(base, base.unet, base.encode_prompt(["a cat"])))
+            predictions.append(predict(base, base.unet, base.encode_prompt(["a cat"]).embeds))
     assert torch.allclose(*predictions, atol=1e-5)
-    bare = predict(base, base.unet, base.encode_prompt(["a cat"]))
+    bare = predict(base, base.unet, base.encode_prompt(["a cat"]).embeds)
     assert not torch.allclose(predictions[0], bare, atol=1e-2)
 
 
@@ -306,7 +306,7 @@ def test_what_diffusers_saves_is_read_with_its_alpha(base, tmp_path):
     found = read_lora_file.read(tmp_path / "pytorch_lora_weights.safetensors")
     assert {float(site["alpha"]) for site in found.sites.values()} == {6.0}
     assert any(key.endswith("conv1") for key in found.sites)
-    embeds = base.encode_prompt(["a cat"]).detach()
+    embeds = base.encode_prompt(["a cat"]).embeds.detach()
     theirs = predict(base, unet, embeds)
     known = every_site(base.parts)
     merged = deepcopy(base.unet)

@@ -17,7 +17,7 @@ def test_a_single_file_gives_the_same_predictions_as_the_folder(base, make_run, 
     model = make_run(f"model.path={file}", f"model.config={base.settings.path}").model
     loaded = model.load()
     assert torch.equal(predict(loaded, None), predict(base, None))
-    assert loaded.prediction_type == base.prediction_type
+    assert loaded.noise_schedule.prediction_type == base.noise_schedule.prediction_type
     hashes = loaded.file_hashes
     assert len(hashes["ss_new_sd_model_hash"]) == 64
     assert len(hashes["ss_sd_model_hash"]) == 8
@@ -60,12 +60,12 @@ def test_another_architecture_is_refused(make_run, tmp_path):
 def test_clip_skip_takes_an_earlier_layer_through_the_final_norm(base, make_run):
     skipping = make_run("model.clip_skip=2").model.load()
     with torch.no_grad():
-        embeds = skipping.encode_prompt(["a cat"])
+        embeds = skipping.encode_prompt(["a cat"]).embeds
         states = base.text_encoder(base.tokenize(["a cat"]), output_hidden_states=True)
         inner = getattr(base.text_encoder, "text_model", base.text_encoder)
         expected = inner.final_layer_norm(states.hidden_states[-2])
     assert torch.equal(embeds, expected)
-    assert not torch.equal(embeds, base.encode_prompt(["a cat"]))
+    assert not torch.equal(embeds, base.encode_prompt(["a cat"]).embeds)
 
 
 def test_training_target_is_what_the_model_predicts(base, make_run):

@@ -647,7 +647,8 @@ def test_a_sweep_reads_its_files_once(sweep, tmp_path):
         (tmp_path / "sweeps" / "mine.yaml").write_text(f"{SWEEP}seed: 7\n")
         return by_rate(run, epoch)
 
-    _, workers = sweep(script=script)
+    of_its_own = f"{SWEEP}# not what kept_configs has kept from an earlier test\n"
+    _, workers = sweep(script=script, text=of_its_own)
     assert [run.seed for run in workers.submitted] == [0] * 4
 
 

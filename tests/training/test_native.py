@@ -327,9 +327,8 @@ def test_weight_norms_are_kept_below_the_limit(make_run, base, data):
 
 def captions_seen(data, caption, count=400, **changes):
     """The captions that many reads of one image give."""
-    item = replace(data.items[0], caption=caption)
-    settings = replace(data.settings, **changes)
-    return [caption_of(item, settings, seed=0, epoch=2, place=(n, 0)) for n in range(count)]
+    item = replace(data.items[0], caption=caption, settings=replace(data.settings, **changes))
+    return [caption_of(item, seed=0, epoch=2, place=(n, 0)) for n in range(count)]
 
 
 def test_shuffled_captions_keep_their_first_tags_in_place(data):
@@ -340,12 +339,12 @@ def test_shuffled_captions_keep_their_first_tags_in_place(data):
 
 def test_sentences_are_neither_shuffled_nor_dropped_in_parts(data):
     sentence = "black ink on a white background, a high contrast icon of a rabbit"
-    item = replace(data.items[0], caption=sentence, tags=False)
     settings = replace(data.settings, shuffle_caption=True, caption_tag_dropout_rate=0.5)
-    seen = {caption_of(item, settings, seed=0, epoch=1, place=(n, 0)) for n in range(20)}
+    item = replace(data.items[0], caption=sentence, settings=settings.of_sentences())
+    seen = {caption_of(item, seed=0, epoch=1, place=(n, 0)) for n in range(20)}
     assert seen == {sentence}
-    emptied = replace(settings, caption_dropout_rate=1.0)
-    assert caption_of(item, emptied, seed=0, epoch=1, place=(0, 0)) == ""
+    emptied = replace(item, settings=replace(item.settings, caption_dropout_rate=1.0))
+    assert caption_of(emptied, seed=0, epoch=1, place=(0, 0)) == ""
 
 
 def test_captions_are_dropped_as_often_as_asked(data):

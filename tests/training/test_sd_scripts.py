@@ -15,13 +15,15 @@ import tomllib
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import narrow_sd15
 import sd_scripts_stand_in as stand_in
-from conftest import options
+from conftest import SMALL, options
 from lorasweep.adapters.pack import Pack
+from lorasweep.cli import main
 from lorasweep.core.settings import SettingsError, build
 from lorasweep.data.latents import Item
 from lorasweep.lora_files import checkpoint as lora_file
@@ -36,7 +38,7 @@ from lorasweep.training.sd_scripts_config import (
     kohya_settings,
     text_of,
 )
-from lorasweep.training.sd_scripts_trainer import SdScriptsTraining
+from lorasweep.training.sd_scripts_trainer import SdScriptsTraining, files_of
 from lorasweep.training.training_run import Stopped, TrainingData
 from small_training import load
 
@@ -172,7 +174,9 @@ def test_each_epoch_gives_a_file_of_our_name_with_kohyas_metadata(checkout, make
     assert list(told["demo"]) == [*range(1, 9)]
     assert all(0 < values["train/loss"] < 10 for values in told["demo"].values())
     rates = {"train/lr_unet", "train/lr_text_encoder"}
-    assert all(rates < set(told["demo"][step]) for step in range(2, 9))
+    assert all(rates < set(told["demo"][step]) for step in range(1, 9))
+    first = told["demo"][1]  # which sd-scripts doesn't log
+    assert (first["train/lr_unet"], first["train/lr_text_encoder"]) == (1e-3, 5e-4)
     left = {path.name for path in (run.output_dir / "sd_scripts").iterdir()}
     assert left == {"accelerate.json", "logs"}
 
@@ -190,6 +194,8 @@ def test_a_run_goes_on_from_the_last_epochs_state(checkout, make_run, base):
     checkpoints = [one for epoch in training for one in epoch.checkpoints]
     assert [(one.epoch, one.step) for one in checkpoints] == [(2, 8), (3, 12)]
     assert [*told["demo"]] == [*range(5, 13)]
+    last_logged = saved.snapshot.lr_scheduler["train/lr_unet"]  # with step 4, of step 5
+    assert last_logged > 0 and told["demo"][5]["train/lr_unet"] == last_logged
     steps = [lora_file.read_metadata(one.path)["ss_steps"] for one in checkpoints]
     assert steps == ["8", "12"]
     told_it = tomllib.loads((run.output_dir / "sd_scripts.toml").read_text())["saving"]
@@ -279,6 +285,44 @@ def test_a_dropped_runs_process_is_ended_and_the_next_run_trains(stood_in, make_
     assert not list(first.output_dir.rglob("*-state"))
 
 
+def logged_files(run):
+    """Of a run, those that go to MLflow, and into which folder there."""
+    return json.loads((run.output_dir / "mlflow.json").read_text())["files"]
+
+
+SWEEP = """\
+# @package _global_
+defaults:
+  - override /hydra/sweeper: optuna
+study:
+  params:
+    optimizer.unet_lr: choice(1e-3)
+  sampler: grid
+  pruner: patient
+  pruner_options: {patience: 1}
+  n_trials: 1
+"""
+
+
+def test_the_pruner_of_a_sweep_ends_the_process_with_the_epoch(
+    stood_in, tmp_path, cache_dir, model, forked_workers
+):
+    """The stand-in's epochs score alike, so the second is no better than the first."""
+    stood_in.plan(**{"demo-0": ("hang", 3)})
+    (tmp_path / "sweeps").mkdir()
+    (tmp_path / "sweeps" / "mine.yaml").write_text(SWEEP)
+    places = [f"output_root={tmp_path}/outputs", f"cache_dir={cache_dir}", f"model.path={model}"]
+    own = ["dataset.resolution=[64,64]", "adapter.rank=2", "trainer.max_train_epochs=3"]
+    own += ["study.min_epochs=1", "trainer=sd_scripts"]
+    chosen = [*SMALL, *stood_in.overrides, *places, *own]
+    main.main(["sweep", "mine", "--config-dir", str(tmp_path), *chosen])
+    (folder,) = (tmp_path / "outputs").glob("demo/*/0")
+    files = {path.name for path in folder.rglob("*.safetensors")}
+    assert files == {f"demo-0-{epoch:06d}.safetensors" for epoch in (1, 2)}
+    assert not stood_in.is_running(SimpleNamespace(name="demo-0"))
+    assert not list(folder.rglob("*-state"))
+
+
 KILLED = """
 import sys
 from pathlib import Path
@@ -329,7 +373,8 @@ def test_epochs_are_scored_and_drawn_and_a_broken_run_goes_on(
 ):
     """By the same session as the native trainer's; one run fails, and another is broken off."""
     monkeypatch.setattr(session, "load_base", lambda run, device: base)
-    drawn = [*stood_in.overrides, "metrics.validation.max_tuples=3"]
+    own = ["metrics.validation.max_tuples=3", "trainer.sample_every_n_epochs=1"]
+    drawn = [*stood_in.overrides, *own]
     first = make_run(*drawn, number=1)
     runs = [
         replace(first, name=name, output_dir=first.output_dir / name) for name in ("bad", "good")
@@ -353,6 +398,16 @@ def test_epochs_are_scored_and_drawn_and_a_broken_run_goes_on(
     assert epochs == [1, 2] and again[-1][0] == "Finished"
     assert not list(runs[1].output_dir.rglob("*-state"))
     assert not saved_states.together({"good": runs[1].output_dir})  # none without sd-scripts' own
+    said = {"sd_scripts.toml": None, "sd_scripts.log": None}
+    pictures = [f"sd_scripts/sample/good_e{epoch:06d}_00_20261129.png" for epoch in (1, 2)]
+    assert logged_files(runs[0]).items() >= said.items()
+    assert (
+        logged_files(runs[1]).items()
+        >= {
+            **said,
+            **dict.fromkeys(pictures, "sd_scripts_samples"),
+        }.items()
+    )
 
 
 # What it is told
@@ -367,7 +422,8 @@ def told(make_run, base, tmp_path):
         run = make_run(f"trainer.path={script}", *overrides)
         where = {"output_dir": tmp_path / "out", "logging_dir": tmp_path / "logs"}
         begun = Start(**where, num_steps=8, save_state=True)
-        image = Item(tmp_path / "train" / "1_wd" / "a.png", "wd", "a cat", 1, (64, 64), None, None)
+        path = tmp_path / "train" / "1_wd" / "a.png"
+        image = Item(path, "wd", "a cat", 1, (64, 64), None, None, run.dataset)
         data, of_run = TrainingData([image], run.dataset), replace(of_base, settings=run.model)
         text = text_of(kohya_settings(run.trainer, run, of_run, data, begun), "a test").decode()
         flat = {}
@@ -460,10 +516,11 @@ def test_captions_that_are_sentences_keep_their_order(make_run, base, tmp_path):
     run = make_run(f"trainer.path={make_script(tmp_path)}", "dataset.shuffle_caption=true")
     data = load(run, base)
     assert dataset_config(data) is None
-    items = [replace(item, tags=item.arm != "kosmos") for item in data.items]
+    whole = run.dataset.of_sentences()
+    items = [replace(item, settings=whole) if item.arm == "kosmos" else item for item in data.items]
     subsets = tomllib.loads(dataset_config(replace(data, items=items)))["datasets"][0]["subsets"]
-    shuffled = {Path(one["image_dir"]).name: one["shuffle_caption"] for one in subsets}
-    assert shuffled == {"1_empty": True, "1_wd": True, "1_kosmos": False}
+    shuffled = {Path(one["image_dir"]).name: one.get("shuffle_caption") for one in subsets}
+    assert shuffled == {"1_empty": None, "1_wd": None, "1_kosmos": False}  # None: as all are
 
 
 RANKS = "{down:[2,2,2,2,2,2,2,2,2,2,2,2],mid:2,up:[2,2,2,2,2,2,2,2,2,2,2,2]}"
@@ -492,16 +549,29 @@ def test_settings_of_the_native_trainer_alone_are_refused_by_name(make_run, tmp_
             make_run(f"trainer.path={make_script(tmp_path)}", f"+trainer.{key}")
 
 
-def test_a_base_that_it_would_compute_otherwise_is_refused(base):
-    check_base(base)
-    schedule = NoiseSchedule({**base.scheduler_config, "beta_end": 0.02})
+def test_a_base_that_it_would_compute_otherwise_is_refused(base, tmp_path):
+    check_base(base, tmp_path)
+    schedule = NoiseSchedule({**base.noise_schedule.config, "beta_end": 0.02})
     with pytest.raises(SettingsError, match=r"noise schedule of beta_end 0\.02"):
-        check_base(replace(base, noise_schedule=schedule))
+        check_base(replace(base, noise_schedule=schedule), tmp_path)
+
+
+def test_a_base_whose_unet_is_not_of_its_fixed_shape_is_refused_by_name(base, tmp_path):
+    (tmp_path / "library").mkdir()
+    code = tmp_path / "library" / "original_unet.py"
+    code.write_text("IN_CHANNELS = 4\nBLOCK_OUT_CHANNELS: Tuple[int] = (32, 32, 64, 64)\n")
+    check_base(base, tmp_path)
+    deeper = SimpleNamespace(config={**base.unet.config, "layers_per_block": 3})
+    with pytest.raises(SettingsError, match=r"UNet of layers_per_block 3: .* of 2 alone"):
+        check_base(replace(base, unet=deeper), tmp_path)
+    code.write_text("BLOCK_OUT_CHANNELS: Tuple[int] = (320, 640, 1280, 1280)\n")  # as it is
+    with pytest.raises(SettingsError, match=r"block_out_channels 32, 32, 64, 64: .* of 320, 640,"):
+        check_base(base, tmp_path)
 
 
 def test_a_model_of_v_prediction_is_told_as_that(told, base):
     changed = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
-    schedule = NoiseSchedule({**base.scheduler_config, **changed})
+    schedule = NoiseSchedule({**base.noise_schedule.config, **changed})
     settings = told(of_base=replace(base, noise_schedule=schedule))
     assert settings["v_parameterization"] and settings["zero_terminal_snr"]
 
@@ -541,10 +611,14 @@ def test_the_real_one_trains_every_adapter_under_our_keys(adapter, make_run, bas
     narrow_sd15.write_checkout(tmp_path / "real", Path(REAL), model)
     python = os.environ.get("LORASWEEP_SD_SCRIPTS_PYTHON", sys.executable)
     places = f"trainer.path={tmp_path / 'real'}", f"trainer.python={python}"
-    run = make_run(*places, f"adapter={adapter}", "adapter.rank=2", "trainer.max_train_epochs=1")
+    drawn = ["trainer.sample_every_n_epochs=1", "trainer.sample_prompts=[a fox --s 2]"]
+    own = [f"adapter={adapter}", "adapter.rank=2", "trainer.max_train_epochs=1"]
+    run = make_run(*places, *own, *drawn)
     _, (one,), failures = train(base, load(run, base), run)
     assert not failures
     tensors = lora_file.read(one.path)[0]
     ours = Pack.new(base.parts, [(run.adapter, 0, run.optimizer.trained_parts)]).file_tensors(0)
     shapes = {name: tuple(tensor.shape) for name, tensor in ours.items()}
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == shapes
+    (picture,) = (path for path in files_of(run.output_dir) if path.suffix == ".png")
+    assert picture.name.startswith("demo_")

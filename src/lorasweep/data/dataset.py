@@ -16,9 +16,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PlainValidator, PositiveInt
 
-from lorasweep.core.settings import Probability, Settings, SettingsError
+from lorasweep.core.settings import SettingsError
 from lorasweep.core.text import listed, shown
 from lorasweep.data import image_files
+from lorasweep.data.subset_settings import SubsetSettings
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ Resolution = Annotated[int | tuple[int, int], PlainValidator(_resolution)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dataset(Settings):
+class Dataset(SubsetSettings):
     """Which images are used, and kohya's options for reading them (the trainer applies those)."""
 
     image_dir: Path
@@ -91,12 +92,6 @@ class Dataset(Settings):
     max_bucket_reso: Side
     bucket_reso_steps: Side
     bucket_no_upscale: bool
-    flip_aug: bool
-    shuffle_caption: bool
-    keep_tokens: NonNegativeInt
-    caption_dropout_rate: Probability
-    caption_dropout_every_n_epochs: NonNegativeInt
-    caption_tag_dropout_rate: Probability
 
     def __post_init__(self) -> None:
         self._check_extension()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ from lorasweep.data.buckets import Size, bucket_of, check_size, fit, is_scaled
 from lorasweep.data.dataset import Dataset
 from lorasweep.data.image_files import open_image
 from lorasweep.data.kohya_folders import Arm
+from lorasweep.data.subset_settings import SubsetSettings
 from lorasweep.models.base_model import BaseModel
 
 if TYPE_CHECKING:
@@ -36,28 +37,38 @@ class Item:
     bucket: Size
     latents: Tensor  # (C, h, w)
     flipped: Tensor | None  # likewise, of the mirrored image
-    tags: bool = True  # may the caption's parts be shuffled and dropped?
+    settings: SubsetSettings
 
 
-def encode(base: BaseModel, arms: Sequence[Arm], settings: Dataset, cache_dir: Path) -> list[Item]:
+def encode(
+    base: BaseModel,
+    arms: Sequence[Arm],
+    settings: Dataset,
+    cache_dir: Path,
+    of_arms: Mapping[str, SubsetSettings] | None = None,
+) -> list[Item]:
     """Every image of every arm with its latents; equal images are encoded once.
+
+    An arm that `of_arms` doesn't name is read as the data set's settings say.
 
     Raises SettingsError for a resolution that the model can't take, or an image too small for a
     bucket.
     """
     if not settings.enable_bucket:
         check_size(base, settings.size)
-    by_content: dict[str, tuple[Size, Tensor, Tensor | None]] = {}
+    by_content: dict[tuple[str, bool], tuple[Size, Tensor, Tensor | None]] = {}
     items = []
     for arm in arms:
+        own = (of_arms or {}).get(arm.name, settings)
         for image in arm.items:
             digest = hashlib.sha256(image.path.read_bytes()).hexdigest()
-            if digest not in by_content:
-                by_content[digest] = _encoded(base, image.path, digest, settings, cache_dir)
-            bucket, latents, flipped = by_content[digest]
-            items.append(
-                Item(image.path, arm.name, image.caption, arm.repeats, bucket, latents, flipped)
-            )
+            key = digest, own.flip_aug
+            if key not in by_content:
+                by_content[key] = _encoded(
+                    base, image.path, digest, settings, cache_dir, flip=own.flip_aug
+                )
+            encoded = by_content[key]
+            items.append(Item(image.path, arm.name, image.caption, arm.repeats, *encoded, own))
     return items
 
 
@@ -71,7 +82,7 @@ def pixels(image: Image.Image) -> Tensor:
 
 
 def _encoded(
-    base: BaseModel, path: Path, digest: str, settings: Dataset, cache_dir: Path
+    base: BaseModel, path: Path, digest: str, settings: Dataset, cache_dir: Path, *, flip: bool
 ) -> tuple[Size, Tensor, Tensor | None]:
     """An image's bucket, latents, and latents of its mirrored form if those are trained on."""
     image = open_image(path)
@@ -85,7 +96,7 @@ def _encoded(
     # what is only cropped has entries of its own
     identity = ("checked", digest, base.vae_identity, bucket) + (() if scale else ("cropped",))
     latents = _cached(base, fitted, identity, folder, flip=False)
-    if not settings.flip_aug:
+    if not flip:
         return bucket, latents, None
     return bucket, latents, _cached(base, fitted, identity, folder, flip=True)
 

@@ -53,7 +53,7 @@ def _is_of_another_width(base: Base, file: LoRAFile) -> bool:
     found = {key: math.prod(shape) for key, shape in shapes if shape is not None}
     if any(size != known[key].weight.numel() for key, size in found.items() if key in known):
         return True
-    return file.text_width not in (None, base.unet.config.cross_attention_dim)
+    return file.text_width not in (None, base.text_width)
 
 
 @contextmanager

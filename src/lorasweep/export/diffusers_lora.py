@@ -23,8 +23,9 @@ from lorasweep.export.picture_check import TOLERANCES, Canvas
 from lorasweep.lora_files import checkpoint, read_lora_file
 from lorasweep.lora_files.peft_config import METADATA_KEY
 from lorasweep.lora_files.read_lora_file import FACTORED, LoRAFile
-from lorasweep.models.base_model import BaseModel, Precision
+from lorasweep.models.base_model import Precision
 from lorasweep.models.load_model import Model
+from lorasweep.models.sdxl import SDXLModel
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -124,7 +125,7 @@ def compare(
     Raises ExportError otherwise.
     """
     file = read_lora_file.read(written, base)
-    is_asked = source is not None or (isinstance(base, BaseModel) and diffusers_reads(file))
+    is_asked = source is not None or (not isinstance(base, SDXLModel) and diffusers_reads(file))
     is_exact = how != "approximated"
     with picture_check.quiet():
         bare, own = picture_check.draw(base), before if is_exact else _draw(file, base)

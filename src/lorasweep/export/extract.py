@@ -16,6 +16,7 @@ from lorasweep.export.whole_model import WholeModel, as_base, parameter_name
 from lorasweep.lora_files import checkpoint, read_lora_file
 from lorasweep.models.base_model import BaseModel, Precision, torch_dtype
 from lorasweep.models.model_files import ModelError
+from lorasweep.models.sdxl import SDXLModel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,7 +77,7 @@ def extract_and_draw(
         _check_same(tuned, original)
         before = picture_check.draw(as_base(models[0], tuned))  # gone before the next is made
         base = as_base(models[1], original)
-        assert isinstance(base, BaseModel), "_read refuses SDXL"
+        assert not isinstance(base, SDXLModel), "_read refuses SDXL"
         name = Path(models[0].path).name
         result = extract(tuned, original, base, place, ranks, targets, precision, name)
         told = diffusers_lora.compare(before, base, place)
@@ -195,5 +196,5 @@ def _metadata(base: BaseModel, source: str, ranks: Mapping[str, str]) -> dict[st
         "lorasweep_version": __version__,
         "ss_training_comment": f"extracted by lorasweep from {source}",
         "modelspec.architecture": base.architecture,
-        "modelspec.prediction_type": "v" if base.prediction_type == "v_prediction" else "epsilon",
+        "modelspec.prediction_type": base.noise_schedule.modelspec_word,
     }

@@ -116,13 +116,12 @@ class Canvas:
     @classmethod
     def of(cls, base: Base) -> Canvas:
         """For a model's own size, or less where that is large."""
-        own = int(base.unet.config.sample_size) * base.vae_scale_factor
         step = base.size_multiple
         zeros = None
         if isinstance(base, SDXLModel):
             zeros = bool(base.pipeline.config.force_zeros_for_empty_prompt)
-        side = max(step, min(own, MAX_SIDE) // step * step)
-        return cls(side, base.settings.clip_skip, dict(base.scheduler_config), zeros)
+        side = max(step, min(base.native_side, MAX_SIDE) // step * step)
+        return cls(side, base.settings.clip_skip, dict(base.noise_schedule.config), zeros)
 
     def tolerance(self, precision: Precision) -> Tolerance:
         """How far a picture may be off that is drawn with weights rounded to a precision."""
@@ -222,21 +221,9 @@ def quiet() -> Iterator[None]:
 
 def pipeline_of(base: Base) -> Any:
     """diffusers' own pipeline over the base's modules, not copies of them."""
-    from diffusers import DDPMScheduler
-
-    if isinstance(base, SDXLModel):
-        schedule = DDPMScheduler.from_config(dict(base.scheduler_config))
-        parts = {**base.pipeline.components, "scheduler": schedule}
-    else:
-        parts = {
-            "vae": base.vae,
-            "text_encoder": base.text_encoder,
-            "tokenizer": base.tokenizer,
-            "unet": base.unet,
-            "scheduler": base.noise_schedule.scheduler,
-            "safety_checker": None,
-            "feature_extractor": None,
-        }
+    if not isinstance(base, SDXLModel):
+        return base.pipeline()
+    parts = {**base.pipeline.components, "scheduler": base.noise_schedule.scheduler}
     return Canvas.of(base).pipeline(parts)
 
 

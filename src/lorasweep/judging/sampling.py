@@ -150,11 +150,11 @@ def _denoise(
     start = torch.stack([noise(base, prompt) for prompt in prompts])
     latents = (start * scheduler.init_noise_sigma).to(base.device).repeat(num_runs, 1, 1, 1)
     with torch.no_grad(), computing_with(pack), base.autocast():
-        embeds = base.encode_prompt(texts * num_runs)
+        conditioning = base.encode_prompt(texts * num_runs)
         for timestep in scheduler.timesteps:
             rows = latents.unflatten(0, (num_runs, num_prompts)).repeat(1, 2, 1, 1, 1).flatten(0, 1)
             rows = scheduler.scale_model_input(rows, timestep)
-            prediction = base.predict(rows, timestep.expand(len(rows)), embeds).float()
+            prediction = base.predict(rows, timestep.expand(len(rows)), conditioning).float()
             without, with_text = prediction.unflatten(0, (num_runs, 2, -1)).unbind(1)
             guided = without + guidance[:, None, None, None] * (with_text - without)
             latents = scheduler.step(guided.flatten(0, 1), timestep, latents, **extra).prev_sample

@@ -102,7 +102,7 @@ def _meaning(name: str, family: str | None) -> Name | None:
 def _keys(known: Mapping[str, tuple[Name, Tensor]], base: Base | None) -> dict[str, str]:
     """kohya's name of each tensor's site; SDXL's keep the original layout, which its base maps."""
     is_sdxl = isinstance(base, SDXLModel) if base is not None else _is_sdxl(known)
-    layers = None if base is None or is_sdxl else base.unet.config.layers_per_block
+    layers = None if base is None or isinstance(base, SDXLModel) else base.unet_layers
     return {
         name: meaning.key(is_sdxl=is_sdxl, layers=layers) for name, (meaning, _) in known.items()
     }

@@ -2,7 +2,7 @@
 
 Settings (`Model`) come in; a `BaseModel` goes out, which encodes, predicts and decodes. The noise
 schedule, the loss of a sample, devices and their memory are here too. Open base_model.py first,
-then load_model.py.
+then a family, such as stable_diffusion.py, then load_model.py.
 """
 
 from lorasweep.models.base_model import BaseModel, Precision

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorasweep.core.settings import SettingsError
 from lorasweep.models import file_schedule
-from lorasweep.models.base_model import BaseModel, Precision, torch_dtype
+from lorasweep.models.base_model import Precision, torch_dtype
 from lorasweep.models.gpu_memory import is_out_of_memory
 from lorasweep.models.model_files import (
     ModelError,
@@ -24,6 +24,7 @@ from lorasweep.models.model_files import (
 )
 from lorasweep.models.model_settings import PICKLED, ModelSettings
 from lorasweep.models.noise_schedule import NoiseSchedule
+from lorasweep.models.stable_diffusion import StableDiffusion
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +51,7 @@ class Model(ModelSettings):
         elif Path(self.path).is_dir():
             check_folder(Path(self.path), name, allow_pickle=self.allow_pickle)
 
-    def load(self, device: str = "cpu", precision: Precision = "fp32") -> BaseModel:
+    def load(self, device: str = "cpu", precision: Precision = "fp32") -> StableDiffusion:
         """Load the model, frozen, in evaluation mode. Raises ModelError with the remedy."""
         hide_progress_bars()
         dtype = _weight_dtype(device, precision)
@@ -163,7 +164,7 @@ def _from_file(settings: ModelSettings, dtype: torch.dtype) -> dict[str, Any]:
 
 def frozen(
     settings: ModelSettings, components: Mapping[str, Any], device: str, precision: Precision
-) -> BaseModel:
+) -> StableDiffusion:
     """Freeze the components and move them to the device; the VAE computes in fp32."""
     for name in ("text_encoder", "unet", "vae"):
         components[name].requires_grad_(False).eval().to(device)
@@ -174,7 +175,7 @@ def frozen(
         schedule["prediction_type"] = settings.prediction_type
     noise_schedule = NoiseSchedule(schedule)
     noise_schedule.scheduler  # noqa: B018  # its config is read here, and may be wrong
-    return BaseModel(
+    return StableDiffusion(
         settings=settings,
         tokenizer=components["tokenizer"],
         text_encoder=components["text_encoder"],

@@ -24,6 +24,16 @@ class NoiseSchedule:
         """What the model predicts: epsilon (the noise) or v_prediction."""
         return str(self.config.get("prediction_type", "epsilon"))
 
+    @property
+    def modelspec_word(self) -> str:
+        """What the model predicts, as metadata of files call it."""
+        return "v" if self.prediction_type == "v_prediction" else "epsilon"
+
+    @property
+    def is_zero_terminal_snr(self) -> bool:
+        """Is nothing of the image left at its last timestep? (arXiv 2305.08891)"""
+        return bool(self.config.get("rescale_betas_zero_snr", False))
+
     @cached_property
     def scheduler(self) -> DDPMScheduler:
         """diffusers' training schedule: adds noise and knows alphas_cumprod."""

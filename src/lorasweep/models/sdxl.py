@@ -16,6 +16,7 @@ from lorasweep.core.safetensors_header import CheckpointError
 from lorasweep.core.text import shown
 from lorasweep.models.base_model import BaseModel
 from lorasweep.models.model_settings import ModelSettings
+from lorasweep.models.noise_schedule import NoiseSchedule
 
 if TYPE_CHECKING:
     import torch
@@ -48,18 +49,23 @@ class SDXLModel:
             "unet": ("lora_unet", self.unet),
         }
 
-    @property
-    def scheduler_config(self) -> Mapping[str, Any]:
+    @cached_property
+    def noise_schedule(self) -> NoiseSchedule:
         """The noise schedule, as the settings change it."""
         config = dict(self.pipeline.scheduler.config)
         if self.settings.prediction_type is not None:
             config["prediction_type"] = self.settings.prediction_type
-        return config
+        return NoiseSchedule(config)
 
     @property
-    def prediction_type(self) -> str:
-        """epsilon or v_prediction."""
-        return str(self.scheduler_config.get("prediction_type", "epsilon"))
+    def native_side(self) -> int:
+        """Pixels a side of the pictures that it was trained on."""
+        return int(self.unet.config.sample_size) * self.vae_scale_factor
+
+    @property
+    def text_width(self) -> int:
+        """Width of the prompt embeddings."""
+        return int(self.unet.config.cross_attention_dim)
 
     @property
     def vae_scale_factor(self) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 from filelock import FileLock
@@ -129,12 +128,16 @@ def new_run(run: Run, data: Path, texts: str) -> NewRun:
 def encoded_images(base: BaseModel, run: Run, data: Path) -> Images:
     """The latents and captions of the folders in `data`, of training and hold-out set."""
 
+    # a folder that someone has added has no captioner: its captions are taken as kohya does
+    sentences = {
+        arm: run.dataset.of_sentences()
+        for arm, one in run.captions.items()
+        if not caption_images.are_tags(one)
+    }
+
     def split(name: str) -> list[latents.Item]:
         folder = data / name
         arms = kohya_folders.read(folder, run.dataset.caption_extension) if folder.is_dir() else []
-        items = latents.encode(base, arms, run.dataset, run.cache_dir)
-        # a folder that someone has added has no captioner: its captions are taken as kohya does
-        sentences = {arm for arm, one in run.captions.items() if not caption_images.are_tags(one)}
-        return [replace(item, tags=item.arm not in sentences) for item in items]
+        return latents.encode(base, arms, run.dataset, run.cache_dir, sentences)
 
     return Images(train=split("train"), holdout=split("holdout"))

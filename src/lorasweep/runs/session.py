@@ -43,7 +43,7 @@ from lorasweep.tracking import Tracker, TrackingError
 from lorasweep.tracking.records import InUseError
 from lorasweep.tracking.store import PRUNED_TAG
 from lorasweep.tracking.tracker import RunLog
-from lorasweep.training import saved_states
+from lorasweep.training import saved_states, sd_scripts_trainer
 from lorasweep.training.native_trainer import NativeTraining
 from lorasweep.training.saved_states import SavedState
 from lorasweep.training.sd_scripts_trainer import SdScriptsTraining
@@ -469,6 +469,8 @@ class Session:
 
     def _fail(self, member: _OpenRun, reason: str) -> Failure:
         del self._runs[member.run.name]
+        for path, place in sd_scripts_trainer.files_of(member.run.output_dir).items():
+            member.log.log_file(path, place)
         member.log.finish("FAILED", reason)
         member.folder.end("failed")
         return Failure(run=member.run.name, reason=reason)
@@ -481,6 +483,8 @@ class Session:
             run_log.log_file(sheet)
             log.info("%s: contact sheet %s", run.name, sheet)
         run_log.log_file(run.output_dir / "captions.json")
+        for path, place in sd_scripts_trainer.files_of(run.output_dir).items():
+            run_log.log_file(path, place)
         timing = run.output_dir / "seconds.json"
         seconds = json.dumps(self.clock.since(member.begun), indent=1)
         write_atomically(timing, seconds.encode())

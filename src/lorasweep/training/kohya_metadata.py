@@ -73,14 +73,14 @@ def pack_metadata(trainer: NativeTrainer, base: BaseModel, data: TrainingData) -
         "ss_clip_skip": base.settings.clip_skip,
         "ss_base_model_version": base.base_model_version,
         "ss_sd_model_name": Path(base.settings.path).name,
-        "ss_zero_terminal_snr": bool(base.scheduler_config.get("rescale_betas_zero_snr", False)),
+        "ss_zero_terminal_snr": base.noise_schedule.is_zero_terminal_snr,
         "lorasweep_version": __version__,
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": base.architecture,
         "modelspec.implementation": "diffusers",
         "modelspec.implementation_version": f"lorasweep/{__version__}",
         "modelspec.resolution": f"{width}x{height}",
-        "modelspec.prediction_type": {"v_prediction": "v"}.get(base.prediction_type, "epsilon"),
+        "modelspec.prediction_type": base.noise_schedule.modelspec_word,
         "modelspec.encoder_layer": base.settings.clip_skip,
     }
     return {key: str(value) for key, value in values.items()}
@@ -129,7 +129,7 @@ def _network(run: TrainingRun) -> dict[str, str]:
 def _data(training_data: TrainingData) -> dict[str, object]:
     items, data = training_data.items, training_data.settings
     width, height = data.size
-    tags = any(item.tags for item in items)  # sentences keep their order
+    read = [item.settings for item in items]  # sentences keep their order
     return {
         "ss_num_train_images": sum(item.repeats for item in items),
         "ss_num_reg_images": 0,
@@ -141,11 +141,11 @@ def _data(training_data: TrainingData) -> dict[str, object]:
         "ss_bucket_info": _bucket_info(items) if data.enable_bucket else "null",
         "ss_cache_latents": True,
         "ss_flip_aug": data.flip_aug,
-        "ss_shuffle_caption": data.shuffle_caption and tags,
+        "ss_shuffle_caption": any(one.shuffle_caption for one in read),
         "ss_keep_tokens": data.keep_tokens,
         "ss_caption_dropout_rate": data.caption_dropout_rate,
         "ss_caption_dropout_every_n_epochs": data.caption_dropout_every_n_epochs,
-        "ss_caption_tag_dropout_rate": data.caption_tag_dropout_rate if tags else 0.0,
+        "ss_caption_tag_dropout_rate": max(one.caption_tag_dropout_rate for one in read),
         "ss_dataset_dirs": json.dumps(_dataset_dirs(items)),
         "ss_reg_dataset_dirs": "{}",
         "ss_tag_frequency": json.dumps(_tag_frequency(items)),

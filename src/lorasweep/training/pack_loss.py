@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 from lorasweep.adapters.pack import Pack
 from lorasweep.core import rng
 from lorasweep.models.base_model import BaseModel
+from lorasweep.models.conditioning import Conditioning
 from lorasweep.models.diffusion_loss import squared_errors
 from lorasweep.training.training_batches import Batch
-from lorasweep.training.training_captions import caption_of, captions_vary
+from lorasweep.training.training_captions import caption_of
 from lorasweep.training.training_run import TrainingData
 from lorasweep.training.training_state import TrainingState
 
@@ -26,7 +27,8 @@ class PackLoss:
 
     def __init__(self, base: BaseModel, data: TrainingData) -> None:
         self.base, self.data = base, data
-        self._embeds: dict[str, Tensor] = {}
+        self._encoded: dict[str, Conditioning] = {}
+        self._captions_vary = any(item.settings.captions_vary for item in data.items)
 
     def backward(
         self,
@@ -45,8 +47,8 @@ class PackLoss:
         captions = self._captions(states, batches)
         with pack.attached(dropout_steps=[state.num_micro_steps for state in states]):
             with self.base.autocast():
-                embeds = self._encode(pack, captions)
-                per_sample = squared_errors(self.base, latents, noise, timesteps, embeds)
+                conditioning = self._encode(pack, captions)
+                per_sample = squared_errors(self.base, latents, noise, timesteps, conditioning)
             losses = self._weighted(per_sample, timesteps, states)
             shares = losses / num_micro_steps
             total = torch.stack(
@@ -89,7 +91,6 @@ class PackLoss:
         return [
             caption_of(
                 self.data.items[index],
-                self.data.settings,
                 seed=state.run.seed,
                 epoch=state.num_epochs + 1,
                 place=(state.num_micro_steps, row),
@@ -98,20 +99,20 @@ class PackLoss:
             for row, index in enumerate(batch)
         ]
 
-    def _encode(self, pack: Pack, captions: list[str]) -> Tensor:
-        """Prompt embeddings (K * rows, L, D); kept where nothing changes them."""
+    def _encode(self, pack: Pack, captions: list[str]) -> Conditioning:
+        """K * rows of captions; kept where nothing changes what the base is told of them."""
         import torch
 
         if pack.adapts("text_encoder"):
             return self.base.encode_prompt(captions)
         with torch.no_grad():
-            if captions_vary(self.data.settings):
+            if self._captions_vary:
                 return self.base.encode_prompt(captions)
-            missing = sorted(set(captions) - set(self._embeds))
+            missing = sorted(set(captions) - set(self._encoded))
             if missing:
-                embeds = self.base.encode_prompt(missing)
-                self._embeds.update(zip(missing, embeds, strict=True))
-            return torch.stack([self._embeds[caption] for caption in captions])
+                found = self.base.encode_prompt(missing)
+                self._encoded.update((one, found[[row]]) for row, one in enumerate(missing))
+            return Conditioning.joined([self._encoded[caption] for caption in captions])
 
     def _weighted(
         self, per_sample: Tensor, timesteps: Tensor, states: Sequence[TrainingState]

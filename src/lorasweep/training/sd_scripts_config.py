@@ -1,12 +1,14 @@
 """lorasweep's settings in the words of kohya's sd-scripts, as the TOML that train_network.py reads.
 
-Every setting is written, or refused by name: `check` does so before anything starts. What each word
-means was read from sd-scripts' code of February 2026.
+Every setting is written, or refused by name: `check` does so before anything starts. Those that one
+option says alone are in the table `sd_scripts_options.OPTIONS`; here is what only several say.
+What each word means was read from sd-scripts' code of February 2026.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,9 @@ from lorasweep.core.settings import SettingsError
 from lorasweep.data.dataset import Dataset
 from lorasweep.models.base_model import BaseModel
 from lorasweep.models.model_settings import ModelSettings
+from lorasweep.models.stable_diffusion import StableDiffusion
 from lorasweep.training.optimizers import Optimizer
+from lorasweep.training.sd_scripts_options import OPTIONS
 from lorasweep.training.training_run import SdScriptsTrainer, TrainingData, TrainingRun
 
 Value = str | int | float | bool | Sequence[str]
@@ -27,7 +31,7 @@ PROMPTS, DATASET = "sample_prompts.txt", "dataset.toml"
 """Names of the files that the TOML refers to, in the folder that sd-scripts writes to."""
 
 ADAFACTOR = "transformers.optimization.Adafactor"
-_OPTIMIZERS = {
+OPTIMIZERS = {
     "bitsandbytes.optim.AdamW8bit": "AdamW8bit",
     "lion_pytorch.Lion": "Lion",
     "prodigyopt.Prodigy": "Prodigy",
@@ -35,8 +39,6 @@ _OPTIMIZERS = {
     "AdamW": "AdamW",
 }
 """Classes that sd-scripts has names of its own for; others it takes by their dotted path."""
-_PRECISIONS = {"fp32": "no", "fp16": "fp16", "bf16": "bf16"}
-_SAVED = {"fp32": "float", "fp16": "fp16", "bf16": "bf16"}
 _ATTENTION = ("sdpa", "xformers", "mem_eff_attn")
 VAE_SCALE = 0.18215  # what sd-scripts multiplies latents by, whatever the VAE's config says
 _BUCKET_STEP = 64
@@ -47,6 +49,14 @@ _SCHEDULE = {
     "beta_schedule": "scaled_linear",
     "trained_betas": None,
 }
+_UNET: Mapping[str, object] = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "layers_per_block": 2,
+    "down_block_types": (*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
+}
+_WIDTHS = re.compile(r"^BLOCK_OUT_CHANNELS\b.*= *\(([\d, ]+\d)\)", re.MULTILINE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +92,23 @@ def check(
     _optimizer(run.optimizer)
 
 
-def check_base(base: BaseModel) -> None:
-    """Raise SettingsError for a base model that sd-scripts would compute otherwise, unsaid."""
+def check_base(base: BaseModel, checkout: Path) -> None:
+    """Raise SettingsError for a base model that sd-scripts can't take or would compute otherwise.
+
+    Its UNet's shape is fixed in its code, that of SD1.x; the widths are asked of the checkout.
+    """
     where = f"model.path={base.settings.path}"
-    scale = base.vae.config.scaling_factor
+    if not isinstance(base, StableDiffusion):
+        raise _cannot(f"{where} is no Stable Diffusion 1.x", "give one that is")
+    unet = base.unet.config
+    shape = {**_UNET, "block_out_channels": _widths(checkout)}
+    for name, expected in shape.items():
+        if expected is not None and _shown(unet[name]) != _shown(expected):
+            raise _cannot(
+                f"{where} has a UNet of {name} {_shown(unet[name])}",
+                f"it takes those of {_shown(expected)} alone",
+            )
+    scale = base.latent_scale
     if abs(scale - VAE_SCALE) > 1e-6:
         raise _cannot(
             f"{where} has a VAE of scaling factor {scale:g}", f"it takes {VAE_SCALE} for any VAE"
@@ -95,6 +118,17 @@ def check_base(base: BaseModel) -> None:
         found = schedule.get(name)
         if found != expected:
             raise _cannot(f"{where} has a noise schedule of {name} {found}", f"it has {expected}")
+
+
+def _widths(checkout: Path) -> Sequence[int] | None:
+    """Of the UNet's blocks, as a checkout has them; None where it doesn't say."""
+    code = checkout.expanduser() / "library" / "original_unet.py"
+    found = _WIDTHS.search(code.read_text(errors="replace")) if code.is_file() else None
+    return [int(number) for number in found[1].split(",")] if found else None
+
+
+def _shown(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, Iterable) else str(value)
 
 
 def text_of(sections: Mapping[str, Section], comment: str) -> bytes:
@@ -111,24 +145,21 @@ def kohya_settings(
 ) -> dict[str, Section]:
     """All that sd-scripts is told of a run, in the sections of the file."""
     drawn = trainer.sample_every_n_epochs or None
-    return {
+    sections: dict[str, Section] = {
         "model": _model(base),
         "network": _network(run),
         "optimizer": _optimizer(run.optimizer),
         "lr_scheduler": _lr_scheduler(run),
-        "training": _training(trainer, run, start),
+        "training": _training(trainer, start),
         "loss": {
-            "noise_offset": run.noise_offset or None,
-            "min_snr_gamma": run.min_snr_gamma,
-            "v_parameterization": base.prediction_type == "v_prediction",
-            "zero_terminal_snr": bool(base.scheduler_config.get("rescale_betas_zero_snr", False)),
+            "v_parameterization": base.noise_schedule.prediction_type == "v_prediction",
+            "zero_terminal_snr": base.noise_schedule.is_zero_terminal_snr,
         },
         "data": _data(data, start),
         "saving": {
             "output_dir": str(start.output_dir),
             "output_name": run.name,
             "save_model_as": "safetensors",
-            "save_precision": _SAVED[trainer.save_dtype],
             "save_every_n_epochs": 1,
             "save_state": start.save_state,
             "resume": None if start.resume is None else str(start.resume),
@@ -142,6 +173,8 @@ def kohya_settings(
             "sample_prompts": str(start.output_dir / PROMPTS) if drawn else None,
         },
     }
+    alone = _said_alone(trainer, run, base.settings, data.settings)
+    return {name: {**alone.get(name, {}), **section} for name, section in sections.items()}
 
 
 def dataset_config(data: TrainingData) -> str | None:
@@ -149,23 +182,21 @@ def dataset_config(data: TrainingData) -> str | None:
 
     Captions that are sentences are not shuffled.
     """
-    settings = data.settings
-    if not (settings.shuffle_caption or settings.caption_tag_dropout_rate):
-        return None
+    shared = data.settings.own()
     folders = {item.path.parent: item for item in data.items}
-    if all(item.tags for item in folders.values()):
+    own = {
+        folder: {key: value for key, value in item.settings.own().items() if value != shared[key]}
+        for folder, item in folders.items()
+    }
+    if not any(own.values()):
         return None
-    lines = [
-        "# Written by lorasweep: captions that are sentences keep their order.",
-        "[[datasets]]",
-    ]
+    lines = ["# Written by lorasweep: not all folders are read alike.", "[[datasets]]"]
     for folder, item in folders.items():
         subset: dict[str, Value] = {
             "image_dir": str(folder),
             "num_repeats": item.repeats,
             "class_tokens": folder.name.partition("_")[2],
-            "shuffle_caption": settings.shuffle_caption and item.tags,
-            "caption_tag_dropout_rate": settings.caption_tag_dropout_rate if item.tags else 0.0,
+            **own[folder],
         }
         lines += ["", "[[datasets.subsets]]"]
         lines += [f"{key} = {_toml(value)}" for key, value in subset.items()]
@@ -184,12 +215,37 @@ def sample_prompts(trainer: SdScriptsTrainer, size: tuple[int, int]) -> str:
     )
 
 
+def _said_alone(
+    trainer: SdScriptsTrainer, run: TrainingRun, model: ModelSettings, dataset: Dataset
+) -> dict[str, dict[str, Value | None]]:
+    """The options that each say one of our settings, by section."""
+    owners: dict[str, tuple[object, ...]] = {
+        "": (run,),
+        "model": (model,),
+        "adapter": (run.adapter,),
+        "optimizer": (run.optimizer,),
+        "lr_scheduler": (run.lr_scheduler,),
+        "trainer": (run, trainer),
+        "dataset": (dataset,),
+    }
+    values = {}
+    for name, option in OPTIONS.items():
+        group, _, setting = option.setting.rpartition(".")
+        owner = next(one for one in owners[group] if hasattr(one, setting))
+        values[name] = getattr(owner, setting)
+    found: dict[str, dict[str, Value | None]] = {}
+    for name, option in OPTIONS.items():
+        has_effect = not option.needs or any(values[one] for one in option.needs)
+        said = option.tell(values[name]) if has_effect else None
+        found.setdefault(option.section, {})[name] = said
+    return found
+
+
 def _model(base: BaseModel) -> Section:
     path = Path(base.settings.path).expanduser()
     name = str(path.absolute()) if path.exists() else base.settings.path  # a hub id
     return {
         "pretrained_model_name_or_path": name,
-        "clip_skip": base.settings.clip_skip if base.settings.clip_skip > 1 else None,
         "no_half_vae": True,  # ours computes in fp32, and fp16 gives NaN
     }
 
@@ -228,12 +284,11 @@ def _network(run: TrainingRun) -> Section:
         "network_args": [f"{key}={value}" for key, value in said.items()] or None,
         "network_train_unet_only": parts == {"unet"},
         "network_train_text_encoder_only": parts == {"text_encoder"},
-        "scale_weight_norms": adapter.scale_weight_norms,
     }
 
 
 def _optimizer(optimizer: Optimizer) -> Section:
-    kind = _OPTIMIZERS.get(optimizer.type, optimizer.type)
+    kind = OPTIMIZERS.get(optimizer.type, optimizer.type)
     if kind == optimizer.type and "." not in kind:
         kind = f"torch.optim.{kind}" if kind != "AdamW" else kind
     args = dict(optimizer.args)
@@ -251,7 +306,6 @@ def _optimizer(optimizer: Optimizer) -> Section:
         "learning_rate": unet or text_encoder,
         "unet_lr": unet,
         "text_encoder_lr": text_encoder,
-        "max_grad_norm": optimizer.max_grad_norm,
     }
 
 
@@ -268,52 +322,27 @@ def _lr_scheduler(run: TrainingRun) -> Section:
     decay = schedule.decay or 0
     return {
         "lr_scheduler": "constant_with_warmup" if kind == "constant" and schedule.warmup else kind,
-        "lr_warmup_steps": schedule.warmup_as_given,
         "lr_decay_steps": decay if 0 < decay < 1 else int(decay),
-        "lr_scheduler_num_cycles": schedule.num_cycles,
-        "lr_scheduler_power": float(schedule.power),
-        "lr_scheduler_timescale": schedule.timescale,
         "lr_scheduler_min_lr_ratio": schedule.min_lr_ratio if is_named else None,
         "lr_scheduler_args": args or None,
     }
 
 
-def _training(trainer: SdScriptsTrainer, run: TrainingRun, start: Start) -> Section:
+def _training(trainer: SdScriptsTrainer, start: Start) -> Section:
     attention = {str(name): True for name in _ATTENTION if name == trainer.attention}
     return {
         # max_train_epochs would outdo the steps
         "max_train_steps": start.num_steps,
-        "train_batch_size": trainer.batch_size,
-        "gradient_accumulation_steps": trainer.gradient_accumulation_steps,
-        "gradient_checkpointing": trainer.gradient_checkpointing,
-        "mixed_precision": _PRECISIONS[trainer.precision],
-        "seed": run.seed,
         **attention,
         "max_data_loader_n_workers": 0,  # latents are cached: further processes gain nothing
     }
 
 
 def _data(data: TrainingData, start: Start) -> Section:
-    settings = data.settings
-    width, height = settings.size
-    root = data.items[0].path.parent.parent
-    buckets = settings.enable_bucket
     return {
-        "train_data_dir": str(root),
+        "train_data_dir": str(data.items[0].path.parent.parent),
         "dataset_config": str(start.output_dir / DATASET) if dataset_config(data) else None,
-        "caption_extension": settings.caption_extension,
-        "resolution": f"{width},{height}",
-        "enable_bucket": buckets,
-        "min_bucket_reso": settings.min_bucket_reso if buckets else None,
-        "max_bucket_reso": settings.max_bucket_reso if buckets else None,
-        "bucket_reso_steps": settings.bucket_reso_steps if buckets else None,
-        "bucket_no_upscale": settings.bucket_no_upscale,
-        "flip_aug": settings.flip_aug,
-        "shuffle_caption": settings.shuffle_caption,
-        "keep_tokens": settings.keep_tokens,
-        "caption_dropout_rate": settings.caption_dropout_rate,
-        "caption_dropout_every_n_epochs": settings.caption_dropout_every_n_epochs,
-        "caption_tag_dropout_rate": settings.caption_tag_dropout_rate,
+        "caption_extension": data.settings.caption_extension,
         "cache_latents": True,
     }
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lorasweep import __version__
+from lorasweep.adapters.kohya_names import adapted_parts
 from lorasweep.adapters.pack import Pack
 from lorasweep.core.atomic_write import write_atomically
 from lorasweep.core.progress import Bar, Show
@@ -50,6 +51,17 @@ FOLDER = "sd_scripts"
 """Of the run's folder: what sd-scripts writes; beside it are sd_scripts.toml and sd_scripts.log."""
 _POLL_SECONDS = 0.1
 _GROUP = re.compile(r"lr/(d\*lr/)?group\d+")
+_FINDS_RATES = re.compile("prodigy|dadapt", re.IGNORECASE)
+
+
+def files_of(output_dir: Path) -> dict[Path, str | None]:
+    """What sd-scripts was told in a run's folder, what it printed and drew; its place in MLflow."""
+    said = [output_dir / f"{FOLDER}.toml", output_dir / f"{FOLDER}.log"]
+    drawn = sorted((output_dir / FOLDER / "sample").glob("*.png"))
+    return {
+        **{path: None for path in said if path.is_file()},
+        **dict.fromkeys(drawn, f"{FOLDER}_samples"),
+    }
 
 
 class SdScriptsTraining:
@@ -65,7 +77,7 @@ class SdScriptsTraining:
         on_step: OnStep | None = None,
     ) -> None:
         sd_scripts_checkout.check_folder(settings)
-        sd_scripts_config.check_base(base)
+        sd_scripts_config.check_base(base, settings.path)
         self._on_step = on_step or (lambda _run, _step, _values: None)
         self.settings, self.base, self.data = settings, base, data
         self.max_runs = SdScriptsTrainer.max_runs
@@ -90,7 +102,7 @@ class SdScriptsTraining:
             except TrainerError as error:
                 yield TrainedEpoch(checkpoints=[], failures={member.run.name: str(error)})
             self._members.pop(member.run.name, None)
-            _delete_states(member.folder)  # it has ended or was dropped
+            _delete_leftovers(member.folder)
 
     def join(self, run: TrainingRun, saved: SavedState | None = None) -> None:
         """Let `run` train once those before it have ended; with a saved state, from there on.
@@ -111,8 +123,10 @@ class SdScriptsTraining:
             [run.optimizer.bare_blocks],
         )
         numbers = sum(view.numel() for views in adapters.views(0).values() for view in views)
-        member = _Member(run, numbers, _modules(adapters), run.num_steps(self.steps_per_epoch))
+        total = run.num_steps(self.steps_per_epoch)
+        member = _Member(run, numbers, _modules(adapters), total, rates=_first_rates(run, total))
         if saved is not None:
+            member.rates = dict(saved.snapshot.lr_scheduler)
             member.started = saved.started
             member.num_epochs = saved.snapshot.num_epochs
             member.num_steps = saved.snapshot.num_steps
@@ -126,8 +140,10 @@ class SdScriptsTraining:
     def drop(self, run: str) -> None:
         """Stop training `run`, its process too; the others go on. Its checkpoints stand."""
         member = self._members.pop(run, None)
-        if member is not None and member.process is not None:
-            member.process.end()
+        if member is not None:
+            if member.process is not None:
+                member.process.end()
+            _delete_leftovers(member.folder)
 
     def stop(self) -> None:
         """End the process at once and raise Stopped: the state is that of the last epoch.
@@ -189,9 +205,7 @@ class SdScriptsTraining:
     def _write_files(self, member: _Member, start: Start) -> Path:
         """The TOML and what it names; what an earlier process left unfinished is deleted."""
         run, folder = member.run, member.folder
-        _delete_states(folder, but=start.resume)
-        for path in folder.glob("*.safetensors"):
-            path.unlink()
+        _delete_leftovers(folder, but=start.resume)
         if start.resume is None:
             shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(start.logging_dir, ignore_errors=True)
@@ -317,7 +331,7 @@ class SdScriptsTraining:
         snapshot = Snapshot(
             parameters=[],
             optimizer={},
-            lr_scheduler={},
+            lr_scheduler=dict(member.rates),
             scaler={},
             num_epochs=epoch,
             num_batches=0,
@@ -364,6 +378,7 @@ class _Member:
     steps_seen: int = 0
     """As sd-scripts counts them, from 0 in each process."""
     rates: dict[str, float] = field(default_factory=dict)
+    """Of the next step, as they are logged."""
     records: Sequence[tuple[int, Mapping[str, float]]] = ()
     """Of the last finished epoch."""
 
@@ -387,11 +402,34 @@ class _Member:
         self.records = epoch.records
 
 
+def _first_rates(run: TrainingRun, num_steps: int) -> dict[str, float]:
+    """Those of the first step, which sd-scripts doesn't log; none where the optimiser finds them.
+
+    Its own is made elsewhere, and may not be installed here: any has the schedule's rates.
+    """
+    import torch
+
+    optimizer = run.optimizer
+    if run.lr_scheduler.type == "adafactor" or _FINDS_RATES.search(optimizer.type):
+        return {}
+    rates = {"unet": optimizer.unet_lr, "text_encoder": optimizer.text_encoder_lr}
+    trained = adapted_parts(run.adapter.targets) & optimizer.trained_parts
+    parts = [part for part in rates if part in trained]
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": rates[part]} for part in parts]
+    any_kind = torch.optim.SGD(groups, lr=optimizer.unet_lr or optimizer.text_encoder_lr)
+    run.lr_scheduler.create(any_kind, num_steps)
+    first = zip(parts, any_kind.param_groups, strict=True)
+    return {f"train/lr_{part}": float(group["lr"]) for part, group in first}
+
+
 def _modules(adapters: Pack) -> frozenset[str]:
     return frozenset(name.partition(".")[0] for name in adapters.file_tensors(0))
 
 
-def _delete_states(folder: Path, but: Path | None = None) -> None:
+def _delete_leftovers(folder: Path, but: Path | None = None) -> None:
+    """States that nothing goes on from, and files of epochs that weren't picked up."""
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
     for path in folder.glob("*-state"):
         if path != but:
             shutil.rmtree(path, ignore_errors=True)

@@ -7,24 +7,22 @@ from collections.abc import Sequence
 
 from lorasweep.core import rng
 from lorasweep.core.text import shown
-from lorasweep.data.dataset import Dataset
 from lorasweep.data.latents import Item
 from lorasweep.models.base_model import BaseModel
 
 log = logging.getLogger(__name__)
 
 
-def caption_of(
-    item: Item, settings: Dataset, *, seed: int, epoch: int, place: tuple[int, int]
-) -> str:
+def caption_of(item: Item, *, seed: int, epoch: int, place: tuple[int, int]) -> str:
     """The item's caption as seen at `place` (step, row), after kohya's shuffle and dropouts."""
+    settings = item.settings
     every = settings.caption_dropout_every_n_epochs
     if every and epoch % every == 0:
         return ""
     draw = rng.python_random(seed, "caption", *place)
     if draw.random() < settings.caption_dropout_rate:
         return ""
-    if not item.tags or not captions_vary(settings):
+    if not settings.captions_vary:
         return item.caption
     tags = [tag.strip() for tag in item.caption.split(",")]
     fixed, rest = tags[: settings.keep_tokens], tags[settings.keep_tokens :]
@@ -32,11 +30,6 @@ def caption_of(
         draw.shuffle(rest)
     rest = [tag for tag in rest if draw.random() >= settings.caption_tag_dropout_rate]
     return ", ".join(fixed + rest)
-
-
-def captions_vary(settings: Dataset) -> bool:
-    """Does a caption change from step to step, so that its embedding can't be kept?"""
-    return settings.shuffle_caption or settings.caption_tag_dropout_rate > 0
 
 
 def warn_of_cut_captions(base: BaseModel, items: Sequence[Item]) -> None:

@@ -52,9 +52,10 @@ class Drift:
         latents = latents.to(base.device) * scheduler.init_noise_sigma
         met, predicted = [], []
         with torch.no_grad(), base.autocast():
-            embeds = base.encode_prompt(prompts)
+            conditioning = base.encode_prompt(prompts)
             for timestep in scheduler.timesteps:
-                prediction = base.predict(latents, timestep.expand(len(prompts)), embeds).float()
+                rows = timestep.expand(len(prompts))
+                prediction = base.predict(latents, rows, conditioning).float()
                 met.append(latents)
                 predicted.append(prediction)
                 latents = scheduler.step(prediction, timestep, latents).prev_sample
@@ -73,14 +74,16 @@ class Drift:
         rows = max(1, self.settings.batch_size // num_runs)
         distances = []
         with torch.no_grad(), computing_with(pack), base.autocast():
-            embeds = base.encode_prompt(list(self.settings.prompts) * num_runs)
-            embeds = embeds.unflatten(0, (num_runs, len(self.settings.prompts)))
+            num_prompts = len(self.settings.prompts)
+            conditioning = base.encode_prompt(list(self.settings.prompts) * num_runs)
             for start in range(0, len(self.latents), rows):
                 part = slice(start, start + rows)
                 latents = self.latents[part].repeat(num_runs, 1, 1, 1)
                 timesteps = self.timesteps[part].repeat(num_runs)
-                context = embeds[:, self.prompts[part]].flatten(0, 1)
-                prediction = base.predict(latents, timesteps, context).float()
+                told = conditioning[
+                    [run * num_prompts + n for run in range(num_runs) for n in self.prompts[part]]
+                ]
+                prediction = base.predict(latents, timesteps, told).float()
                 before = self.predictions[part].repeat(num_runs, 1, 1, 1)
                 squared = (prediction - before).square().mean((1, 2, 3))
                 distances.append(squared.view(num_runs, -1).cpu())

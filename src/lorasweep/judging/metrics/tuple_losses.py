@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ from lorasweep.core import rng
 from lorasweep.data.latents import Item
 from lorasweep.judging.sampling import equal_batches
 from lorasweep.models.base_model import BaseModel
+from lorasweep.models.conditioning import Conditioning
 from lorasweep.models.diffusion_loss import squared_errors
 
 if TYPE_CHECKING:
@@ -45,30 +46,31 @@ def tuple_losses(
     rows = max(1, batch_size // num_runs)
     losses = torch.zeros(num_runs, len(chosen))
     with torch.no_grad(), computing_with(pack), base.autocast():
-        embeds = _embeds(base, num_runs, sorted({t.item.caption for t in chosen}), rows)
+        encoded = _encoded(base, num_runs, sorted({t.item.caption for t in chosen}), rows)
         for numbers in equal_batches([t.item.bucket for t in chosen], rows):
             batch = [chosen[i] for i in numbers]
-            losses[:, numbers] = _batch(base, num_runs, batch, embeds, seed)
+            losses[:, numbers] = _batch(base, num_runs, batch, encoded, seed)
     return losses
 
 
-def _embeds(
+def _encoded(
     base: BaseModel, num_runs: int, captions: Sequence[str], size: int
-) -> dict[str, Tensor]:
-    """Each caption's embeddings by all runs: (K, L, D)."""
-    embeds = {}
+) -> dict[tuple[int, str], Conditioning]:
+    """A row for each run and caption."""
+    encoded: dict[tuple[int, str], Conditioning] = {}
     for start in range(0, len(captions), size):
         part = captions[start : start + size]
-        by_run = base.encode_prompt(list(part) * num_runs).unflatten(0, (num_runs, -1))
-        embeds.update({caption: by_run[:, number] for number, caption in enumerate(part)})
-    return embeds
+        found = base.encode_prompt(list(part) * num_runs)
+        pairs = [(run, caption) for run in range(num_runs) for caption in part]
+        encoded.update((pair, found[[row]]) for row, pair in enumerate(pairs))
+    return encoded
 
 
 def _batch(
     base: BaseModel,
     num_runs: int,
     batch: Sequence[LossTuple],
-    embeds: dict[str, Tensor],
+    encoded: Mapping[tuple[int, str], Conditioning],
     seed: int,
 ) -> Tensor:
     import torch
@@ -78,8 +80,10 @@ def _batch(
     noise = noise.repeat(num_runs, 1, 1, 1)
     timesteps = torch.tensor([t.timestep for t in batch], device=latents.device)
     timesteps = timesteps.repeat(num_runs)
-    context = torch.stack([embeds[t.item.caption] for t in batch], dim=1).flatten(0, 1)
-    losses = squared_errors(base, latents, noise, timesteps, context)
+    conditioning = Conditioning.joined(
+        [encoded[run, t.item.caption] for run in range(num_runs) for t in batch]
+    )
+    losses = squared_errors(base, latents, noise, timesteps, conditioning)
     return losses.view(num_runs, -1).cpu()
 
 
