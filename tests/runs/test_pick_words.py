@@ -40,6 +40,8 @@ def test_where_captions_hardly_tell_images_apart_nothing_is_made_of_the_gain() -
     assert said.startswith("Captions hardly tell the held-out images apart (val/caption_gain is at")
     assert "most 0.002)" in said
     assert blind.warnings(pick) == []
+    little = listener(4, 0.004, low=0.0004)  # surely, but it is nothing
+    assert sweep(0.001, pick, little).is_blind
     # one that surely listens shows that they can be told apart
     able = sweep(0.001, pick, best, listener(3, 0.2))
     assert "less than the bare base" in able.warnings(pick)[0]

@@ -9,7 +9,7 @@ from statistics import median
 from lorasweep.judging.pick_rule import DRIFT, GAIN, LOSS, SCORE, Ranked
 from lorasweep.tracking import Candidate
 
-SMALL_GAIN = 0.01  # of the base's: multiples of less say nothing
+SMALL_GAIN = 0.01  # multiples of less say nothing, and if none has more, captions hardly matter
 NEIGHBOURS = 9  # those ranked next, whose drift is the usual one
 OUT_OF_LINE = 3.0  # times their median; picks of the recorded sweeps had at most 2
 ALL_FORGOTTEN = 1.0
@@ -28,7 +28,8 @@ class Listening:
     @property
     def is_blind(self) -> bool:
         """Do captions not tell the held-out images apart, as far as any candidate knows?"""
-        return self._largest.get(f"{GAIN}_lo", self._largest[GAIN]) <= 0
+        gain = self._largest[GAIN]
+        return gain < SMALL_GAIN or self._largest.get(f"{GAIN}_lo", gain) <= 0
 
     def words(self, winner: Candidate) -> str | None:
         """How much a candidate listens; None where that isn't known."""
