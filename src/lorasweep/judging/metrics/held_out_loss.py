@@ -33,7 +33,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Validation(Settings):
-    """val/loss, val/loss_rel with its interval and by arm, val/gap, and val/caption_gain likewise.
+    """val/score, its parts val/loss_rel and val/caption_gain, also by arm, val/gap and val/loss.
+
+    The score, val/loss_rel - val/caption_gain, is small where the images are learned and captions
+    still matter; where there is no gain it is the loss alone. With half to four times the gain's
+    weight it chooses nearly alike (benchmarks/README.md). All three have intervals.
 
     The gain is by how much other images' captions raise the loss, relative to it: 0 = the caption
     makes no difference. It is measured where there is more noise than in `swap_from` of the
