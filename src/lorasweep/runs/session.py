@@ -24,6 +24,7 @@ from lorasweep.data import kohya_folders
 from lorasweep.data.subsets import subsets
 from lorasweep.judging.judge import Judge
 from lorasweep.judging.metrics.metric import Scores, Terms
+from lorasweep.judging.pick_rule import LOSS, SCORE
 from lorasweep.lora_files.base_weights import merge_base_weights
 from lorasweep.lora_files.checkpoint import Checkpoint, checkpoint_path
 from lorasweep.models.base_model import BaseModel
@@ -532,9 +533,9 @@ def _say(reports: Sequence[Report]) -> None:
     found.sort(key=lambda report: report.checkpoint.epoch)  # runs that joined are behind
     for epoch, of_epoch in groupby(found, key=lambda report: report.checkpoint.epoch):
         reports_of = list(of_epoch)
-        scored = [one for one in reports_of if "val/loss_rel" in one.scores]
-        shown = [f"{one.run} {one.scores['val/loss_rel']:.3f}" for one in scored]
+        by = SCORE if any(SCORE in one.scores for one in reports_of) else LOSS
+        scored = [f"{one.run} {one.scores[by]:.3f}" for one in reports_of if by in one.scores]
         if scored:
-            log.info("epoch %d, val/loss_rel: %s", epoch, ", ".join(shown))
+            log.info("epoch %d, %s: %s", epoch, by, ", ".join(scored))
         else:  # without held-out images or this metric there is none
             log.info("epoch %d: %s", epoch, ", ".join(one.run for one in reports_of))
