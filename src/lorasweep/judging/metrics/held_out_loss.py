@@ -164,7 +164,9 @@ class _Validator:
         gains, terms = self._gains(losses)
         both = [a - b for a, b in zip(of_loss, terms.get(GAIN, [0.0] * len(of_loss)), strict=True)]
         whole = scores[LOSS] - gains.get(GAIN, 0.0)
-        low, high = self._interval_of_mean(both)
+        low, high = scores[f"{LOSS}_lo"], scores[f"{LOSS}_hi"]
+        if GAIN in terms:
+            low, high = self._interval_of_score(losses, scores[LOSS], terms[GAIN])
         of_score = {SCORE: whole, f"{SCORE}_lo": low, f"{SCORE}_hi": high}
         return Scored({**of_score, **scores, **gains}, {SCORE: both, LOSS: of_loss, **terms})
 
@@ -233,10 +235,16 @@ class _Validator:
         low, high = ratios.quantile(torch.tensor([0.025, 0.975])).tolist()
         return low, high
 
-    def _interval_of_mean(self, terms: Sequence[float]) -> tuple[float, float]:
+    def _interval_of_score(
+        self, losses: _Losses, loss: float, gains: Sequence[float]
+    ) -> tuple[float, float]:
+        """Of the ratio `loss` less the mean of `gains`, with images drawn for both together."""
         import torch
 
-        return self._interval(torch.tensor(terms), torch.ones(len(terms)))
+        ours, bases = (_by_image(one.holdout, self.holdout) for one in (losses, self.of_base))
+        # linear in what varies, as the gains are
+        of_loss = loss + (ours - loss * bases) / bases.mean()
+        return self._interval(of_loss - torch.tensor(gains), torch.ones(len(gains)))
 
     def _terms(self, losses: _Losses) -> list[float]:
         """Each image's part in val/loss_rel, which is their mean."""
