@@ -212,18 +212,18 @@ def short_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(picture_check, "NUM_STEPS", 2)
 
 
-FAMILIES = pytest.mark.parametrize("base", ["embedded", "sdxl"], indirect=True)
+FAMILIES = pytest.mark.parametrize("base", ["embedded_base", "sdxl"], indirect=True)
 """Of a test that holds for base models of every family."""
 
 
 @pytest.fixture(scope="session")
 def base(request: pytest.FixtureRequest):
     """The embedded base model, or by `FAMILIES` another; nothing may change its weights."""
-    return request.getfixturevalue(getattr(request, "param", "embedded"))
+    return request.getfixturevalue(getattr(request, "param", "embedded_base"))
 
 
 @pytest.fixture(scope="session")
-def embedded():
+def embedded_base():
     """The embedded base model, loaded once."""
     return _load()
 
@@ -235,12 +235,12 @@ def _load(*overrides: str):
 
 
 @pytest.fixture(scope="session")
-def sdxl_folder(embedded, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sdxl_folder(embedded_base, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny SDXL of random weights, as diffusers saves it."""
     import tiny_sdxl
 
     target = tmp_path_factory.mktemp("sdxl") / "model"
-    tiny_sdxl.write(target, embedded.tokenizer)
+    tiny_sdxl.write(target, embedded_base.tokenizer)
     return target
 
 

@@ -37,7 +37,9 @@ MIXED = [
 ]
 
 
-@pytest.mark.parametrize(("base", "steps"), [("embedded", "null"), ("sdxl", 1)], indirect=["base"])
+@pytest.mark.parametrize(
+    ("base", "steps"), [("embedded_base", "null"), ("sdxl", 1)], indirect=["base"]
+)
 def test_a_run_in_a_pack_is_the_run_alone(steps, make_run, base, data):
     limit = f"trainer.max_train_steps={steps}"
     runs = [make_run(*overrides, limit, number=number) for number, overrides in enumerate(MIXED)]
