@@ -240,8 +240,6 @@ def test_each_text_encoder_of_sdxl_has_its_rate(make_run, base, data):
     assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
     with pytest.raises(SettingsError, match="only SDXL has two text encoders; give one number"):
         make_run("optimizer.text_encoder_lr=[0,1e-3]")
-    with pytest.raises(SettingsError, match=r"adapter\.block_ranks.*SDXL has others"):
-        make_run(model, "adapter.block_ranks={down:2,mid:2,up:4}")
 
 
 @pytest.mark.parametrize("base", ["sdxl"], indirect=True)

@@ -109,7 +109,7 @@ class NativeTraining:
         adapters = Pack.new(
             self.base.parts,
             [(run.adapter, run.seed, optimizer.trained_parts)],
-            [optimizer.bare_blocks],
+            [optimizer.trains],
         )
         views = adapters.views(0, optimizer.group_of)
         state = TrainingState(run, views, self.steps_per_epoch, self.base)
@@ -334,7 +334,7 @@ class NativeTraining:
                 )
                 continue
             path = checkpoint.checkpoint_path(run.output_dir, run.name, epoch)
-            checkpoint.write(path, tensors, {**shared, **run_metadata(state)})
+            checkpoint.write(path, tensors, {**shared, **run_metadata(state, self.base)})
             written.append(Checkpoint(path=path, run=run.name, epoch=epoch, step=state.num_steps))
         return written, overflown
 

@@ -13,7 +13,7 @@ from pydantic import NonNegativeFloat
 
 from lorasweep.adapters.adapter import Site
 from lorasweep.adapters.kohya_names import TEXT_ENCODERS
-from lorasweep.adapters.unet_blocks import BlockWeights, block_index, joined
+from lorasweep.adapters.unet_blocks import WAYS, BlockWeights, block_of, joined
 from lorasweep.core.settings import Settings, SettingsError
 from lorasweep.core.text import shown
 
@@ -69,29 +69,24 @@ class Optimizer(Settings):
         """The UNet's learning rate, or where that is 0 the first text encoder's that isn't."""
         return self.unet_lr or next(rate for rate in self.part_rates.values() if rate > 0)
 
-    @property
-    def bare_blocks(self) -> frozenset[int]:
-        """The UNet's blocks, by kohya's number, that are not trained: their weight is 0."""
-        weights = self.block_lr_weights.all if self.block_lr_weights is not None else ()
-        return frozenset(index for index, weight in enumerate(weights) if weight == 0)
+    def trains(self, site: Site) -> bool:
+        """Is the site's block trained? Not where its weight is 0."""
+        block, weights = block_of(site), self.block_lr_weights
+        return weights is None or block is None or weights.at(block) > 0
 
     def group_of(self, site: Site) -> str:
         """The group of a site's parameters: its part, or unet_x0.5 where a weight multiplies."""
-        index = block_index(site)
-        if self.block_lr_weights is None or index is None:
+        block = block_of(site)
+        if self.block_lr_weights is None or block is None:
             return site.part
-        return _weighted(self.block_lr_weights.all[index])
+        return _weighted(self.block_lr_weights.at(block))
 
-    def network_args(self) -> dict[str, str]:
+    def network_args(self, *, is_sdxl: bool = False) -> dict[str, str]:
         """kohya's network_args of the weights by block."""
         weights = self.block_lr_weights
         if weights is None:
             return {}
-        return {
-            "down_lr_weight": joined(weights.down),
-            "mid_lr_weight": joined([weights.mid]),
-            "up_lr_weight": joined(weights.up),
-        }
+        return {f"{way}_lr_weight": joined(weights.of_way(way, is_sdxl=is_sdxl)) for way in WAYS}
 
     def check(self) -> torch.optim.Optimizer:
         """One that has made a step; SettingsError if it refuses, before anything else is done."""
@@ -139,8 +134,8 @@ class Optimizer(Settings):
 
     def _rates(self) -> dict[str, float]:
         """The learning rate of every group there may be."""
-        weights = self.block_lr_weights.all if self.block_lr_weights is not None else ()
-        by_block = {_weighted(weight): self.unet_lr * weight for weight in sorted(set(weights))}
+        weights = self.block_lr_weights.given if self.block_lr_weights is not None else set()
+        by_block = {_weighted(weight): self.unet_lr * weight for weight in sorted(weights)}
         return {**self.part_rates, **by_block}
 
     def _class(self) -> Any:
