@@ -106,6 +106,7 @@ class NativeTraining:
         run.output_dir.mkdir(parents=True, exist_ok=True)
         run.check_parts(is_sdxl="text_encoder_2" in self.base.parts)
         optimizer = run.optimizer
+        self.base.wake_text_encoders()
         adapters = Pack.new(
             self.base.parts,
             [(run.adapter, run.seed, optimizer.trained_parts)],
