@@ -66,6 +66,7 @@ class SDXL(LatentDiffusion):
     def metadata(self) -> Mapping[str, str]:
         """kohya's entries that say what a LoRA's base is."""
         return {
+            "ss_v2": "False",
             "ss_base_model_version": "sdxl_base_v1-0",
             "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
             "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
