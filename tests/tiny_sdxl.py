@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from dataclasses import fields
+from functools import cache
 
 import torch
 
@@ -173,6 +174,7 @@ OPEN_CLIP = {
 }
 
 
+@cache
 def full_sdxl():
     """SDXL on torch's meta device."""
     with torch.device("meta"):
