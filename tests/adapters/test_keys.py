@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from lorasweep.adapters.pack import Pack
 from lorasweep.adapters.unet_blocks import block_index
 from lorasweep.core.settings import SettingsError
 from lorasweep.lora_files.kohya_form import with_kohya_names
+from lorasweep.training.kohya_metadata import _network
 from tiny_sdxl import full_sdxl
 
 KEYS = json.loads(
@@ -149,6 +151,47 @@ def test_blocks_have_kohyas_numbers(sd15_parts):
     assert {path: numbers[path] for path in expected} == expected
 
 
+def test_blocks_of_sdxl_have_kohyas_numbers(make_run, sdxl_folder):
+    """Of names in files, as get_block_index does: 1 to 9 go down, 10 to 12 are the middle's."""
+    sdxl = full_sdxl()
+    down, mid, up = list(range(1, 10)), [10, 11, 12], list(range(13, 22))
+    ranks = f"adapter.block_ranks={{down:{down},mid:{mid},up:{up}}}".replace(" ", "")
+    adapter = make_run(f"model.path={sdxl_folder}", ranks, "adapter.rank=30").adapter
+    first = {"input": 1, "middle": 10, "output": 13}
+    seen = set()
+    for key, site in every_site(sdxl.parts).items():
+        name = sdxl.kohya_names.get(key, key)
+        found = re.match(r"lora_unet_(input|middle|output)_blocks?_(\d+)", name)
+        if found and name != "lora_unet_input_blocks_0_0":  # conv_in, of no block
+            assert adapter.rank_at(site) == first[found[1]] + int(found[2]), name
+            seen.add(adapter.rank_at(site))
+        else:
+            assert adapter.rank_at(site) == 30
+    assert seen == set(range(2, 22))
+    with pytest.raises(SettingsError, match=r"down: give one number or 12, as many .* 1\.x has"):
+        make_run(ranks)
+
+
+def test_metadata_counts_sdxls_blocks_as_kohya_does(make_run, sdxl_folder):
+    """block_dims are 23 there, of which the first and last are of no block."""
+    run = make_run(
+        f"model.path={sdxl_folder}",
+        "adapter.rank=4",
+        "adapter.block_ranks={down:1,mid:2,up:3}",
+        "optimizer.block_lr_weights={down:0.5,mid:[0,1,1],up:1}",
+    )
+    args = json.loads(_network(run, is_sdxl=True)["ss_network_args"])
+    assert args["block_dims"] == ",".join([*"4", *"1" * 9, *"2" * 3, *"3" * 9, *"4"])
+    assert args["mid_lr_weight"] == "0,1,1"
+    assert args["down_lr_weight"] == ",".join(["0.5"] * 9)
+    of_sd = json.loads(
+        _network(make_run("adapter.block_ranks={down:1,mid:2,up:3}"), is_sdxl=False)[
+            "ss_network_args"
+        ]
+    )
+    assert of_sd["block_dims"].count(",") == 24
+
+
 RANKED = [name for name in options("adapter") if name != "lycoris"]
 
 
@@ -177,7 +220,7 @@ def test_rates_by_block_make_groups_and_leave_blocks_bare(make_run, base):
     weights = "optimizer.block_lr_weights={down:0.5,mid:0,up:1}"
     run = make_run("adapter.rank=2", "adapter.targets=conv", "adapter=locon", weights)
     optimizer = run.optimizer
-    pack = Pack.new(base.parts, [(run.adapter, 0, BOTH)], [optimizer.bare_blocks])
+    pack = Pack.new(base.parts, [(run.adapter, 0, BOTH)], [optimizer.trains])
     assert not any("mid_block" in key for key in pack.file_tensors(0))
     views = pack.views(0, optimizer.group_of)
     parameters = {

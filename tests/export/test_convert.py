@@ -232,7 +232,7 @@ def test_a_file_with_nais_names_of_the_text_encoder_is_read_everywhere(
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("conditioner.embedders.0.x", "single files of SDXL come later"),
+        ("conditioner.embedders.0.x", "exports of single files of SDXL come later"),
         ("cond_stage_model.model.x", "only 1.x is supported"),
         ("lora_unet_x.alpha", "a LoRA, not a whole model"),
         ("x", "not a whole model"),

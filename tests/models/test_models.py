@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 
+import tiny_sdxl
 from adapter_packs import predict
 from lorasweep.config.compose import compose
 from lorasweep.core.settings import SettingsError
@@ -82,11 +83,39 @@ def test_sdxl_reads_prompts_as_diffusers_does(base):
     assert base.too_long(prompts) == prompts[2:]
 
 
+def test_a_single_file_of_sdxl_is_the_folder_and_says_what_it_predicts(
+    sdxl, sdxl_folder, make_run, tmp_path
+):
+    """Of the names that Illustrious, Pony and NoobAI are shared under; read by diffusers."""
+    from safetensors.torch import load_file, save_file
+
+    file = tmp_path / "noob.safetensors"
+    tiny_sdxl.write_single_file(sdxl, file, told=("v_pred", "ztsnr"))
+    given = (f"model.path={file}", f"model.config={sdxl_folder}")
+    loaded = make_run(*given).model.load()
+    assert torch.equal(predict(loaded, None), predict(sdxl, None))
+    schedule = loaded.noise_schedule
+    assert (schedule.prediction_type, schedule.is_zero_terminal_snr) == ("v_prediction", True)
+    assert float(schedule.scheduler.alphas_cumprod[-1]) == 0
+    told = make_run(*given, "model.prediction_type=epsilon").model.load().noise_schedule
+    assert told.prediction_type == "epsilon"
+    with pytest.raises(ModelError, match=r"another kind of model.*as model=sdxl does"):
+        make_run(f"model.path={file}", f"model.config={make_run().model.path}").model.load()
+    tensors = load_file(file)
+    for lost in (
+        "conditioner.embedders.1.model.text_projection",
+        "model.diffusion_model.out.2.bias",
+    ):
+        save_file({name: t for name, t in tensors.items() if name != lost}, file)
+        with pytest.raises(ModelError, match=r"not a whole SDXL checkpoint|weights are missing"):
+            make_run(*given).model.load()
+
+
 def test_an_sdxl_whose_parts_are_of_different_models_is_refused(sdxl_folder, make_run, tmp_path):
     folder = shutil.copytree(sdxl_folder, tmp_path / "model")
     config = folder / "unet" / "config.json"
-    config.write_text(config.read_text().replace('input_dim": 80', 'input_dim": 64'))
-    with pytest.raises(ModelError, match="whole prompt's embedding of width 32 and six sizes"):
+    config.write_text(config.read_text().replace('input_dim": 96', 'input_dim": 80'))
+    with pytest.raises(ModelError, match="whole prompt's embedding of width 48 and six sizes"):
         make_run(f"model.path={folder}").model.load()
     with pytest.raises(SettingsError, match="clip_skip=2 has no effect on SDXL"):
         make_run(f"model.path={sdxl_folder}", "model.clip_skip=2")

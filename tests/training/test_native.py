@@ -44,7 +44,9 @@ MIXED = [
 ]
 
 
-@pytest.mark.parametrize(("base", "steps"), [("embedded", "null"), ("sdxl", 1)], indirect=["base"])
+@pytest.mark.parametrize(
+    ("base", "steps"), [("embedded_base", "null"), ("sdxl", 1)], indirect=["base"]
+)
 def test_a_run_in_a_pack_is_the_run_alone(steps, make_run, base, half):
     limit = f"trainer.max_train_steps={steps}"
     runs = [make_run(*overrides, limit, number=number) for number, overrides in enumerate(MIXED)]
@@ -245,8 +247,18 @@ def test_each_text_encoder_of_sdxl_has_its_rate(make_run, base, data):
     assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
     with pytest.raises(SettingsError, match="only SDXL has two text encoders; give one number"):
         make_run("optimizer.text_encoder_lr=[0,1e-3]")
-    with pytest.raises(SettingsError, match=r"adapter\.block_ranks.*SDXL has others"):
-        make_run(model, "adapter.block_ranks={down:2,mid:2,up:4}")
+
+
+@pytest.mark.parametrize("base", ["sd2"], indirect=True)
+def test_stable_diffusion_2_is_said_in_the_metadata(make_run, base, data):
+    run = make_run("trainer.max_train_steps=1", "adapter.targets=[unet.*.proj_in]")
+    (epoch,) = NativeTraining(run.trainer, base, [run], data)
+    weights, metadata = checkpoint.read(epoch.checkpoints[0].path)
+    assert metadata["ss_base_model_version"] == "sd_v2_v"
+    assert metadata["ss_v2"] == "True"
+    assert metadata["modelspec.architecture"] == "stable-diffusion-v2-768-v/lora"
+    assert metadata["modelspec.prediction_type"] == "v"
+    assert all(t.dim() < 3 for t in weights.values())  # Linear, where 1.x has 1x1 convolutions
 
 
 @pytest.mark.parametrize("base", ["sdxl"], indirect=True)

@@ -24,7 +24,6 @@ from lorasweep.adapters.lokr import LoKrStack
 from lorasweep.adapters.lora import LoRAStack
 from lorasweep.adapters.lycoris import LyCORIS, LycorisStack
 from lorasweep.adapters.stack import FileStack, Members, Stack
-from lorasweep.adapters.unet_blocks import block_index
 from lorasweep.adapters.weight_deltas import Tensors, algorithm, has_magnitude, low_rank_delta
 from lorasweep.core import rng
 from lorasweep.core.safetensors_header import CheckpointError
@@ -83,13 +82,13 @@ class Pack:
         cls,
         parts: Parts,
         runs: Sequence[tuple[Adapter, int, frozenset[str]]],
-        bare_blocks: Sequence[frozenset[int]] | None = None,
+        trains: Sequence[Callable[[Site], bool]] | None = None,
     ) -> Pack:
         """Fresh adapters for runs given as (adapter, seed, parts to train).
 
-        `bare_blocks` are the blocks of the UNet (`block_index`) that each run leaves without. Each
-        site's tensors are drawn from the run's seed and the site's name, so they are the same
-        whatever else is in the pack. Raises SettingsError for targets that match nothing.
+        `trains` says of a site of those parts whether a run trains it. Each site's tensors are
+        drawn from the run's seed and the site's name, so they are the same whatever else is in the
+        pack. Raises SettingsError for targets that match nothing.
         """
         members = [
             Member(
@@ -98,12 +97,11 @@ class Pack:
                 {
                     site.key: adapter.initial(site, rng.generator(seed, "init", site.key))
                     for site in sites(parts, adapter.targets, adapter.carries)
-                    if site.part in trained and block_index(site) not in bare
-                    if adapter.wants(site)
+                    if site.part in trained and wanted(site) and adapter.wants(site)
                 },
             )
-            for (adapter, seed, trained), bare in zip(
-                runs, bare_blocks or [frozenset()] * len(runs), strict=True
+            for (adapter, seed, trained), wanted in zip(
+                runs, trains or [lambda site: True] * len(runs), strict=True
             )
         ]
         return cls(every_site(parts), members)

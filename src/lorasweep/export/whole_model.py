@@ -36,6 +36,7 @@ from lorasweep.models.file_schedule import V_PRED, ZTSNR
 from lorasweep.models.load_model import Model, frozen
 from lorasweep.models.model_files import (
     ModelError,
+    check_file,
     check_folder,
     check_parts,
     check_values,
@@ -199,7 +200,8 @@ def as_base(settings: Model, model: WholeModel) -> BaseModel:
 def base_for_loras(settings: Model) -> BaseModel:
     """The model that LoRA files are drawn with, whatever its architecture. Raises ModelError."""
     is_readable = settings.is_single_file and Path(settings.path).suffix == ".safetensors"
-    if not is_readable:
+    base: BaseModel
+    if not is_readable or check_file(Path(settings.path), f"model.path={settings.path}") == SDXL:
         base = settings.load()
     else:
         base = as_base(settings, read(settings.path, settings.config))

@@ -139,6 +139,7 @@ def _png(image: Image.Image) -> bytes:
 
 def load_pack(base: BaseModel, files: Sequence[Path]) -> Pack:
     """Written LoRA files, ready to be attached to the base. Raises ValueError for a bad one."""
+    base.wake_text_encoders()
     return Pack.from_files(base.parts, [read_lora_file.read(path, base).tensors for path in files])
 
 

@@ -59,6 +59,9 @@ class BaseModel(Protocol):
     def rest_text_encoders(self) -> None:
         """Take them out of the device's memory until the next prompt is encoded."""
 
+    def wake_text_encoders(self) -> None:
+        """Bring them back to the device, if they rest: adapters lie where their modules do."""
+
     def predict(
         self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning
     ) -> Tensor:

@@ -142,41 +142,64 @@ def _variant(folder: Path, part: str) -> str | None:
 
 
 def _from_file(settings: ModelSettings, dtype: torch.dtype) -> dict[str, Any]:
+    import diffusers
     import torch
-    from diffusers import StableDiffusionPipeline
     from diffusers.loaders.single_file_utils import SingleFileComponentError
     from safetensors import SafetensorError
 
     path, config = settings.path, settings.config
     if config is None:
         raise ModelError(_NO_CONFIG)
+    kind = model_files.SD
     if Path(path).suffix.lower() not in PICKLED:
-        check_file(Path(path), f"model.path={path}")
+        kind = check_file(Path(path), f"model.path={path}")
+    is_sdxl = kind == model_files.SDXL
+    others = {} if is_sdxl else {"safety_checker": None}
+    family, option = ("SDXL", "sdxl") if is_sdxl else ("Stable Diffusion 1.x", "sd15")
     try:
-        pipeline = StableDiffusionPipeline.from_single_file(
+        index = diffusers.DiffusionPipeline.load_config(config)
+    except OSError as error:
+        raise ModelError(_not_found("model.config", config, error)) from None
+    if index.get("_class_name") != kind:
+        raise ModelError(
+            f"model.config={config} is of another kind of model than model.path={path}: give"
+            f" {family}'s configs, as model={option} does"
+        )
+    try:
+        pipeline = getattr(diffusers, kind).from_single_file(
             path,
             config=config,
             local_files_only=Path(config).is_dir(),
-            safety_checker=None,
             feature_extractor=None,
             torch_dtype=torch.float32,  # the VAE's are not to be rounded
+            **others,
         )
     except OSError as error:
         raise ModelError(_not_found("model.config", config, error)) from None
     except (SafetensorError, SingleFileComponentError, ValueError, RuntimeError) as error:
         first = str(error).splitlines()[0]
         raise ModelError(
-            f"model.path={path} is not a whole Stable Diffusion 1.x checkpoint: {first} `lorasweep"
-            " convert` makes a folder of files without a VAE (--vae) or of NAI's names"
+            f"model.path={path} is not a whole {family} checkpoint: {first} `lorasweep convert`"
+            " makes a folder of files without a VAE (--vae) or of NAI's names"
         ) from None
-    pipeline.unet.to(dtype)
-    pipeline.text_encoder.to(dtype)
-    names = ("tokenizer", "text_encoder", "unet", "vae")
+    second = ("tokenizer_2", "text_encoder_2") if is_sdxl else ()
+    modules = {name: getattr(pipeline, name) for name in ("unet", "text_encoder", *second[1:])}
+    missing = {part: _without_values(module) for part, module in modules.items()}
+    check_missing(f"model.path={path}", missing)
+    for module in modules.values():
+        module.to(dtype)
+    names = ("tokenizer", "text_encoder", "unet", "vae", *second)
     components = {name: getattr(pipeline, name) for name in names}
+    components["force_zeros_for_empty_prompt"] = index.get("force_zeros_for_empty_prompt", True)
     schedule = dict(pipeline.scheduler.config)
     if Path(path).suffix.lower() not in PICKLED:
         schedule |= file_schedule.changes(schedule, file_schedule.of_file(Path(path)))
     return {**components, "scheduler": schedule}
+
+
+def _without_values(module: torch.nn.Module) -> list[str]:
+    """Parameters that the file didn't have: diffusers leaves them without memory."""
+    return [name for name, parameter in module.named_parameters() if parameter.is_meta]
 
 
 def frozen(

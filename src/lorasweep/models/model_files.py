@@ -38,10 +38,12 @@ _COUNTS = ("num_hidden_layers", "layers_per_block", "transformer_layers_per_bloc
 _MAX_COUNT = 1000  # of layers; the largest text encoders have a tenth
 _VOCABULARY = ("tokenizer.json", "vocab.json")  # a tokenizer needs one of them
 
+_SDXL_FILE = r"conditioner\.embedders\."
 _OTHERS = {
-    r"conditioner\.embedders\.": "an SDXL checkpoint: single files of SDXL come later; give a"
-    " diffusers folder",
-    r"cond_stage_model\.model\.": "a Stable Diffusion 2 checkpoint: only 1.x is supported",
+    _SDXL_FILE: "an SDXL checkpoint: exports of single files of SDXL come later; give a diffusers"
+    " folder",
+    r"cond_stage_model\.model\.": "a Stable Diffusion 2 checkpoint: only 1.x is supported"
+    " as a single file; give a diffusers folder",
     r"lora_|.+\.lora_": "a LoRA, not a whole model: give the model's file or folder",
     r"(model\.diffusion_model\.)?double_blocks\.": "a Flux checkpoint: only Stable Diffusion 1.x"
     " is supported",
@@ -176,15 +178,16 @@ def check_index(index: Mapping[str, Any], name: str) -> None:
     kind = index.get("_class_name")
     if kind not in (SD, SDXL):
         raise ModelError(
-            f"{name} is a {shown(str(kind))}; lorasweep trains models of Stable Diffusion 1.x's"
-            f" and SDXL's layout ({SD}, {SDXL}) so far"
+            f"{name} is a {shown(str(kind))}; lorasweep trains models of Stable Diffusion 1.x's,"
+            f" 2.x's and SDXL's layout ({SD}, {SDXL}) so far"
         )
 
 
-def check_file(path: Path, name: str) -> None:
-    """Raise ModelError for a single file that is cut, no safetensors, or of another kind of model.
+def check_file(path: Path, name: str) -> str:
+    """diffusers' pipeline of a single file's model, `SD` or `SDXL`, by its header alone.
 
-    Messages call it `name`. Only its header is read.
+    Messages call it `name`. Raises ModelError for a file that is cut, no safetensors, or of another
+    kind of model.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -197,7 +200,13 @@ def check_file(path: Path, name: str) -> None:
         raise ModelError(f"{name} can't be loaded: {reason}; give an undamaged copy") from None
     except CheckpointError as error:
         raise ModelError(f"{name} can't be loaded: {error}; give an undamaged copy") from None
-    refuse_others(name, names)
+    of_sdxl = [one for one in names if re.match(_SDXL_FILE, one)]
+    if not of_sdxl:
+        refuse_others(name, names)
+        return SD
+    if not any(one.startswith("conditioner.embedders.1.") for one in of_sdxl):
+        raise ModelError(f"{name} is SDXL's refiner, which is not trained here")
+    return SDXL
 
 
 def refuse_others(name: str, tensors: Iterable[str]) -> None:

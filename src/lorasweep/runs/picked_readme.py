@@ -28,9 +28,9 @@ Prompts that its samples were drawn with:
 ## diffusers
 
 ```python
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoPipelineForText2Image
 
-pipe = StableDiffusionPipeline.from_pretrained({base_python})
+pipe = AutoPipelineForText2Image.from_pretrained({base_python})
 pipe.load_lora_weights(".", weight_name="{name}.safetensors")
 image = pipe({prompt_python}, cross_attention_kwargs={{"scale": 1.0}}{skip_diffusers}).images[0]
 image.save("image.png")
@@ -47,6 +47,8 @@ Copy `{name}.safetensors` into `models/Lora/` and prompt:
     python gen_img.py --ckpt {base_shell} --network_module networks.lora \\
         --network_weights {name}.safetensors --network_mul 1.0 \\
         --prompt {prompt_shell} --outdir images{skip_kohya}
+
+With a base model of SDXL add `--sdxl`.
 
 ## ComfyUI
 

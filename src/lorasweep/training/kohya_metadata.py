@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 
 from lorasweep import __version__
+from lorasweep.adapters.unet_blocks import Ranked
 from lorasweep.data.latents import Item
 from lorasweep.models.base_model import BaseModel
 from lorasweep.models.model_settings import ModelSettings
@@ -35,7 +36,6 @@ _OFF: Mapping[str, object] = {
     "ss_resize_interpolation": None,
     "ss_sd_scripts_commit_hash": "(unknown)",
     "ss_training_comment": None,
-    "ss_v2": False,
     "ss_validate_every_n_epochs": None,
     "ss_validate_every_n_steps": None,
     "ss_validation_seed": None,
@@ -78,7 +78,7 @@ def max_token_length(settings: ModelSettings) -> int | None:
     return settings.max_token_length if settings.num_chunks > 1 else None
 
 
-def run_metadata(state: TrainingState) -> dict[str, str]:
+def run_metadata(state: TrainingState, base: BaseModel) -> dict[str, str]:
     """A run's own entries, as they are now."""
     run, optimizer = state.run, type(state.optimizer)
     rates = run.optimizer.text_encoder_lr
@@ -113,7 +113,7 @@ def run_metadata(state: TrainingState) -> dict[str, str]:
         "ss_min_snr_gamma": run.min_snr_gamma,
         "ss_debiased_estimation": run.debiased_estimation_loss,
         "ss_seed": run.seed,
-        **_network(run),
+        **_network(run, is_sdxl="text_encoder_2" in base.parts),
         **state.network,
         "modelspec.title": run.name,
         "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S"),
@@ -123,12 +123,18 @@ def run_metadata(state: TrainingState) -> dict[str, str]:
     return {key: str(value) for key, value in values.items()}
 
 
-def _network(run: TrainingRun) -> dict[str, str]:
-    """The adapter's entries; kohya keeps the optimiser's weights by block among their args."""
+def _network(run: TrainingRun, *, is_sdxl: bool) -> dict[str, str]:
+    """The adapter's entries; kohya keeps the optimiser's weights by block among their args.
+
+    An adapter doesn't know of SDXL, which has other blocks.
+    """
     entries = run.adapter.metadata()
-    weights = run.optimizer.network_args()
-    if weights:
-        args = {**json.loads(entries.get("ss_network_args", "{}")), **weights}
+    more = run.optimizer.network_args(is_sdxl=is_sdxl)
+    if is_sdxl and isinstance(run.adapter, Ranked):
+        doubled = int(1 / getattr(run.adapter, "num_trained", 1))
+        more |= run.adapter.block_args(doubled, is_sdxl=True)
+    if more:
+        args = {**json.loads(entries.get("ss_network_args", "{}")), **more}
         entries["ss_network_args"] = json.dumps(args)
     return entries
 

@@ -107,6 +107,7 @@ class NativeTraining:
         run.check_schedule(self.base.noise_schedule)
         run.output_dir.mkdir(parents=True, exist_ok=True)
         run.check_parts(is_sdxl="text_encoder_2" in self.base.parts)
+        self.base.wake_text_encoders()
         adapters, network = first_adapters(self.base, run)
         views = adapters.views(0, run.optimizer.group_of)
         state = TrainingState(run, views, self.steps_per_epoch, self.base, network)
@@ -331,7 +332,7 @@ class NativeTraining:
                 )
                 continue
             path = checkpoint.checkpoint_path(run.output_dir, run.name, epoch)
-            checkpoint.write(path, tensors, {**shared, **run_metadata(state)})
+            checkpoint.write(path, tensors, {**shared, **run_metadata(state, self.base)})
             written.append(Checkpoint(path=path, run=run.name, epoch=epoch, step=state.num_steps))
         return written, overflown
 

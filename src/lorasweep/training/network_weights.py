@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from lorasweep.adapters.pack import Pack, check_fit
-from lorasweep.adapters.unet_blocks import block_index
 from lorasweep.adapters.weight_deltas import Tensors
 from lorasweep.core import rng, safetensors_header
 from lorasweep.core.safetensors_header import CheckpointError
@@ -38,7 +37,7 @@ def first_adapters(base: BaseModel, run: TrainingRun) -> tuple[Pack, Mapping[str
     """
     optimizer = run.optimizer
     fresh = Pack.new(
-        base.parts, [(run.adapter, run.seed, optimizer.trained_parts)], [optimizer.bare_blocks]
+        base.parts, [(run.adapter, run.seed, optimizer.trained_parts)], [optimizer.trains]
     )
     if run.network_weights is None:
         return fresh, {}
@@ -77,8 +76,7 @@ def _trained(file: LoRAFile, fresh: Pack, run: TrainingRun) -> dict[str, Tensors
         site = fresh.known.get(key)
         if site is None:
             raise _unlike(file, key, "which the base model doesn't have, or no adapter trains")
-        is_bare = block_index(site) in run.optimizer.bare_blocks
-        is_trained = site.part in run.optimizer.trained_parts and not is_bare
+        is_trained = site.part in run.optimizer.trained_parts and run.optimizer.trains(site)
         if is_trained and (run.dim_from_weights or key in adapted):
             found[key] = tensors
     if left := len(file.sites) - len(found):

@@ -13,7 +13,7 @@ from pydantic import NonNegativeFloat, PositiveFloat
 
 from lorasweep.adapters.adapter import Site
 from lorasweep.adapters.kohya_names import TEXT_ENCODERS
-from lorasweep.adapters.unet_blocks import BlockWeights, block_index, joined
+from lorasweep.adapters.unet_blocks import WAYS, BlockWeights, block_of, joined
 from lorasweep.core.settings import Settings, SettingsError
 from lorasweep.core.text import shown
 
@@ -104,11 +104,10 @@ class Optimizer(Settings):
         """The UNet's learning rate, or where that is 0 the first text encoder's that isn't."""
         return self.unet_lr or next(rate for rate in self.part_rates.values() if rate > 0)
 
-    @property
-    def bare_blocks(self) -> frozenset[int]:
-        """The UNet's blocks, by kohya's number, that are not trained: their weight is 0."""
-        weights = self.block_lr_weights.all if self.block_lr_weights is not None else ()
-        return frozenset(index for index, weight in enumerate(weights) if weight == 0)
+    def trains(self, site: Site) -> bool:
+        """Is the site's block trained? Not where its weight is 0."""
+        block, weights = block_of(site), self.block_lr_weights
+        return weights is None or block is None or weights.at(block) > 0
 
     @property
     def plus_ratios(self) -> dict[str, float]:
@@ -125,13 +124,13 @@ class Optimizer(Settings):
 
         That of the second factors of a LoRA is text_encoder_plus or unet_plus_x0.5 with LoRA+.
         """
-        index = block_index(site)
+        block = block_of(site)
         name = f"{site.part}_plus" if is_up and site.part in self.plus_ratios else site.part
-        if self.block_lr_weights is None or index is None:
+        if self.block_lr_weights is None or block is None:
             return name
-        return _weighted(name, self.block_lr_weights.all[index])
+        return _weighted(name, self.block_lr_weights.at(block))
 
-    def network_args(self) -> dict[str, str]:
+    def network_args(self, *, is_sdxl: bool = False) -> dict[str, str]:
         """kohya's network_args of LoRA+ and of the weights by block."""
         ratios = {
             name: getattr(self, name)
@@ -145,12 +144,8 @@ class Optimizer(Settings):
         weights = self.block_lr_weights
         if weights is None:
             return plus
-        return {
-            **plus,
-            "down_lr_weight": joined(weights.down),
-            "mid_lr_weight": joined([weights.mid]),
-            "up_lr_weight": joined(weights.up),
-        }
+        by_way = {f"{way}_lr_weight": joined(weights.of_way(way, is_sdxl=is_sdxl)) for way in WAYS}
+        return {**plus, **by_way}
 
     def check(self) -> torch.optim.Optimizer:
         """One that has made a step; SettingsError if it refuses, before anything else is done."""
@@ -198,14 +193,14 @@ class Optimizer(Settings):
 
     def _rates(self) -> dict[str, float]:
         """The learning rate of every group there may be, a part's second factors after the rest."""
-        weights = self.block_lr_weights.all if self.block_lr_weights is not None else ()
+        weights = self.block_lr_weights.given if self.block_lr_weights is not None else set()
         rates: dict[str, float] = {}
         for part, rate in self.part_rates.items():
             ratio = self.plus_ratios.get(part)
             for name, own in ((part, rate), (f"{part}_plus", rate * (ratio or 0))):
                 rates[name] = own
                 if part == "unet":
-                    rates |= {_weighted(name, one): own * one for one in sorted(set(weights))}
+                    rates |= {_weighted(name, one): own * one for one in sorted(weights)}
         return rates
 
     def _class(self) -> Any:

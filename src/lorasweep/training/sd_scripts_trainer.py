@@ -123,7 +123,7 @@ class SdScriptsTraining:
         adapters = Pack.new(
             self.base.parts,
             [(run.adapter, run.seed, run.optimizer.trained_parts)],
-            [run.optimizer.bare_blocks],
+            [run.optimizer.trains],
         )
         numbers = sum(view.numel() for views in adapters.views(0).values() for view in views)
         total = run.num_steps(self.steps_per_epoch)

@@ -117,16 +117,10 @@ class TrainingRun(RunTraining):
                 f"optimizer.text_encoder_lr={list(rates)}: only SDXL has two text encoders; give"
                 " one number"
             )
-        by_block = {
-            "adapter.block_ranks": getattr(self.adapter, "block_ranks", None),
-            "optimizer.block_lr_weights": self.optimizer.block_lr_weights,
-        }
-        for key, given in by_block.items():
-            if is_sdxl and given is not None:
-                raise SettingsError(
-                    f"{key}: the blocks are Stable Diffusion 1.x's, and SDXL has others; set it to"
-                    " null"
-                )
+        ranks = getattr(self.adapter, "block_ranks", None)
+        for by_block in (ranks, self.optimizer.block_lr_weights):
+            if by_block is not None:
+                by_block.check(is_sdxl=is_sdxl)
 
     def num_steps(self, steps_per_epoch: int) -> int:
         """Optimizer steps that it trains in all: as many as the first of the two limits allows."""
