@@ -409,11 +409,11 @@ def test_what_a_file_says_of_its_schedule_is_taken_wherever_it_is_read(
 
 
 def test_the_settings_stand_above_what_a_file_says(single, plain, embedded):
-    read = whole_model.read(str(single), str(plain), prediction_type="epsilon")
+    read = whole_model.read(str(single), str(plain), told={"prediction_type": "epsilon"})
     assert read.schedule["prediction_type"] == "epsilon"
-    assert whole_model.read(embedded, prediction_type="epsilon").schedule["prediction_type"] == (
-        "epsilon"
-    )
+    assert whole_model.read(embedded, told={"prediction_type": "epsilon"}).schedule[
+        "prediction_type"
+    ] == ("epsilon")
 
 
 def test_what_no_file_can_say_of_a_schedule_is_told(plain, embedded, tmp_path):

@@ -30,6 +30,7 @@ LYCORIS = {
             "algo": "locon",
             "dora_wd": "False",
             "use_scalar": "True",
+            "loraplus_lr_ratio": "4",
         }
     ),
     "ss_unet_lr": "0.0001",
@@ -106,6 +107,7 @@ def test_a_lycoris_file_with_its_data_set_in_a_toml(tmp_path):
     assert list(run.optimizer.args["betas"]) == [0.9, 0.95]
     assert run.optimizer.type.endswith("AdamW8bit")
     assert run.optimizer.text_encoder_lr == 5e-5
+    assert run.optimizer.loraplus_lr_ratio == 4
     assert run.lr_scheduler.type == "cosine"
     assert (run.trainer.batch_size, run.dataset.size) == (3, (512, 650))
     assert run.dataset.enable_bucket
@@ -116,18 +118,24 @@ def test_a_lycoris_file_with_its_data_set_in_a_toml(tmp_path):
     assert "seed" in unknown
 
 
-def test_what_kohya_did_otherwise_is_told(tmp_path):
+def test_what_kohyas_users_set_is_taken_over(tmp_path):
     """20 steps are two whole epochs of the reference, 15 end within the second."""
     entries = {
         "ss_max_train_steps": "15",
         "ss_zero_terminal_snr": "True",
         "modelspec.timestep_range": "200,800",
+        "ss_loss_type": "huber",
+        "ss_max_token_length": "225",
+        "ss_ip_noise_gamma": "0.1",
+        "ss_debiased_estimation": "True",
     }
     found = foreign_lora.read_settings(file_of(tmp_path, {**KOHYA, **entries}))
-    told = dict(found.unknown)
-    assert run_of(found, tmp_path / "config").max_train_steps == 15
-    assert "rescale_betas_zero_snr" in told["ss_zero_terminal_snr=True"]
-    assert "part of the timesteps" in told["modelspec.timestep_range=200,800"]
+    run = run_of(found, tmp_path / "config")
+    assert run.max_train_steps == 15
+    assert run.model.zero_terminal_snr and run.model.max_token_length == 225
+    assert (run.min_timestep, run.max_timestep) == (200, 800)
+    assert (run.loss_type, run.ip_noise_gamma) == ("huber", 0.1)
+    assert run.debiased_estimation_loss and not run.multires_noise_iterations
 
 
 def test_small_images_and_empty_captions_are_trained_on_again(tmp_path):

@@ -56,11 +56,11 @@ def test_a_neighbour_that_turns_nan_is_stopped_alone(make_run, base, data, monke
     doomed = make_run("adapter.rank=8", "seed=9", number=1)
     noise = PackLoss._draw
 
-    def poisoned(self, state, rows, shape):
-        drawn, timesteps = noise(self, state, rows, shape)
+    def poisoned(self, state, latents):
+        drawn = noise(self, state, latents)
         if state.run.name == doomed.name and state.num_micro_steps == 5:  # in its second epoch
-            drawn = drawn * float("nan")
-        return drawn, timesteps
+            return replace(drawn, target=drawn.target * float("nan"))
+        return drawn
 
     monkeypatch.setattr(PackLoss, "_draw", poisoned)
     losses, last, failures = train(base, data, doomed, healthy)

@@ -18,9 +18,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from safetensors.torch import save_file
 
 import narrow_sd15
 import sd_scripts_stand_in as stand_in
+from adapter_packs import trained
 from conftest import SMALL, options
 from lorasweep.adapters.pack import Pack
 from lorasweep.cli import main
@@ -40,6 +42,7 @@ from lorasweep.training.sd_scripts_config import (
 )
 from lorasweep.training.sd_scripts_trainer import SdScriptsTraining, files_of
 from lorasweep.training.training_run import Stopped, TrainingData
+from renamed_loras import as_peft
 from small_training import load
 
 REAL = os.environ.get("LORASWEEP_SD_SCRIPTS")
@@ -445,17 +448,33 @@ SAID = [
         "trainer.attention=xformers": {"xformers": True, "sdpa": None},
         "trainer.noise_offset=0.05": {"noise_offset": 0.05},
         "trainer.min_snr_gamma=5": {"min_snr_gamma": 5.0},
+        "trainer.loss_type=huber": {"loss_type": "huber"},
+        "trainer.huber_schedule=constant": {"huber_schedule": "constant"},
+        "trainer.huber_c=0.2": {"huber_c": 0.2},
+        "trainer.huber_scale=2": {"huber_scale": 2.0},
+        "trainer.debiased_estimation_loss=true": {"debiased_estimation_loss": True},
+        "trainer.multires_noise_iterations=6": {"multires_noise_iterations": 6},
+        "trainer.multires_noise_discount=0.4": {"multires_noise_discount": 0.4},
+        "trainer.ip_noise_gamma=0.1": {"ip_noise_gamma": 0.1},
+        "trainer.ip_noise_gamma_random_strength=true": {"ip_noise_gamma_random_strength": True},
+        "trainer.adaptive_noise_scale=0.2": {"adaptive_noise_scale": 0.2},
+        "trainer.noise_offset_random_strength=true": {"noise_offset_random_strength": True},
+        "trainer.min_timestep=100": {"min_timestep": 100},
+        "trainer.max_timestep=900": {"max_timestep": 900},
         "trainer.sample_every_n_epochs=3": {"sample_every_n_epochs": 3},
         "model.clip_skip=2": {"clip_skip": 2},
+        "model.max_token_length=150": {"max_token_length": 150},
+        "model.weighted_captions=true": {"weighted_captions": True},
         "optimizer.unet_lr=3e-4": {"unet_lr": 3e-4, "learning_rate": 3e-4},
         "optimizer.text_encoder_lr=2e-5": {"text_encoder_lr": 2e-5},
         "optimizer.max_grad_norm=0": {"max_grad_norm": 0.0},
+        "optimizer.loraplus_lr_ratio=4": {},
         "lr_scheduler=cosine": {"lr_scheduler": "cosine"},
         "lr_scheduler.warmup=0.1": {"lr_warmup_steps": 0.1},
         "adapter.rank=6": {"network_module": "networks.lora", "network_dim": 6},
         "adapter.alpha=2": {"network_alpha": 2.0},
         "adapter.network_dropout=0.1": {"network_dropout": 0.1},
-        "adapter.rank_dropout=0.2": {"network_args": ["rank_dropout=0.2"]},
+        "adapter.rank_dropout=0.2": {"network_args": ["rank_dropout=0.2", "loraplus_lr_ratio=4.0"]},
         "adapter.scale_weight_norms=1": {"scale_weight_norms": 1.0},
         "dataset.resolution=[64,128]": {"resolution": "64,128", "enable_bucket": False},
         "dataset.flip_aug=true": {"flip_aug": True},
@@ -463,6 +482,10 @@ SAID = [
         "dataset.caption_dropout_every_n_epochs=2": {"caption_dropout_every_n_epochs": 2},
     },
     {
+        "trainer.v_pred_like_loss=0.5": {"v_pred_like_loss": 0.5, "loss_type": "l2"},
+        "trainer.scale_v_pred_loss_like_noise_pred=true": {
+            "scale_v_pred_loss_like_noise_pred": True
+        },
         "optimizer=lion": {"optimizer_type": "Lion", "optimizer_args": ["weight_decay=0.01"]},
         "optimizer.text_encoder_lr=0": {"network_train_unet_only": True, "text_encoder_lr": None},
         "lr_scheduler.warmup=3": {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 3},
@@ -478,7 +501,8 @@ SAID = [
         "lr_scheduler.num_cycles=3": {"lr_scheduler_num_cycles": 3},
     },
     {
-        "optimizer=adamw8bit": {"optimizer_type": "AdamW8bit"},
+        "optimizer=adamw8bit": {},
+        "optimizer.type=DAdaptLion": {"optimizer_type": "DAdaptLion"},
         "lr_scheduler=polynomial": {"lr_scheduler": "polynomial", "lr_scheduler_args": None},
         "lr_scheduler.power=2": {"lr_scheduler_power": 2.0},
         "adapter=locon": {"network_module": "networks.lora"},
@@ -498,6 +522,25 @@ def test_settings_are_told_in_kohyas_words(said, told):
     assert settings.keys() <= OPTIONS.keys()
     for key, choices in OPTIONS.items():
         assert key not in settings or choices is None or settings[key] in choices
+
+
+def test_files_that_training_begins_with_are_told(told, tmp_path):
+    file = tmp_path / "a b.safetensors"
+    file.touch()
+    settings = told(f"model.base_weights=['{file}']", f"trainer.network_weights='{file}'")
+    assert settings["base_weights"] == [str(file)] and "base_weights_multiplier" not in settings
+    assert settings["network_weights"] == str(file) and not settings["dim_from_weights"]
+
+
+def test_a_file_whose_names_it_does_not_read_is_refused(stood_in, make_run, base, tmp_path):
+    """It would train on without a word, and without the file."""
+    path = tmp_path / "pefts.safetensors"
+    run = make_run(*stood_in.overrides)
+    own = trained(base, (run.adapter, 0)).file_tensors(0)
+    save_file({name: one.contiguous() for name, one in as_peft(own, base).items()}, path)
+    run = make_run(*stood_in.overrides, f"trainer.network_weights={path}")
+    with pytest.raises(SettingsError, match="names that sd-scripts doesn't read"):
+        start(base, load(run, base), run)
 
 
 LYCORIS = {"loha": "loha", "lokr": "lokr", "dora": "locon", "lycoris": "glora"}

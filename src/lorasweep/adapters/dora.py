@@ -95,6 +95,9 @@ class DoRAStack(Stack):
     def leaves(self) -> list[Tensor]:
         return [*self.inner.leaves(), self.magnitude]
 
+    def are_ups(self) -> list[bool]:
+        return [*self.inner.are_ups(), False]
+
     def own_sizes(self, index: int) -> list[int | None]:
         return [*self.inner.own_sizes(index), None]
 

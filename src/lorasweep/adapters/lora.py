@@ -177,6 +177,9 @@ class LoRAStack(FileStack):
     def leaves(self) -> list[Tensor]:
         return [self.down, self.up]
 
+    def are_ups(self) -> list[bool]:
+        return [False, True]
+
     def own_sizes(self, index: int) -> list[int | None]:
         return [self.trained[index]] * 2
 

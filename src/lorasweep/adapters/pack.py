@@ -37,7 +37,11 @@ _FORM_BY_LYCORIS = "hada_t1"
 """LoHa in Tucker form, which other programs make."""
 
 
-def _part(site: Site) -> str:
+Grouping = Callable[[Site, bool], str]
+"""The group of a site's tensor, which may be another for the second factor of a LoRA."""
+
+
+def _part(site: Site, is_up: bool) -> str:
     return site.part
 
 
@@ -142,21 +146,22 @@ class Pack:
         """Does any run adapt `part`?"""
         return any(entry.site.part == part for entry in self.entries)
 
-    def views(self, index: int, group: Callable[[Site], str] = _part) -> dict[str, list[Tensor]]:
-        """Run `index`'s own tensors by their site's group, sharing the stacks' memory."""
-        views: dict[str, list[Tensor]] = {}
-        for site, stack, row in self._of(index):
-            views.setdefault(group(site), []).extend(stack.views(row))
-        return views
+    def views(self, index: int, group: Grouping = _part) -> dict[str, list[Tensor]]:
+        """Run `index`'s own tensors by their group, sharing the stacks' memory."""
+        return self._grouped(index, group, lambda stack, row: stack.views(row))
 
-    def gradients(
-        self, index: int, group: Callable[[Site], str] = _part
-    ) -> dict[str, list[Tensor]]:
+    def gradients(self, index: int, group: Grouping = _part) -> dict[str, list[Tensor]]:
         """The gradients of `views(index, group)`, likewise."""
-        gradients: dict[str, list[Tensor]] = {}
+        return self._grouped(index, group, lambda stack, row: stack.gradients(row))
+
+    def _grouped(
+        self, index: int, group: Grouping, tensors: Callable[[Stack, int], list[Tensor]]
+    ) -> dict[str, list[Tensor]]:
+        found: dict[str, list[Tensor]] = {}
         for site, stack, row in self._of(index):
-            gradients.setdefault(group(site), []).extend(stack.gradients(row))
-        return gradients
+            for tensor, is_up in zip(tensors(stack, row), stack.are_ups(), strict=True):
+                found.setdefault(group(site, is_up), []).append(tensor)
+        return found
 
     def file_tensors(self, index: int) -> dict[str, Tensor]:
         """Run `index`'s tensors under the names that files have."""

@@ -39,6 +39,10 @@ class Stack(ABC):
         """How much of each leaf's second dimension is run `index`'s own; None: all."""
         return [None] * len(self.leaves())
 
+    def are_ups(self) -> list[bool]:
+        """Which of the leaves are a LoRA's second factor, that LoRA+ (arXiv 2402.12354) speeds."""
+        return [False] * len(self.leaves())
+
     @abstractmethod
     def file_tensors(self, index: int) -> dict[str, Tensor]:
         """Run `index`'s tensors as a file holds them; they make the same stack again."""

@@ -111,7 +111,9 @@ def saved_model(config: Mapping[str, Any], where: object) -> Model:
     register_resolvers()
     plain: Any = OmegaConf.to_container(OmegaConf.create(node), resolve=True)
     plain.pop("_target_", None)
-    return build_class(Model, {**plain, "allow_pickle": False}, "model")  # type: ignore[no-any-return]
+    # pictures are compared with those of programs that read 75 tokens and no weights
+    ours = {"allow_pickle": False, "max_token_length": 75, "weighted_captions": False}
+    return build_class(Model, {**plain, **ours}, "model")  # type: ignore[no-any-return]
 
 
 def model_named(name: str) -> tuple[str, Model] | None:

@@ -18,6 +18,7 @@ from lorasweep.config.run import COMPONENTS
 from lorasweep.core.settings import SettingsError
 from lorasweep.core.text import listed, shown
 from lorasweep.judging.metrics.metric import names
+from lorasweep.training.training_loss import HUBER
 
 if TYPE_CHECKING:
     from lorasweep.config.run import Run
@@ -136,6 +137,10 @@ def overrides_have_an_effect(run: Run) -> None:
         unused |= dict.fromkeys(_PICTURES, "sampling.every_n_epochs=1")
     if run.adapter.targets in ("attn-mlp", "unet-only"):
         unused |= dict.fromkeys(_CONVOLUTIONS, "adapter.targets=full (or conv)")
+    if run.loss_type not in HUBER:
+        unused |= dict.fromkeys(_HUBER, "trainer.loss_type=huber (or smooth_l1)")
+    if run.multires_noise_iterations == 0:
+        unused["trainer.multires_noise_discount"] = "trainer.multires_noise_iterations=6"
     for key, _ in _overrides(run):
         if key in unused:
             raise SettingsError(
@@ -213,6 +218,17 @@ def learning_rates_are_read(run: Run) -> Iterator[str]:
         )
 
 
+def second_factors_are_there(run: Run) -> None:
+    """LoRA+ speeds those of LoRA, LoCon and DoRA; other types have none."""
+    from lorasweep.adapters.lora import LoRA
+
+    if run.optimizer.plus_ratios and not isinstance(run.adapter, LoRA):
+        raise SettingsError(
+            "optimizer.loraplus_lr_ratio has no effect on this type of adapter, which has no second"
+            " factors as LoRA, LoCon and DoRA have; leave it at null"
+        )
+
+
 def saved_factors_are_exact(run: Run) -> Iterator[str]:
     """PiSSA starts from the base's own weights, whose rounding shows."""
     if getattr(run.adapter, "init", None) == "pissa" and run.trainer.save_dtype != "fp32":
@@ -248,6 +264,7 @@ CHECKS: tuple[Check, ...] = (
     mlflows_variables_are_not_read,
     alpha_is_at_most_the_rank,
     learning_rates_are_read,
+    second_factors_are_there,
     saved_factors_are_exact,
     sd_scripts_can_train_it,
 )
@@ -257,6 +274,7 @@ _MLFLOW_VARIABLES = {
     "tracking.experiment": "MLFLOW_EXPERIMENT_NAME",
 }
 _BUCKETS = ("dataset.min_bucket_reso", "dataset.max_bucket_reso", "dataset.bucket_reso_steps")
+_HUBER = ("trainer.huber_schedule", "trainer.huber_c", "trainer.huber_scale")
 _CONVOLUTIONS = ("adapter.conv_rank", "adapter.conv_alpha")
 _PICTURES = tuple(
     f"sampling.{name}"

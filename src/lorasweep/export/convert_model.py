@@ -37,9 +37,8 @@ def convert(
         )
     with picture_check.quiet(), staged(target, overwrite) as place:
         names = ("SOURCE", "--config")
-        model = whole_model.read(
-            source, config, names=names, prediction_type=prediction_type, vae=vae
-        )
+        told = {"prediction_type": prediction_type} if prediction_type else {}
+        model = whole_model.read(source, config, names=names, told=told, vae=vae)
         base = whole_model.as_base(_settings(source), model)
         before = picture_check.draw(base)
         result = model.cast(precision)

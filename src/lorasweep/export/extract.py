@@ -126,9 +126,7 @@ def extract(
 
 def _read(model: Model) -> WholeModel:
     model.check()
-    return whole_model.read(
-        model.path, model.config, model.revision, prediction_type=model.prediction_type
-    )
+    return whole_model.read(model.path, model.config, model.revision, told=model.told_schedule)
 
 
 def _check_targets(targets: str) -> None:

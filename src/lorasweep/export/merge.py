@@ -56,10 +56,13 @@ def merged(
             settings.config,
             settings.revision,
             sdxl=True,
-            prediction_type=settings.prediction_type,
+            told=settings.told_schedule,
             vae=vae,
         )
         base = whole_model.as_base(settings, model)
+        for path, multiplier in settings.merged_weights:  # the LoRA was trained on their sum
+            model = merge(base, model, [(read_lora_file.read(path, base), multiplier)])
+            base = whole_model.as_base(settings, model)
         files = [(read_lora_file.read(path, base), weight) for path, weight in loras]
         adapters = attachable(base, files)
         bare, before = picture_check.draw(base), picture_check.draw(base, adapters)

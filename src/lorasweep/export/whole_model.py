@@ -29,6 +29,7 @@ from lorasweep.export.single_file_names import (
     modern_name,
     prefixed,
 )
+from lorasweep.lora_files.base_weights import merge_base_weights
 from lorasweep.models import file_schedule
 from lorasweep.models.base_model import BaseModel, Precision, torch_dtype
 from lorasweep.models.file_schedule import V_PRED, ZTSNR
@@ -148,20 +149,20 @@ def read(
     names: tuple[str, str] = ("model.path", "model.config"),
     *,
     sdxl: bool = False,
-    prediction_type: str | None = None,
+    told: Mapping[str, Any] | None = None,
     vae: str | None = None,
 ) -> WholeModel:
     """Read a diffusers folder, a hub id, or a single file with `config`'s configs (folder or id).
 
     Messages call `source` and `config` by these names. With `sdxl` a folder may be of SDXL too.
-    A `prediction_type` stands above what the model itself says of its noise schedule. A `vae`, a
+    What is `told` of its noise schedule stands above what the model itself says. A `vae`, a
     file or folder (`read_vae`), takes the place of the model's own, which may lack then.
 
     Raises ModelError in one line for another architecture, a missing or misshapen tensor, a pickle.
     Tensors that no part of the model needs are left out, with a warning unless they are known.
     """
     path = Path(source).expanduser()
-    told = {"prediction_type": prediction_type} if prediction_type else {}
+    told = told or {}
     if path.is_file():
         return _read_file(path, config, names[1], told, vae)
     folder = diffusers_folder.find_folder(source, revision, names[0], weights=True)
@@ -200,8 +201,11 @@ def base_for_loras(settings: Model) -> BaseModel:
     """The model that LoRA files are drawn with, whatever its architecture. Raises ModelError."""
     is_readable = settings.is_single_file and Path(settings.path).suffix == ".safetensors"
     if not is_readable or check_file(Path(settings.path), f"model.path={settings.path}") == SDXL:
-        return settings.load()
-    return as_base(settings, read(settings.path, settings.config))
+        base = settings.load()
+    else:
+        base = as_base(settings, read(settings.path, settings.config))
+    merge_base_weights(base)
+    return base
 
 
 def _read_file(

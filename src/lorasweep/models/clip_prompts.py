@@ -10,27 +10,26 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 
-def tokenize(tokenizer: CLIPTokenizer, text_encoder: Any, prompts: Sequence[str]) -> Tensor:
-    """Token ids (N, L) on the text encoder's device, padded and cut to its length."""
+def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str], length: int) -> Tensor:
+    """Token ids (N, length), padded and cut."""
     tokens = tokenizer(
         list(prompts),
         padding="max_length",
-        max_length=max_length(tokenizer, text_encoder),
+        max_length=length,
         truncation=True,
         return_tensors="pt",
     )
-    ids: Tensor = tokens.input_ids.to(text_encoder.device)
+    ids: Tensor = tokens.input_ids
     return ids
 
 
-def too_long(tokenizer: CLIPTokenizer, text_encoder: Any, prompts: Sequence[str]) -> list[str]:
-    """The prompts that are cut."""
+def are_cut(tokenizer: CLIPTokenizer, prompts: Sequence[str], length: int) -> list[bool]:
+    """Which of the prompts have more tokens than `length`, with the two that frame them."""
     tokens = tokenizer(list(prompts), verbose=False).input_ids if prompts else []
-    length = max_length(tokenizer, text_encoder)
-    return [one for one, ids in zip(prompts, tokens, strict=True) if len(ids) > length]
+    return [len(ids) > length for ids in tokens]
 
 
 def max_length(tokenizer: CLIPTokenizer, text_encoder: Any) -> int:
-    """Tokens of a prompt; a tokenizer without a limit of its own takes the text encoder's."""
+    """Tokens that fit; a tokenizer without a limit of its own takes the text encoder's."""
     positions = int(text_encoder.config.max_position_embeddings)
     return min(positions, int(tokenizer.model_max_length))

@@ -1,4 +1,4 @@
-"""The diffusion loss of single samples: what training lowers and the held-out loss measures."""
+"""What the base predicts for noised latents, and how far off it is: the held-out loss."""
 
 from __future__ import annotations
 
@@ -11,6 +11,27 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def prediction_and_target(
+    base: BaseModel,
+    latents: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    conditioning: Conditioning,
+    noise_on_input: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What the base predicts for noised latents, and what it should: (N, C, h, w) in fp32.
+
+    That is the noise as in DDPM (arXiv 2006.11239), or v (arXiv 2202.00512). Latents and noise are
+    (N, C, h, w), timesteps (N,), rows of conditioning N; `noise_on_input` noises the latents in
+    place of the noise that is to be found. Call it within `base.autocast()`.
+    """
+    schedule = base.noise_schedule
+    added = noise if noise_on_input is None else noise_on_input
+    noisy_latents = schedule.add_noise(latents, added, timesteps)
+    prediction = base.predict(noisy_latents, timesteps, conditioning).float()
+    return prediction, schedule.training_target(latents, noise, timesteps)
+
+
 def squared_errors(
     base: BaseModel,
     latents: Tensor,
@@ -18,14 +39,6 @@ def squared_errors(
     timesteps: Tensor,
     conditioning: Conditioning,
 ) -> Tensor:
-    """Losses (N,) in fp32 of the base's predictions for noised latents.
-
-    Noise prediction as in DDPM (arXiv 2006.11239) or v-prediction (arXiv 2202.00512), averaged over
-    channels and pixels, not weighted. Latents and noise are (N, C, h, w), timesteps (N,), rows of
-    conditioning N; call it within `base.autocast()`.
-    """
-    schedule = base.noise_schedule
-    noisy_latents = schedule.add_noise(latents, noise, timesteps)
-    prediction = base.predict(noisy_latents, timesteps, conditioning).float()
-    target = schedule.training_target(latents, noise, timesteps)
+    """Losses (N,) of the predictions, averaged over channels and pixels, not weighted."""
+    prediction, target = prediction_and_target(base, latents, noise, timesteps, conditioning)
     return (prediction - target).square().mean(dim=(1, 2, 3))

@@ -215,9 +215,9 @@ def frozen(
     components["vae"].float()
     layers = int(components["text_encoder"].config.num_hidden_layers)
     check_clip_skip(settings, layers, is_sdxl=is_sdxl)
+    _check_prompts(settings, components["tokenizer"], is_sdxl=is_sdxl)
     schedule = dict(components["scheduler"])
-    if settings.prediction_type is not None:
-        schedule["prediction_type"] = settings.prediction_type
+    schedule |= file_schedule.changes(schedule, settings.told_schedule)
     noise_schedule = NoiseSchedule(schedule)
     noise_schedule.scheduler  # noqa: B018  # its config is read here, and may be wrong
     shared: dict[str, Any] = {
@@ -235,6 +235,20 @@ def frozen(
         text_encoder_2=components["text_encoder_2"],
         force_zeros_for_empty_prompt=bool(components["force_zeros_for_empty_prompt"]),
     )
+
+
+def _check_prompts(settings: ModelSettings, tokenizer: Any, *, is_sdxl: bool) -> None:
+    """Raise SettingsError for prompts that the model's text encoders can't read in chunks."""
+    if is_sdxl and settings.weighted_captions:
+        raise SettingsError(
+            "model.weighted_captions=true: weights in the prompts of SDXL come later; set it to"
+            " false"
+        )
+    if settings.num_chunks > 1 and (is_sdxl or tokenizer.pad_token_id != tokenizer.eos_token_id):
+        raise SettingsError(
+            f"model.max_token_length={settings.max_token_length}: prompts of this model end in"
+            " other tokens than Stable Diffusion 1.x's, and can't be longer than 75"
+        )
 
 
 def check_clip_skip(settings: ModelSettings, num_layers: int, *, is_sdxl: bool) -> None:

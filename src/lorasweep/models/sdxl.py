@@ -73,8 +73,9 @@ class SDXL(LatentDiffusion):
 
     def too_long(self, prompts: Sequence[str]) -> list[str]:
         """The prompts of which a text encoder reads no more than the first `max_tokens`."""
-        cut = [set(clip_prompts.too_long(*encoder, prompts)) for encoder in self._encoders]
-        return [one for one in prompts if one in cut[0] | cut[1]]
+        length = self.max_tokens + 2
+        cut = [clip_prompts.are_cut(tokenizer, prompts, length) for tokenizer, _ in self._encoders]
+        return [one for one, *are in zip(prompts, *cut, strict=True) if any(are)]
 
     @property
     def max_tokens(self) -> int:
@@ -91,7 +92,10 @@ class SDXL(LatentDiffusion):
 
         self.wake_text_encoders()
         outputs = [
-            encoder(clip_prompts.tokenize(tokenizer, encoder, prompts), output_hidden_states=True)
+            encoder(
+                clip_prompts.tokenize(tokenizer, prompts, self.max_tokens + 2).to(self.device),
+                output_hidden_states=True,
+            )
             for tokenizer, encoder in self._encoders
         ]
         embeds = torch.cat([one.hidden_states[-2] for one in outputs], dim=-1)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lorasweep.models import clip_prompts
 from lorasweep.models.conditioning import Conditioning, SizeAndCrop
 from lorasweep.models.latent_diffusion import LatentDiffusion
+from lorasweep.models.prompt_tokens import in_chunks, joined, weighted_ids, weighted_parts
 
 if TYPE_CHECKING:
     import torch
@@ -50,28 +51,49 @@ class StableDiffusion(LatentDiffusion):
         }
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Token ids (N, L), padded and cut to the text encoder's length."""
-        return clip_prompts.tokenize(self.tokenizer, self.text_encoder, prompts)
+        """Token ids (N, 2 + max_tokens), padded and cut."""
+        length = self.max_tokens + 2
+        if self.settings.weighted_captions:
+            return weighted_ids(self.tokenizer, prompts, length)[0].to(self.device)
+        return clip_prompts.tokenize(self.tokenizer, prompts, length).to(self.device)
 
     def too_long(self, prompts: Sequence[str]) -> list[str]:
         """The prompts of which the text encoder reads no more than the first `max_tokens`."""
-        return clip_prompts.too_long(self.tokenizer, self.text_encoder, prompts)
+        texts = list(prompts)
+        if self.settings.weighted_captions:
+            texts = ["".join(text for text, _ in weighted_parts(prompt)) for prompt in prompts]
+        cut = clip_prompts.are_cut(self.tokenizer, texts, self.max_tokens + 2)
+        return [one for one, is_cut in zip(prompts, cut, strict=True) if is_cut]
 
     @property
     def max_tokens(self) -> int:
         """Tokens of a prompt that the text encoder reads, besides the two that frame it."""
-        return clip_prompts.max_length(self.tokenizer, self.text_encoder) - 2
+        return (self._max_length - 2) * self.settings.num_chunks
+
+    @property
+    def _max_length(self) -> int:
+        """Tokens of a chunk."""
+        return clip_prompts.max_length(self.tokenizer, self.text_encoder)
 
     def encode_prompt(self, prompts: Sequence[str]) -> Conditioning:
-        """Prompt embeddings (N, L, D) from the layer that clip_skip names."""
+        """Prompt embeddings (N, 2 + max_tokens, D) from the layer that clip_skip names."""
         self.wake_text_encoders()
         ids = self.tokenize(prompts)
+        embeds = joined(self._hidden(in_chunks(ids, self._max_length)), len(prompts))
+        if self.settings.weighted_captions:
+            _, weights = weighted_ids(self.tokenizer, prompts, self.max_tokens + 2)
+            embeds = embeds * weights.to(embeds)[..., None]
+        return Conditioning(embeds)
+
+    def _hidden(self, ids: Tensor) -> Tensor:
         skip = self.settings.clip_skip
         if skip == 1:
-            return Conditioning(self.text_encoder(ids).last_hidden_state)
+            embeds: Tensor = self.text_encoder(ids).last_hidden_state
+            return embeds
         states = self.text_encoder(ids, output_hidden_states=True).hidden_states
         inner = getattr(self.text_encoder, "text_model", self.text_encoder)
-        return Conditioning(inner.final_layer_norm(states[-skip]))
+        hidden: Tensor = inner.final_layer_norm(states[-skip])
+        return hidden
 
     def with_sizes(self, conditioning: Conditioning, sizes: Sequence[SizeAndCrop]) -> Conditioning:
         """As it is: this UNet is told of no sizes."""

@@ -36,6 +36,7 @@ def from_origin(origin: Mapping[str, Any] | None, run: Run) -> list[Difference]:
         return [Difference("base model, versions, code, device", unknown, "not compared")]
     return [
         *_model(origin.get("model") or {}, run),
+        *_start(origin, run),
         *_versions(origin.get("versions") or {}),
         *_code(origin.get("code") or []),
         *_device(origin.get("device") or {}, run),
@@ -96,6 +97,14 @@ def _model(then: Mapping[str, Any], run: Run) -> Iterator[Difference]:
             f"{then['path']}, sha256 {then['sha256'][:12]}…",
             f"{now['path']}, sha256 {now['sha256'][:12]}…: {listed(other)}",
         )
+
+
+def _start(origin: Mapping[str, Any], run: Run) -> Iterator[Difference]:
+    then = provenance.sha256_of(origin.get(provenance.START))
+    now = provenance.start_digest(run.network_weights, run.cache_dir)
+    if then != now:
+        pair = (f"sha256 {digest[:12]}…" if digest else "none" for digest in (then, now))
+        yield Difference("trainer.network_weights", *pair)
 
 
 def _versions(then: Mapping[str, str]) -> Iterator[Difference]:

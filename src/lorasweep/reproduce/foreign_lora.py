@@ -90,6 +90,9 @@ def read_settings(path: Path) -> FoundSettings:
     _schedule(found, metadata)
     for setting, (key, convert) in kohya.SETTINGS.items():
         found.read(setting, metadata.get(key), key, convert)
+    for setting, (key, convert) in kohya.LATER_SETTINGS.items():
+        if key in metadata:
+            found.read(setting, metadata[key], key, convert)
     _dataset(found, metadata)
     _folders(found, metadata)
     _model(found, metadata)
@@ -97,7 +100,7 @@ def read_settings(path: Path) -> FoundSettings:
         if (said := metadata.get(key)) is not None and said not in neutral:
             found.unknown.append((f"{key}={said}", f"{meaning}: not in lorasweep, left out"))
     _drop_without_effect(found.settings)
-    if not metadata.get("modelspec.timestep_range") and "modelspec.architecture" not in metadata:
+    if "modelspec.architecture" not in metadata:  # else it would have the range, were there one
         found.unknown.append(("min_timestep, max_timestep", "all timesteps are used"))
     _end_within_an_epoch(found, metadata)
     found.unknown += kohya.NEVER_LOGGED
@@ -146,6 +149,11 @@ def _network(found: FoundSettings, metadata: Metadata, tensors: Info) -> None:
         convert, adapters = kohya.NETWORK_ARGS.get(name, (str, ()))
         if adapter in adapters:
             found.read(f"adapter.{name}", str(said), f"ss_network_args: {name}", convert)
+        elif name.startswith("loraplus_"):
+            if adapter in ("lora", "locon", "dora"):
+                found.read(
+                    f"optimizer.{name}", str(said), f"ss_network_args: {name}", kohya.optional
+                )
         elif name not in kohya.READ_ELSEWHERE and str(said) not in (
             "False",
             "None",
@@ -341,6 +349,8 @@ def _drop_without_effect(settings: dict[str, Any]) -> None:
     )
     if not shuffles:
         settings.pop("dataset.keep_tokens", None)
+    if not settings.get("trainer.noise_offset"):
+        settings.pop("trainer.adaptive_noise_scale", None)
     if not settings.get("dataset.enable_bucket"):
         for name in ("bucket_no_upscale", "min_bucket_reso", "max_bucket_reso"):
             settings.pop(f"dataset.{name}", None)

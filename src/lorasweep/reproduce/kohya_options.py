@@ -48,6 +48,19 @@ def whole(said: str) -> Any:
     return KEEP_DEFAULT if said in OFF else int(float(said))
 
 
+def count(said: str) -> int:
+    return 0 if said in OFF else int(float(said))
+
+
+def only_if_true(said: str) -> Any:
+    return boolean(said) or KEEP_DEFAULT
+
+
+def last_timestep(said: str) -> Any:
+    """Of MIN,MAX."""
+    return KEEP_DEFAULT if said in OFF else int(said.split(",")[1])
+
+
 def warmup(said: str) -> Any:
     """Steps, or a fraction of all."""
     return KEEP_DEFAULT if said in OFF else float(said)
@@ -95,6 +108,25 @@ SETTINGS: dict[str, tuple[str, Converter]] = {
 }
 """Our setting -> kohya's entry, and how its text is read."""
 
+LATER_SETTINGS: dict[str, tuple[str, Converter]] = {
+    "trainer.noise_offset_random_strength": ("ss_noise_offset_random_strength", boolean),
+    "trainer.adaptive_noise_scale": ("ss_adaptive_noise_scale", number),
+    "trainer.multires_noise_iterations": ("ss_multires_noise_iterations", count),
+    "trainer.multires_noise_discount": ("ss_multires_noise_discount", number),
+    "trainer.ip_noise_gamma": ("ss_ip_noise_gamma", number),
+    "trainer.ip_noise_gamma_random_strength": ("ss_ip_noise_gamma_random_strength", boolean),
+    "trainer.loss_type": ("ss_loss_type", str),
+    "trainer.huber_schedule": ("ss_huber_schedule", str),
+    "trainer.huber_c": ("ss_huber_c", float),
+    "trainer.huber_scale": ("ss_huber_scale", float),
+    "trainer.debiased_estimation_loss": ("ss_debiased_estimation", boolean),
+    "model.max_token_length": ("ss_max_token_length", whole),
+    "model.zero_terminal_snr": ("ss_zero_terminal_snr", only_if_true),
+    "trainer.min_timestep": ("modelspec.timestep_range", lambda said: count(said.split(",")[0])),
+    "trainer.max_timestep": ("modelspec.timestep_range", last_timestep),
+}
+"""Likewise, of entries that older files lack, where the option was off."""
+
 DATASET_SETTINGS: dict[str, tuple[str, Converter]] = {
     "trainer.batch_size": ("batch_size_per_device", int),
     "dataset.resolution": ("resolution", size),
@@ -114,25 +146,12 @@ and after `ss_` else; and how its text is read."""
 
 NOT_IN_LORASWEEP: dict[str, tuple[tuple[str, ...], str]] = {
     "ss_num_reg_images": (("0",), "regularisation images"),
-    "ss_multires_noise_iterations": (("None", "0"), "pyramid noise"),
-    "ss_adaptive_noise_scale": (("None",), "noise offset that follows the latents"),
-    "ss_ip_noise_gamma": (("None", "0.0"), "noise on the input"),
-    "ss_noise_offset_random_strength": (("False", "None"), "noise offset of random strength"),
-    "ss_loss_type": (("l2", "None"), "another loss than the squared"),
     "ss_face_crop_aug_range": (("None",), "crops around faces"),
     "ss_color_aug": (("False", "None"), "changed colours"),
     "ss_random_crop": (("False", "None"), "random crops"),
     "ss_full_fp16": (("False", "None"), "adapters trained in fp16"),
     "ss_fp8_base": (("False", "None"), "a base in fp8"),
-    "ss_debiased_estimation": (("False", "None"), "debiased loss"),
-    "ss_max_token_length": (("None", "75"), "prompts longer than the text encoder's"),
     "ss_prior_loss_weight": (("1.0", "1", "None"), "weight of regularisation images"),
-    "ss_zero_terminal_snr": (
-        ("False", "None"),
-        "a noise schedule down to no signal, unless the base's own scheduler has"
-        " rescale_betas_zero_snr",
-    ),
-    "modelspec.timestep_range": (("0,1000", "None"), "a part of the timesteps"),
     "ss_v2": (("False", "None"), "Stable Diffusion 2's layout"),
 }
 """Entry -> values under which it says nothing, and what it means otherwise."""
@@ -150,7 +169,13 @@ NEVER_LOGGED: list[tuple[str, str]] = [
 
 OPTIMIZERS = {
     "AdamW8bit": "adamw8bit",
+    "PagedAdamW8bit": "paged_adamw8bit",
     "AdamW": "adamw",
+    "AdamWScheduleFree": "adamw_schedulefree",
+    "ProdigyPlusScheduleFree": "prodigy_plus_schedulefree",
+    "DAdaptAdam": "dadapt_adam",
+    "CAME": "came",
+    "Adafactor": "adafactor",
     "Lion": "lion",
     "Prodigy": "prodigy",
     "SGD": "sgd",

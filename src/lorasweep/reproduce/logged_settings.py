@@ -41,6 +41,8 @@ PLACES = (
     "model.revision",
     "model.config",
     "model.allow_pickle",
+    "model.base_weights",
+    "trainer.network_weights",
     "trainer.device",
     "trainer.path",
     "trainer.python",

@@ -44,6 +44,10 @@ OPTIONAL = {
     "bitsandbytes": "optimizer=adamw8bit",
     "lion-pytorch": "optimizer=lion",
     "prodigyopt": "optimizer=prodigy",
+    "prodigy-plus-schedule-free": "optimizer=prodigy_plus_schedulefree",
+    "dadaptation": "optimizer=dadapt_adam",
+    "schedulefree": "optimizer=adamw_schedulefree",
+    "pytorch-optimizer": "optimizer=came",
     "peft": "loading LoRA files in diffusers",
     "hydra-joblib-launcher": "hydra/launcher=joblib",
 }

@@ -19,7 +19,7 @@ README = """\
 
 Run `{run}`, epoch {epoch}, of sweep `{sweep}`; chosen by {chosen}.
 {score}
-A LoRA for the base model {base}. `config.yaml` is how it was trained.
+A LoRA for the base model {base}.{merged} `config.yaml` is how it was trained.
 
 Prompts that its samples were drawn with:
 
@@ -81,6 +81,7 @@ def readme(
         chosen="a person" if chosen_by == "person" else f"rule ({by}; of equals, the lowest drift)",
         score=_score(winner, by, ranked),
         base=markdown(base),
+        merged=merged_note(config),
         base_python=json.dumps(base, ensure_ascii=False),
         base_shell=shlex.quote(base),
         prompts="\n".join(f"- {markdown(prompt)}" for prompt in prompts),
@@ -88,6 +89,22 @@ def readme(
         prompt_shell=shlex.quote(prompts[0]),
         prompt_plain=prompts[0],
         **_clip_skip_hints(clip_skip if isinstance(clip_skip, int) else 1),
+    )
+
+
+def merged_note(config: Mapping[str, Any]) -> str:
+    """What was merged into the base, and so belongs beside the LoRA wherever it is used."""
+    files = value_at(config, "model", "base_weights") or []
+    files = [files] if isinstance(files, str) else files
+    if not (isinstance(files, list) and files):
+        return ""
+    weights = value_at(config, "model", "base_weights_multiplier")
+    weights = weights if isinstance(weights, list) else []
+    numbers = [*weights, *[1.0] * (len(files) - len(weights))]
+    named = [f"{one} times {number}" for one, number in zip(files, numbers, strict=False)]
+    return (
+        f" It was trained with other LoRAs merged into the base, and needs them beside it:"
+        f" {markdown(_one_line(', '.join(named)))}."
     )
 
 

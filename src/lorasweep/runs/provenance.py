@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 ORIGIN, DIFF, PACK = "origin.json", "uncommitted.diff", "pack.json"
 """Names of the files, in a run's folder and in MLflow."""
+START = "network_weights"
+"""Key of origin.json: the LoRA file that a run began with."""
 LIBRARIES = (
     "lorasweep",
     "torch",
@@ -44,6 +46,10 @@ LIBRARIES = (
     "bitsandbytes",
     "lion-pytorch",
     "prodigyopt",
+    "prodigy-plus-schedule-free",
+    "dadaptation",
+    "schedulefree",
+    "pytorch-optimizer",
     "lycoris-lora",
 )
 TAGGED = ("lorasweep", "torch", "diffusers", "transformers", "safetensors", "mlflow")
@@ -52,6 +58,7 @@ MAX_DIFF = 1_000_000
 """Bytes of uncommitted changes that are kept."""
 MAX_EPOCH = 1_000_000
 """Of a companion; more is no epoch, and the schedule of its pack would not end."""
+_NOTED = "file_hashes.json"
 _PARTS = (
     *("unet", "text_encoder", "vae", "tokenizer", "scheduler"),
     *("text_encoder_2", "tokenizer_2"),  # SDXL's
@@ -60,7 +67,9 @@ _WEIGHTS = re.compile(r"(diffusion_pytorch_model|model)(-\d+-of-\d+)?\.(safetens
 _OTHERS = {".json", ".txt", ".model"}  # configs, and a tokenizer's vocabulary
 
 
-def record(folder: Path, model: Model, cache_dir: Path, device: str) -> list[Path]:
+def record(
+    folder: Path, model: Model, cache_dir: Path, device: str, network_weights: str | None = None
+) -> list[Path]:
     """Write origin.json, and uncommitted.diff if the code has changes; the files written."""
     code = sources()
     content = {
@@ -70,6 +79,7 @@ def record(folder: Path, model: Model, cache_dir: Path, device: str) -> list[Pat
         > MAX_DIFF,
         "device": device_of(device),
         "model": identity(model, cache_dir),
+        **_start(network_weights, cache_dir),
     }
     write_atomically(folder / ORIGIN, json.dumps(content, indent=1).encode())
     diff = "".join(str(one["diff"]) for one in code)
@@ -79,8 +89,13 @@ def record(folder: Path, model: Model, cache_dir: Path, device: str) -> list[Pat
     return [folder / ORIGIN, folder / DIFF]
 
 
-def is_made_alike(folder: Path, model: Model, cache_dir: Path) -> bool:
-    """Was the run of a folder made with this very base model, these libraries and this code?"""
+def is_made_alike(
+    folder: Path, model: Model, cache_dir: Path, network_weights: str | None = None
+) -> bool:
+    """Was the run of a folder made with this very base model, these libraries and this code?
+
+    And did it begin with the very `network_weights`, where it did not begin anew?
+    """
     try:
         found = read_json(folder / ORIGIN)
     except (ForeignFileError, OSError):
@@ -89,7 +104,27 @@ def is_made_alike(folder: Path, model: Model, cache_dir: Path) -> bool:
     theirs = {"versions": found.get("versions"), "code": _of_lorasweep(found.get("code"))}
     known = found.get("model")
     sha256 = known.get("sha256") if isinstance(known, dict) else None
-    return ours == theirs and sha256 is not None and sha256 == identity(model, cache_dir)["sha256"]
+    start = _start(network_weights, cache_dir).get(START)
+    is_same_start = sha256_of(found.get(START)) == sha256_of(start)
+    is_same_base = sha256 is not None and sha256 == identity(model, cache_dir)["sha256"]
+    return ours == theirs and is_same_base and is_same_start
+
+
+def start_digest(network_weights: str | None, cache_dir: Path) -> str | None:
+    """sha256 of the file that a run begins with; None where there is none or it begins anew."""
+    return sha256_of(_start(network_weights, cache_dir).get(START))
+
+
+def sha256_of(entry: object) -> str | None:
+    """Of an entry of origin.json."""
+    return str(entry["sha256"]) if isinstance(entry, dict) and "sha256" in entry else None
+
+
+def _start(network_weights: str | None, cache_dir: Path) -> dict[str, Any]:
+    if network_weights is None or not (path := Path(network_weights).expanduser()).is_file():
+        return {}
+    digest = _hashes({"file": path}, cache_dir / _NOTED)["file"]
+    return {START: {"path": network_weights, "sha256": digest}}
 
 
 def _without_diffs(code: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -206,7 +241,7 @@ def identity(model: Model, cache_dir: Path) -> dict[str, Any]:
 
     A file is hashed once and found again by path, size and time of change.
     """
-    files = _hashes(dict(sorted(_files(model).items())), cache_dir / "file_hashes.json")
+    files = _hashes(dict(sorted(_files(model).items())), cache_dir / _NOTED)
     lines = "".join(f"{name} {digest}\n" for name, digest in files.items())
     return {
         "path": model.path,
@@ -216,7 +251,12 @@ def identity(model: Model, cache_dir: Path) -> dict[str, Any]:
 
 
 def _files(model: Model) -> dict[str, Path]:
-    """The files that a model is loaded from, by their names in its folder."""
+    """The files that a model is loaded from, by their names in its folder; and what is merged."""
+    merged = enumerate(path for path, _ in model.merged_weights)
+    return {**_own_files(model), **{f"base_weights/{n}": file for n, file in merged}}
+
+
+def _own_files(model: Model) -> dict[str, Path]:
     path = Path(model.path).expanduser()
     if path.is_file():
         return {"file": path}

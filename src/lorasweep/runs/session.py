@@ -23,6 +23,7 @@ from lorasweep.core.text import size_of
 from lorasweep.data import kohya_folders
 from lorasweep.judging.judge import Judge
 from lorasweep.judging.metrics.metric import Scores, Terms
+from lorasweep.lora_files.base_weights import merge_base_weights
 from lorasweep.lora_files.checkpoint import Checkpoint, checkpoint_path
 from lorasweep.models.base_model import BaseModel
 from lorasweep.models.devices import resolve_device
@@ -418,7 +419,9 @@ class Session:
     def _log_origin(self, member: _OpenRun) -> None:
         """Log what the run is made with; its images too, if they are to be kept in MLflow."""
         run = member.run
-        made_with = provenance.record(run.output_dir, run.model, run.cache_dir, self.device)
+        made_with = provenance.record(
+            run.output_dir, run.model, run.cache_dir, self.device, run.network_weights
+        )
         made_with.append(run.output_dir / "captions.json")
         if run.dataset.log_images:
             made_with.append(kohya_folders.pack_originals(self._folder, run.dataset.image_dir))
@@ -515,8 +518,10 @@ class _OpenRun:
 
 
 def load_base(run: Run, device: str) -> BaseModel:
-    """The run's base model on a device."""
-    return run.model.load(device, run.trainer.precision)
+    """The run's base model on a device, with what is to be merged into it."""
+    base = run.model.load(device, run.trainer.precision)
+    merge_base_weights(base)
+    return base
 
 
 def _say(reports: Sequence[Report]) -> None:

@@ -50,7 +50,7 @@ def take_trained(run: Run, new: NewRun, tracker: Tracker) -> str | None:
         if read_record(run.output_dir) is not None:
             return None
         for folder, theirs, epochs in _equal_runs(run, new.dataset_digest):
-            if provenance.is_made_alike(folder, run.model, run.cache_dir):
+            if provenance.is_made_alike(folder, run.model, run.cache_dir, run.network_weights):
                 _copy(folder, theirs, run, new, tracker)
                 as_far = "" if epochs is None else f" to epoch {epochs}"
                 return f"{run.name}{as_far} as {theirs.name} of {_whence(folder, run)}"

@@ -18,29 +18,19 @@ from lorasweep import __version__
 from lorasweep.adapters.unet_blocks import Ranked
 from lorasweep.data.latents import Item
 from lorasweep.models.base_model import BaseModel
+from lorasweep.models.model_settings import ModelSettings
 from lorasweep.training.training_batches import steps_per_epoch
 from lorasweep.training.training_run import NativeTrainer, TrainingData, TrainingRun
 from lorasweep.training.training_state import TrainingState
 
 _OFF: Mapping[str, object] = {
-    "ss_adaptive_noise_scale": None,
     "ss_color_aug": False,
-    "ss_debiased_estimation": False,
     "ss_face_crop_aug_range": None,
     "ss_fp8_base": False,
     "ss_fp8_base_unet": False,
     "ss_full_fp16": False,
-    "ss_huber_c": 0.1,
-    "ss_huber_scale": 1.0,
-    "ss_huber_schedule": "snr",
-    "ss_ip_noise_gamma": None,
-    "ss_ip_noise_gamma_random_strength": False,
     "ss_lowram": False,
-    "ss_max_token_length": None,  # 75, of which a None says so
     "ss_max_validation_steps": None,
-    "ss_multires_noise_discount": 0.3,
-    "ss_multires_noise_iterations": None,
-    "ss_noise_offset_random_strength": False,
     "ss_num_validation_images": 0,  # of kohya's own kind; our hold-out set is not in the folders
     "ss_prior_loss_weight": 1.0,
     "ss_random_crop": False,
@@ -70,9 +60,9 @@ def pack_metadata(trainer: NativeTrainer, base: BaseModel, data: TrainingData) -
         "ss_gradient_accumulation_steps": trainer.gradient_accumulation_steps,
         "ss_gradient_checkpointing": trainer.gradient_checkpointing,
         "ss_mixed_precision": _PRECISION[trainer.precision],
-        "ss_loss_type": "l2",
         "ss_clip_skip": base.settings.clip_skip,
         **base.metadata,
+        "ss_max_token_length": max_token_length(base.settings),
         "ss_sd_model_name": Path(base.settings.path).name,
         "ss_zero_terminal_snr": base.noise_schedule.is_zero_terminal_snr,
         "lorasweep_version": __version__,
@@ -83,6 +73,11 @@ def pack_metadata(trainer: NativeTrainer, base: BaseModel, data: TrainingData) -
         "modelspec.encoder_layer": base.settings.clip_skip,
     }
     return {key: str(value) for key, value in values.items()}
+
+
+def max_token_length(settings: ModelSettings) -> int | None:
+    """kohya's option, of which 75 is None."""
+    return settings.max_token_length if settings.num_chunks > 1 else None
 
 
 def run_metadata(state: TrainingState, base: BaseModel) -> dict[str, str]:
@@ -107,12 +102,26 @@ def run_metadata(state: TrainingState, base: BaseModel) -> dict[str, str]:
         "ss_steps": state.num_steps,
         "ss_max_train_steps": state.max_train_steps,
         "ss_noise_offset": run.noise_offset or None,
+        "ss_noise_offset_random_strength": run.noise_offset_random_strength,
+        "ss_adaptive_noise_scale": run.adaptive_noise_scale or None,
+        "ss_multires_noise_iterations": run.multires_noise_iterations or None,
+        "ss_multires_noise_discount": run.multires_noise_discount,
+        "ss_ip_noise_gamma": run.ip_noise_gamma or None,
+        "ss_ip_noise_gamma_random_strength": run.ip_noise_gamma_random_strength,
+        "ss_loss_type": run.loss_type,
+        "ss_huber_schedule": run.huber_schedule,
+        "ss_huber_c": run.huber_c,
+        "ss_huber_scale": run.huber_scale,
         "ss_min_snr_gamma": run.min_snr_gamma,
+        "ss_debiased_estimation": run.debiased_estimation_loss,
         "ss_seed": run.seed,
         **_network(run, is_sdxl="text_encoder_2" in base.parts),
+        **state.network,
         "modelspec.title": run.name,
         "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S"),
     }
+    if (run.min_timestep, run.max_timestep) != (0, 1000):
+        values["modelspec.timestep_range"] = f"{run.min_timestep},{run.max_timestep}"
     return {key: str(value) for key, value in values.items()}
 
 

@@ -20,6 +20,7 @@ from lorasweep.models.base_model import BaseModel, torch_dtype
 from lorasweep.models.gpu_memory import halved, is_out_of_memory
 from lorasweep.training import saved_states
 from lorasweep.training.kohya_metadata import pack_metadata, run_metadata
+from lorasweep.training.network_weights import first_adapters
 from lorasweep.training.optimizers import evaluated
 from lorasweep.training.pack_loss import PackLoss
 from lorasweep.training.saved_states import SavedState
@@ -103,17 +104,13 @@ class NativeTraining:
         With a saved state it goes on where that was written. Raises ValueError where its settings
         can't be trained on this base; the others go on.
         """
+        run.check_schedule(self.base.noise_schedule)
         run.output_dir.mkdir(parents=True, exist_ok=True)
         run.check_parts(is_sdxl="text_encoder_2" in self.base.parts)
-        optimizer = run.optimizer
         self.base.wake_text_encoders()
-        adapters = Pack.new(
-            self.base.parts,
-            [(run.adapter, run.seed, optimizer.trained_parts)],
-            [optimizer.trains],
-        )
-        views = adapters.views(0, optimizer.group_of)
-        state = TrainingState(run, views, self.steps_per_epoch, self.base)
+        adapters, network = first_adapters(self.base, run)
+        views = adapters.views(0, run.optimizer.group_of)
+        state = TrainingState(run, views, self.steps_per_epoch, self.base, network)
         if (run.max_train_steps or 0) > state.max_train_steps:
             log.warning(
                 "trainer.max_train_steps=%d has no effect on %s: trainer.max_train_epochs=%d end"

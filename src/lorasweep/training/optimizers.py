@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pydantic import NonNegativeFloat
+from pydantic import NonNegativeFloat, PositiveFloat
 
 from lorasweep.adapters.adapter import Site
 from lorasweep.adapters.kohya_names import TEXT_ENCODERS
@@ -24,8 +24,35 @@ KNOWN_PACKAGES = {
     "bitsandbytes": "bitsandbytes",
     "lion_pytorch": "lion-pytorch",
     "prodigyopt": "prodigyopt",
+    "prodigyplus": "prodigy-plus-schedule-free",
+    "dadaptation": "dadaptation",
+    "schedulefree": "schedulefree",
+    "pytorch_optimizer": "pytorch-optimizer",
 }
 """The packages of conf/optimizer beside torch, and what pip calls them."""
+
+KOHYAS_NAMES = {
+    "AdamW8bit": "bitsandbytes.optim.AdamW8bit",
+    "PagedAdamW": "bitsandbytes.optim.PagedAdamW",
+    "PagedAdamW8bit": "bitsandbytes.optim.PagedAdamW8bit",
+    "PagedAdamW32bit": "bitsandbytes.optim.PagedAdamW32bit",
+    "Lion": "lion_pytorch.Lion",
+    "Lion8bit": "bitsandbytes.optim.Lion8bit",
+    "PagedLion8bit": "bitsandbytes.optim.PagedLion8bit",
+    "Prodigy": "prodigyopt.Prodigy",
+    "DAdaptAdam": "dadaptation.DAdaptAdam",
+    "DAdaptAdaGrad": "dadaptation.DAdaptAdaGrad",
+    "DAdaptAdan": "dadaptation.DAdaptAdan",
+    "DAdaptLion": "dadaptation.DAdaptLion",
+    "DAdaptSGD": "dadaptation.DAdaptSGD",
+    "AdamWScheduleFree": "schedulefree.AdamWScheduleFree",
+    "RAdamScheduleFree": "schedulefree.RAdamScheduleFree",
+    "SGDScheduleFree": "schedulefree.SGDScheduleFree",
+}
+"""sd-scripts' names (library/train_util.py, get_optimizer) of classes of other packages.
+
+Without those that torch.optim has too: Adafactor is torch's here, and that of transformers there.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +64,9 @@ class Optimizer(Settings):
     text_encoder_lr: NonNegativeFloat | tuple[NonNegativeFloat, NonNegativeFloat]
     """One rate, or one for each of SDXL's text encoders."""
     block_lr_weights: BlockWeights | None
+    loraplus_lr_ratio: PositiveFloat | None = None  # later than runs of older versions
+    loraplus_unet_lr_ratio: PositiveFloat | None = None
+    loraplus_text_encoder_lr_ratio: PositiveFloat | None = None
     max_grad_norm: NonNegativeFloat
     args: dict[str, Any]
 
@@ -60,6 +90,11 @@ class Optimizer(Settings):
         return {**dict(zip(TEXT_ENCODERS, rates, strict=True)), "unet": self.unet_lr}
 
     @property
+    def dotted_type(self) -> str:
+        """`type` as a dotted path, but for a class of torch.optim."""
+        return KOHYAS_NAMES.get(self.type, self.type)
+
+    @property
     def trained_parts(self) -> frozenset[str]:
         """unet and text encoders, where their learning rate is not zero."""
         return frozenset(part for part, rate in self.part_rates.items() if rate > 0)
@@ -74,19 +109,43 @@ class Optimizer(Settings):
         block, weights = block_of(site), self.block_lr_weights
         return weights is None or block is None or weights.at(block) > 0
 
-    def group_of(self, site: Site) -> str:
-        """The group of a site's parameters: its part, or unet_x0.5 where a weight multiplies."""
+    @property
+    def plus_ratios(self) -> dict[str, float]:
+        """LoRA+ by part: how much faster a LoRA's second factors learn, where they do."""
+        both = self.loraplus_lr_ratio
+        ratios = {
+            **dict.fromkeys(TEXT_ENCODERS, self.loraplus_text_encoder_lr_ratio or both),
+            "unet": self.loraplus_unet_lr_ratio or both,
+        }
+        return {part: ratio for part, ratio in ratios.items() if ratio is not None}
+
+    def group_of(self, site: Site, is_up: bool) -> str:
+        """The group of a site's parameters: its part, or unet_x0.5 where a weight multiplies.
+
+        That of the second factors of a LoRA is text_encoder_plus or unet_plus_x0.5 with LoRA+.
+        """
         block = block_of(site)
+        name = f"{site.part}_plus" if is_up and site.part in self.plus_ratios else site.part
         if self.block_lr_weights is None or block is None:
-            return site.part
-        return _weighted(self.block_lr_weights.at(block))
+            return name
+        return _weighted(name, self.block_lr_weights.at(block))
 
     def network_args(self, *, is_sdxl: bool = False) -> dict[str, str]:
-        """kohya's network_args of the weights by block."""
+        """kohya's network_args of LoRA+ and of the weights by block."""
+        ratios = {
+            name: getattr(self, name)
+            for name in (
+                "loraplus_lr_ratio",
+                "loraplus_unet_lr_ratio",
+                "loraplus_text_encoder_lr_ratio",
+            )
+        }
+        plus = {name: str(ratio) for name, ratio in ratios.items() if ratio is not None}
         weights = self.block_lr_weights
         if weights is None:
-            return {}
-        return {f"{way}_lr_weight": joined(weights.of_way(way, is_sdxl=is_sdxl)) for way in WAYS}
+            return plus
+        ways = {f"{way}_lr_weight": weights.of_way(way, is_sdxl=is_sdxl) for way in WAYS}
+        return {**plus, **{name: joined(own) for name, own in ways.items()}}
 
     def check(self) -> torch.optim.Optimizer:
         """One that has made a step; SettingsError if it refuses, before anything else is done."""
@@ -133,13 +192,19 @@ class Optimizer(Settings):
         return created
 
     def _rates(self) -> dict[str, float]:
-        """The learning rate of every group there may be."""
+        """The learning rate of every group there may be, a part's second factors after the rest."""
         weights = self.block_lr_weights.given if self.block_lr_weights is not None else set()
-        by_block = {_weighted(weight): self.unet_lr * weight for weight in sorted(weights)}
-        return {**self.part_rates, **by_block}
+        rates: dict[str, float] = {}
+        for part, rate in self.part_rates.items():
+            ratio = self.plus_ratios.get(part)
+            for name, own in ((part, rate), (f"{part}_plus", rate * (ratio or 0))):
+                rates[name] = own
+                if part == "unet":
+                    rates |= {_weighted(name, one): own * one for one in sorted(weights)}
+        return rates
 
     def _class(self) -> Any:
-        module_name, _, name = self.type.rpartition(".")
+        module_name, _, name = self.dotted_type.rpartition(".")
         try:
             found = getattr(importlib.import_module(module_name or "torch.optim"), name)
         except ImportError:
@@ -191,5 +256,5 @@ def evaluated(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         optimizer.train()  # type: ignore[attr-defined]
 
 
-def _weighted(weight: float) -> str:
-    return "unet" if weight == 1 else f"unet_x{weight}"
+def _weighted(name: str, weight: float) -> str:
+    return name if weight == 1 else f"{name}_x{weight}"

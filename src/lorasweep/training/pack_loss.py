@@ -14,9 +14,10 @@ from lorasweep.core import rng
 from lorasweep.data.latents import Item
 from lorasweep.models.base_model import BaseModel
 from lorasweep.models.conditioning import Conditioning, SizeAndCrop
-from lorasweep.models.diffusion_loss import squared_errors
+from lorasweep.models.diffusion_loss import prediction_and_target
 from lorasweep.training.training_batches import Batch
 from lorasweep.training.training_captions import caption_of
+from lorasweep.training.training_noise import DrawnNoise
 from lorasweep.training.training_run import TrainingData
 from lorasweep.training.training_state import TrainingState
 
@@ -43,17 +44,22 @@ class PackLoss:
         """Add each run's gradients of its batch, over the micro steps of its step; its loss."""
         import torch
 
-        latents = torch.cat([self._latents(s, b) for s, b in zip(states, batches, strict=True)])
-        draws = [self._draw(state, len(batches[0]), latents.shape[1:]) for state in states]
-        noise = torch.cat([noise for noise, _ in draws]).to(latents.device)
-        timesteps = torch.cat([timesteps for _, timesteps in draws]).to(latents.device)
+        own = [self._latents(s, b) for s, b in zip(states, batches, strict=True)]
+        drawn = [self._draw(state, rows) for state, rows in zip(states, own, strict=True)]
+        latents = torch.cat(own)
+        noise, on_input, timesteps = (
+            torch.cat([getattr(one, name) for one in drawn]).to(latents.device)
+            for name in ("target", "on_input", "timesteps")
+        )
         captions = self._captions(states, batches)
         sizes = [s for one in zip(states, batches, strict=True) for s in self._sizes(*one)]
         with pack.attached(dropout_steps=[state.num_micro_steps for state in states]):
             with self.base.autocast():
                 conditioning = self._encode(pack, captions, sizes)
-                per_sample = squared_errors(self.base, latents, noise, timesteps, conditioning)
-            losses = self._weighted(per_sample, timesteps, states)
+                prediction, target = prediction_and_target(
+                    self.base, latents, noise, timesteps, conditioning, on_input
+                )
+            losses = self._losses(prediction, target, timesteps, states)
             shares = losses / num_micro_steps
             total = torch.stack(
                 [state.scaler.scale(share) for state, share in zip(states, shares, strict=True)]
@@ -84,19 +90,9 @@ class PackLoss:
         draw = rng.python_random(state.run.seed, "flip", state.num_micro_steps)
         return [(self.data.items[index], draw.random() < 0.5) for index in batch]
 
-    def _draw(self, state: TrainingState, rows: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Noise (rows, C, h, w) and timesteps (rows,) of this run's micro step, on the CPU."""
-        import torch
-
-        seed, step = state.run.seed, state.num_micro_steps
-        draw = rng.generator(seed, "noise", step)
-        noise = torch.randn(rows, *shape, generator=draw)
-        if state.run.noise_offset > 0:  # kohya: the offset noise is the target too
-            noise += state.run.noise_offset * torch.randn(rows, shape[0], 1, 1, generator=draw)
-        draw = rng.generator(seed, "timesteps", step)
-        return noise, torch.randint(
-            self.base.noise_schedule.num_train_timesteps, (rows,), generator=draw
-        )
+    def _draw(self, state: TrainingState, latents: Tensor) -> DrawnNoise:
+        num_timesteps = self.base.noise_schedule.num_train_timesteps
+        return state.run.draw(state.run.seed, state.num_micro_steps, latents, num_timesteps)
 
     def _captions(self, states: Sequence[TrainingState], batches: Sequence[Batch]) -> list[str]:
         return [
@@ -133,20 +129,24 @@ class PackLoss:
                 self.base.rest_text_encoders()
             return Conditioning.joined([self._encoded[caption] for caption in captions])
 
-    def _weighted(
-        self, per_sample: Tensor, timesteps: Tensor, states: Sequence[TrainingState]
+    def _losses(
+        self,
+        prediction: Tensor,
+        target: Tensor,
+        timesteps: Tensor,
+        states: Sequence[TrainingState],
     ) -> Tensor:
-        """Losses (K,) of per-sample losses (K * rows,)."""
+        """Each run's loss (K,) of predictions (K * rows, C, h, w), by its own settings."""
         import torch
 
-        num_runs = len(states)
-        losses, times = per_sample.view(num_runs, -1), timesteps.view(num_runs, -1)
-        if any(state.run.min_snr_gamma is not None for state in states):
-            weights = [
-                torch.ones_like(losses[index])
-                if state.run.min_snr_gamma is None
-                else self.base.noise_schedule.min_snr_weight(times[index], state.run.min_snr_gamma)
-                for index, state in enumerate(states)
-            ]
-            losses = losses * torch.stack(weights)
-        return losses.mean(dim=1)
+        num_runs, schedule = len(states), self.base.noise_schedule
+        losses = []
+        for state, *own in zip(
+            states,
+            *(tensor.chunk(num_runs) for tensor in (prediction, target, timesteps)),
+            strict=True,
+        ):
+            times = own[-1]
+            errors = state.run.errors(*own, schedule).mean(dim=(1, 2, 3))
+            losses.append(state.run.weighted(errors, times, schedule).mean())
+        return torch.stack(losses)

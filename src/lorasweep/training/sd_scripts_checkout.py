@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lorasweep.core.settings import SettingsError
 from lorasweep.core.text import harmless
+from lorasweep.training.optimizers import KNOWN_PACKAGES
 from lorasweep.training.training_run import SdScriptsTrainer, TrainingRun
 
 SCRIPT = "train_network.py"
@@ -23,9 +24,7 @@ PACKAGES = {
     "toml": "toml",
     "lycoris": "lycoris-lora",
     "xformers": "xformers",
-    "bitsandbytes": "bitsandbytes",
-    "lion_pytorch": "lion-pytorch",
-    "prodigyopt": "prodigyopt",
+    **KNOWN_PACKAGES,
 }
 """Modules that a training may need there, and what pip calls them."""
 NEEDED = ("torch", "accelerate", "tensorboard")
@@ -124,12 +123,12 @@ def run_there(trainer: SdScriptsTrainer, arguments: list[str], seconds: float) -
 
 def missing(trainer: SdScriptsTrainer, run: TrainingRun, there: Environment) -> list[str]:
     """The packages that a run needs and the interpreter lacks, by pip's names."""
-    optimizer = run.optimizer.type.partition(".")[0]
+    optimizer = run.optimizer.dotted_type.partition(".")[0]
     needed = {
         *NEEDED,
         *(["lycoris"] if run.adapter.metadata()["ss_network_module"] == "lycoris.kohya" else []),
         *(["xformers"] if trainer.attention == "xformers" else []),
-        *([optimizer] if optimizer in PACKAGES and "." in run.optimizer.type else []),
+        *([optimizer] if optimizer in PACKAGES else []),
     }
     return sorted(PACKAGES[module] for module in needed - there.packages.keys())
 

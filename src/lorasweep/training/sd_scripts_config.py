@@ -19,11 +19,11 @@ from lorasweep.data.dataset import Dataset
 from lorasweep.models.base_model import BaseModel
 from lorasweep.models.model_settings import ModelSettings
 from lorasweep.models.stable_diffusion import StableDiffusion
-from lorasweep.training.optimizers import Optimizer
+from lorasweep.training.optimizers import KOHYAS_NAMES, Optimizer
 from lorasweep.training.sd_scripts_options import OPTIONS
 from lorasweep.training.training_run import SdScriptsTrainer, TrainingData, TrainingRun
 
-Value = str | int | float | bool | Sequence[str]
+Value = str | int | float | bool | Sequence[str] | Sequence[float]
 Section = Mapping[str, Value | None]
 """Settings of sd-scripts by its names; None is sd-scripts' own default, and not written."""
 
@@ -32,9 +32,7 @@ PROMPTS, DATASET = "sample_prompts.txt", "dataset.toml"
 
 ADAFACTOR = "transformers.optimization.Adafactor"
 OPTIMIZERS = {
-    "bitsandbytes.optim.AdamW8bit": "AdamW8bit",
-    "lion_pytorch.Lion": "Lion",
-    "prodigyopt.Prodigy": "Prodigy",
+    **{dotted: name for name, dotted in KOHYAS_NAMES.items()},
     ADAFACTOR: "Adafactor",
     "AdamW": "AdamW",
 }
@@ -289,8 +287,8 @@ def _network(run: TrainingRun) -> Section:
 
 def _optimizer(optimizer: Optimizer) -> Section:
     kind = OPTIMIZERS.get(optimizer.type, optimizer.type)
-    if kind == optimizer.type and "." not in kind:
-        kind = f"torch.optim.{kind}" if kind != "AdamW" else kind
+    if kind == optimizer.type and "." not in kind and kind not in (*KOHYAS_NAMES, "AdamW"):
+        kind = f"torch.optim.{kind}"  # torch's Adafactor is another than sd-scripts'
     args = dict(optimizer.args)
     if optimizer.type == ADAFACTOR:
         args.setdefault("relative_step", True)  # the class's own default, and sd-scripts' too

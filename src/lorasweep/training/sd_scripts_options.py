@@ -11,8 +11,9 @@ Read from sd-scripts' code of February 2026.
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 OURS = object()
@@ -92,6 +93,28 @@ def one_of(names: Mapping[str, str]) -> Reader:
     return lambda said: names[str(said)]
 
 
+def only_true(said: object) -> Any:
+    """False says nothing of a base whose own schedule may be so."""
+    return boolean(said) or OURS
+
+
+def several(said: object) -> list[Any]:
+    """A list, or one alone."""
+    if isinstance(said, list | tuple):
+        return list(said)
+    return [] if is_off(said) else [said]
+
+
+def unless_0(value: float) -> float | None:
+    """Told only where it is on."""
+    return value or None
+
+
+def absolute_files(given: Sequence[str]) -> list[str] | None:
+    """Told from any folder."""
+    return [str(Path(one).expanduser().absolute()) for one in given] or None
+
+
 _PRECISIONS = {"fp32": "no", "fp16": "fp16", "bf16": "bf16"}
 _SAVED = {"fp32": "float", "fp16": "fp16", "bf16": "bf16"}
 _READ_PRECISIONS = {theirs: ours for ours, theirs in _PRECISIONS.items()} | {"None": "fp32"}
@@ -114,12 +137,40 @@ class Option:
     """Options of which one has to be on for this one to have an effect."""
 
 
+_PYRAMID = ("multires_noise_iterations",)
 _BUCKETS = ("enable_bucket",)
 _TAGS = ("shuffle_caption", "caption_tag_dropout_rate")
 
 OPTIONS: Mapping[str, Option] = {
     "clip_skip": Option(
         "model.clip_skip", "model", whole, 1, lambda layer: layer if layer > 1 else None
+    ),
+    "max_token_length": Option(
+        "model.max_token_length",
+        "model",
+        whole,
+        None,
+        lambda length: length if length > 75 else None,
+    ),
+    "weighted_captions": Option("model.weighted_captions", "model", boolean, False),
+    "base_weights": Option("model.base_weights", "model", several, None, absolute_files),
+    "base_weights_multiplier": Option(
+        "model.base_weights_multiplier",
+        "model",
+        lambda said: [number(one) for one in several(said)],
+        None,
+        lambda numbers: list(numbers) or None,
+        needs=("base_weights",),
+    ),
+    "network_weights": Option(
+        "trainer.network_weights",
+        "network",
+        lambda said: None if is_off(said) else str(said),
+        None,
+        lambda file: None if file is None else str(Path(file).expanduser().absolute()),
+    ),
+    "dim_from_weights": Option(
+        "trainer.dim_from_weights", "network", boolean, False, needs=("network_weights",)
     ),
     "scale_weight_norms": Option("adapter.scale_weight_norms", "network", optional, None),
     "max_grad_norm": Option("optimizer.max_grad_norm", "optimizer", number, 1.0),
@@ -138,10 +189,40 @@ OPTIONS: Mapping[str, Option] = {
         "trainer.precision", "training", one_of(_READ_PRECISIONS), "no", _PRECISIONS.get
     ),
     "seed": Option("seed", "training", whole, OURS),
-    "noise_offset": Option(
-        "trainer.noise_offset", "loss", number, None, lambda offset: offset or None
+    "noise_offset": Option("trainer.noise_offset", "loss", number, None, unless_0),
+    "noise_offset_random_strength": Option(
+        "trainer.noise_offset_random_strength", "loss", boolean, False, needs=("noise_offset",)
     ),
+    "adaptive_noise_scale": Option(
+        "trainer.adaptive_noise_scale", "loss", number, None, unless_0, needs=("noise_offset",)
+    ),
+    "multires_noise_iterations": Option(
+        "trainer.multires_noise_iterations", "loss", whole, None, unless_0
+    ),
+    "multires_noise_discount": Option(
+        "trainer.multires_noise_discount", "loss", number, 0.3, needs=_PYRAMID
+    ),
+    "ip_noise_gamma": Option("trainer.ip_noise_gamma", "loss", number, None, unless_0),
+    "ip_noise_gamma_random_strength": Option(
+        "trainer.ip_noise_gamma_random_strength", "loss", boolean, False, needs=("ip_noise_gamma",)
+    ),
+    "min_timestep": Option("trainer.min_timestep", "loss", whole, None, unless_0),
+    "max_timestep": Option(
+        "trainer.max_timestep", "loss", whole, None, lambda last: last if last < 1000 else None
+    ),
+    "loss_type": Option("trainer.loss_type", "loss", str, "l2"),
+    "huber_schedule": Option("trainer.huber_schedule", "loss", str, "snr"),
+    "huber_c": Option("trainer.huber_c", "loss", number, 0.1),
+    "huber_scale": Option("trainer.huber_scale", "loss", number, 1.0),
     "min_snr_gamma": Option("trainer.min_snr_gamma", "loss", optional, None),
+    "debiased_estimation_loss": Option("trainer.debiased_estimation_loss", "loss", boolean, False),
+    "scale_v_pred_loss_like_noise_pred": Option(
+        "trainer.scale_v_pred_loss_like_noise_pred", "loss", boolean, False
+    ),
+    "v_pred_like_loss": Option("trainer.v_pred_like_loss", "loss", number, None, unless_0),
+    "zero_terminal_snr": Option(  # told by what the base's schedule is in the end
+        "model.zero_terminal_snr", "loss", only_true, False, lambda _: None
+    ),
     "resolution": Option(
         "dataset.resolution",
         "data",
@@ -171,10 +252,7 @@ OPTIONS: Mapping[str, Option] = {
 """By sd-scripts' name."""
 
 NOT_HERE: Mapping[str, tuple[tuple[str, ...], str]] = {
-    "adaptive_noise_scale": ((), "noise offset that follows the latents"),
     "alpha_mask": ((), "masks from the images' alpha"),
-    "base_weights": ((), "LoRAs that are merged into the base first"),
-    "base_weights_multiplier": ((), "weights of LoRAs that are merged into the base first"),
     "caption_prefix": ((), "text before every caption"),
     "caption_separator": ((",",), "another separator of tags"),
     "caption_suffix": ((), "text after every caption"),
@@ -182,9 +260,7 @@ NOT_HERE: Mapping[str, tuple[tuple[str, ...], str]] = {
     "conditioning_data_dir": ((), "mask files"),
     "dataset_class": ((), "a data set of your own code"),
     "dataset_repeats": (("1",), "repeats of a data set by JSON"),
-    "debiased_estimation_loss": ((), "debiased loss"),
     "deepspeed": ((), "DeepSpeed"),
-    "dim_from_weights": ((), "the ranks of the file that it begins from"),
     "enable_wildcard": ((), "wildcards in captions"),
     "face_crop_aug_range": ((), "crops around faces"),
     "fp16_master_weights_and_gradients": ((), "adapters trained in fp16"),
@@ -192,42 +268,21 @@ NOT_HERE: Mapping[str, tuple[tuple[str, ...], str]] = {
     "fp8_base_unet": ((), "a base in fp8"),
     "full_bf16": ((), "adapters trained in bf16"),
     "full_fp16": ((), "adapters trained in fp16"),
-    "huber_c": (("0.1",), "another loss than the squared"),
-    "huber_scale": (("1", "1.0"), "another loss than the squared"),
-    "huber_schedule": (("snr",), "another loss than the squared"),
     "in_json": ((), "a data set by JSON"),
-    "ip_noise_gamma": ((), "noise on the input"),
-    "ip_noise_gamma_random_strength": ((), "noise on the input"),
     "keep_tokens_separator": ((), "a separator of the tags that stay"),
-    "loss_type": (("l2",), "another loss than the squared"),
     "masked_loss": ((), "loss within masks"),
-    "max_timestep": (("1000",), "a part of the timesteps"),
-    "max_token_length": (("75",), "prompts longer than the text encoder's"),
-    "min_timestep": ((), "a part of the timesteps"),
-    "multires_noise_discount": (("0.3",), "pyramid noise"),
-    "multires_noise_iterations": ((), "pyramid noise"),
-    "network_weights": ((), "weights that it begins from"),
-    "noise_offset_random_strength": ((), "noise offset of random strength"),
     "num_reg_images": ((), "regularisation images"),
     "prior_loss_weight": (("1", "1.0"), "weight of regularisation images"),
     "random_crop": ((), "random crops"),
     "reg_data_dir": ((), "regularisation images"),
     "resize_interpolation": ((), "another way of scaling images"),
     "resume": ((), "a state of kohya's to go on from"),
-    "scale_v_pred_loss_like_noise_pred": ((), "weighted loss of v-prediction"),
     "secondary_separator": ((), "tags that are shuffled together"),
     "timestep_range": (("0,1000",), "a part of the timesteps"),
     "token_warmup_min": (("1",), "tags that come one by one"),
     "token_warmup_step": ((), "tags that come one by one"),
     "v2": ((), "Stable Diffusion 2's layout"),
-    "v_pred_like_loss": ((), "a loss like v-prediction's"),
     "vae": ((), "another VAE than the base's"),
-    "weighted_captions": ((), "weights within captions"),
-    "zero_terminal_snr": (
-        (),
-        "a noise schedule down to no signal, unless the base's own scheduler has"
-        " rescale_betas_zero_snr",
-    ),
 }
 """Option that lorasweep lacks -> values under which it says nothing beside 0, false and none, and
 what it is otherwise. `num_reg_images` and `timestep_range` are of metadata alone."""

@@ -29,6 +29,7 @@ from lorasweep.lora_files import checkpoint
 from lorasweep.lora_files.checkpoint import Checkpoint
 from lorasweep.models.base_model import BaseModel, torch_dtype
 from lorasweep.training import saved_states, sd_scripts_checkout, sd_scripts_config
+from lorasweep.training.network_weights import first_adapters, is_kohyas
 from lorasweep.training.saved_states import SavedState
 from lorasweep.training.sd_scripts_config import Start
 from lorasweep.training.sd_scripts_process import SdScriptsProcess
@@ -110,6 +111,8 @@ class SdScriptsTraining:
         Raises ValueError where it can't be trained on this base; the others go on.
         """
         sd_scripts_config.check(self.settings, run, self.base.settings, self.data.settings)
+        run.check_schedule(self.base.noise_schedule)
+        self._check_weights(run)
         if lacking := sd_scripts_checkout.missing(self.settings, run, self._there):
             raise SettingsError(
                 f"trainer.python={sd_scripts_checkout.interpreter(self.settings)} lacks"
@@ -161,6 +164,19 @@ class SdScriptsTraining:
         bytes_each = torch_dtype(self.settings.save_dtype).itemsize
         states = (self.settings.keep_states + 1) * 3 * 4 if self.settings.keep_states else 0
         return member.numbers * (epochs * bytes_each + states)
+
+    def _check_weights(self, run: TrainingRun) -> None:
+        """Files that it begins with are such as ours would begin with, under kohya's names."""
+        merged = [file for file, _ in self.base.settings.merged_weights]
+        start = [] if run.network_weights is None else [Path(run.network_weights).expanduser()]
+        for file in (*merged, *start):
+            if not is_kohyas(file):
+                raise SettingsError(
+                    f"{file} has names that sd-scripts doesn't read; `lorasweep export {file} --to"
+                    " kohya` makes a file that it does"
+                )
+        if start:
+            first_adapters(self.base, run)
 
     def _check_captions(self) -> None:
         for item in self.data.items:
@@ -247,7 +263,11 @@ class SdScriptsTraining:
             epoch.is_over = True
             self._check_length(member, len(epoch.records))
         elif scalar.tag.startswith("lr/") and not _GROUP.fullmatch(scalar.tag):
-            part = scalar.tag.rpartition("/")[2].replace("textencoder", "text_encoder")
+            part = (
+                scalar.tag.rpartition("/")[2]
+                .replace("textencoder", "text_encoder")
+                .replace(" ", "_")
+            )
             member.rates[f"train/lr_{part}"] = scalar.value
         elif scalar.tag == "loss/current":
             epoch.losses.append(scalar.value)
@@ -414,7 +434,8 @@ def _first_rates(run: TrainingRun, num_steps: int) -> dict[str, float]:
         return {}
     rates = {part: optimizer.part_rates[part] for part in ("unet", "text_encoder")}
     trained = adapted_parts(run.adapter.targets) & optimizer.trained_parts
-    parts = [part for part in rates if part in trained]
+    rates |= {f"{part}_plus": rates[part] * ratio for part, ratio in optimizer.plus_ratios.items()}
+    parts = [name for name in rates if name.removesuffix("_plus") in trained]
     groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": rates[part]} for part in parts]
     any_kind = torch.optim.SGD(groups, lr=optimizer.main_rate)
     run.lr_scheduler.create(any_kind, num_steps)

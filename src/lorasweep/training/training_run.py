@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 
 from lorasweep.adapters.adapter import Adapter
 from lorasweep.core.settings import Count, Settings, SettingsError, Texts
@@ -16,8 +16,11 @@ from lorasweep.data.dataset import Dataset
 from lorasweep.data.latents import Item
 from lorasweep.lora_files.checkpoint import Checkpoint
 from lorasweep.models.base_model import Precision
+from lorasweep.models.model_settings import check_weights_file
 from lorasweep.training.lr_schedulers import LRScheduler
 from lorasweep.training.optimizers import Optimizer
+from lorasweep.training.training_loss import TrainingLoss
+from lorasweep.training.training_noise import TrainingNoise
 
 
 class TrainerError(RuntimeError):
@@ -76,13 +79,23 @@ class SdScriptsTrainer(TrainerSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunTraining(Settings):
+class RunTraining(TrainingNoise, TrainingLoss):
     """Settings under `trainer` that are a run's own: runs that differ in them can share a pack."""
 
     max_train_epochs: Count
     max_train_steps: PositiveInt | None = None  # runs of older versions have none
-    noise_offset: NonNegativeFloat
-    min_snr_gamma: PositiveFloat | None
+    network_weights: str | None = None  # nor these
+    dim_from_weights: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.network_weights is not None:
+            check_weights_file("trainer.network_weights", self.network_weights)
+        elif self.dim_from_weights:
+            raise SettingsError(
+                "trainer.dim_from_weights takes the ranks of trainer.network_weights, which names"
+                " no file; give it too"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,11 +47,17 @@ class TrainingState:
     """One run in training. Its parameters live in the pack's stacks, `bind` says where."""
 
     def __init__(
-        self, run: TrainingRun, views: Views, steps_per_epoch: int, base: BaseModel
+        self,
+        run: TrainingRun,
+        views: Views,
+        steps_per_epoch: int,
+        base: BaseModel,
+        network: Mapping[str, str],
     ) -> None:
+        """`network` is what its metadata says of the network beside what its settings do."""
         import torch
 
-        self.run = run
+        self.run, self.network = run, network
         self.started = time.time()
         self.session_id = rng.key_seed(run.seed, "session", run.name) % 2**32
         self.parameters = {
