@@ -4,7 +4,7 @@ Here: `SMALL`, `FEW`, `FAMILIES` and `options`, and the fixtures
   cache_dir       a cache of latents, captions and hashes, the same for all tests of a process
   make_run        overrides -> a Run of the small demo below `tmp_path`
   base            the embedded base model, loaded; with `FAMILIES` one of each family
-  sdxl_folder     a tiny SDXL as diffusers saves it; `sdxl` is it, loaded
+  sdxl_folder     a tiny SDXL as diffusers saves it; `sdxl` is it, loaded; `sd2` likewise
   shared_base     sessions in this process take `base`, of each kind they ask for, from memory
   forked_workers  a sweep's worker processes begin as copies of this one
   short_pictures  an export's check draws its pictures in few steps
@@ -21,7 +21,7 @@ Helper modules beside this file, named by what they hold:
   lora_tensors      a module's tensors of every type of LoRA file
   renamed_loras     a LoRA's tensors under the names of every program
   bad_files         images, LoRA files and models that are broken on purpose
-  tiny_sdxl         a tiny SDXL of random weights, and its full topology without any
+  tiny_sdxl         a tiny SDXL and SD2 of random weights, and the full SDXL without any
   narrow_sd15       a narrow base model of SD1.5's shape, which the real sd-scripts can train
   sd_scripts_stand_in  a checkout of kohya's sd-scripts without torch, and what may go amiss in it
   kept_configs      configs of the shipped conf/ are composed with a tenth of the work
@@ -248,6 +248,16 @@ def sdxl_folder(embedded_base, tmp_path_factory: pytest.TempPathFactory) -> Path
 def sdxl(sdxl_folder):
     """It, loaded once; nothing may change its weights."""
     return _load(f"model.path={sdxl_folder}")
+
+
+@pytest.fixture(scope="session")
+def sd2(embedded_base, tmp_path_factory: pytest.TempPathFactory):
+    """A tiny Stable Diffusion 2.1 of random weights, loaded."""
+    import tiny_sdxl
+
+    target = tmp_path_factory.mktemp("sd2") / "model"
+    tiny_sdxl.write_sd2(target, embedded_base.tokenizer)
+    return _load(f"model.path={target}")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import re
 
-from lorasweep.export.whole_model import read as read_model
 from lorasweep.lora_files.peft_names import peft_path, to_peft
 
 
@@ -36,15 +35,10 @@ def as_lycoris(tensors, base):
 
 
 def as_original(tensors, base):
-    paths = {
-        path.replace(".", "_"): original.replace(".", "_")
-        for original, path in read_model(base.settings.path).layout.original_unet_paths.items()
-    }
     found = {}
     for name, tensor in tensors.items():
         key, _, role = name.partition(".")
-        path = key.removeprefix("lora_unet_")
-        found[f"lora_unet_{paths[path]}.{role}" if path != key else name] = tensor
+        found[f"{base.original_names.get(key, key)}.{role}"] = tensor
     return found
 
 

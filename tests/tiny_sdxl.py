@@ -1,6 +1,8 @@
-"""A tiny SDXL of random weights, and SDXL's full topology without any."""
+"""A tiny SDXL and a tiny Stable Diffusion 2 of random weights, and the full SDXL without any."""
 
+from copy import deepcopy
 from dataclasses import fields
+from functools import cache
 
 import torch
 
@@ -57,12 +59,10 @@ def text_of(name, width, layers, heads, vocabulary):
     return getattr(transformers, name)(config)
 
 
-def write(target, tokenizer):
-    """A tiny SDXL of random weights, as diffusers saves it, with the embedded model's words."""
-    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline
+def tiny_vae():
+    from diffusers import AutoencoderKL
 
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
+    return AutoencoderKL(
         block_out_channels=(16, 32),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -71,8 +71,15 @@ def write(target, tokenizer):
         sample_size=16,
         scaling_factor=0.13025,
     )
+
+
+def write(target, tokenizer):
+    """A tiny SDXL of random weights, as diffusers saves it, with the embedded model's words."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+
+    torch.manual_seed(0)
     pipeline = StableDiffusionXLPipeline(
-        vae=vae,
+        vae=tiny_vae(),
         text_encoder=text_of("CLIPTextModel", 32, 2, 2, 4096),
         text_encoder_2=text_of("CLIPTextModelWithProjection", 48, 2, 2, 4096),
         tokenizer=tokenizer,
@@ -80,6 +87,42 @@ def write(target, tokenizer):
         unet=unet_of(TINY),
         scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_end=0.012),
         add_watermarker=False,
+    )
+    pipeline.save_pretrained(target)
+
+
+def write_sd2(target, tokenizer):
+    """A tiny Stable Diffusion 2.1: Linear projections, another padding, v-prediction."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+
+    torch.manual_seed(0)
+    tokenizer = deepcopy(tokenizer)
+    tokenizer.pad_token = "!"  # as OpenCLIP pads
+    unet = UNet2DConditionModel(
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=[2, 4],
+        cross_attention_dim=48,
+        use_linear_projection=True,
+        upcast_attention=True,
+        sample_size=8,
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=tiny_vae(),
+        text_encoder=text_of("CLIPTextModel", 48, 2, 2, 4096),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=DDIMScheduler(
+            beta_schedule="scaled_linear",
+            beta_end=0.012,
+            prediction_type="v_prediction",
+            clip_sample=False,
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
     pipeline.save_pretrained(target)
 
@@ -131,6 +174,7 @@ OPEN_CLIP = {
 }
 
 
+@cache
 def full_sdxl():
     """SDXL on torch's meta device."""
     with torch.device("meta"):

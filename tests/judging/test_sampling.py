@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from adapter_packs import trained
-from conftest import FAMILIES
 from lorasweep.core.clock import Clock
 from lorasweep.core.settings import SettingsError
 from lorasweep.judging import sampling
@@ -141,7 +140,7 @@ def test_v_prediction_with_zero_terminal_snr_is_drawn_as_by_diffusers(sdxl, make
         Judge(base, images, [], replace(settings, scheduler="PNDMScheduler"), (64, 64), Clock())
 
 
-@FAMILIES
+@pytest.mark.parametrize("base", ["embedded_base", "sd2", "sdxl"], indirect=True)
 def test_diffusers_draws_the_same_picture_from_the_file(base, make_run, tmp_path):
     """The whole way of a user: load_lora_weights on the plain pipeline, same prompt and noise."""
     from diffusers import DDIMScheduler, DiffusionPipeline

@@ -242,6 +242,18 @@ def test_each_text_encoder_of_sdxl_has_its_rate(make_run, base, data):
         make_run("optimizer.text_encoder_lr=[0,1e-3]")
 
 
+@pytest.mark.parametrize("base", ["sd2"], indirect=True)
+def test_stable_diffusion_2_is_said_in_the_metadata(make_run, base, data):
+    run = make_run("trainer.max_train_steps=1", "adapter.targets=[unet.*.proj_in]")
+    (epoch,) = NativeTraining(run.trainer, base, [run], data)
+    weights, metadata = checkpoint.read(epoch.checkpoints[0].path)
+    assert metadata["ss_base_model_version"] == "sd_v2_v"
+    assert metadata["ss_v2"] == "True"
+    assert metadata["modelspec.architecture"] == "stable-diffusion-v2-768-v/lora"
+    assert metadata["modelspec.prediction_type"] == "v"
+    assert all(t.dim() < 3 for t in weights.values())  # Linear, where 1.x has 1x1 convolutions
+
+
 @pytest.mark.parametrize("base", ["sdxl"], indirect=True)
 def test_the_loss_of_sdxl_is_what_diffusers_computes(make_run, base):
     """An oracle: the training step written out from its pipeline's public calls."""

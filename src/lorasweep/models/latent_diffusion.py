@@ -14,6 +14,7 @@ from lorasweep.core import kohya_hashes
 from lorasweep.models.base_model import Precision, torch_dtype
 from lorasweep.models.model_settings import ModelSettings
 from lorasweep.models.noise_schedule import NoiseSchedule
+from lorasweep.models.original_unet import original_name, plain_up_levels
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -72,6 +73,19 @@ class LatentDiffusion:
     def unet_layers(self) -> int:
         """Residual blocks of a level of the UNet."""
         return int(self.unet.config.layers_per_block)
+
+    @cached_property
+    def original_names(self) -> Mapping[str, str]:
+        """Names in files of the UNet's modules by the original layout, by those of diffusers'."""
+        prefix = "lora_unet_"
+        paths = [path for path, _ in self.unet.named_modules()]
+        plain = plain_up_levels(paths)
+        originals = {path: original_name(path, self.unet_layers, plain) for path in paths}
+        return {
+            prefix + path.replace(".", "_"): prefix + original.replace(".", "_")
+            for path, original in originals.items()
+            if original is not None
+        }
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context in which the UNet and the text encoders compute in `precision`."""

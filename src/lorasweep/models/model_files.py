@@ -41,7 +41,8 @@ _SDXL_FILE = r"conditioner\.embedders\."
 _OTHERS = {
     _SDXL_FILE: "an SDXL checkpoint: exports of single files of SDXL come later; give a diffusers"
     " folder",
-    r"cond_stage_model\.model\.": "a Stable Diffusion 2 checkpoint: only 1.x is supported",
+    r"cond_stage_model\.model\.": "a Stable Diffusion 2 checkpoint: only 1.x is supported"
+    " as a single file; give a diffusers folder",
     r"lora_|.+\.lora_": "a LoRA, not a whole model: give the model's file or folder",
     r"(model\.diffusion_model\.)?double_blocks\.": "a Flux checkpoint: only Stable Diffusion 1.x"
     " is supported",
@@ -164,8 +165,8 @@ def check_index(index: Mapping[str, Any], name: str) -> None:
     kind = index.get("_class_name")
     if kind not in (SD, SDXL):
         raise ModelError(
-            f"{name} is a {shown(str(kind))}; lorasweep trains models of Stable Diffusion 1.x's"
-            f" and SDXL's layout ({SD}, {SDXL}) so far"
+            f"{name} is a {shown(str(kind))}; lorasweep trains models of Stable Diffusion 1.x's,"
+            f" 2.x's and SDXL's layout ({SD}, {SDXL}) so far"
         )
 
 

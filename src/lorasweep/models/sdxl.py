@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lorasweep.models import clip_prompts
 from lorasweep.models.conditioning import Conditioning, SizeAndCrop
 from lorasweep.models.latent_diffusion import LatentDiffusion
-from lorasweep.models.original_unet import original_name, plain_up_levels
 
 if TYPE_CHECKING:
     import torch
@@ -49,23 +47,16 @@ class SDXL(LatentDiffusion):
             "unet": ("lora_unet", self.unet),
         }
 
-    @cached_property
+    @property
     def kohya_names(self) -> Mapping[str, str]:
         """kohya trains SDXL's original UNet, so its files name the modules by that layout."""
-        prefix = "lora_unet_"
-        paths = [path for path, _ in self.unet.named_modules()]
-        plain = plain_up_levels(paths)
-        originals = {path: original_name(path, self.unet_layers, plain) for path in paths}
-        return {
-            prefix + path.replace(".", "_"): prefix + original.replace(".", "_")
-            for path, original in originals.items()
-            if original is not None
-        }
+        return self.original_names
 
     @property
     def metadata(self) -> Mapping[str, str]:
         """kohya's entries that say what a LoRA's base is."""
         return {
+            "ss_v2": "False",
             "ss_base_model_version": "sdxl_base_v1-0",
             "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
             "modelspec.implementation": "https://github.com/Stability-AI/generative-models",

@@ -1,4 +1,8 @@
-"""Stable Diffusion 1.x: one CLIP text encoder, whose layer is chosen by clip_skip."""
+"""Stable Diffusion 1.x and 2.x: one CLIP text encoder, whose layer is chosen by clip_skip.
+
+2.x has OpenCLIP's, which diffusers' folders hold without its last layer, and a UNet that projects
+by Linear; kohya gives its modules the same names.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StableDiffusion(LatentDiffusion):
-    """A loaded, frozen base model of Stable Diffusion 1.x's layout."""
+    """A loaded, frozen base model of Stable Diffusion 1.x's or 2.x's layout."""
 
     tokenizer: CLIPTokenizer
     text_encoder: CLIPTextModel
@@ -44,11 +48,19 @@ class StableDiffusion(LatentDiffusion):
     def metadata(self) -> Mapping[str, str]:
         """kohya's entries that say what a LoRA's base is."""
         is_v = self.noise_schedule.prediction_type == "v_prediction"
+        version = "sd_v2" if self.is_v2 else "sd_v1"
+        size = ("-768-v" if is_v else "-512") if self.is_v2 else ""
         return {
-            "ss_base_model_version": "sd_v1_v" if is_v else "sd_v1",
-            "modelspec.architecture": "stable-diffusion-v1/lora",
+            "ss_v2": str(self.is_v2),
+            "ss_base_model_version": f"{version}_v" if is_v else version,
+            "modelspec.architecture": f"stable-diffusion-v{2 if self.is_v2 else 1}{size}/lora",
             "modelspec.implementation": "diffusers",
         }
+
+    @property
+    def is_v2(self) -> bool:
+        """Is it Stable Diffusion 2.x?"""
+        return bool(self.unet.config.use_linear_projection)
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Token ids (N, 2 + max_tokens), padded and cut."""

@@ -301,6 +301,10 @@ def _folders(found: FoundSettings, metadata: Metadata) -> None:
         )
 
 
+_USUAL = {"sdxl": ("sdxl", "SDXL"), "sd_v2": ("sd21", "SD2.1")}
+"""What ss_base_model_version begins with -> the option of conf/model, and its name."""
+
+
 def _model(found: FoundSettings, metadata: Metadata) -> None:
     """The base model, by its name; its hash is kohya's and of a file."""
     name, digest = metadata.get("ss_sd_model_name", ""), metadata.get("ss_new_sd_model_hash", "")
@@ -308,7 +312,10 @@ def _model(found: FoundSettings, metadata: Metadata) -> None:
     if named := model_named(name):
         found.choose("model", named[0], f"ss_sd_model_name={name}")
     else:
-        usual, told = ("sdxl", "SDXL") if str(version).startswith("sdxl") else ("sd15", "SD1.5")
+        usual, told = next(
+            (found for start, found in _USUAL.items() if str(version).startswith(start)),
+            ("sd15", "SD1.5"),
+        )
         found.choose("model", usual, f"ss_base_model_version={version}")
         sha = f", sha256 {digest[:16]}…" if len(digest) == 64 else ""
         found.unknown.append(

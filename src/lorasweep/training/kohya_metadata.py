@@ -37,7 +37,6 @@ _OFF: Mapping[str, object] = {
     "ss_resize_interpolation": None,
     "ss_sd_scripts_commit_hash": "(unknown)",
     "ss_training_comment": None,
-    "ss_v2": False,
     "ss_validate_every_n_epochs": None,
     "ss_validate_every_n_steps": None,
     "ss_validation_seed": None,

@@ -51,6 +51,7 @@ _UNET: Mapping[str, object] = {
     "in_channels": 4,
     "out_channels": 4,
     "layers_per_block": 2,
+    "use_linear_projection": False,  # which is Stable Diffusion 2's
     "down_block_types": (*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"),
     "up_block_types": ("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
 }
