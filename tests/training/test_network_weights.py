@@ -14,6 +14,8 @@ from lorasweep.adapters.pack import Pack
 from lorasweep.core.settings import SettingsError
 from lorasweep.export.whole_model import base_for_loras
 from lorasweep.lora_files import checkpoint
+from lorasweep.reproduce.original_run import ReproduceError
+from lorasweep.reproduce.trusted_settings import refuse_other_weights
 from lorasweep.runs import provenance
 from lorasweep.runs.picked_readme import merged_note
 from lorasweep.runs.session import load_base
@@ -156,3 +158,17 @@ def test_what_a_run_begins_with_is_part_of_how_it_was_made(make_run, base, tmp_p
     assert not provenance.is_made_alike(tmp_path, merged, cache, start)
     file_of(tmp_path, base, make_run("adapter.rank=2"))
     assert not provenance.is_made_alike(tmp_path, make_run().model, cache, start)
+
+
+def test_a_log_can_not_name_another_file_of_this_machine(make_run, base, tmp_path, cache_dir):
+    path, _ = file_of(tmp_path, base, make_run("adapter.rank=4"))
+    begun = make_run("adapter.rank=4", f"trainer.network_weights={path}")
+    merged = make_run(f"model.base_weights=[{path}]")
+    for run, key in ((begun, "trainer.network_weights"), (merged, "model.base_weights")):
+        provenance.record(tmp_path, run.model, cache_dir, "cpu", run.network_weights)
+        origin = json.loads((tmp_path / "origin.json").read_text())
+        refuse_other_weights(origin, run, set())
+        refuse_other_weights(None, run, {key})
+        with pytest.raises(ReproduceError, match=f"its {key} names a file that is another here"):
+            refuse_other_weights({"model": {"files": {}}}, run, set())
+    refuse_other_weights(None, make_run(), set())

@@ -39,6 +39,7 @@ from lorasweep.reproduce.logged_settings import (
 from lorasweep.reproduce.original_images import FoundImages, LoggedCaptions
 from lorasweep.reproduce.original_run import OriginalRun, ReproduceError
 from lorasweep.reproduce.same_pack import Schedule
+from lorasweep.reproduce.trusted_settings import refuse_other_weights
 from lorasweep.runs.prepare import write_folders
 from lorasweep.runs.run_folder import sweep_name
 from lorasweep.tracking.history import Log, LoggedRun
@@ -108,6 +109,8 @@ def prepare(original: OriginalRun, options: Options) -> Plan:
     )
     runs = {name: _run(original, name, settings, options, home) for name in schedule.names}
     run = runs[original.run.name]
+    named = {one.partition("=")[0].lstrip("+") for one in (*options.places, *options.overrides)}
+    refuse_other_weights(original.origin, run, named)
     for companion in runs.values():
         if not companion.can_share_pack(run):
             raise ReproduceError(f"{companion.name} can't share a pack with the changed {run.name}")

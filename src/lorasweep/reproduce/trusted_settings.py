@@ -14,12 +14,13 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from lorasweep.config.conf_folder import PACKAGE, conf_dir
-from lorasweep.config.run import COMPONENTS
+from lorasweep.config.run import COMPONENTS, Run
 from lorasweep.core.components import short_name
 from lorasweep.core.foreign_files import ForeignFileError, inside
 from lorasweep.core.settings import name_for_files
 from lorasweep.core.text import shown
 from lorasweep.reproduce.original_run import ReproduceError
+from lorasweep.runs import provenance
 from lorasweep.runs.provenance import hub_copy
 
 _OPTIMIZER = "optimizer.type"
@@ -100,6 +101,35 @@ def refuse_downloads(model: Mapping[str, Any], named: Collection[str]) -> None:
             f"its model.config {shown(str(config))} is not on this machine, and {_FETCH}; if you"
             f" want it, add model.config={shown(str(config))}, or give a diffusers folder"
         )
+
+
+def refuse_other_weights(
+    origin: Mapping[str, Any] | None, run: Run, named: Collection[str]
+) -> None:
+    """Raise ReproduceError for LoRA files that a log names, unless they are the very ones of then.
+
+    `named` are settings given by hand. A log could name any file of this machine.
+    """
+    then, cache = origin or {}, run.cache_dir
+    model, now = then.get("model"), provenance.identity(run.model, cache)["files"]
+    files = model.get("files") if isinstance(model, dict) else None
+    known = files if isinstance(files, dict) else {}
+    merged = [name for name in now if name.startswith(provenance.MERGED)]
+    pairs = {
+        "model.base_weights": [(known.get(name), now[name]) for name in merged],
+        "trainer.network_weights": [
+            (
+                provenance.sha256_of(then.get(provenance.START)),
+                provenance.start_digest(run.network_weights, cache),
+            )
+        ],
+    }
+    for key, digests in pairs.items():
+        if key not in named and any(before != here for before, here in digests):
+            raise ReproduceError(
+                f"its {key} names a file that is another here than it was trained with; if it is"
+                f" right, give it as {key}=FILE"
+            )
 
 
 def captioner(node: Mapping[str, Any], image_dir: Path | None) -> dict[str, Any]:

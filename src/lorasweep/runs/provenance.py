@@ -33,6 +33,8 @@ ORIGIN, DIFF, PACK = "origin.json", "uncommitted.diff", "pack.json"
 """Names of the files, in a run's folder and in MLflow."""
 START = "network_weights"
 """Key of origin.json: the LoRA file that a run began with."""
+MERGED = "base_weights/"
+"""Begins the names of files that are merged into the base, among its own."""
 LIBRARIES = (
     "lorasweep",
     "torch",
@@ -253,7 +255,7 @@ def identity(model: Model, cache_dir: Path) -> dict[str, Any]:
 def _files(model: Model) -> dict[str, Path]:
     """The files that a model is loaded from, by their names in its folder; and what is merged."""
     merged = enumerate(path for path, _ in model.merged_weights)
-    return {**_own_files(model), **{f"base_weights/{n}": file for n, file in merged}}
+    return {**_own_files(model), **{f"{MERGED}{n}": file for n, file in merged}}
 
 
 def _own_files(model: Model) -> dict[str, Path]:

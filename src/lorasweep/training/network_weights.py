@@ -47,25 +47,16 @@ def first_adapters(base: BaseModel, run: TrainingRun) -> tuple[Pack, Mapping[str
             "adapter.init=pissa begins with the base's own weights, and trainer.network_weights"
             " with a file's; set adapter.init=kaiming"
         )
-    (member,) = [fresh.member(0)]
+    member = fresh.member(0)
     given = _trained(file, fresh, run)
     wanted = given if run.dim_from_weights else member.tensors
     begun: dict[str, Tensors] = {}
     for key in wanted:
-        new = member.tensors.get(key)
-        if key not in given:
-            assert new is not None
-            begun[key] = new
-            continue
-        if new is None:
-            site = fresh.known[key]
-            if not run.adapter.carries(site):
-                raise _unlike(file, key, f"which {type(run.adapter).__name__} can't adapt")
-            new = run.adapter.initial(site, rng.generator(run.seed, "init", key))
-        _check_alike(file, key, given[key], new, run)
-        if run.dim_from_weights:
-            _check_fits(file, fresh, key)
-        begun[key] = {name: tensor.float() for name, tensor in given[key].items()}
+        if key in given:
+            _check_alike(file, key, fresh, run)
+            begun[key] = {name: tensor.float() for name, tensor in given[key].items()}
+        else:
+            begun[key] = member.tensors[key]
     if not any(key in given for key in begun):
         raise SettingsError(
             f"trainer.network_weights={file.path}: nothing of it belongs to what is trained;"
@@ -97,12 +88,23 @@ def _trained(file: LoRAFile, fresh: Pack, run: TrainingRun) -> dict[str, Tensors
     return found
 
 
-def _check_alike(file: LoRAFile, key: str, given: Tensors, new: Tensors, run: TrainingRun) -> None:
-    """Is a module of the file what the settings would make it, but for its numbers?"""
+def _check_alike(file: LoRAFile, key: str, fresh: Pack, run: TrainingRun) -> None:
+    """Is a module of the file what the settings would make it, but for its numbers?
+
+    With dim_from_weights but for its rank and alpha.
+    """
+    given, site = file.sites[key], fresh.known[key]
+    if not run.adapter.carries(site):
+        raise _unlike(file, key, f"which {type(run.adapter).__name__} can't adapt")
+    new = run.adapter.initial(site, rng.generator(run.seed, "init", key))
     if given.keys() != new.keys():
         names = listed(sorted(given))
         raise _unlike(file, key, f"of {names}: choose the adapter that has these")
     if run.dim_from_weights:
+        try:
+            check_fit(site, given)
+        except CheckpointError as error:
+            raise CheckpointError(f"{file.path}: {error}") from None
         return
     for name in sorted(given, reverse=True):  # ranks before alpha
         shapes = tuple(given[name].shape), tuple(new[name].shape)
@@ -111,13 +113,6 @@ def _check_alike(file: LoRAFile, key: str, given: Tensors, new: Tensors, run: Tr
     if "alpha" in given and abs(float(given["alpha"]) - float(new["alpha"])) > 1e-4:
         alphas = f"{float(given['alpha']):g}, and {float(new['alpha']):g} by adapter"
         raise _unlike(file, key, f"whose alpha is {alphas}")
-
-
-def _check_fits(file: LoRAFile, fresh: Pack, key: str) -> None:
-    try:
-        check_fit(fresh.known[key], file.sites[key])
-    except CheckpointError as error:
-        raise CheckpointError(f"{file.path}: {error}") from None
 
 
 def _unlike(file: LoRAFile, key: str, why: str) -> SettingsError:
