@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.common import show
+from lorasweep.judging.pick_rule import reaches_zero
 
 Values = NDArray[np.float64]
 Rule = Callable[["Grid"], Values]
@@ -41,13 +42,30 @@ class Grid:
         gain: Values = above.sum(1) / below.sum(1)
         return gain
 
+    def base_loss(self) -> float:
+        return float(np.mean(self.base["kosmos"]["own"]))
+
     def base_gain(self, part: slice = slice(None), arm: str = "kosmos") -> float:
         own = self.base[arm]
         return float(np.sum(own["excess"][part]) / np.sum(own["own"][part]))
 
-    def few(self, name: str, images: int) -> Values:
-        """By the first so many held-out images alone: `name` is own, excess, with _all, …"""
-        return self.of("kosmos", name)[:, :, :images].mean((1, 2))
+    def terms(self, images: int = 16, weight: float = 1) -> Values:
+        """val/score of each checkpoint by image, of the first so many: loss - weight x gain."""
+        first = slice(0, images)
+        own, of_base = (
+            one[..., first] for one in (self.by_image("own_all"), self.by_image("own_all", True))
+        )
+        noisier, excess = (self.by_image(f"{name}_noisier")[:, first] for name in ("own", "excess"))
+        gain = excess.sum(1, keepdims=True) / noisier.sum(1, keepdims=True)
+        of_gain = gain + (excess - gain * noisier) / noisier.mean(1, keepdims=True)
+        found: Values = own / of_base.mean() - weight * of_gain
+        return found
+
+    def by_image(self, name: str, of_base: bool = False) -> Values:
+        """Own losses or what swaps add, over a part of the schedule: (checkpoints, images)."""
+        values = np.array(self.base["kosmos"][name]) if of_base else self.of("kosmos", name)
+        found: Values = values.mean(-2)
+        return found
 
     def prior_gain(self, part: slice = NOISIER) -> Values:
         """What is left of the base's own gain on pictures of unrelated prompts."""
@@ -74,31 +92,59 @@ def subject_to(values: Values, holds: NDArray[np.bool_]) -> Values:
     return found
 
 
-def _small(grid: Grid, images: int) -> Values:
-    return grid.few("excess_noisier", images) / grid.few("own_noisier", images)
+def standardised(values: Values) -> Values:
+    found: Values = (values - values.mean()) / values.std()
+    return found
+
+
+def score(weight: float = 1, images: int = 16) -> Rule:
+    """val/score: loss - weight x gain."""
+    return lambda g: -g.terms(images, weight).mean(1)
+
+
+def least_drift(rule: Rule, weight: float) -> Rule:
+    """Of those within 2 % of the base's loss that can't be told from the best, the least drift."""
+
+    def found(g: Grid) -> Values:
+        terms, best = g.terms(weight=weight), int(rule(g).argmax())
+        close = np.abs(terms.mean(1) - terms[best].mean()) <= 0.02
+        tied = [reaches_zero(list(one - terms[best])) for one in terms]
+        return subject_to(-g.of("drift"), close & np.array(tied))
+
+    return found
+
+
+def surely_listening(g: Grid) -> Values:
+    """The gain, if the interval of the largest lies above 0; else the loss."""
+    gain = g.gain(NOISIER)
+    best = int(gain.argmax())
+    own, excess = (g.by_image(f"{name}_noisier")[best] for name in ("own", "excess"))
+    chosen = np.random.default_rng(0).integers(len(own), size=(1000, len(own)))
+    low = np.quantile(excess[chosen].sum(1) / own[chosen].sum(1), 0.025)
+    return gain if low > 0 else -g.loss()
 
 
 RULES: Mapping[str, Rule] = {
-    "last epoch": lambda g: g.epochs,
-    "training loss": lambda g: -g.of("train"),
     "loss": lambda g: -g.loss(),
-    "loss, noisier half": lambda g: -g.loss(NOISIER),
-    "loss, cleaner half": lambda g: -g.loss(slice(0, 4)),
-    "loss, 8 images": lambda g: -g.few("own_all", 8),
-    "gain": lambda g: g.gain(),
-    "gain, noisier half": lambda g: g.gain(NOISIER),
-    "gain, noisiest quarter": lambda g: g.gain(slice(6, 8)),
-    "gain, noisiest eighth": lambda g: g.gain(slice(7, 8)),
-    "gain, middle half": lambda g: g.gain(slice(2, 6)),
+    "loss, ties by least drift": least_drift(lambda g: -g.loss(), 0),
+    "loss - gain": score(),
+    "loss - gain, ties by least drift": least_drift(score(), 1),
+    "loss - gain, 8 images": score(images=8),
+    "loss - gain, 4 images": score(images=4),
+    "loss - gain / 4": score(1 / 4),
+    "loss - gain / 2": score(1 / 2),
+    "loss - 2 x gain": score(2),
+    "loss - 4 x gain": score(4),
+    "gain": lambda g: g.gain(NOISIER),
+    "gain, all timesteps": lambda g: g.gain(),
     "gain, cleaner half": lambda g: g.gain(slice(0, 4)),
-    "gain, noisier half, not divided by the loss": lambda g: g.of("kosmos", "excess")[
-        :, NOISIER
-    ].mean(1),
-    "gain, noisier half, 4 images": lambda g: _small(g, 4),
-    "gain, noisier half, 8 images": lambda g: _small(g, 8),
-    "gain / loss": lambda g: g.gain() / g.loss(),
-    "gain, noisier half / loss": lambda g: g.gain(NOISIER) / g.loss(),
+    "gain / loss": lambda g: g.gain(NOISIER) / g.loss(),
+    "gain x (base's loss - loss)": lambda g: g.gain(NOISIER) * (g.base_loss() - g.loss()),
     "rank sum of loss and gain": lambda g: ranks(-g.loss()) + ranks(g.gain(NOISIER)),
+    "sum of standardised loss and gain": lambda g: (
+        standardised(-g.loss()) + standardised(g.gain(NOISIER))
+    ),
+    "gain, or the loss where no gain is surely above 0": surely_listening,
     "loss, if the gain is the base's": lambda g: subject_to(
         -g.loss(), g.gain(NOISIER) >= g.base_gain(NOISIER)
     ),
@@ -106,20 +152,26 @@ RULES: Mapping[str, Rule] = {
         g.gain(NOISIER), g.of("drift") <= np.median(g.of("drift"))
     ),
     "gain x prior gain": lambda g: g.gain(NOISIER) * g.prior_gain().clip(0.01),
-    "rank sum of gain and prior gain": lambda g: ranks(g.gain(NOISIER)) + ranks(g.prior_gain()),
-    "rank sum of gain and little drift": lambda g: ranks(g.gain(NOISIER)) + ranks(-g.of("drift")),
-    "prior gain": lambda g: g.prior_gain(),
+    "training loss": lambda g: -g.of("train"),
+    "last epoch": lambda g: g.epochs,
     "least drift": lambda g: -g.of("drift"),
+    "prior gain": lambda g: g.prior_gain(),
 }
+DEFAULT, BEFORE = "loss - gain", "loss"
+FORETELLING = ("loss", "loss - gain", "gain", "training loss")
 
 
 def replay(recorded: Mapping[str, Any]) -> None:
-    """Print the tables of all sweeps."""
+    """Print the tables: of the sweeps that the rules were thought of with, and of fresh ones."""
     grids = {name: Grid(one) for name, one in recorded.items()}
     _tell_sweeps(grids)
-    for truth in (0, 1):
-        _tell_rules(grids, truth)
+    known = {name: grid for name, grid in grids.items() if name.endswith("-0")}
+    fresh = {name: grid for name, grid in grids.items() if name not in known}
+    for title, some in (("development", known), ("fresh", fresh), ("all", grids)):
+        for truth in (0, 1) if some else ():
+            _tell_rules(title, some, truth)
     _tell_agreement(grids)
+    _tell_early({name: grid for name, grid in grids.items() if "-short-" in name})
     _tell_burnt(grids)
 
 
@@ -136,33 +188,35 @@ def _tell_sweeps(grids: Mapping[str, Grid]) -> None:
     show("Likeness to the true pictures", columns, rows)
 
 
-def _tell_rules(grids: Mapping[str, Grid], truth: int) -> None:
+def _tell_rules(title: str, grids: Mapping[str, Grid], truth: int) -> None:
     """Regret in the truth's units, with its 95 % interval over sweeps, and rank in truth."""
     rows = []
+    before = _regrets(RULES[BEFORE], grids, truth)
     for name, rule in RULES.items():
-        regrets, places, tenth, below = [], [], 0, 0
+        places, tenth, below = [], 0, 0
         for grid in grids.values():
             of_truth = grid.truth[:, truth]
             chosen = int(rule(grid).argmax())
-            regrets.append(float(of_truth.max() - of_truth[chosen]))
             place = int((of_truth > of_truth[chosen]).sum()) + 1
             places.append(place)
             tenth += place <= max(1, len(of_truth) // 10)
             below += bool(of_truth[chosen] < grid.base["truth"][truth])
-        low, high = _interval(regrets)
-        mean = float(np.mean(regrets))
-        rows.append(
-            [
-                name,
-                f"{mean:.3f} [{low:.3f}, {high:.3f}]",
-                " ".join(map(str, places)),
-                f"{tenth} of {len(grids)}",
-                str(below),
-            ]
-        )
+        regrets = _regrets(rule, grids, truth)
+        row = [name, _mean(regrets), _mean(regrets - before) if name != BEFORE else ""]
+        rows.append([*row, " ".join(map(str, places)), f"{tenth} of {len(grids)}", str(below)])
     rows.sort(key=lambda row: row[1])
-    columns = ["rule", "mean regret", "ranks", "in the best tenth", "worse than the base"]
-    show(f"Truth: {TRUTHS[truth]}; sweeps: {', '.join(grids)}", columns, rows)
+    guess = [
+        float(one.truth[:, truth].max() - one.truth[:, truth].mean()) for one in grids.values()
+    ]
+    rows.append(["any, at random", _mean(np.array(guess)), _mean(guess - before), "", "", ""])
+    columns = ["rule", "mean regret", f"less {BEFORE}'s", "ranks", "best tenth", "below base"]
+    show(f"{title}; truth: {TRUTHS[truth]}; sweeps: {', '.join(grids)}", columns, rows)
+
+
+def _regrets(rule: Rule, grids: Mapping[str, Grid], truth: int) -> Values:
+    """How much worse its choice is than the best checkpoint of each sweep."""
+    found = [(grid.truth[:, truth], int(rule(grid).argmax())) for grid in grids.values()]
+    return np.array([of_truth.max() - of_truth[chosen] for of_truth, chosen in found])
 
 
 def _tell_agreement(grids: Mapping[str, Grid]) -> None:
@@ -173,16 +227,46 @@ def _tell_agreement(grids: Mapping[str, Grid]) -> None:
     show("Spearman correlation with likeness", ["rule", "mean", *grids], rows)
 
 
+def _tell_early(grids: Mapping[str, Grid]) -> None:
+    """Which score at an early epoch foretells how good what is picked of a run will be?"""
+    rows = []
+    for name in FORETELLING:
+        for epoch in sorted({int(one) for grid in grids.values() for one in grid.epochs})[:-1]:
+            found = [_foretells(grid, RULES[name], epoch) for grid in grids.values()]
+            rows.append(
+                [name, str(epoch), _mean(np.array(found)), *(f"{one:.2f}" for one in found)]
+            )
+    show(
+        "Spearman correlation of runs: best so far, likeness in the end", ["", "", "", *grids], rows
+    )
+
+
+def _foretells(grid: Grid, rule: Rule, epoch: int) -> float:
+    by, default, runs = rule(grid), RULES[DEFAULT](grid), grid.of("run")
+    so_far, final = [], []
+    for run in sorted(set(runs)):
+        so_far.append(by[(runs == run) & (grid.epochs <= epoch)].max())
+        final.append(grid.truth[runs == run, 0][default[runs == run].argmax()])
+    return spearman(np.array(so_far), np.array(final))
+
+
 def _tell_burnt(grids: Mapping[str, Grid]) -> None:
     """Which score says what was forgotten of unrelated prompts?"""
     rows = []
-    for name in ("least drift", "prior gain", "gain, noisier half", "loss"):
+    for name in ("least drift", "prior gain", "gain", "loss"):
         for truth in (2, 3):
             found = [spearman(RULES[name](grid), grid.truth[:, truth]) for grid in grids.values()]
-            rows.append(
-                [name, TRUTHS[truth], f"{np.mean(found):.2f}", *(f"{x:.2f}" for x in found)]
-            )
+            mean = _mean(np.array(found))
+            rows.append([name, TRUTHS[truth], mean, *(f"{one:.2f}" for one in found)])
     show("Spearman correlation with unrelated prompts", ["score", "truth", "mean", *grids], rows)
+    far = [one for grid in grids.values() for one in grid.checkpoints if one["drift"] >= 1]
+    seen = [one["truth"][3] for one in far]
+    print(f"{len(far)} checkpoints drift by 1 or more; recognised of unrelated prompts: {seen}")
+
+
+def _mean(values: Values) -> str:
+    low, high = _interval(list(values))
+    return f"{values.mean():.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _interval(values: Sequence[float]) -> tuple[float, float]:

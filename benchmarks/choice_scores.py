@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -24,10 +25,25 @@ from lorasweep.judging.metrics.tuple_losses import LossTuple, tuple_losses
 from lorasweep.judging.sampling import Sampling, render
 from lorasweep.runs.prepare import write_folders
 
+if TYPE_CHECKING:
+    from lorasweep.models.base_model import BaseModel
+
 TIMESTEPS = tuple(62 + 125 * part for part in range(8))  # the middles of eight equal parts
 NUM_NOISES, NUM_SWAPS = 1, 2
 STEPS, GUIDANCE = 6, 2.0  # of the truth's drawings
 SIDE = 224  # EfficientNet-Lite0's input
+
+
+def quick(sampling: Sampling) -> Sampling:
+    """As the embedded model draws for the truth."""
+    return replace(sampling, num_inference_steps=STEPS, guidance_scale=GUIDANCE, batch_size=96)
+
+
+class PictureFeatures(Protocol):
+    """A space in which alike pictures lie close."""
+
+    def of(self, pictures: Sequence[Picture]) -> Tensor:
+        """(N, D) of unit length."""
 
 
 class Features:
@@ -60,7 +76,7 @@ class _Gallery:
 
     def __init__(
         self,
-        features: Features,
+        features: PictureFeatures,
         drawings: Sequence[Drawing],
         gallery: Sequence[tuple[str, Picture]],
     ) -> None:
@@ -89,8 +105,17 @@ class _Measured:
 class Recorder:
     """Measures packs of checkpoints of one sweep."""
 
-    def __init__(self, run: Run, style: Style, features: Features) -> None:
-        self.base = run.model.load("cpu", "fp32")
+    def __init__(
+        self,
+        run: Run,
+        style: Style,
+        features: PictureFeatures,
+        base: BaseModel | None = None,
+        sampling: Sampling | None = None,
+        arm: str = "kosmos",
+    ) -> None:
+        """The arm is the one whose captions are swapped, and that drawings are prompted like."""
+        self.base = base or run.model.load("cpu", "fp32")
         root = write_folders(run)
         train, holdout = (
             latents.encode(self.base, kohya_folders.read(root / s), run.dataset, run.cache_dir)
@@ -100,14 +125,11 @@ class Recorder:
         self.style = _Gallery(features, style.drawings, style.gallery)
         self.unrelated = _Gallery(features, style.unrelated, style.unrelated_gallery)
         drawings = [*style.drawings, *style.unrelated]
-        self.sampling: Sampling = replace(
-            run.sampling,
+        self.sampling = replace(
+            sampling or quick(run.sampling),
             prompts=tuple(one.prompt for one in drawings),
-            num_inference_steps=STEPS,
-            guidance_scale=GUIDANCE,
-            batch_size=96,
         )
-        self.prompts = self.sampling.resolve((64, 64), self.base.vae_scale_factor)
+        self.prompts = self.sampling.resolve(run.dataset.size, self.base.vae_scale_factor)
         drift = run.metrics["prior_drift"]
         assert isinstance(drift, PriorDrift)
         self.drift = Drift(replace(drift, num_timesteps=4), self.base, train[0].latents.shape)
@@ -115,7 +137,7 @@ class Recorder:
             replace(holdout[0], arm="prior", caption=prompt, latents=own)
             for prompt, own in zip(drift.prompts, self.drift.drawn, strict=True)
         ]
-        sentences = [item for item in holdout if item.arm == "kosmos"]
+        sentences = [item for item in holdout if item.arm == arm]
         self.measured = [
             _measured("kosmos", sentences, NUM_NOISES, NUM_SWAPS, by_image=True),
             _measured("prior", drawn, 1, 1),
@@ -142,11 +164,6 @@ class Recorder:
             for one, values in zip(found, of_arm, strict=True):
                 one[measured.name] = values
         return found
-
-    def sheet(self, pack: Pack | None, count: int) -> list[list[Picture]]:
-        """The first drawings of each checkpoint, to be looked at."""
-        drawn = render(self.base, pack, self.prompts[:count], self.sampling)
-        return [[np.asarray(one.convert("RGB")) for one in row] for row in drawn]
 
 
 def _measured(
@@ -191,6 +208,13 @@ def _losses(base: Any, pack: Pack | None, measured: _Measured) -> list[Mapping[s
 def _short(values: Tensor) -> Any:
     """As lists of few digits."""
     return np.round(values.numpy().astype(float), 5).tolist()
+
+
+def train_loss(folder: Path, epoch: int) -> float:
+    """The mean training loss of a run's epoch."""
+    steps = json.loads((folder / "epochs" / f"{epoch:06d}.json").read_text())["steps"]
+    losses = [values["train/loss"] for _, _, values in steps if "train/loss" in values]
+    return round(sum(losses) / len(losses), 4)
 
 
 def load(files: Sequence[Path], base: Any) -> Pack:

@@ -85,8 +85,10 @@ def _record(given: argparse.Namespace) -> None:
             places = [f"output_root={work}", f"cache_dir={work}/cache"]
             folder = work / case / trainer
             of_case[trainer] = _train([*overrides, *COMMON, *chosen, *places], folder)
+            given.record.write_text(json.dumps(kept, separators=(",", ":")))
             print(case, trainer, flush=True)
-        of_case.setdefault("files", _compare_files(work / case))
+        if "files" not in of_case:
+            of_case["files"] = _compare_files(work / case)
         given.record.write_text(json.dumps(kept, separators=(",", ":")))
 
 
@@ -166,9 +168,19 @@ def _compare_files(folder: Path) -> dict[str, Any]:
         "theirs_alone": sorted(texts[0].keys() - texts[1].keys()),
         "ours_alone": sorted(texts[1].keys() - texts[0].keys()),
         "other_values": {
-            key: [texts[0][key], texts[1][key]] for key in both if texts[0][key] != texts[1][key]
+            key: [texts[0][key], texts[1][key]]
+            for key in both
+            if _value(texts[0][key]) != _value(texts[1][key])
         },
     }
+
+
+def _value(text: str) -> object:
+    """An entry's value: the folders' order is that of the disk."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _replay(kept: Mapping[str, Any]) -> None:

@@ -73,7 +73,9 @@ class FakePool:
             return [*found, scored]
         path = Path(run.output_dir) / f"{run.name}-{epoch:06d}.safetensors"
         checkpoint = Checkpoint(path=path, run=run.name, epoch=epoch, step=epoch)
-        terms = {"val/loss_rel": [scored["val/loss_rel"] + 0.01 * i for i in range(8)]}
+        scored = {"val/score": scored["val/loss_rel"], **scored}
+        of = {name: scored[name] for name in ("val/score", "val/loss_rel")}
+        terms = {name: [value + 0.01 * i for i in range(8)] for name, value in of.items()}
         found.append(EpochReport(run=run.name, checkpoint=checkpoint, scores=scored, terms=terms))
         if epoch == run.max_train_epochs:
             del self._live[run.name]

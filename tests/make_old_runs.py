@@ -153,7 +153,7 @@ def make_runs() -> None:
 
     kill(BROKEN, in_second_epoch)
     kill(GRID, lambda said: "epoch 2, " in said)
-    kill(SEARCH, lambda said: f"epoch 1, val/loss_rel: {SEARCH}-2" in said)
+    kill(SEARCH, lambda said: f"epoch 1, val/score: {SEARCH}-2" in said)
     for path in sorted(HOME.rglob("run.json")):
         print(path.relative_to(HOME), json.loads(path.read_text())["status"])
 

@@ -17,7 +17,28 @@ from library import original_unet, strategy_sd
 original_unet.BLOCK_OUT_CHANNELS = {widths!r}
 original_unet.TIMESTEP_INPUT_DIM, original_unet.TIME_EMBED_DIM = {widths[0]}, 4 * {widths[0]}
 strategy_sd.TOKENIZER_ID = {tokenizer!r}
-runpy.run_path({checkout!r} + "/train_network.py", run_name="__main__")
+{run}
+"""
+_RUN = 'runpy.run_path({checkout!r} + "/train_network.py", run_name="__main__")'
+_RECORD = """
+import atexit, torch, train_network
+from library import train_util
+numbers, draw = {{"steps": []}}, train_util.get_noise_noisy_latents_and_timesteps
+atexit.register(lambda: torch.save(numbers, {path!r}))
+def begin(self, args, accelerator, network, text_encoders, unet, batch, *rest, **more):
+    weights = accelerator.unwrap_model(network).state_dict()
+    numbers.setdefault("initial", {{key: value.clone() for key, value in weights.items()}})
+    numbers["steps"].append({{"captions": list(batch["captions"])}})
+def drawn(args, scheduler, latents):
+    found = draw(args, scheduler, latents)
+    kept = zip(("latents", "noise", "timesteps"), (latents, found[0], found[2]))
+    numbers["steps"][-1].update((name, value.clone()) for name, value in kept)
+    return found
+train_network.NetworkTrainer.on_step_start = begin
+train_util.get_noise_noisy_latents_and_timesteps = drawn
+parser = train_network.setup_parser()
+settings = train_util.read_config_from_file(parser.parse_args(), parser)
+train_network.NetworkTrainer().train(settings)
 """
 
 
@@ -40,11 +61,16 @@ def write_model(folder: Path) -> None:
     unet.save_pretrained(folder / "unet")
 
 
-def write_checkout(folder: Path, checkout: Path, model: Path) -> None:
-    """A train_network.py that runs that of a checkout for the narrow model."""
+def write_checkout(folder: Path, checkout: Path, model: Path, numbers: Path | None = None) -> None:
+    """A train_network.py that runs that of a checkout for the narrow model.
+
+    To the file `numbers` it writes at its end the initial weights and, by step, what was drawn.
+    """
     folder.mkdir()
     tokenizer = str(model / "tokenizer")
-    script = _SCRIPT.format(checkout=str(checkout), widths=_WIDTHS, tokenizer=tokenizer)
+    run = _RUN if numbers is None else _RECORD
+    text = run.format(checkout=str(checkout), path=str(numbers))
+    script = _SCRIPT.format(checkout=str(checkout), widths=_WIDTHS, tokenizer=tokenizer, run=text)
     (folder / "train_network.py").write_text(script)
 
 

@@ -1,6 +1,7 @@
 """Small trainings in this process, and what they leave: losses, checkpoints, reports, weights."""
 
 import math
+from dataclasses import replace
 
 from lorasweep.data import kohya_folders, latents
 from lorasweep.lora_files import checkpoint
@@ -14,6 +15,11 @@ def load(run, base):
     """The images that a run trains on, encoded."""
     arms = kohya_folders.read(write_folders(run) / "train")
     return TrainingData(latents.encode(base, arms, run.dataset, run.cache_dir), run.dataset)
+
+
+def half_of(data):
+    """Two steps an epoch where all of the small demo's images would make four."""
+    return replace(data, items=data.items[: len(data.items) // 2])
 
 
 def train(base, data, *runs):

@@ -127,7 +127,7 @@ def conf_values():
         values = yaml.safe_load(text)
         whole = path.parent == conf_dir() or "@package _global_" in text
         for key, value in flat(values, "" if whole else f"{group}."):
-            if not key.startswith(("hydra.", "defaults")):
+            if not key.startswith(("hydra.", "defaults")) and not key.endswith(".defaults"):
                 found.setdefault(key, []).append(value)
     return found
 

@@ -249,8 +249,8 @@ def _curves(output_root: Path) -> dict[str, Any]:
     for run in client.search_runs(experiments):
         kinds: dict[str, Any] = {"steps": {}, "scores": {}}
         for key in sorted(run.data.metrics):
-            if key == "train/it_per_s" or key.startswith("best/"):  # which follow from the scores
-                continue
+            if key == "train/it_per_s" or key.startswith(("best/", "val/score")):
+                continue  # these two follow from the other scores
             history = client.get_metric_history(run.info.run_id, key)
             values = [metric.value for metric in sorted(history, key=lambda one: one.step)]
             kinds["steps" if key.startswith("train/") else "scores"][key] = values

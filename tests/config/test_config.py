@@ -113,6 +113,7 @@ def test_alpha_follows_the_rank(make_run):
         ),
         ("nonsense=4", "nonsense: there is no such setting"),
         ("+nonsense=4", "nonsense: there is no such setting"),
+        ("dataset.random_crop=true", "no such setting: an image's latents are computed once"),
         ("adapter.rank=four", "adapter.rank=four: must be a valid integer"),
         ("adapter.rank=0", "adapter.rank=0: must be greater than 0"),
         ("adapter.network_dropout=1.5", "adapter.network_dropout=1.5: must be less than 1"),

@@ -93,6 +93,7 @@ def test_without_a_base_one_sentence_says_why(metadata, width, says, write, caps
     assert (tmp_path / "lora-resized.safetensors").is_file()
 
 
+@pytest.mark.usefixtures("short_pictures")
 def test_a_base_that_is_given_must_fit_and_wins(write, capsys, tmp_path):
     path = write({"ss_sd_model_name": "stable-diffusion-v1-5"})
     _, out, _ = resize(capsys, path, "--rank", 2, "--model", "embedded")
@@ -131,12 +132,15 @@ def strong(tensors, write):
     return path
 
 
+def test_a_lora_so_strong_that_rounding_redraws_the_picture_is_resized(strong, capsys):
+    code, _, err = resize(capsys, strong, "--rank", 3)
+    assert (code, err) == (0, "")
+
+
 @pytest.mark.parametrize("to", ["diffusers-lora", "merged"])
 def test_a_lora_so_strong_that_rounding_redraws_the_picture_is_compared_by_modules(
     to, strong, capsys, tmp_path
 ):
-    code, _, err = resize(capsys, strong, "--rank", 3)
-    assert (code, err) == (0, "")
     out = tmp_path / ("merged" if to == "merged" else "d.safetensors")
     dtype = ["--dtype=fp32"] if to == "merged" else []
     with pytest.raises(SystemExit) as ended:
@@ -164,6 +168,7 @@ def test_a_strong_lora_that_is_read_otherwise_is_found_by_its_modules(
     assert code == 2 and "attn2.to_k computes otherwise than before" in err
 
 
+@pytest.mark.usefixtures("short_pictures")
 def test_a_file_that_diffusers_reads_otherwise_never_appears(write, capsys, tmp_path, monkeypatch):
     path, honest = write(EMBEDDED), diffusers_lora._load
 

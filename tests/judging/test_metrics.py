@@ -155,9 +155,32 @@ def test_without_swaps_the_held_out_loss_is_the_same_to_the_last_bit(base, run, 
     settings = run.metrics["validation"]
     (with_gain, _) = settings.prepare(base, images).score(pack)
     (without, _) = replace(settings, num_swaps=0).prepare(base, images).score(pack)
-    losses = {name: value for name, value in with_gain.scores.items() if "gain" not in name}
-    assert without.scores == losses
-    assert without.terms == {"val/loss_rel": with_gain.terms["val/loss_rel"]}
+    of_gain = ("gain", "score")
+    losses = {n: value for n, value in with_gain.scores.items() if not any(o in n for o in of_gain)}
+    assert {n: value for n, value in without.scores.items() if "score" not in n} == losses
+    assert without.terms["val/loss_rel"] == with_gain.terms["val/loss_rel"]
+
+
+def test_the_score_is_the_loss_less_the_gain_image_by_image(base, run, images, pack):
+    settings = run.metrics["validation"]
+    for scored in settings.prepare(base, images).score(pack):
+        scores, terms = scored.scores, scored.terms
+        expected = scores["val/loss_rel"] - scores["val/caption_gain"]
+        assert scores["val/score"] == pytest.approx(expected)
+        assert scores["val/score_lo"] < scores["val/score"] < scores["val/score_hi"]
+        assert sum(terms["val/score"]) / 2 == pytest.approx(expected)
+        parts = zip(terms["val/loss_rel"], terms["val/caption_gain"], strict=True)
+        assert terms["val/score"] == pytest.approx([loss - gain for loss, gain in parts])
+
+
+def test_without_a_gain_the_score_is_the_loss_alone(base, run, images, pack):
+    settings = replace(run.metrics["validation"], num_swaps=0)
+    for scored in settings.prepare(base, images).score(pack):
+        assert not any("gain" in name for name in scored.scores)
+        for end in ("", "_lo", "_hi"):
+            ours, loss = (scored.scores[f"val/{name}{end}"] for name in ("score", "loss_rel"))
+            assert ours == loss
+        assert scored.terms["val/score"] == scored.terms["val/loss_rel"]
 
 
 def test_each_image_gets_others_captions_and_none_that_equals_its_own(images):

@@ -311,6 +311,13 @@ def test_settings_of_a_later_lorasweep_are_filled_in_and_told(trained, places):
     assert found.values["dataset"]["log_images"] is False
 
 
+@pytest.mark.parametrize("key", ["reg_data_dir", "conditioning_data_dir"])
+def test_what_is_not_laid_out_again_is_said(key, trained, places):
+    text = trained.log.text(trained.log.named("demo-0")[0], "config.yaml")
+    with pytest.raises(ReproduceError, match="not laid out again"):
+        logged_settings.rebuild(text.replace(f"{key}: null", f"{key}: there"), places)
+
+
 ROLLING = {
     1: {"members": [["a", 3], ["me", 1]], "failed": []},
     2: {"members": [["a", 4], ["me", 2], ["b", 1]], "failed": []},

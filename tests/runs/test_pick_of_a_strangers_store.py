@@ -251,6 +251,7 @@ def test_a_settings_file_elsewhere_is_not_the_runs(store: Store) -> None:
         ({"terms": '{"val/loss_rel": 3}'}, "its terms are"),
         ({"terms": '{"val/loss_rel": [NaN]}'}, "its terms are not finite"),
         ({"path": None}, "no lorasweep.path"),
+        ({"seed": "1`"}, "its seed is 1`"),
         ({"path": "a.safetensors"}, "its path is a.safetensors"),
         ({"run": None}, "no lorasweep.run"),
         ({"checkpoint": "../../x"}, "its name is not made of"),

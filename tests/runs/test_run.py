@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("shared_base")
 
 @pytest.fixture
 def make_run(make_run):
-    return partial(make_run, FEW)
+    return partial(make_run, FEW, "dataset.num_images=2")
 
 
 def test_every_checkpoint_is_reported_once_with_scores(make_run):
@@ -162,7 +162,8 @@ def test_the_users_folder_is_left_as_it_was(make_run, tmp_path):
 def test_an_arm_says_whether_its_captions_are_tags(make_run, base):
     run = make_run("dataset.num_images=2", "dataset.num_holdout=1", "dataset.shuffle_caption=true")
     images = encoded_images(base, run, write_folders(run))
-    found = {item.arm: item.tags for item in (*images.train, *images.holdout)}
+    both = *images.train, *images.holdout
+    found = {item.arm: item.settings.shuffle_caption for item in both}
     assert found == {"empty": False, "wd": True, "kosmos": False}
 
 

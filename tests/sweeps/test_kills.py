@@ -137,7 +137,7 @@ def test_a_sweep_whose_driver_and_then_a_worker_are_killed_has_everything_once(
     with subprocess.Popen(
         sweep.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as driver:
-        assert any("epoch 1, val/loss_rel" in line for line in driver.stdout)
+        assert any("epoch 1, val/score" in line for line in driver.stdout)
         driver.kill()
     killed = []
 

@@ -480,6 +480,23 @@ def test_another_question_is_another_study(open_study):
         open_study(objectives=["val/gap"])  # a warm start from it would be refused
 
 
+@pytest.mark.parametrize("more", [[], ["val/prior_drift"]])
+def test_a_study_that_an_older_version_began_by_its_loss_goes_on_by_it(
+    open_study, tmp_path, caplog, more
+):
+    caplog.set_level(logging.INFO)
+    older = ["val/loss_rel", *more]
+    open_study(objectives=older).next()
+    study = open_study(objectives=["val/score", *more])
+    assert study.settings.objectives == older
+    assert f"begun by {', '.join(older)}, and goes on by it" in caplog.text
+    asked, folder = replace(study.settings, objectives=["val/score", *more]), tmp_path / "outputs"
+    (job,) = join_study(asked, folder / "demo" / "s", [study.next().number], max_epochs=9)
+    for trial in (study.next(), job):
+        report(trial, 1, 0.5, **{"val/prior_drift": 0.1})
+        assert trial.values == [0.5, *([0.1] if more else [])]
+
+
 def test_a_study_under_way_is_not_begun_anew_though_nothing_has_trained_yet(open_study, tmp_path):
     changed = r"begun with settings=1, not 2"
     study = open_study(basis={"settings": 1})

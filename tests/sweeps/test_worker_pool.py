@@ -57,7 +57,7 @@ def test_a_place_left_is_taken_a_killed_worker_replaced_and_results_are_the_same
     }
     assert "killed by SIGKILL" in failures[0].reason
     assert dropped == [False] * 3
-    assert "epoch 2, val/loss_rel: " in caplog.text  # what workers say is heard
+    assert "epoch 2, val/score: " in caplog.text  # what workers say is heard
     assert {name: one.epoch for name, one in last.items()} == dict.fromkeys(
         ("demo-0", "demo-2", "demo-3"), 2
     )

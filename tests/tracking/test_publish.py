@@ -475,6 +475,7 @@ def test_steps_of_a_long_epoch_are_published_while_it_runs(root: Path) -> None:
         until = time.monotonic() + 60
         while not (known := client.get_run(run_id(root)).data.metrics):
             assert time.monotonic() < until
+            time.sleep(0.05)
         log.log_base({}, {})
         log.finish("FINISHED")
     (run,) = snapshot(SETTINGS.resolve(root))

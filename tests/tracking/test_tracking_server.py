@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
@@ -51,6 +52,7 @@ class Server:
             )
         while not self.answers():
             assert self.process.poll() is None, (self.folder / "log.txt").read_text()[-2000:]
+            time.sleep(0.05)
 
     def answers(self) -> bool:
         try:

@@ -4,6 +4,7 @@ import logging
 import math
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +17,8 @@ from lorasweep.training.native_trainer import NativeTraining
 from lorasweep.training.pack_loss import PackLoss
 from lorasweep.training.training_batches import epoch_batches
 from lorasweep.training.training_captions import caption_of, warn_of_cut_captions
-from lorasweep.training.training_run import TrainerError
-from small_training import Losses, load, relative_difference, tensors, train
+from lorasweep.training.training_run import TrainerError, TrainingData
+from small_training import Losses, half_of, load, relative_difference, tensors, train
 
 
 @pytest.fixture
@@ -30,6 +31,12 @@ def data(make_run, base):
     return load(make_run(), base)
 
 
+@pytest.fixture
+def half(data):
+    """Half of the images: two steps an epoch."""
+    return half_of(data)
+
+
 MIXED = [
     ("adapter.rank=4", "optimizer.unet_lr=1e-3", "seed=1"),
     ("adapter.rank=16", "optimizer.unet_lr=3e-4", "lr_scheduler=cosine", "seed=2"),
@@ -40,12 +47,12 @@ MIXED = [
 @pytest.mark.parametrize(
     ("base", "steps"), [("embedded_base", "null"), ("sdxl", 1)], indirect=["base"]
 )
-def test_a_run_in_a_pack_is_the_run_alone(steps, make_run, base, data):
+def test_a_run_in_a_pack_is_the_run_alone(steps, make_run, base, half):
     limit = f"trainer.max_train_steps={steps}"
     runs = [make_run(*overrides, limit, number=number) for number, overrides in enumerate(MIXED)]
-    losses, last, _ = train(base, data, *runs)
+    losses, last, _ = train(base, half, *runs)
     for run in runs:
-        alone_losses, alone_last, _ = train(base, data, run)
+        alone_losses, alone_last, _ = train(base, half, run)
         assert losses[run.name] == pytest.approx(alone_losses[run.name], rel=1e-5)
         difference = relative_difference(tensors(last[run.name]), tensors(alone_last[run.name]))
         assert difference < 1e-5
@@ -119,24 +126,24 @@ def test_a_run_of_so_many_steps_ends_within_an_epoch_and_its_schedule_with_it(
     assert relative_difference(tensors(alone["demo-0"]), in_pack) < 1e-5
 
 
-def test_a_neighbour_that_leaves_early_changes_nothing(make_run, base, data):
+def test_a_neighbour_that_leaves_early_changes_nothing(make_run, base, half):
     short = make_run("trainer.max_train_epochs=1", "adapter.rank=16", number=0)
     dropped = make_run("trainer.max_train_epochs=3", "adapter.rank=2", number=1)
     long = make_run("trainer.max_train_epochs=3", "adapter.rank=4", number=2)
     seen, losses = [], Losses()
-    training = NativeTraining(long.trainer, base, [short, dropped, long], data, on_step=losses.note)
+    training = NativeTraining(long.trainer, base, [short, dropped, long], half, on_step=losses.note)
     for epoch in training:
         seen.append([one.run for one in epoch.checkpoints])
         if len(seen) == 2:
             training.drop(dropped.name)
     assert [len(names) for names in seen] == [3, 2, 1]
-    alone, _, _ = train(base, data, long)
+    alone, _, _ = train(base, half, long)
     assert losses[long.name] == pytest.approx(alone[long.name], rel=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_out_of_memory_splits_the_pack_and_loses_nothing(
-    precision, make_run, base, data, monkeypatch, caplog
+    precision, make_run, base, half, monkeypatch, caplog
 ):
     if precision == "fp16":  # GradScaler must forget the step that broke off
         base = make_run().model.load(precision="fp16")
@@ -144,7 +151,7 @@ def test_out_of_memory_splits_the_pack_and_loses_nothing(
     runs = [make_run(f"seed={n}", *options, number=n) for n in range(3)]
     expected, files = {}, {}
     for run in runs:
-        losses, last, _ = train(base, data, run)
+        losses, last, _ = train(base, half, run)
         expected[run.name], files[run.name] = losses[run.name], tensors(last[run.name])
     calls = {"count": 0}
     forward = type(base.unet).forward
@@ -157,19 +164,19 @@ def test_out_of_memory_splits_the_pack_and_loses_nothing(
 
     monkeypatch.setattr(type(base.unet), "forward", limited)
     with caplog.at_level(logging.WARNING):
-        losses, last, _ = train(base, data, *runs)
+        losses, last, _ = train(base, half, *runs)
     assert "out of memory with 3 runs: they go on as two packs" in caplog.text
     tolerance = 1e-5 if precision == "fp32" else 0.02  # fp16 has 11 bits of mantissa
     for run in runs:
         assert losses[run.name] == pytest.approx(expected[run.name], rel=tolerance)
-        assert (last[run.name].epoch, last[run.name].step) == (2, 8)
+        assert (last[run.name].epoch, last[run.name].step) == (2, 4)
         assert relative_difference(tensors(last[run.name]), files[run.name]) < tolerance
 
 
-def test_a_run_for_which_there_is_no_room_waits_until_others_have_ended(make_run, base, data):
+def test_a_run_for_which_there_is_no_room_waits_until_others_have_ended(make_run, base, half):
     short = "trainer.max_train_epochs=1"
     first, second, late = (make_run(f"seed={n}", f"name=r{n}", short) for n in range(3))
-    training = NativeTraining(first.trainer, base, [first, second], data)
+    training = NativeTraining(first.trainer, base, [first, second], half)
     training.max_runs = 2  # as if three had been too many
     training.join(late)
     assert [[one.run for one in epoch.checkpoints] for epoch in training] == [["r0", "r1"], ["r2"]]
@@ -338,37 +345,37 @@ def test_a_short_last_group_is_the_mean_of_its_own_batches(make_run, base, data)
     assert relative_difference(*ups) < 1e-6
 
 
-def test_gradient_checkpointing_changes_memory_not_results(make_run, base, data):
+def test_gradient_checkpointing_changes_memory_not_results(make_run, base, half):
     options = ("adapter.rank=4", "adapter.rank_dropout=0.3", "trainer.max_train_epochs=1")
-    plain, _, _ = train(base, data, make_run(*options))
+    plain, _, _ = train(base, half, make_run(*options))
     fresh = make_run().model.load()
     seen = []
     inner = fresh.unet.up_blocks[-1].resnets[0]
     inner.register_forward_pre_hook(lambda *_: seen.append(1))
     run = make_run(*options, "trainer.gradient_checkpointing=true")
-    saved, _, _ = train(fresh, data, run)
+    saved, _, _ = train(fresh, half, run)
     assert saved[run.name] == pytest.approx(plain[run.name], rel=1e-5)
-    assert len(seen) == 2 * 4  # 4 steps, each computed forward twice
+    assert len(seen) == 2 * 2  # 2 steps, each computed forward twice
 
 
-def test_bf16_trains_close_to_fp32_with_fp32_adapters(make_run, base, data):
-    exact, _, _ = train(base, data, make_run("adapter.rank=4"))
+def test_bf16_trains_close_to_fp32_with_fp32_adapters(make_run, base, half):
+    exact, _, _ = train(base, half, make_run("adapter.rank=4"))
     run = make_run("adapter.rank=4", "trainer.precision=bf16")
-    rough, last, _ = train(run.model.load(precision="bf16"), data, run)
+    rough, last, _ = train(run.model.load(precision="bf16"), half, run)
     assert rough[run.name] == pytest.approx(exact[run.name], rel=0.05)  # 8 bits of mantissa
     assert {tensor.dtype for tensor in tensors(last[run.name]).values()} == {torch.float32}
 
 
-def test_bf16_packs_of_mixed_scales_train_as_alone(make_run, base, data):
+def test_bf16_packs_of_mixed_scales_train_as_alone(make_run, base, half):
     low = make_run().model.load(precision="bf16")
     options = ("trainer.precision=bf16", "trainer.max_train_epochs=1")
     runs = [
         make_run(*options, "adapter.rank=6", "adapter.alpha=1.7", number=0),
         make_run(*options, "adapter.rank=4", "adapter.alpha=3", number=1),
     ]
-    losses, _, _ = train(low, data, *runs)
+    losses, _, _ = train(low, half, *runs)
     for run in runs:
-        alone, _, _ = train(low, data, run)
+        alone, _, _ = train(low, half, run)
         assert losses[run.name] == pytest.approx(alone[run.name], rel=0.01)
 
 
@@ -403,9 +410,9 @@ def test_options_train_and_change_the_result(overrides, make_run, base, data, pl
     assert relative_difference(tensors(last[run.name]), plain) > 1e-4
 
 
-def test_weight_norms_are_kept_below_the_limit(make_run, base, data):
+def test_weight_norms_are_kept_below_the_limit(make_run, base, half):
     run = make_run("adapter.rank=4", "adapter.scale_weight_norms=0.01")
-    _, last, _ = train(base, data, run)
+    _, last, _ = train(base, half, run)
     from lorasweep.judging.judge import load_pack
 
     pack = load_pack(base, [last[run.name].path])
@@ -432,6 +439,16 @@ def test_sentences_are_neither_shuffled_nor_dropped_in_parts(data):
     assert seen == {sentence}
     emptied = replace(item, settings=replace(item.settings, caption_dropout_rate=1.0))
     assert caption_of(emptied, seed=0, epoch=1, place=(0, 0)) == ""
+
+
+def test_tags_come_one_by_one_with_the_runs_own_steps(make_run, base, data):
+    run = make_run("dataset.token_warmup_step=0.5")
+    item = replace(data.items[0], caption="a, b, c, d, e", settings=run.dataset)
+    loss = PackLoss(base, TrainingData([item], run.dataset))
+    counters = [{"num_steps": step, "num_micro_steps": 2 * step} for step in (0, 4, 20)]
+    states = [SimpleNamespace(run=run, num_epochs=0, max_train_steps=20, **one) for one in counters]
+    captions = loss._captions(states, [[0]] * 3)  # a run that joined later has its own count
+    assert captions == ["a", "a, b", "a, b, c, d, e"]
 
 
 def test_captions_are_dropped_as_often_as_asked(data):
@@ -498,11 +515,11 @@ def test_buckets_keep_their_order_from_epoch_to_epoch(data):
     [("adapter.rank=16",), ("optimizer.text_encoder_lr=0",), ("optimizer.unet_lr=0",)],
     ids=["same kind", "unet only", "text encoder only"],
 )
-def test_a_run_that_joins_later_is_the_run_alone(kind, make_run, base, data):
+def test_a_run_that_joins_later_is_the_run_alone(kind, make_run, base, half):
     first, second = (make_run(f"seed={n}", "adapter.rank=4", number=n) for n in range(2))
     late = make_run("seed=7", *kind, number=2)
     losses, last = Losses(), {}
-    training = NativeTraining(first.trainer, base, [first, second], data, on_step=losses.note)
+    training = NativeTraining(first.trainer, base, [first, second], half, on_step=losses.note)
     for number, epoch in enumerate(training):
         last.update({one.run: one for one in epoch.checkpoints})
         if number == 0:
@@ -510,12 +527,12 @@ def test_a_run_that_joins_later_is_the_run_alone(kind, make_run, base, data):
     files = {name: tensors(one) for name, one in last.items()}
     assert {one.epoch for one in last.values()} == {2}
     for run in (first, late):
-        alone_losses, alone_last, _ = train(base, data, run)
+        alone_losses, alone_last, _ = train(base, half, run)
         assert losses[run.name] == pytest.approx(alone_losses[run.name], rel=1e-5)
         assert relative_difference(files[run.name], tensors(alone_last[run.name])) < 1e-5
 
 
-def test_a_run_that_does_not_fit_alone_leaves_the_others(make_run, base, data, monkeypatch):
+def test_a_run_that_does_not_fit_alone_leaves_the_others(make_run, base, half, monkeypatch):
     runs = [make_run(f"seed={n}", f"name=r{n}") for n in range(2)]
     backward = PackLoss.backward
 
@@ -525,7 +542,7 @@ def test_a_run_that_does_not_fit_alone_leaves_the_others(make_run, base, data, m
         return backward(self, pack, states, batches, num_micro_steps)
 
     monkeypatch.setattr(PackLoss, "backward", limited)
-    training = NativeTraining(runs[0].trainer, base, runs, data)
+    training = NativeTraining(runs[0].trainer, base, runs, half)
     monkeypatch.setattr(training, "pack", training.pack.select([1, 0]))  # it comes first
     training.pack.bind()
     epochs = list(training)
@@ -535,7 +552,7 @@ def test_a_run_that_does_not_fit_alone_leaves_the_others(make_run, base, data, m
 
 
 def test_a_run_that_does_not_fit_alone_leaves_those_that_wait_for_the_end_of_its_epoch(
-    make_run, base, data, monkeypatch
+    make_run, base, half, monkeypatch
 ):
     first, late = (make_run(f"seed={n}", f"name=r{n}") for n in range(2))
     backward = PackLoss.backward
@@ -546,7 +563,7 @@ def test_a_run_that_does_not_fit_alone_leaves_those_that_wait_for_the_end_of_its
         return backward(self, pack, states, batches, num_micro_steps)
 
     monkeypatch.setattr(PackLoss, "backward", limited)
-    training = NativeTraining(first.trainer, base, [first], data)
+    training = NativeTraining(first.trainer, base, [first], half)
     training.pack.states[0].num_batches = 1  # it goes on within its epoch
     training.join(late)
     epochs = list(training)

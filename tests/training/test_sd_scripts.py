@@ -18,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 from safetensors.torch import save_file
 
 import narrow_sd15
@@ -31,8 +32,11 @@ from lorasweep.data.latents import Item
 from lorasweep.lora_files import checkpoint as lora_file
 from lorasweep.models.noise_schedule import NoiseSchedule
 from lorasweep.runs import session
+from lorasweep.runs.prepare import encoded_images, write_folders
 from lorasweep.runs.session import run_pack
 from lorasweep.training import saved_states, sd_scripts_guard
+from lorasweep.training.native_trainer import NativeTraining
+from lorasweep.training.pack_loss import PackLoss
 from lorasweep.training.sd_scripts_config import (
     Start,
     check_base,
@@ -41,6 +45,7 @@ from lorasweep.training.sd_scripts_config import (
     text_of,
 )
 from lorasweep.training.sd_scripts_trainer import SdScriptsTraining, files_of
+from lorasweep.training.training_batches import steps_per_epoch
 from lorasweep.training.training_run import Stopped, TrainingData
 from renamed_loras import as_peft
 from small_training import load
@@ -316,8 +321,9 @@ def test_the_pruner_of_a_sweep_ends_the_process_with_the_epoch(
     (tmp_path / "sweeps" / "mine.yaml").write_text(SWEEP)
     places = [f"output_root={tmp_path}/outputs", f"cache_dir={cache_dir}", f"model.path={model}"]
     own = ["dataset.resolution=[64,64]", "adapter.rank=2", "trainer.max_train_epochs=3"]
-    own += ["study.min_epochs=1", "trainer=sd_scripts"]
-    chosen = [*SMALL, *stood_in.overrides, *places, *own]
+    own += ["study.min_epochs=1", "trainer=sd_scripts", "sampling.every_n_epochs=0"]
+    small = [one for one in SMALL if not one.startswith("sampling.")]
+    chosen = [*small, *stood_in.overrides, *places, *own]
     main.main(["sweep", "mine", "--config-dir", str(tmp_path), *chosen])
     (folder,) = (tmp_path / "outputs").glob("demo/*/0")
     files = {path.name for path in folder.rglob("*.safetensors")}
@@ -480,6 +486,14 @@ SAID = [
         "dataset.flip_aug=true": {"flip_aug": True},
         "dataset.caption_dropout_rate=0.1": {"caption_dropout_rate": 0.1},
         "dataset.caption_dropout_every_n_epochs=2": {"caption_dropout_every_n_epochs": 2},
+        "dataset.caption_prefix=sks": {"caption_prefix": "sks", "caption_separator": ","},
+        "dataset.caption_suffix=end": {"caption_suffix": "end"},
+        "dataset.token_warmup_min=2": {"token_warmup_min": 2},
+        "dataset.token_warmup_step=0.5": {"token_warmup_step": 0.5},
+        "dataset.keep_tokens_separator='|||'": {"keep_tokens_separator": "|||"},
+        "dataset.secondary_separator=';;'": {"secondary_separator": ";;"},
+        "dataset.enable_wildcard=true": {"enable_wildcard": True},
+        "dataset.prior_loss_weight=0.5": {"prior_loss_weight": 0.5},
     },
     {
         "trainer.v_pred_like_loss=0.5": {"v_pred_like_loss": 0.5, "loss_type": "l2"},
@@ -649,19 +663,101 @@ def test_an_empty_caption_file_which_it_refuses_is_named(stood_in, make_run, bas
 
 
 @pytest.mark.skipif(REAL is None, reason="LORASWEEP_SD_SCRIPTS names no checkout")
-@pytest.mark.parametrize("adapter", [name for name in options("adapter") if name != "lora"])
-def test_the_real_one_trains_every_adapter_under_our_keys(adapter, make_run, base, model, tmp_path):
-    narrow_sd15.write_checkout(tmp_path / "real", Path(REAL), model)
+@pytest.mark.parametrize("adapter", options("adapter"))
+def test_the_real_one_and_ours_take_the_same_steps_from_the_same_numbers(
+    adapter, make_run, base, model, tmp_path, monkeypatch
+):
+    """Under the same keys too; ours is given the weights, noise, … that the real one drew."""
+    import torch
+
+    narrow_sd15.write_checkout(tmp_path / "real", Path(REAL), model, tmp_path / "numbers")
     python = os.environ.get("LORASWEEP_SD_SCRIPTS_PYTHON", sys.executable)
     places = f"trainer.path={tmp_path / 'real'}", f"trainer.python={python}"
     drawn = ["trainer.sample_every_n_epochs=1", "trainer.sample_prompts=[a fox --s 2]"]
     own = [f"adapter={adapter}", "adapter.rank=2", "trainer.max_train_epochs=1"]
+    own += ["lr_scheduler=cosine", "seed=3"]
     run = make_run(*places, *own, *drawn)
-    _, (one,), failures = train(base, load(run, base), run)
+    data = load(run, base)
+    told, (one,), failures = train(base, data, run)
     assert not failures
-    tensors = lora_file.read(one.path)[0]
-    ours = Pack.new(base.parts, [(run.adapter, 0, run.optimizer.trained_parts)]).file_tensors(0)
-    shapes = {name: tuple(tensor.shape) for name, tensor in ours.items()}
-    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == shapes
     (picture,) = (path for path in files_of(run.output_dir) if path.suffix == ".png")
     assert picture.name.startswith("demo_")
+    numbers = torch.load(tmp_path / "numbers")
+    repeat(numbers, monkeypatch)
+    ours = make_run.func(*make_run.args[1:], *own, "trainer=native", number=1)
+    closeness = 1e-4 if adapter == "dora" else 1e-5
+    steps = Told()
+    (epoch,) = NativeTraining(ours.trainer, base, [ours], data, on_step=steps.note)
+    for values, theirs in zip(steps[ours.name].values(), told[run.name].values(), strict=True):
+        assert values["train/loss"] == pytest.approx(theirs["train/loss"], rel=closeness)
+        assert values["train/lr_unet"] == pytest.approx(theirs["train/lr_unet"])
+    weights, expected = lora_file.read(epoch.checkpoints[0].path)[0], lora_file.read(one.path)[0]
+    shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    assert {name: tuple(tensor.shape) for name, tensor in weights.items()} == shapes
+    changes = {name: expected[name] - numbers["initial"][name] for name in expected}
+    if adapter == "dora":  # LyCORIS differentiates its norm too, ours, as its paper says, doesn't
+        return
+    off = sum((weights[name] - expected[name]).square().sum() for name in expected)
+    assert off < 1e-4 * sum(change.square().sum() for change in changes.values())
+
+
+def repeat(numbers, monkeypatch):
+    """Let the native trainer begin with these weights, and take what was drawn at each step."""
+
+    def with_weights(parts, runs, *bare, new=Pack.new):
+        pack = new(parts, runs, *bare)
+        members = [pack.member(index) for index in range(len(runs))]
+        return Pack(pack.known, [replace(one, tensors=initial(one)) for one in members])
+
+    def initial(member):
+        return {
+            key: {name: numbers["initial"][f"{key}.{name}"].clone() for name in tensors}
+            for key, tensors in member.tensors.items()
+        }
+
+    def step(state):
+        return numbers["steps"][state.num_micro_steps]
+
+    def draw(_loss, state, *_shape):
+        return step(state)["noise"], step(state)["timesteps"]
+
+    def images(loss, state, batch):
+        rows = zip(batch, step(state)["latents"], strict=True)
+        return [(replace(loss.data.items[index], latents=row), False) for index, row in rows]
+
+    monkeypatch.setattr(Pack, "new", with_weights)
+    monkeypatch.setattr(PackLoss, "_images", images)
+    monkeypatch.setattr(PackLoss, "_draw", draw)
+    captions = lambda _loss, states, _batches: step(states[0])["captions"]  # noqa: E731
+    monkeypatch.setattr(PackLoss, "_captions", captions)
+
+
+@pytest.mark.skipif(REAL is None, reason="LORASWEEP_SD_SCRIPTS names no checkout")
+@pytest.mark.parametrize("kind", ["regularisation", "masks", "alpha"])
+def test_the_real_one_reads_our_folders_as_we_do(kind, make_run, base, model, tmp_path):
+    """Else it makes other steps than ours in an epoch, or stops at its dataset config."""
+    narrow_sd15.write_checkout(tmp_path / "real", Path(REAL), model)
+    python = os.environ.get("LORASWEEP_SD_SCRIPTS_PYTHON", sys.executable)
+    names = [f"{folder}/{n}.png" for folder in ("img/2_sks cat", "img/1_dog") for n in range(3)]
+    names += [f"reg/1_cat/{n}.png" for n in range(4)]
+    for number, name in enumerate(names):
+        for path in (tmp_path / name, tmp_path / "masks" / name.partition("/")[2]):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            mode = "RGBA" if kind == "alpha" else "RGB"
+            Image.new(mode, (64, 64), (20 * number, 90, 40)).save(path)
+    own = {
+        "regularisation": [f"dataset.reg_data_dir={tmp_path / 'reg'}", "dataset.keep_tokens=1"],
+        "masks": [f"dataset.conditioning_data_dir={tmp_path / 'masks'}"],
+        "alpha": ["dataset.alpha_mask=true", "dataset.caption_prefix=photo"],
+    }
+    run = make_run(
+        *(f"trainer.path={tmp_path / 'real'}", f"trainer.python={python}"),
+        *("dataset=kohya", f"dataset.image_dir={tmp_path / 'img'}", "dataset.num_images=all"),
+        *("dataset.num_holdout=1", "dataset.min_size=8", "dataset.shuffle_caption=true"),
+        *("trainer.max_train_epochs=1", *own[kind]),
+    )
+    data = TrainingData(encoded_images(base, run, write_folders(run)).trained, run.dataset)
+    told, checkpoints, failures = train(base, data, run)
+    assert not failures
+    assert len(checkpoints) == 1
+    assert len(told[run.name]) == steps_per_epoch(data.items, run.trainer.batch_size)

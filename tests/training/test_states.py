@@ -14,7 +14,7 @@ from lorasweep.training import saved_states, training_state
 from lorasweep.training.native_trainer import NativeTraining
 from lorasweep.training.saved_states import StateError
 from lorasweep.training.training_run import Stopped
-from small_training import Losses, load
+from small_training import Losses, half_of, load
 
 EPOCHS = 2
 KERNELS = FEW.replace("[", "[unet.*.resnets.0.conv?,")
@@ -29,6 +29,12 @@ def make_run(make_run):
 @pytest.fixture
 def data(make_run, base):
     return load(make_run(), base)
+
+
+@pytest.fixture
+def half(data):
+    """Half of the images: two steps an epoch."""
+    return half_of(data)
 
 
 def train(base, data, runs, stop_at=None, resume=False):
@@ -83,13 +89,13 @@ def packs(make_run, *overrides):
     return unbroken, [replace(run, output_dir=run.output_dir / "broken") for run in broken]
 
 
-def test_a_pack_goes_on_bit_by_bit_from_any_step(make_run, base, data):
+def test_a_pack_goes_on_bit_by_bit_from_any_step(make_run, base, half):
     """Broken off in an epoch, at its end, and in the next: each time it goes on from there."""
     unbroken, broken = packs(make_run, "dataset.flip_aug=true", "dataset.shuffle_caption=true")
-    expected = train(base, data, unbroken)
+    expected = train(base, half, unbroken)
     logged = {run.name: {} for run in broken}
-    for stop_at in (2, 4, 7, None):
-        for name, steps in train(base, data, broken, stop_at, resume=stop_at != 2).items():
+    for stop_at in (1, 2, 3, None):
+        for name, steps in train(base, half, broken, stop_at, resume=stop_at != 1).items():
             logged[name] |= steps
     for before, after in zip(unbroken, broken, strict=True):
         assert weights(before) == weights(after)
@@ -97,13 +103,13 @@ def test_a_pack_goes_on_bit_by_bit_from_any_step(make_run, base, data):
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_every_adapter_goes_on_bit_by_bit(name, make_run, base, data):
+def test_every_adapter_goes_on_bit_by_bit(name, make_run, base, half):
     targets = [] if name == "lora" else [KERNELS]
     run = make_run(f"adapter={name}", "trainer.max_train_epochs=1", *targets)
     other = replace(run, output_dir=run.output_dir / "broken")
-    train(base, data, [run])
-    train(base, data, [other], stop_at=2)
-    train(base, data, [other], resume=True)
+    train(base, half, [run])
+    train(base, half, [other], stop_at=1)
+    train(base, half, [other], resume=True)
     assert weights(run) == weights(other)
 
 
@@ -181,11 +187,11 @@ def test_without_states_nothing_is_written(make_run, base, data):
     assert not saved_states.folder_of(run.output_dir).exists()
 
 
-def test_a_damaged_state_is_passed_over_for_the_one_before(make_run, base, data, caplog):
+def test_a_damaged_state_is_passed_over_for_the_one_before(make_run, base, half, caplog):
     unbroken, broken = packs(make_run)
-    train(base, data, unbroken)
-    train(base, data, broken, stop_at=8)
-    path = saved_states.path_of(broken[0].output_dir, 8)
+    train(base, half, unbroken)
+    train(base, half, broken, stop_at=4)
+    path = saved_states.path_of(broken[0].output_dir, 4)
     whole = path.read_bytes()
     flipped = bytearray(whole)
     flipped[-5] ^= 1
@@ -196,8 +202,8 @@ def test_a_damaged_state_is_passed_over_for_the_one_before(make_run, base, data,
             found = saved_states.together({run.name: run.output_dir for run in broken})
         assert "is torn or was changed" in caplog.text
         # of all runs of the pack, for they round together
-        assert {state.snapshot.num_steps for state in found.values()} == {4}
-    train(base, data, broken, resume=True)
+        assert {state.snapshot.num_steps for state in found.values()} == {2}
+    train(base, half, broken, resume=True)
     assert [weights(run) for run in unbroken] == [weights(run) for run in broken]
 
 
@@ -259,13 +265,13 @@ def test_a_state_comes_back_as_it_was(tmp_path):
         saved_states.read(path)
 
 
-def test_runs_within_an_epoch_end_it_before_the_others_go_on_with_them(make_run, base, data):
+def test_runs_within_an_epoch_end_it_before_the_others_go_on_with_them(make_run, base, half):
     """Two runs that were stopped at different steps: each trains on, to rounding as if alone."""
     unbroken, broken = packs(make_run)
-    train(base, data, unbroken)
-    train(base, data, broken[:1], stop_at=2)
-    train(base, data, broken[1:], stop_at=5)
-    train(base, data, broken, resume=True)
+    train(base, half, unbroken)
+    train(base, half, broken[:1], stop_at=1)
+    train(base, half, broken[1:], stop_at=3)
+    train(base, half, broken, resume=True)
     for before, after in zip(unbroken, broken, strict=True):
         assert list(weights(before)) == list(weights(after))
         last = max(weights(before))

@@ -28,6 +28,7 @@ from lorasweep.core.text import shown
 from lorasweep.training.training_run import RunTraining
 
 if TYPE_CHECKING:
+    from lorasweep.data.dataset import Dataset
     from lorasweep.models.load_model import Model
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ def build_run(
         output_root=absolute_folder(values["output_root"], "output_root"),
         output_dir=output_dir.absolute(),
         cache_dir=absolute_folder(values["cache_dir"], "cache_dir"),
-        captions=_several(values.get("captions"), "captions"),
+        captions=_captions(values.get("captions"), components["dataset"]),
         metrics=_several(values.get("metrics"), "metrics"),
         config_yaml=OmegaConf.to_yaml(OmegaConf.create(values)),
         params=flat(values),
@@ -152,10 +153,14 @@ def _integer(value: object, key: str) -> int:
     return value
 
 
+def _captions(nodes: Mapping[str, Any] | None, dataset: Dataset) -> dict[str, Any]:
+    if not nodes and not dataset.is_kohyas:
+        raise SettingsError("captions is empty: choose at least one arm, e.g. captions=[empty]")
+    return _several(nodes, "captions")
+
+
 def _several(nodes: Mapping[str, Any] | None, key: str) -> dict[str, Any]:
     """Components of a group of which several can be chosen, by name."""
-    if key == "captions" and not nodes:
-        raise SettingsError("captions is empty: choose at least one arm, e.g. captions=[empty]")
     for name, node in (nodes or {}).items():
         if not re.fullmatch(r"\w[\w-]*", name):
             raise SettingsError(f"{key}.{name}: use letters, digits, - and _ (it names a folder)")

@@ -161,12 +161,46 @@ def commas_of_prompts_are_quoted(run: Run) -> Iterator[str]:
             )
 
 
+def the_dataset_config_agrees(run: Run) -> None:
+    """What sd-scripts' dataset config says of the whole data set is what the settings say."""
+    from lorasweep.data.subsets import dataset_level
+
+    said = dataset_level(run.dataset)
+    if not said.get("dataset.enable_bucket", run.dataset.enable_bucket):
+        said = {key: value for key, value in said.items() if key not in _OF_BUCKETS}
+    ours = {f"dataset.{key}": value for key, value in vars(run.dataset).items()}
+    ours |= {"trainer.batch_size": run.trainer.batch_size}
+    ours |= {"dataset.resolution": list(run.dataset.size)}
+    other = []
+    for key, value in said.items():
+        one = [value, value] if key == "dataset.resolution" and isinstance(value, int) else value
+        if one != ours[key]:
+            other.append(f"{key}={shown(str(one).replace(' ', '').lower())}")
+    if other:
+        raise SettingsError(
+            f"dataset.image_dir={run.dataset.image_dir}: this dataset config says otherwise than"
+            f" the settings; add {' '.join(other)}"
+        )
+
+
+def captions_are_read(run: Run) -> None:
+    """kohya's folders have their captions."""
+    for key, _ in _overrides(run):
+        if run.dataset.is_kohyas and re.match(r"captions\b", key):
+            raise SettingsError(
+                f"{key} has no effect with dataset=kohya, whose folders hold the captions; leave it"
+                " out, or take dataset=folder"
+            )
+
+
 def shuffled_captions_are_tags(run: Run) -> Iterator[str]:
     """What shuffles and drops tags has some."""
     from lorasweep.data.captions.caption_images import are_tags
 
+    if run.dataset.is_kohyas:
+        return
     if not any(are_tags(captioner) for captioner in run.captions.values()):
-        for name in ("shuffle_caption", "caption_tag_dropout_rate"):
+        for name in ("shuffle_caption", "caption_tag_dropout_rate", "token_warmup_step"):
             if getattr(run.dataset, name):
                 yield (
                     f"dataset.{name} has no effect: no arm's captions are tags; set"
@@ -259,6 +293,8 @@ CHECKS: tuple[Check, ...] = (
     overrides_choose_one_option,
     overrides_have_an_effect,
     commas_of_prompts_are_quoted,
+    captions_are_read,
+    the_dataset_config_agrees,
     shuffled_captions_are_tags,
     pick_is_by_a_score,
     mlflows_variables_are_not_read,
@@ -274,6 +310,7 @@ _MLFLOW_VARIABLES = {
     "tracking.experiment": "MLFLOW_EXPERIMENT_NAME",
 }
 _BUCKETS = ("dataset.min_bucket_reso", "dataset.max_bucket_reso", "dataset.bucket_reso_steps")
+_OF_BUCKETS = (*_BUCKETS, "dataset.bucket_no_upscale")
 _HUBER = ("trainer.huber_schedule", "trainer.huber_c", "trainer.huber_scale")
 _CONVOLUTIONS = ("adapter.conv_rank", "adapter.conv_alpha")
 _PICTURES = tuple(

@@ -47,12 +47,15 @@ def added(words: Sequence[str]) -> list[str]:
 
 def plain_values(cfg: DictConfig) -> dict[str, Any]:
     """What a run is made of, resolved: all but Hydra's node and a sweep's. Raises SettingsError."""
-    own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+    if "hydra" in cfg:
+        cfg = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
     try:
-        values = OmegaConf.to_container(own, resolve=True)
+        values = OmegaConf.to_container(cfg, resolve=True)
     except (OmegaConfBaseException, TypeError) as error:
         raise SettingsError(str(error).splitlines()[0]) from None
     assert isinstance(values, dict)
+    if (values.get("dataset") or {}).get("_target_") == "KohyaDataset":
+        values["captions"] = {}  # they lie in its folders
     return {str(key): value for key, value in values.items() if key != "study"}
 
 

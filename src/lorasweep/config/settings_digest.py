@@ -45,6 +45,18 @@ _LATER: Mapping[str, object] = {
     "optimizer.loraplus_unet_lr_ratio": None,
     "optimizer.loraplus_text_encoder_lr_ratio": None,
     "lr_scheduler.min_lr_ratio": None,
+    "dataset.caption_prefix": None,
+    "dataset.caption_suffix": None,
+    "dataset.caption_separator": ",",
+    "dataset.keep_tokens_separator": None,
+    "dataset.secondary_separator": None,
+    "dataset.enable_wildcard": False,
+    "dataset.token_warmup_min": 1,
+    "dataset.token_warmup_step": 0,
+    "dataset.alpha_mask": False,
+    "dataset.reg_data_dir": None,
+    "dataset.conditioning_data_dir": None,
+    "dataset.prior_loss_weight": 1.0,
     "metrics.validation.num_swaps": 3,  # these add a score, and change none
     "metrics.validation.swap_from": 0.5,
 }
@@ -97,8 +109,8 @@ def _shuffles_as_ever(key: str, value: object, params: Mapping[str, Any]) -> boo
     """Is it captions.ARM.tags, and its captions are read as by versions that had no such key?"""
     if not (key.startswith("captions.") and key.endswith(".tags")):
         return False
-    changed = ("dataset.shuffle_caption", "dataset.caption_tag_dropout_rate")
-    return bool(value) or not any(params.get(one) for one in changed)
+    changed = ("shuffle_caption", "caption_tag_dropout_rate", "token_warmup_step")
+    return bool(value) or not any(params.get(f"dataset.{one}") for one in changed)
 
 
 def changes_nothing(key: str) -> bool:

@@ -11,6 +11,7 @@ MODULES = {
     "DoRA": "lorasweep.adapters.dora",
     "Dataset": "lorasweep.data.dataset",
     "Empty": "lorasweep.data.captions.empty",
+    "KohyaDataset": "lorasweep.data.dataset",
     "Kosmos2": "lorasweep.data.captions.kosmos2",
     "LRScheduler": "lorasweep.training.lr_schedulers",
     "LoCon": "lorasweep.adapters.locon",

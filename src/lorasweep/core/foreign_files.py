@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lorasweep.core.text import shown
 
 MAX_BYTES = 64_000_000  # of a JSON text; captions of 100,000 images take a third of it
 MAX_YAML_BYTES = 4_000_000
+MAX_TOML_BYTES = 1_000_000  # a hundred folders take a fiftieth of it
 MAX_YAML_NODES = 200_000  # after aliases are expanded; a composed config has about 300
 _MAX_DEPTH = 60
 
@@ -90,6 +92,15 @@ def read_json(path: Path, kind: type = dict) -> Any:
 def read_yaml(path: Path, kind: type = dict) -> Any:
     """The value of a YAML file; see `parse_yaml`. Raises also OSError, if there is no such file."""
     return parse_yaml(_bounded(path, MAX_YAML_BYTES), path, kind)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file. Raises also OSError, if there is no such file."""
+    text = read_text(path, MAX_TOML_BYTES)
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ForeignFileError(f"{path} is not TOML: {_one_line(error)}") from None
 
 
 def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:

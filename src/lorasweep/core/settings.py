@@ -19,7 +19,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 
 from lorasweep.core.components import MODULES, dotted_path, short_name
 from lorasweep.core.text import shown
-from lorasweep.core.trainer_words import meant
+from lorasweep.core.trainer_words import WHY_NOT, meant
 
 Probability = Annotated[float, Field(ge=0, lt=1)]
 """A share of the time, from 0 up to but not including 1."""
@@ -163,6 +163,8 @@ def _length(context: Mapping[str, Any]) -> int:
 
 def unknown_key(key: str, known: list[str]) -> str:
     """The one line that refuses a key nobody reads."""
+    if (why := WHY_NOT.get(key.rpartition(".")[2])) is not None:
+        return f"{key}: there is no such setting: {why}"
     close = meant(key, known)
     parent = key.rpartition(".")[0]
     siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == parent]

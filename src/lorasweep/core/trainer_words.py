@@ -12,6 +12,7 @@ SETTING_OF = {
     # kohya's scripts (train_network.py), most of which kohya_ss's saved TOML and JSON share
     "pretrained_model_name_or_path": "model.path",
     "train_data_dir": "dataset.image_dir",
+    "dataset_config": "dataset.image_dir",
     "output_dir": "output_root",
     "output_name": "name",
     "network_module": "adapter",
@@ -24,6 +25,11 @@ SETTING_OF = {
     "optimizer_args": "optimizer.args",
     "lr_scheduler_type": "lr_scheduler",
     "lr_warmup_steps": "lr_scheduler.warmup",
+    "lr_decay_steps": "lr_scheduler.decay",
+    "lr_scheduler_min_lr_ratio": "lr_scheduler.min_lr_ratio",
+    "lr_scheduler_num_cycles": "lr_scheduler.num_cycles",
+    "lr_scheduler_power": "lr_scheduler.power",
+    "lr_scheduler_timescale": "lr_scheduler.timescale",
     "train_batch_size": "trainer.batch_size",
     "max_train_epochs": "trainer.max_train_epochs",
     "max_train_steps": "trainer.max_train_steps",
@@ -35,7 +41,8 @@ SETTING_OF = {
     "sample_every_n_epochs": "sampling.every_n_epochs",
     "sample_prompts": "sampling.prompts",
     "num_repeats": "captions.ARM.repeats",
-    # kohya_ss's form
+    # kohya_ss's form, its keys and labels
+    "lycoris_preset": "adapter.targets",
     "network_rank": "adapter.rank",
     "lora_type": "adapter",
     "lr_warmup": "lr_scheduler.warmup",
@@ -58,6 +65,14 @@ SETTING_OF = {
 }
 """A word -> the setting that means it, or the two that do. Words that end like ours (unet_lr,
 resolution, gradient_checkpointing) need no row: any key is found by its last part."""
+
+_CACHED = "an image's latents are computed once, so that it can't change from step to step"
+WHY_NOT = {
+    "color_aug": _CACHED,
+    "random_crop": _CACHED,
+    "face_crop_aug_range": _CACHED,
+}
+"""A word that no setting here can mean -> why."""
 
 EXPORT_OF = {
     "a1111": "kohya",

@@ -8,18 +8,19 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from io import BytesIO
-from pathlib import Path
-from typing import Annotated, Literal
+from pathlib import Path, PurePosixPath
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, NonNegativeInt, PlainValidator, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PlainValidator, PositiveInt
 
 from lorasweep.core.settings import SettingsError
 from lorasweep.core.text import listed, shown
 from lorasweep.data import image_files
 from lorasweep.data.subset_settings import SubsetSettings
+from lorasweep.data.subsets import CONFIGS, Subset, entries, subsets
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,9 @@ Resolution = Annotated[int | tuple[int, int], PlainValidator(_resolution)]
 class Dataset(SubsetSettings):
     """Which images are used, and kohya's options for reading them (the trainer applies those)."""
 
+    is_kohyas: ClassVar[bool] = False
+    """Is it of kohya's folders, with the captions that are in them?"""
+
     image_dir: Path
     num_images: NumImages
     num_holdout: NonNegativeInt
@@ -92,6 +96,9 @@ class Dataset(SubsetSettings):
     max_bucket_reso: Side
     bucket_reso_steps: Side
     bucket_no_upscale: bool
+    reg_data_dir: Path | None = None  # runs of older versions have none of these
+    prior_loss_weight: NonNegativeFloat = 1.0
+    conditioning_data_dir: Path | None = None
 
     def __post_init__(self) -> None:
         self._check_extension()
@@ -123,15 +130,25 @@ class Dataset(SubsetSettings):
             )
 
     def _check_no_effect(self) -> None:
-        if self.keep_tokens and not (self.shuffle_caption or self.caption_tag_dropout_rate):
-            raise SettingsError(
-                f"dataset.keep_tokens={self.keep_tokens} has no effect without "
-                "dataset.shuffle_caption=true or dataset.caption_tag_dropout_rate; set it to 0"
-            )
+        kept = {"keep_tokens": 0, "keep_tokens_separator": "null"}
+        if not self.moves_tags and not self.is_kohyas:  # whose folders may have their own settings
+            for key, off in kept.items():
+                if getattr(self, key):
+                    raise SettingsError(
+                        f"dataset.{key}={getattr(self, key)} has no effect without"
+                        " dataset.shuffle_caption=true or dataset.caption_tag_dropout_rate; set it"
+                        f" to {off}"
+                    )
         if self.bucket_no_upscale and not self.enable_bucket:
             raise SettingsError(
                 "dataset.bucket_no_upscale=true has no effect without dataset.enable_bucket=true; "
                 "set it to false"
+            )
+
+        if self.alpha_mask and self.conditioning_data_dir is not None:
+            raise SettingsError(
+                "dataset.alpha_mask=true has no effect with dataset.conditioning_data_dir, whose"
+                " masks count; set one of them off"
             )
 
     def _check_sizes(self) -> None:
@@ -159,13 +176,20 @@ class Dataset(SubsetSettings):
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class KohyaDataset(Dataset):
+    """kohya's folders as they are: `image_dir` holds them, or is sd-scripts' dataset config."""
+
+    is_kohyas: ClassVar[bool] = True
+
+
 @dataclass(frozen=True)
 class ImageFile:
     """One image as it lies on disk."""
 
     path: Path
     name: str
-    """Path relative to `image_dir`, with forward slashes."""
+    """Path relative to `image_dir`, with forward slashes; of kohya's folders ARM/FILE."""
     sha256: str
     """Of the file's bytes, in hex."""
     width: int
@@ -175,17 +199,21 @@ class ImageFile:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """The images of a run: to train on, and held out for scoring; both sorted by name."""
+    """The images of a run: to train on, held out for scoring, of regularisation; each by name."""
 
     train: tuple[ImageFile, ...]
     holdout: tuple[ImageFile, ...]
     num_usable: int = 0
     """Of how many they were drawn; duplicates and what is known to be bad don't count."""
+    reg: tuple[ImageFile, ...] = ()
+    """All of them: none is held out."""
 
     def summary(self, settings: Dataset) -> str:
         """One line for a person: what of the folder is used."""
         used = f"{len(self.train)} of {self.num_usable} images are trained on"
         held = f"{len(self.holdout)} held out for scoring"
+        if self.reg:
+            held += f", {len(self.reg)} regularisation images"
         left = self.num_usable - len(self.images)
         if not left:
             return f"{used}, {held}"
@@ -196,14 +224,19 @@ class ImageSet:
 
     @property
     def images(self) -> tuple[ImageFile, ...]:
-        """All of them, the training images first."""
+        """Those that get captions, the training images first."""
         return self.train + self.holdout
+
+    @property
+    def by_split(self) -> tuple[tuple[str, ImageFile], ...]:
+        """Every image with its split: those of `images`, then those of regularisation."""
+        splits = {"train": self.train, "holdout": self.holdout, "reg": self.reg}
+        return tuple((split, image) for split, images in splits.items() for image in images)
 
     @property
     def digest(self) -> str:
         """SHA-256 over names, contents and split; independent of where the folder lies."""
-        lines = [f"train {image.sha256} {image.name}\n" for image in self.train]
-        lines += [f"holdout {image.sha256} {image.name}\n" for image in self.holdout]
+        lines = [f"{split} {image.sha256} {image.name}\n" for split, image in self.by_split]
         return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
@@ -222,29 +255,75 @@ def select(settings: Dataset) -> ImageSet:
     Raises SettingsError for a missing or empty folder and BadImagesError for bad images, which
     `skip_bad` turns into a warning; the next images are then drawn in their place.
     """
-    root = _root(settings)
-    files = {path.relative_to(root).as_posix(): path for path in find(settings)}
-    problems = {name: _header_problem(path, settings) for name, path in files.items()}
+    folders = subsets(settings, warn=True)
+    files = _named_files(settings, folders)
+    reg_files = _files_of([one for one in folders if one.is_reg])
+    problems = {
+        name: _header_problem(path, settings) for name, path in {**files, **reg_files}.items()
+    }
     bad = {name: problem for name, problem in problems.items() if problem is not None}
     sound = {name: path for name, path in files.items() if name not in bad}
-    different = _without_duplicates(sound)
-    drawn, undecodable = _draw(different, settings)
-    _report_bad({**bad, **undecodable}, settings, num_usable=len(drawn))
+    different = _without_duplicates(sound, settings)
+    drawn, undecodable = _draw(different, settings.seed, settings.wanted)
+    reg, reg_undecodable = _draw(
+        {name: path for name, path in reg_files.items() if name not in bad}, settings.seed
+    )
+    bad |= undecodable | reg_undecodable
+    _report_bad(bad, settings, num_usable=len(drawn))
     found = _split(drawn, settings, len(different) - len(undecodable))
+    found = replace(found, reg=tuple(sorted(reg, key=lambda image: image.name)))
     logger.info("dataset: %s", found.summary(settings))
     return found
 
 
 def find(settings: Dataset) -> tuple[Path, ...]:
-    """All image files below `image_dir`, sorted by their relative names.
+    """All image files below `image_dir`, sorted by their relative names, or in kohya's folders.
 
     Hidden files and folders and files of other types are left out. Links are followed as long as
     they stay inside the folder; the others are left out with a warning, and so are masks
     (`X_mask.png` or `X-masklabel.png` beside an image X) and pictures of types that aren't read.
     """
+    return tuple(_named_files(settings, subsets(settings)).values())
+
+
+def _named_files(settings: Dataset, folders: Sequence[Subset]) -> dict[str, Path]:
+    """What `find` finds, by the names that draws depend on."""
+    if settings.is_kohyas:
+        return _files_of([one for one in folders if not one.is_reg])
     root = _root(settings)
+    given = (settings.conditioning_data_dir, settings.reg_data_dir)
+    others = {one.expanduser().resolve() for one in given if one is not None}
+    files = _pictures((one for one in _walk(root) if others.isdisjoint(one.parents)), root)
+    _warn_of_repeats(files)
+    if not files:
+        raise SettingsError(
+            f"dataset.image_dir={settings.image_dir}: no images in it; give a folder that holds "
+            "PNG, JPEG, WebP, BMP, GIF, TIFF or AVIF files"
+        )
+    named = {path.relative_to(root).as_posix(): path for path in files}
+    return dict(sorted(named.items()))
+
+
+def images_in(subset: Subset) -> list[Path]:
+    """The image files in a kohya folder, but not in folders below it, sorted by name; as `find`."""
+    visible = (path for path in entries(subset.image_dir) if not path.name.startswith("."))
+    return _pictures(visible, subset.root)
+
+
+def _files_of(folders: Sequence[Subset]) -> dict[str, Path]:
+    files = {f"{one.name}/{path.name}": path for one in folders for path in images_in(one)}
+    if folders and not files:
+        raise SettingsError(
+            f"{listed(str(one.image_dir) for one in folders)}: no images in it; give a folder that"
+            " holds PNG, JPEG, WebP, BMP, GIF, TIFF or AVIF files"
+        )
+    return files
+
+
+def _pictures(paths: Iterable[Path], root: Path) -> list[Path]:
+    """Those of the files that are taken as images; of the others is warned."""
     files, links_out, unread = [], [], []
-    for path in _walk(root):
+    for path in paths:
         is_folder = path.is_dir()  # a link to one: its images are found where they are
         if not is_folder and path.suffix.lower() in image_files.UNREAD_SUFFIXES:
             unread.append(path.relative_to(root).as_posix())
@@ -277,13 +356,7 @@ def find(settings: Dataset) -> tuple[Path, ...]:
             len(unread),
             listed(sorted(unread)),
         )
-    _warn_of_repeats(files)
-    if not files:
-        raise SettingsError(
-            f"dataset.image_dir={settings.image_dir}: no images in it; give a folder that holds "
-            "PNG, JPEG, WebP, BMP, GIF, TIFF or AVIF files"
-        )
-    return tuple(sorted(files, key=lambda path: path.relative_to(root).as_posix()))
+    return files
 
 
 def _masks(paths: Sequence[Path]) -> set[Path]:
@@ -305,8 +378,8 @@ def _warn_of_repeats(files: Sequence[Path]) -> None:
     if named:
         logger.warning(
             "dataset.image_dir: repeats and words in folders' names, as kohya reads them, are not"
-            " read here (%s): all images count alike; set captions.*.repeats, and put the words"
-            " into caption files (captions=sidecar)",
+            " read here (%s): all images count alike; dataset=kohya reads them, with the captions"
+            " in the folders; else set captions.*.repeats",
             listed(sorted(path.name for path in named)),
         )
 
@@ -315,9 +388,10 @@ def _root(settings: Dataset) -> Path:
     root = settings.image_dir.expanduser().resolve()
     if not root.is_dir():
         problem = "is not a folder" if root.exists() else "there is no such folder"
-        raise SettingsError(
-            f"dataset.image_dir={settings.image_dir}: {problem}; give the folder of your images"
-        )
+        remedy = "give the folder of your images"
+        if root.suffix.lower() in CONFIGS:
+            remedy += "; sd-scripts' dataset config takes dataset=kohya"
+        raise SettingsError(f"dataset.image_dir={settings.image_dir}: {problem}; {remedy}")
     return root
 
 
@@ -350,8 +424,11 @@ def _header_problem(path: Path, settings: Dataset) -> str | None:
     return None
 
 
-def _without_duplicates(files: Mapping[str, Path]) -> dict[str, Path]:
-    """One file of each content, the first by name; the others are reported."""
+def _without_duplicates(files: Mapping[str, Path], settings: Dataset) -> dict[str, Path]:
+    """One file of each content, the first by name; the others are reported.
+
+    But for the same image in several of kohya's folders, where it has other captions.
+    """
     by_size = defaultdict(list)  # only files of one size can be equal, so few need be hashed
     for name, path in files.items():
         by_size[path.stat().st_size].append(name)
@@ -361,21 +438,28 @@ def _without_duplicates(files: Mapping[str, Path]) -> dict[str, Path]:
         digest = hashlib.sha256(files[name].read_bytes()).hexdigest()
         if first.setdefault(digest, name) != name:
             twins[name] = first[digest]
-    if twins:
+    told = {
+        twin: name
+        for twin, name in twins.items()
+        if not settings.is_kohyas or PurePosixPath(twin).parent == PurePosixPath(name).parent
+    }
+    if told:
         logger.warning(
             "dataset.image_dir: %d duplicates are counted once: %s",
-            len(twins),
-            listed([f"{twin} (equals {name})" for twin, name in twins.items()]),
+            len(told),
+            listed([f"{twin} (equals {name})" for twin, name in told.items()]),
         )
     return {name: path for name, path in files.items() if name not in twins}
 
 
-def _draw(files: Mapping[str, Path], settings: Dataset) -> tuple[list[ImageFile], dict[str, str]]:
+def _draw(
+    files: Mapping[str, Path], seed: int, wanted: int | None = None
+) -> tuple[list[ImageFile], dict[str, str]]:
     """Decode images in the order of the draw until there are enough; also say which failed."""
     drawn: list[ImageFile] = []
     bad = {}
-    for name in sorted(files, key=lambda name: _draw_key(name, settings.seed)):
-        if len(drawn) == settings.wanted:
+    for name in sorted(files, key=lambda name: _draw_key(name, seed)):
+        if len(drawn) == wanted:
             break
         try:
             drawn.append(_decode(files[name], name))

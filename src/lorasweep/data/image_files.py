@@ -33,6 +33,22 @@ def open_image(source: Path | IO[bytes]) -> Image.Image:
         return _to_rgb(_upright(image))
 
 
+def open_with_alpha(source: Path | IO[bytes]) -> tuple[Image.Image, Image.Image]:
+    """The upright RGB of an image as it lies under its alpha, and that alpha (8-bit grey).
+
+    What has no alpha is opaque. Raises as `open_image`.
+    """
+    from PIL import Image
+
+    with _open(source) as image:
+        image.load()
+        upright = _upright(image)
+        if not upright.has_transparency_data:
+            return _to_rgb(upright), Image.new("L", upright.size, 255)
+        rgba = upright.convert("RGBA")
+        return rgba.convert("RGB"), rgba.getchannel("A")
+
+
 def plain_format(source: Path | IO[bytes]) -> str | None:
     """PIL's name of the file's format if any reader sees in it what `open_image` does, else None.
 

@@ -6,6 +6,8 @@ Nothing else in the project knows the format:
     root/images/              one prepared copy of every image
     root/train/10_wd/         hard links to the copies, and a caption file beside each
     root/holdout/10_wd/       the same for the images held out
+    root/reg/1_woman/         the same for regularisation images, if there are any
+    root/masks/train/         masks of the images of train/, by their names; likewise of holdout/
     root/manifest.json        what was written and what from
 """
 
@@ -19,8 +21,8 @@ import re
 import shutil
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,12 +34,12 @@ from lorasweep.core.foreign_files import ForeignFileError, inside, parse_shaped,
 from lorasweep.core.settings import SettingsError
 from lorasweep.core.text import listed
 from lorasweep.data.dataset import ImageFile, ImageSet
-from lorasweep.data.image_files import open_image, plain_format
+from lorasweep.data.image_files import open_image, open_with_alpha, plain_format
+from lorasweep.data.subsets import MAX_REPEATS
 
 logger = logging.getLogger(__name__)
 
-MANIFEST, ORIGINALS = "manifest.json", "originals.zip"
-MAX_REPEATS = 10_000  # of a folder; more is a typing error, and would make an epoch without end
+MANIFEST, ORIGINALS, MASKS = "manifest.json", "originals.zip", "masks"
 _VERSION = (
     1  # part of what a folder is written from: count up when the same inputs give other files
 )
@@ -54,10 +56,14 @@ class ArmCaptions:
     """The captions of one arm, and how they were made."""
 
     repeats: int
-    captions: tuple[str, ...]
-    """One for each image of `ImageSet.images`, in that order."""
+    captions: tuple[str | None, ...]
+    """One for each image of `ImageSet.by_split`, in that order; None where the arm lacks it."""
     captioner: str
     """Identity of what made them: model, revision, settings."""
+    has_lines: bool = field(default=False, repr=False)
+    """May a caption have several lines, of which one is drawn at each step?"""
+    keeps_alpha: bool = field(default=False, repr=False)
+    """Is the images' alpha a mask? Else they lie on white."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,7 @@ class CaptionedImage:
 
     path: Path
     caption: str
+    mask: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -107,8 +114,11 @@ def write(
     captions: Mapping[str, ArmCaptions],
     root: Path,
     caption_extension: str = ".txt",
+    masks: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Write the folders and the manifest below `root`, whole or not at all; return `root`.
+
+    `masks` are mask files by the names of their images.
 
     - Nothing at `root`, or an empty folder: it is written.
     - The manifest there names the same inputs: it is kept, with whatever was edited since.
@@ -116,7 +126,8 @@ def write(
       added or removed since. Otherwise, or without a manifest, FoldersError says what to do.
     """
     _check_names(captions, image_set)
-    inputs = _inputs(image_set, captions, caption_extension)
+    masks = masks or {}
+    inputs = _inputs(image_set, captions, caption_extension, masks)
     if _is_written_from(inputs, root):
         return root
     _refuse_to_overwrite(root)
@@ -126,28 +137,34 @@ def write(
         TemporaryDirectory(dir=root.parent, prefix=f".{root.name}-") as scratch,
     ):
         tree = Path(scratch) / "new"
-        _write_tree(tree, image_set, captions, caption_extension, inputs)
+        _write_tree(tree, image_set, captions, caption_extension, masks, inputs)
         _put_in_place(tree, root, inputs, replaced=Path(scratch) / "old")
     return root
 
 
-def read(split_dir: Path, caption_extension: str = ".txt") -> list[Arm]:
+def read(
+    split_dir: Path,
+    caption_extension: str = ".txt",
+    has_lines: Callable[[str], bool] = lambda _arm: False,
+) -> list[Arm]:
     """Read `{repeats}_{name}` folders as kohya does, sorted by folder name.
 
-    The caption is the first line of the file beside the image, stripped; without a file it is
-    the arm's name, kohya's class token. Images in subfolders are not seen. Other folders, empty
-    ones, missing captions and further lines are warned about. An empty list means no images.
+    The caption is the first line of the file beside the image, stripped, or all of them in an arm
+    that `has_lines`; without a file it is the arm's name, kohya's class token. Images in
+    subfolders are not seen. Other folders, empty ones, missing captions and further lines are
+    warned about. An empty list means no images.
     """
     if not split_dir.is_dir():
         raise FoldersError(f"{split_dir}: there is no such folder; write the folders first")
-    arms = (_read_arm(path, caption_extension) for path in sorted(split_dir.iterdir()))
+    arms = (_read_arm(path, caption_extension, has_lines) for path in sorted(split_dir.iterdir()))
     return [arm for arm in arms if arm is not None]
 
 
-def pack_originals(root: Path, image_dir: Path) -> Path:
+def pack_originals(root: Path, image_dir: Path, folders: Mapping[str, Path]) -> Path:
     """One archive with the images that `root` was written from, by the sha256 of their bytes.
 
-    An image that was changed or removed since is left out, with a warning.
+    They lie below `image_dir`, or in the one of `folders` with which their names begin. An image
+    that was changed or removed since is left out, with a warning.
     """
     path = root / ORIGINALS
     if path.is_file():
@@ -158,9 +175,14 @@ def pack_originals(root: Path, image_dir: Path) -> Path:
     content, gone = BytesIO(), []
     with ZipFile(content, "w", ZIP_STORED) as archive:  # images don't shrink
         for image in manifest["images"]:
-            data = _original(image_dir.expanduser(), image["file"])
-            if hashlib.sha256(data).hexdigest() == image["sha256"]:
-                archive.writestr(ZipInfo(image["sha256"]), data)
+            folder, _, rest = image["file"].partition("/")
+            places = [(image_dir.expanduser(), image["file"])]
+            places += [(folders[folder], rest)] if folder in folders else []
+            for place, name in places:
+                data = _original(place, name)
+                if hashlib.sha256(data).hexdigest() == image["sha256"]:
+                    archive.writestr(ZipInfo(image["sha256"]), data)
+                    break
             else:
                 gone.append(image["file"])
     if gone:
@@ -186,6 +208,12 @@ def clean_caption(text: str) -> str:
     ).strip()
 
 
+def _cleaned(text: str | None, made: ArmCaptions) -> str | None:
+    if text is None or not made.has_lines:
+        return None if text is None else clean_caption(text)
+    return "\n".join(filter(None, map(clean_caption, text.split("\n"))))
+
+
 def _check_names(captions: Mapping[str, ArmCaptions], image_set: ImageSet) -> None:
     for arm, made in captions.items():
         if not re.fullmatch(r"\w[\w.-]*", arm) or len(arm) > 100:
@@ -194,18 +222,25 @@ def _check_names(captions: Mapping[str, ArmCaptions], image_set: ImageSet) -> No
                 "use letters, digits, '_', '-' and '.'"
             )
         assert made.repeats >= 1
-        assert len(made.captions) == len(image_set.images)
+        assert len(made.captions) == len(image_set.by_split)
 
 
 def _inputs(
-    image_set: ImageSet, captions: Mapping[str, ArmCaptions], caption_extension: str
+    image_set: ImageSet,
+    captions: Mapping[str, ArmCaptions],
+    caption_extension: str,
+    masks: Mapping[str, bytes],
 ) -> str:
     """Digest of all that decides what is written."""
     arms = {
-        arm: [made.repeats, made.captioner, [clean_caption(text) for text in made.captions]]
+        arm: [made.repeats, made.captioner, [_cleaned(text, made) for text in made.captions]]
         for arm, made in captions.items()
     }
-    parts = [_VERSION, image_set.digest, caption_extension, arms]
+    parts: list[object] = [_VERSION, image_set.digest, caption_extension, arms]
+    if masks:
+        parts.append({name: hashlib.sha256(data).hexdigest() for name, data in masks.items()})
+    if alpha := [arm for arm, made in captions.items() if made.keeps_alpha]:
+        parts.append(["alpha", *alpha])
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -243,7 +278,7 @@ def _edited(root: Path, manifest: dict[str, Any]) -> list[str]:
     written = _files(manifest)
     present = {
         path.relative_to(root).as_posix()
-        for split in ("train", "holdout")
+        for split in ("train", "holdout", "reg")
         for path in (root / split).rglob("*")
         if path.suffix.lower() in _IMAGE_SUFFIXES
         or path.name.endswith(manifest["caption_extension"])
@@ -278,20 +313,28 @@ def _write_tree(
     image_set: ImageSet,
     captions: Mapping[str, ArmCaptions],
     caption_extension: str,
+    masks: Mapping[str, bytes],
     inputs: str,
 ) -> None:
     for folder in ("images", "train", "holdout"):
         (tree / folder).mkdir(parents=True)
     entries = []
-    for index, (image, stem) in enumerate(
-        zip(image_set.images, _stems(image_set.images), strict=True)
-    ):
-        suffix, data = _prepared(image)
+    stems = _stems([image for _, image in image_set.by_split])
+    for index, ((split, image), stem) in enumerate(zip(image_set.by_split, stems, strict=True)):
+        of_arms = [made for made in captions.values() if made.captions[index] is not None]
+        suffix, data = _prepared(image, keep_alpha=any(made.keeps_alpha for made in of_arms))
         copy = f"images/{stem}{suffix}"
         (tree / copy).write_bytes(data)
-        split = "train" if index < len(image_set.train) else "holdout"
-        texts = {arm: clean_caption(made.captions[index]) for arm, made in captions.items()}
+        texts = {
+            arm: text
+            for arm, made in captions.items()
+            if (text := _cleaned(made.captions[index], made)) is not None
+        }
         entries.append(_entry(image, copy, split, texts))
+        if image.name in masks and split != "reg":
+            mask = tree / MASKS / split / f"{stem}.png"
+            mask.parent.mkdir(parents=True, exist_ok=True)
+            open_image(BytesIO(masks[image.name])).getchannel("R").save(mask)
     manifest = {
         "version": _VERSION,
         "inputs": inputs,
@@ -305,7 +348,7 @@ def _write_tree(
     }
     for file, content in _files(manifest).items():
         path = tree / file
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, bytes):
             path.write_bytes(content)
         else:
@@ -327,7 +370,7 @@ def _entry(image: ImageFile, copy: str, split: str, texts: dict[str, str]) -> di
     }
 
 
-def _prepared(image: ImageFile) -> tuple[str, bytes]:
+def _prepared(image: ImageFile, *, keep_alpha: bool) -> tuple[str, bytes]:
     """Suffix and bytes of the copy: the file's own where it is plain, else a PNG."""
     data = image.path.read_bytes()
     if hashlib.sha256(data).hexdigest() != image.sha256:
@@ -336,11 +379,16 @@ def _prepared(image: ImageFile) -> tuple[str, bytes]:
     if suffix is not None:
         return suffix, data
     png = BytesIO()
-    open_image(BytesIO(data)).save(png, "PNG")
+    if keep_alpha:
+        pixels, alpha = open_with_alpha(BytesIO(data))
+        pixels.putalpha(alpha)
+    else:
+        pixels = open_image(BytesIO(data))
+    pixels.save(png, "PNG")
     return ".png", png.getvalue()
 
 
-def _stems(images: tuple[ImageFile, ...]) -> list[str]:
+def _stems(images: Sequence[ImageFile]) -> list[str]:
     """A file name without suffix for each image, unique also where case doesn't count."""
     stems = [_safe_stem(image.name) for image in images]
     counts = Counter(stem.casefold() for stem in stems)
@@ -376,7 +424,7 @@ def _put_in_place(tree: Path, root: Path, inputs: str, replaced: Path) -> None:
             raise
 
 
-def _read_arm(folder: Path, caption_extension: str) -> Arm | None:
+def _read_arm(folder: Path, caption_extension: str, has_lines: Callable[[str], bool]) -> Arm | None:
     if not folder.is_dir():
         return None
     match = re.fullmatch(r"0*([1-9]\d*)_(.+)", folder.name)
@@ -394,11 +442,12 @@ def _read_arm(folder: Path, caption_extension: str) -> Arm | None:
     repeats, name = int(match[1][:9]), match[2]
     if repeats > MAX_REPEATS:
         raise FoldersError(f"{folder}: repeats are at most {MAX_REPEATS}; rename the folder")
-    return Arm(name, repeats, _read_items(folder, images, name, caption_extension))
+    items = _read_items(folder, images, name, caption_extension, has_lines=has_lines(name))
+    return Arm(name, repeats, items)
 
 
 def _read_items(
-    folder: Path, images: list[Path], name: str, caption_extension: str
+    folder: Path, images: list[Path], name: str, caption_extension: str, *, has_lines: bool
 ) -> tuple[CaptionedImage, ...]:
     lines = {path: _caption_lines(path.with_suffix(caption_extension)) for path in images}
     if missing := [path.name for path, found in lines.items() if found is None]:
@@ -409,11 +458,25 @@ def _read_items(
             listed(missing),
             name,
         )
-    if longer := [path.name for path, found in lines.items() if found and len(found) > 1]:
+    longer = [path.name for path, found in lines.items() if found and len(found) > 1]
+    if longer and not has_lines:
         logger.warning("%s: only the first line is read of %s", folder, listed(longer))
     return tuple(
-        CaptionedImage(path, name if found is None else found[0]) for path, found in lines.items()
+        CaptionedImage(
+            path, name if found is None else _text(found, has_lines=has_lines), _mask_beside(path)
+        )
+        for path, found in lines.items()
     )
+
+
+def _mask_beside(image: Path) -> Path | None:
+    split = image.parents[1]
+    path = split.parent / MASKS / split.name / f"{image.stem}.png"
+    return path if path.is_file() else None
+
+
+def _text(lines: list[str], *, has_lines: bool) -> str:
+    return "\n".join(filter(None, lines)) if has_lines else lines[0]
 
 
 def _caption_lines(path: Path) -> list[str] | None:

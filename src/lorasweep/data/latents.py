@@ -13,9 +13,11 @@ from lorasweep.core.atomic_write import write_atomically
 from lorasweep.core.foreign_files import ForeignFileError, parse_json
 from lorasweep.core.settings import SettingsError
 from lorasweep.data.buckets import Size, bucket_of, check_size, fit, is_scaled, size_and_crop
+from lorasweep.data.caption_variants import settled_caption
 from lorasweep.data.dataset import Dataset
-from lorasweep.data.image_files import open_image
-from lorasweep.data.kohya_folders import Arm
+from lorasweep.data.image_files import open_image, open_with_alpha
+from lorasweep.data.kohya_folders import Arm, CaptionedImage
+from lorasweep.data.masks import mask_latents, open_mask
 from lorasweep.data.subset_settings import SubsetSettings
 from lorasweep.models.base_model import BaseModel
 from lorasweep.models.conditioning import SizeAndCrop
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_Encoded = tuple[Size, "Tensor", "Tensor | None", "Tensor | None", Size]
+"""A bucket, an image's latents, those of its mirrored form, its mask and its own size."""
+
 
 @dataclass(frozen=True)
 class Item:
@@ -34,12 +39,24 @@ class Item:
     path: Path
     arm: str
     caption: str
+    """As its file has it."""
     repeats: int
     bucket: Size
     latents: Tensor  # (C, h, w)
     flipped: Tensor | None  # likewise, of the mirrored image
     settings: SubsetSettings
+    mask: Tensor | None = None  # (h, w), from 0 where the loss doesn't count to 1
     original_size: Size | None = None  # before it was fitted to its bucket; None: it was not
+    is_reg: bool = False
+
+    @property
+    def prompt(self) -> str:
+        """The caption with what the settings add, where nothing is drawn by chance."""
+        return settled_caption(self.caption, self.settings)
+
+    def latents_of(self, *, mirrored: bool) -> Tensor:
+        """The latents (C, h, w), of the mirrored image where there are any of it."""
+        return self.flipped if mirrored and self.flipped is not None else self.latents
 
     def size_and_crop(self, *, flipped: bool = False) -> SizeAndCrop:
         """What a base is told of the image, or of its mirrored form."""
@@ -62,21 +79,33 @@ def encode(
     """
     if not settings.enable_bucket:
         check_size(base, settings.size)
-    by_content: dict[tuple[str, bool], tuple[Size, Tensor, Tensor | None, Size]] = {}
+    by_content: dict[tuple[object, ...], _Encoded] = {}
     items = []
     for arm in arms:
         own = (of_arms or {}).get(arm.name, settings)
         for image in arm.items:
             digest = hashlib.sha256(image.path.read_bytes()).hexdigest()
-            key = digest, own.flip_aug
+            key = digest, own.flip_aug, own.alpha_mask, image.mask
             if key not in by_content:
-                by_content[key] = _encoded(
-                    base, image.path, digest, settings, cache_dir, flip=own.flip_aug
-                )
-            bucket, latents, flipped, size = by_content[key]
+                by_content[key] = _encoded(base, image, digest, settings, own, cache_dir)
+            bucket, latents, flipped, mask, size = by_content[key]
             named = (image.path, arm.name, image.caption, arm.repeats)
-            items.append(Item(*named, bucket, latents, flipped, own, size))
+            items.append(Item(*named, bucket, latents, flipped, own, mask, size))
     return items
+
+
+def masks_of(items: Sequence[Item], mirrored: Sequence[bool]) -> Tensor | None:
+    """The masks (N, 1, h, w) of items of one bucket, mirrored as they are; None where none has any.
+
+    An item without one counts everywhere.
+    """
+    import torch
+
+    if all(item.mask is None for item in items):
+        return None
+    found = [torch.ones_like(item.latents[0]) if item.mask is None else item.mask for item in items]
+    turned = [mask.flip(-1) if m else mask for mask, m in zip(found, mirrored, strict=True)]
+    return torch.stack(turned)[:, None]
 
 
 def pixels(image: Image.Image) -> Tensor:
@@ -89,10 +118,15 @@ def pixels(image: Image.Image) -> Tensor:
 
 
 def _encoded(
-    base: BaseModel, path: Path, digest: str, settings: Dataset, cache_dir: Path, *, flip: bool
-) -> tuple[Size, Tensor, Tensor | None, Size]:
-    """An image's bucket, latents, those of its mirrored form if it is trained on; its own size."""
-    image = open_image(path)
+    base: BaseModel,
+    captioned: CaptionedImage,
+    digest: str,
+    settings: Dataset,
+    own: SubsetSettings,
+    cache_dir: Path,
+) -> _Encoded:
+    path = captioned.path
+    image, mask = _opened(captioned, own)
     try:
         bucket = bucket_of(image.size, settings)
         check_size(base, bucket, "its bucket")
@@ -100,11 +134,27 @@ def _encoded(
         raise SettingsError(f"{path.name}: {error}") from None
     folder, scale = cache_dir / "latents", is_scaled(image.size, settings)
     fitted = fit(image, bucket, scale=scale)
-    # what is only cropped has entries of its own
+    # what is only cropped, or not laid on white, has entries of its own
     identity = ("checked", digest, base.vae_identity, bucket) + (() if scale else ("cropped",))
+    identity += ("alpha",) if own.alpha_mask and captioned.mask is None else ()
     latents = _cached(base, fitted, identity, folder, flip=False)
-    flipped = _cached(base, fitted, identity, folder, flip=True) if flip else None
-    return bucket, latents, flipped, image.size
+    flipped = _cached(base, fitted, identity, folder, flip=True) if own.flip_aug else None
+    of_latents = None
+    if mask is not None:
+        size = (latents.shape[-2], latents.shape[-1])
+        of_latents = mask_latents(fit(mask, bucket, scale=scale), size).to(latents.device)
+    return bucket, latents, flipped, of_latents, image.size
+
+
+def _opened(
+    captioned: CaptionedImage, own: SubsetSettings
+) -> tuple[Image.Image, Image.Image | None]:
+    """An image and its mask: a file's, or else its alpha, which then makes nothing white."""
+    if captioned.mask is not None:
+        return open_image(captioned.path), open_mask(captioned.mask)
+    if own.alpha_mask:
+        return open_with_alpha(captioned.path)
+    return open_image(captioned.path), None
 
 
 def _cached(

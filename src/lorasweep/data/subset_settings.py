@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import NonNegativeInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
 from lorasweep.core.settings import Probability, Settings
 
@@ -20,6 +20,15 @@ class SubsetSettings(Settings):
     caption_dropout_rate: Probability
     caption_dropout_every_n_epochs: NonNegativeInt
     caption_tag_dropout_rate: Probability
+    caption_prefix: str | None = None  # runs of older versions have none of these
+    caption_suffix: str | None = None
+    caption_separator: Annotated[str, Field(min_length=1)] = ","
+    keep_tokens_separator: str | None = None
+    secondary_separator: str | None = None
+    enable_wildcard: bool = False
+    token_warmup_min: NonNegativeInt = 1
+    token_warmup_step: NonNegativeFloat = 0
+    alpha_mask: bool = False
 
     def own(self) -> dict[str, Any]:
         """These settings alone, also of a data set, which has more."""
@@ -27,13 +36,24 @@ class SubsetSettings(Settings):
 
     def of_sentences(self) -> SubsetSettings:
         """The same for captions whose parts between commas are neither shuffled nor dropped."""
-        whole = {"shuffle_caption": False, "keep_tokens": 0, "caption_tag_dropout_rate": 0.0}
+        whole = {
+            "shuffle_caption": False,
+            "keep_tokens": 0,
+            "caption_tag_dropout_rate": 0.0,
+            "token_warmup_step": 0,
+        }
         return SubsetSettings(**{**self.own(), **whole})
+
+    @property
+    def moves_tags(self) -> bool:
+        """Is a caption taken apart?"""
+        drops = self.caption_tag_dropout_rate > 0 or self.token_warmup_step > 0
+        return self.shuffle_caption or drops
 
     @property
     def captions_vary(self) -> bool:
         """Does a caption change from step to step, so that its embedding can't be kept?"""
-        return self.shuffle_caption or self.caption_tag_dropout_rate > 0
+        return self.moves_tags or self.enable_wildcard
 
 
 SUBSET_KEYS = tuple(field.name for field in fields(SubsetSettings))

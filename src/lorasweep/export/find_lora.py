@@ -15,7 +15,7 @@ from lorasweep.core.foreign_files import parse_yaml, read_yaml
 from lorasweep.core.settings import SettingsError, build
 from lorasweep.core.text import listed, shown
 from lorasweep.export import diffusers_folder
-from lorasweep.judging.pick_rule import DRIFT, rank, sign, with_finite_score
+from lorasweep.judging.pick_rule import comparable, rank, with_finite_score
 from lorasweep.lora_files import checkpoint
 from lorasweep.tracking.moved_store import follow_move
 from lorasweep.tracking.store import sqlite_path
@@ -125,19 +125,14 @@ def _best(candidates: Sequence[Candidate], by: str) -> tuple[Candidate, str]:
     if chosen := next((one for one in candidates if one.chosen_by), None):
         who = "chosen by a person" if chosen.chosen_by == "person" else "picked by the rule"
         return chosen, f"{who} in its sweep"
+    by = comparable(candidates, by)
     scored = with_finite_score(candidates, by)
     if len(candidates) == 1:
         return candidates[0], "its only checkpoint"
     if not scored:
         return candidates[-1], f"its newest, for none has a {by}"
-    ranked = rank(scored, by)
-    best = ranked[0].file
-    why = f"the best of its {len(candidates)} by {by} ({best.scores[by]:.4f})"
-    top = min(scored, key=lambda one: sign(by) * one.scores[by])
-    if top is best:
-        return best, why
-    more = "drifts more" if DRIFT in best.scores else "comes later"
-    return best, f"{why}: {top.name}'s {top.scores[by]:.4f} ties with it, and {more}"
+    best = rank(scored, by)[0].file
+    return best, f"the best of its {len(candidates)} by {by} ({best.scores[by]:.4f})"
 
 
 def trained_on(path: Path, cfg: Any) -> tuple[Model, str] | None:

@@ -1,30 +1,20 @@
-"""The rule by which a checkpoint is picked: smallest score; of close ties, the least drift."""
+"""The rule by which a checkpoint is picked: the best score, of seeds together by their mean."""
 
 from __future__ import annotations
 
 import math
 import random
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
+SCORE = "val/score"
+"""LOSS - GAIN, the default: how close a checkpoint comes to the images, and how much it listens."""
+LOSS, GAIN = "val/loss_rel", "val/caption_gain"
 DRIFT = "val/prior_drift"
-LARGER_IS_BETTER = "val/caption_gain"
+LARGER_IS_BETTER = GAIN
 FEW_IMAGES = 8  # with fewer held-out ones the order of checkpoints is partly luck
 BOOTSTRAP = 1000
-TIE_BOUND = 0.02
-"""How far above the smallest score, in parts of it, a tie may lie.
-
-By so much another seed alone changes the score: over the five seeds of benchmarks/grids.json the
-standard deviation of val/loss_rel of one setting and epoch is 0.8 % (median), 1.4 % for the runs
-that come below 0.6.
-"""
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """97.5 % quantile of Student's t for 1, 2, … degrees of freedom; the last one for more."""
 
@@ -87,24 +77,29 @@ def sign(by: str) -> int:
     return -1 if by.startswith(LARGER_IS_BETTER) else 1
 
 
+def comparable(candidates: Iterable[HasScores], by: str) -> str:
+    """The score that candidates are ranked by: LOSS in place of SCORE where that can't compare.
+
+    Older versions gave no SCORE, and it holds no GAIN where captions don't tell images apart: what
+    lacks one is compared with others by the loss alone.
+    """
+    scored = [one.scores for one in candidates if LOSS in one.scores]
+    if by != SCORE or not scored:
+        return by
+    is_whole = all(SCORE in one for one in scored)
+    return SCORE if is_whole and len({GAIN in one for one in scored}) == 1 else LOSS
+
+
 def rank(candidates: Iterable[T], by: str) -> list[Ranked[T]]:
     """Candidates with the best first, by a score; smaller is better unless its `sign` is -1.
 
-    Checkpoints that differ in their seed alone count as one, by their mean. The scores are
-    measured on few images, so the smallest is partly luck. As in the one-standard-error rule
-    (Breiman et al., 1984), all that can't be told from the smallest one and lie close to it
-    (`ties`) count as equal to it, and among them the most modest comes first: the lowest
-    `val/prior_drift`, then the earlier epoch. The rest follow by their score.
+    Checkpoints that differ in their seed alone count as one, by their mean. Of equal scores the
+    earlier epoch comes first. What can't be told from the best (`ties`) is not put before it: taken
+    by the least drift, as the one-standard-error rule would have it (Breiman et al., 1984), ties
+    draw worse pictures than the best score does (benchmarks/README.md, Choosing).
     """
     found = by_setting(candidates, by)
-    by_score = sorted(found, key=lambda one: (sign(by) * one.scores[by], one.epoch))
-
-    def order(one: Ranked[T]) -> tuple[bool, float, int]:
-        if ties(one, by_score[0], by):
-            return False, one.scores.get(DRIFT, math.inf), one.epoch
-        return True, sign(by) * one.scores[by], one.epoch
-
-    return sorted(by_score, key=order)
+    return sorted(found, key=lambda one: (sign(by) * one.scores[by], one.epoch))
 
 
 def by_setting(candidates: Iterable[T], by: str) -> list[Ranked[T]]:
@@ -120,60 +115,41 @@ def _over_seeds(some: Sequence[T], by: str) -> Ranked[T]:
         return Ranked(some, some[0].scores, some[0].terms)
     best_first = sorted(some, key=lambda one: sign(by) * one.scores[by])
     shared = set.intersection(*(set(one.scores) for one in some))
-    scores = {name: statistics.fmean(one.scores[name] for one in some) for name in shared}
+    scores = {name: sum(one.scores[name] for one in some) / len(some) for name in shared}
     scores[f"{by}_lo"], scores[f"{by}_hi"] = interval_of_mean([one.scores[by] for one in some])
     terms = [one.terms.get(by, ()) for one in some]
     is_same = len({len(of) for of in terms}) == 1
-    means = [statistics.fmean(of) for of in zip(*terms, strict=True)] if is_same else []
+    means = [sum(of) / len(of) for of in zip(*terms, strict=True)] if is_same else []
     return Ranked(best_first, scores, {by: means})
 
 
 def interval_of_mean(values: Sequence[float]) -> tuple[float, float]:
     """The 95 % interval of the mean of what at least two seeds gave, by Student's t."""
-    mean, freedom = statistics.fmean(values), len(values) - 1
-    quantile = T_975[min(freedom, len(T_975)) - 1]
-    half = quantile * statistics.stdev(values) / math.sqrt(len(values))
+    mean, freedom = sum(values) / len(values), len(values) - 1
+    squares = sum((one - mean) * (one - mean) for one in values)  # inf, where ** and fsum raise
+    half = T_975[min(freedom, len(T_975)) - 1] * math.sqrt(squares / freedom / len(values))
     return mean - half, mean + half
 
 
-def ties(candidate: HasScores, smallest: HasScores, by: str) -> bool:
-    """Does the candidate lie within TIE_BOUND of the smallest score, and can't be told from it?
+def ties(candidate: HasScores, best: HasScores, by: str) -> bool:
+    """Can a candidate not be told from the one with the best score?
 
-    It can't where the 95 % interval of its distance to the smallest score holds zero; with few
-    images nearly any distance has such an interval, hence the bound. Both were scored on the same
-    images and noise, so they are compared image by image: how much images differ among themselves,
-    which makes each score's own interval wide, drops out. Where a score's terms are not known, the
-    candidate must lie within the smallest one's own interval.
+    It can't where the 95 % interval of its distance to the best score holds zero. Both were scored
+    on the same images and noise, so they are compared image by image: how much images differ among
+    themselves, which makes each score's own interval wide, drops out. Where a score's terms are not
+    known, the candidate must lie within the best one's own interval.
     """
-    gap = sign(by) * (candidate.scores[by] - smallest.scores[by])
-    if gap > TIE_BOUND * abs(smallest.scores[by]):
-        return False
-    ours, best = candidate.terms.get(by), smallest.terms.get(by)
-    if ours and best and len(ours) == len(best):
-        return _reaches_zero([sign(by) * (a - b) for a, b in zip(ours, best, strict=True)])
+    gap = sign(by) * (candidate.scores[by] - best.scores[by])
+    ours, theirs = candidate.terms.get(by), best.terms.get(by)
+    if ours and theirs and len(ours) == len(theirs):
+        return reaches_zero([sign(by) * (a - b) for a, b in zip(ours, theirs, strict=True)])
     worst = f"{by}_hi" if sign(by) == 1 else f"{by}_lo"
-    limit = smallest.scores.get(worst, smallest.scores[by])
-    return gap <= max(0.0, sign(by) * (limit - smallest.scores[by]))
+    limit = best.scores.get(worst, best.scores[by])
+    return gap <= max(0.0, sign(by) * (limit - best.scores[by]))
 
 
-def _reaches_zero(gaps: Sequence[float]) -> bool:
+def reaches_zero(gaps: Sequence[float]) -> bool:
     """Is the 2.5 % quantile of their mean, by bootstrap, at most zero?"""
-    if min(gaps) > 0:  # as it is for most of a sweep: so is then the mean of any draw
-        return False
-    if max(gaps) <= 0:
-        return True
-    import numpy as np
-
-    # row by row, which adds up each draw in its order
-    means = np.array(gaps)[_draws(len(gaps))].sum(axis=0) / len(gaps)
-    return int(np.count_nonzero(means <= 0)) > BOOTSTRAP // 40
-
-
-@lru_cache(maxsize=4)
-def _draws(size: int) -> NDArray[np.intp]:
-    """Which of `size` terms each resampling takes, the same each time: (size, BOOTSTRAP)."""
-    import numpy as np
-
-    draw = random.Random(0)
-    drawn = [draw.choices(range(size), k=size) for _ in range(BOOTSTRAP)]
-    return np.array(drawn, dtype=np.intp).T.copy()
+    draw = random.Random(0)  # the same resamplings each time
+    sums = sorted(sum(draw.choices(gaps, k=len(gaps))) for _ in range(BOOTSTRAP))
+    return sums[BOOTSTRAP // 40] <= 0

@@ -38,7 +38,13 @@ def squared_errors(
     noise: Tensor,
     timesteps: Tensor,
     conditioning: Conditioning,
+    masks: Tensor | None = None,
 ) -> Tensor:
-    """Losses (N,) of the predictions, averaged over channels and pixels, not weighted."""
+    """Losses (N,) of the predictions, averaged over channels and pixels, not weighted.
+
+    Masks (N, 1, h, w) weigh the errors before the mean, as with kohya: a masked image has a smaller
+    loss.
+    """
     prediction, target = prediction_and_target(base, latents, noise, timesteps, conditioning)
-    return (prediction - target).square().mean(dim=(1, 2, 3))
+    errors = (prediction - target).square()
+    return (errors if masks is None else errors * masks).mean(dim=(1, 2, 3))

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from lorasweep.core.foreign_files import MAX_BYTES, ForeignFileError, check_no_pipe, read_json
 from lorasweep.core.safetensors_header import CheckpointError, check_length
 from lorasweep.core.text import shown
+from lorasweep.models.file_schedule import of_file
 from lorasweep.models.model_settings import PICKLED, ModelSettings
 
 if TYPE_CHECKING:
@@ -92,6 +93,18 @@ def read_sizes(settings: ModelSettings) -> ModelSizes | None:
         return ModelSizes(vae_scale, multiple, layers, is_sdxl)
     except (ModelError, KeyError, TypeError, ValueError):
         return None  # whoever loads the model says what is wrong with it
+
+
+def read_schedule(settings: ModelSettings) -> dict[str, Any] | None:
+    """The noise schedule that a model's files say, as its scheduler_config.json; None: not here."""
+    folder = _configs_here(settings)
+    if folder is None:
+        return None
+    try:
+        config = read_object(folder / "scheduler" / CONFIGS["scheduler"], "")
+    except ModelError:
+        return None
+    return {**config, **(of_file(Path(settings.path)) if settings.is_single_file else {})}
 
 
 def _configs_here(settings: ModelSettings) -> Path | None:

@@ -2,7 +2,8 @@
 
 In comes a run's name, its MLflow id or a LoRA file; out come a new run in MLflow, a table of what
 differs, and a verdict. Open reproduce.py first, then reproduce_run.py. A LoRA file that was made
-elsewhere gives a config folder instead (foreign_lora.py).
+elsewhere gives an experiment instead (foreign_lora.py), as presets of kohya_ss and TOMLs do
+(preset.py).
 """
 
 from lorasweep.reproduce.compare import Comparison

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, PositiveInt
 
 from lorasweep.core.foreign_files import ForeignFileError, parse_shaped
-from lorasweep.data.kohya_folders import MAX_REPEATS
+from lorasweep.data.subsets import MAX_REPEATS
 
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -29,7 +29,7 @@ class _Image:
     sha256: _Sha256
     width: PositiveInt
     height: PositiveInt
-    split: Literal["train", "holdout"]
+    split: Literal["train", "holdout", "reg"]
     captions: dict[str, str]
 
 

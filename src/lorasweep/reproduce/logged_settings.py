@@ -86,6 +86,7 @@ def rebuild(
     """
     _check_overrides(changed)
     before = _read(logged)
+    _refuse_what_is_not_laid_out(before["dataset"])
     refuse_classes(before, places)
     refuse_programs(before["trainer"], [_key(one) for one in (*places, *changed)])
     if "python" in before["trainer"]:
@@ -167,6 +168,16 @@ def _read(logged: str) -> dict[str, Any]:
         if inside is not None and ".." not in path and not Path(path).exists():
             node[key] = str(PACKAGE / "embedded" / inside[1])
     return values
+
+
+def _refuse_what_is_not_laid_out(dataset: Mapping[str, Any]) -> None:
+    """Images and captions are laid out again for captioners: kohya's folders have none."""
+    others = (dataset.get(key) for key in ("reg_data_dir", "conditioning_data_dir"))
+    if dataset.get("_target_") == "KohyaDataset" or any(one is not None for one in others):
+        raise ReproduceError(
+            "it was trained on kohya's folders or with masks, which are not laid out again from the"
+            " log; train it again on them by the settings of its config.yaml"
+        )
 
 
 def _fill_in(values: dict[str, Any]) -> list[tuple[str, str]]:

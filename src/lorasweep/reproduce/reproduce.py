@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.markup import escape
 
-from lorasweep.core.text import shown
 from lorasweep.reproduce import foreign_lora, reproduce_run
 from lorasweep.reproduce.compare import ROUNDING, Comparison
+from lorasweep.reproduce.experiment_file import write_experiment
 from lorasweep.reproduce.original_run import ReproduceError, find_original
+from lorasweep.reproduce.printed import say, say_config, table
 from lorasweep.reproduce.reproduce_run import Options
 from lorasweep.tracking import TrackingError
 from lorasweep.tracking.history import Log, LoggedRun
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-MAX_LINE = 10_000  # characters
-_COLOURS = {
-    "bit-equal": "green",
-    "within rounding": "green",
-    "different": "red",
-    "not known": "yellow",
-}
 
 
 def execute(word: str, uri: str, experiment: str, options: Options, console: Console) -> int:
@@ -45,17 +35,17 @@ def execute(word: str, uri: str, experiment: str, options: Options, console: Con
     if original is None:
         return _reproduce_foreign(Path(word), options, console)
     name = original.run.name
-    _say(console, [f"{name} of {original.run.sweep}, MLflow run {original.run.run_id}"])
+    say(console, [f"{name} of {original.run.sweep}, MLflow run {original.run.run_id}"])
     if options.as_config is not None:
         file, notes = reproduce_run.write_config(original, options, options.as_config)
-        _say(console, notes)
-        _say_config(console, file, options.as_config)
+        say(console, notes)
+        say_config(console, file, options.as_config)
         return 0
     plan = reproduce_run.prepare(original, options)
-    _say(console, plan.notes)
+    say(console, plan.notes)
     if plan.differences:
         rows = ((one.what, one.then, one.now) for one in plan.differences)
-        console.print(_table("Not as it was", ("what", "then", "now"), rows))
+        console.print(table("Not as it was", ("what", "then", "now"), rows))
     else:
         console.print("Everything is as it was.")
     if plan.differences and options.strict:
@@ -65,7 +55,7 @@ def execute(word: str, uri: str, experiment: str, options: Options, console: Con
         )
     reproduce_run.train(plan)
     new, result = reproduce_run.judge(plan)
-    _say(console, [f"MLflow run {new.run_id} ({new.name})"])
+    say(console, [f"MLflow run {new.run_id} ({new.name})"])
     if plan.is_variation:
         console.print(_scores_beside(original.log, original.run, new))
         return 0
@@ -77,31 +67,23 @@ def _reproduce_foreign(path: Path, options: Options, console: Console) -> int:
     """The nearest config of a LoRA file that no run here has made."""
     folder = options.as_config or Path(f"{path.stem}-config")
     found = foreign_lora.read_settings(path)
-    file = foreign_lora.write_config(found, folder, options.overrides)
-    _say(console, [f"No run in this log has made {path}; by what the file says:"])
-    console.print(_table(found.name, ("setting", "value", "from the file"), found.rows()))
+    comment = f"The nearest config of {path.name}, by what the file says"
+    file = write_experiment(found, folder, comment, options.overrides, replace=True)
+    taken = ((*row.what.partition("=")[::2], row.said) for row in found.taken)
+    say(console, [f"No run in this log has made {path}; by what the file says:"])
+    console.print(table(found.name, ("setting", "value", "from the file"), taken))
     unknown = "; ".join(f"{what} ({instead})" for what, instead in found.unknown)
-    _say(console, [f"Not known: {unknown}"])
-    _say_config(console, file, folder, options.places or ["dataset.image_dir=FOLDER"])
+    say(console, [f"Not known: {unknown}", *found.notes])
+    say_config(console, file, folder, options.places or ["dataset.image_dir=FOLDER"])
     return 0
-
-
-def _say(console: Console, lines: Iterable[str]) -> None:
-    for line in lines:
-        console.print(shown(line, MAX_LINE), markup=False, emoji=False, soft_wrap=True)
-
-
-def _say_config(console: Console, file: Path, folder: Path, further: Sequence[str] = ()) -> None:
-    words = ["--config-dir", str(folder), f"experiment={file.stem}", *further]
-    _say(console, [f"Written: {file}", f"Train it: lorasweep train {shlex.join(words)}"])
 
 
 def _verdict(result: Comparison, title: str) -> Table:
     """What was compared, and the verdict of all."""
     rows = ((row.what, row.verdict, row.detail) for row in result.rows)
-    table = _table(title, ("what", "verdict", "how far"), rows)
-    table.caption = f"within rounding: at most {ROUNDING:g} relative; pictures: 2 of 255"
-    return table
+    made = table(title, ("what", "verdict", "how far"), rows)
+    made.caption = f"within rounding: at most {ROUNDING:g} relative; pictures: 2 of 255"
+    return made
 
 
 def _scores_beside(log: Log, old: LoggedRun, new: LoggedRun) -> Table:
@@ -114,21 +96,4 @@ def _scores_beside(log: Log, old: LoggedRun, new: LoggedRun) -> Table:
             last = max(both)
             rows.append((key, str(last), f"{then[last]:.4f}", f"{now[last]:.4f}"))
     columns = ("score", "epoch", old.name, new.name)
-    return _table(f"{new.name} beside {old.name}", columns, rows)
-
-
-def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """A table of texts that may come from a file; verdicts have their colour."""
-    from rich.table import Table
-
-    table = Table(title=escape(shown(title)), title_justify="left")
-    for column in columns:
-        table.add_column(escape(shown(column)), overflow="fold")
-    for row in rows:
-        table.add_row(*(_cell(text) for text in row))
-    return table
-
-
-def _cell(text: str) -> str:
-    plain = escape(shown(text, 200))
-    return f"[{_COLOURS[text]}]{plain}[/{_COLOURS[text]}]" if text in _COLOURS else plain
+    return table(f"{new.name} beside {old.name}", columns, rows)

@@ -15,7 +15,18 @@ from lorasweep.core.atomic_write import write_atomically
 from lorasweep.core.foreign_files import ForeignFileError, inside, parse_yaml
 from lorasweep.core.text import listed, shown
 from lorasweep.judging.contact_sheet import FILE_NAME as CONTACT_SHEET
-from lorasweep.judging.pick_rule import Ranked, rank, with_finite_score
+from lorasweep.judging.pick_rule import (
+    GAIN,
+    LOSS,
+    SCORE,
+    Ranked,
+    comparable,
+    rank,
+    with_finite_score,
+)
+from lorasweep.runs.pick_pictures import FILE_NAME as COMPARISON
+from lorasweep.runs.pick_pictures import comparison
+from lorasweep.runs.pick_words import Listening
 from lorasweep.runs.picked_readme import ChosenBy, readme, value_at
 from lorasweep.tracking import Candidate, Tracking
 from lorasweep.tracking.model_registry import own_choice
@@ -36,10 +47,13 @@ class Choice:
     left_out: Sequence[str]
     """One line for each candidate that has no usable score."""
     by: str
+    """The score that was ranked by; that which was asked for if all have it."""
     chosen_by: ChosenBy
     before: Candidate | None
     """The sweep's choice until now."""
     uri: str
+    notes: Sequence[str] = ()
+    """What is to be known of the winner, in lines for a person."""
 
     @property
     def of_winner(self) -> Ranked[Candidate] | None:
@@ -72,6 +86,7 @@ def choose(
     """
     uri = settings.resolve(output_root)
     found = _find(uri, settings.experiment, sweep)
+    asked, by = by, comparable(found, by)
     usable = with_finite_score(found, by)
     scored = {one.model_id for one in usable}
     left_out = [
@@ -94,6 +109,7 @@ def choose(
         chosen_by="person" if by_person else "rule",
         before=next((one for one in found if one.chosen_by), None),
         uri=uri,
+        notes=[*_instead(asked, by), *_said_of(uri, winner, ranked)],
     )
 
 
@@ -109,8 +125,9 @@ def record(choice: Choice, settings: Tracking, output_root: Path, *, replaces: b
     settings = replace(settings, registered_model=_registered_model(config.values, settings))
     if chosen_by == "rule" and not replaces:
         _check_no_own_choice(choice, settings.registered_model)
-    how_to_use = readme(winner, config.values, choice.by, chosen_by, choice.of_winner)
-    folder = _copy_out(uri, winner, output_root, config, how_to_use)
+    pictures = comparison(uri, settings.experiment, winner, choice.ranked)
+    how_to_use = readme(winner, config.values, choice.by, chosen_by, choice.of_winner, choice.notes)
+    folder = _copy_out(uri, winner, output_root, config, how_to_use, pictures)
     upload = None if settings.upload == "none" else folder
     version = tracking.record_choice(uri, settings, winner, chosen_by=chosen_by, upload=upload)
     return Pick(**vars(choice), folder=folder, version=version)
@@ -126,6 +143,21 @@ def _check_no_own_choice(choice: Choice, registered_model: str) -> None:
             f"{shown(own[1])} is a person's choice and stays: --show only looks at the candidates,"
             f" --replace puts {choice.winner.name}, the rule's choice, in its place"
         )
+
+
+def _instead(asked: str, by: str) -> list[str]:
+    if asked == by:
+        return []
+    return [f"Ranked by {LOSS}: some have no {SCORE}, or not both of its parts (older runs)."]
+
+
+def _said_of(uri: str, winner: Candidate, ranked: Sequence[Ranked[Candidate]]) -> list[str]:
+    if _of(winner, ranked) is None:
+        return []
+    of_base = tracking.base_score(uri, winner, GAIN) if GAIN in winner.scores else None
+    listening = Listening(ranked, of_base)
+    words = listening.words(winner)
+    return [*([words] if words else []), *listening.warnings(winner)]
 
 
 def _find(uri: str, experiment: str, sweep: str | None) -> list[Candidate]:
@@ -180,7 +212,12 @@ def _config_of(uri: str, winner: Candidate) -> _Config:
 
 
 def _copy_out(
-    uri: str, winner: Candidate, output_root: Path, config: _Config, how_to_use: str
+    uri: str,
+    winner: Candidate,
+    output_root: Path,
+    config: _Config,
+    how_to_use: str,
+    pictures: bytes | None,
 ) -> Path:
     """Put the file, its config and how to use it into a folder of their own, once all are there."""
     content = tracking.read_checkpoint(uri, winner, output_root)
@@ -192,6 +229,8 @@ def _copy_out(
     }
     if sheet := _contact_sheet(winner, output_root):
         files[CONTACT_SHEET] = sheet
+    if pictures:
+        files[COMPARISON] = pictures
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{winner.name[:100]}.") as draft:
         for name, content in files.items():

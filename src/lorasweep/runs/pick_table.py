@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lorasweep.core.text import shown
 from lorasweep.judging.contact_sheet import FILE_NAME as CONTACT_SHEET
-from lorasweep.judging.pick_rule import DRIFT, FEW_IMAGES, TIE_BOUND, Ranked, sign, ties
+from lorasweep.judging.pick_rule import DRIFT, FEW_IMAGES, GAIN, LOSS, SCORE, Ranked, ties
 from lorasweep.runs.pick_checkpoint import Choice, Pick
+from lorasweep.runs.pick_pictures import FILE_NAME as COMPARISON
 from lorasweep.runs.picked_readme import seeds_of
 from lorasweep.tracking import Candidate
 from lorasweep.tracking.mlflow_page import page
@@ -22,44 +22,44 @@ if TYPE_CHECKING:
 TABLE_LIMIT = 15
 MAX_SETTINGS = 4
 LIMITS = r"\[lo, hi]"
+PARTS = {"loss": LOSS, "gain": GAIN, "drift": DRIFT}
+OTHER_COLUMNS = {"gap": "val/gap", "drift": DRIFT}
 
 
 def table(result: Choice, limit: int = TABLE_LIMIT) -> Table:
     """The first `limit` candidates, best first, and the chosen one wherever it stands.
 
-    `≈` marks those that tie with the smallest score.
+    `≈` marks those that can't be told from the best score.
     """
     from rich.table import Table
 
-    score = _escaped(result.by.rpartition("/")[2])
+    several = any(len(one.checkpoints) > 1 for one in result.ranked)
+    score = _escaped(result.by.rpartition("/")[2]) + (f" {LIMITS}" if several else "")
     by_rule = "picked" if isinstance(result, Pick) else "first by the rule:"
     chosen = "own choice" if result.chosen_by == "person" else by_rule
     title = _escaped(f"{result.winner.sweep}: {chosen} {result.winner.name}")
     found = Table(
         title=title, caption=_caption(result, limit), caption_justify="left", pad_edge=False
     )
-    several = any(len(one.checkpoints) > 1 for one in result.ranked)
     by, winner = result.by, result.of_winner
-    smallest = min(result.ranked, key=lambda one: sign(by) * one.scores[by], default=None)
-    tied = [one for one in result.ranked if ties(one, smallest or one, by)]
+    parts = PARTS if by == SCORE else OTHER_COLUMNS
     settings = differing_settings(result.uri, [one.file for one in result.ranked])
     keys = list(next(iter(settings.values()), {}))[:MAX_SETTINGS]
-    headers = "#", "run", *_short_names(keys), "epoch", f"{score} {LIMITS}", "gap", "drift"
+    headers = "#", "run", *_short_names(keys), "epoch", score, *parts
     for header in headers:
         found.add_column(header, justify="left" if header == "run" else "right", overflow="fold")
     if several:
         found.add_column("seeds", overflow="fold")
-    if len(tied) > 1:
-        found.add_column("why", overflow="fold")
     for number, one in enumerate(result.ranked, start=1):
         if number <= limit or one is winner:
             file = result.winner if one is winner else one.file
             own = settings.get(file.run_id, {})
+            is_tied = number > 1 and ties(one, result.ranked[0], by)
             cells = [
-                f"≈ {number}" if one in tied else str(number),
+                f"≈ {number}" if is_tied else str(number),
                 *_cells(result, one, file, [own.get(key, "") for key in keys]),
+                *(_short(one.scores.get(name), "#.3g") for name in parts.values()),
                 *([_escaped(seeds_of(one))] if several else []),
-                *([_why(one, tied)] if len(tied) > 1 else []),
             ]
             found.add_row(*cells, style="bold green" if one is winner else None)
     return found
@@ -68,15 +68,17 @@ def table(result: Choice, limit: int = TABLE_LIMIT) -> Table:
 def summary(result: Pick) -> list[str]:
     """What was picked and where it is now, in lines for a person."""
     who = "your own choice" if result.chosen_by == "person" else f"picked by {result.by}"
-    sheet = result.folder / CONTACT_SHEET
+    sheet, pictures = result.folder / CONTACT_SHEET, result.folder / COMPARISON
     of = result.of_winner
     if of is not None and len(of.checkpoints) > 1:
         who += f", seed {result.winner.seed} of {seeds_of(of)}"
     return [
         f"{result.winner.name}, {who}: {result.folder / result.winner.name}.safetensors",
         *_replaced(result),
-        f"How to use it: {result.folder / 'README.md'}",
+        *result.notes,
+        *([f"Beside the base and the next best: {pictures}"] if pictures.exists() else []),
         *([f"Its run's contact sheet: {sheet}"] if sheet.exists() else []),
+        f"How to use it: {result.folder / 'README.md'}",
         f"Look at all of it: lorasweep ui {shlex.quote(result.winner.sweep)}",
     ]
 
@@ -85,7 +87,8 @@ def not_recorded(choice: Choice) -> list[str]:
     """That the sweep's choice is what it was, and how to choose."""
     before = choice.before
     now = f"{before.name}, by {before.chosen_by}" if before else "none yet"
-    return [f"Nothing was recorded. The sweep's choice: {now}. To choose: lorasweep pick"]
+    said = f"Nothing was recorded. The sweep's choice: {now}. To choose: lorasweep pick"
+    return [*choice.notes, said]
 
 
 def _replaced(result: Pick) -> list[str]:
@@ -97,10 +100,9 @@ def _replaced(result: Pick) -> list[str]:
 
 
 def _caption(result: Choice, limit: int) -> str:
-    lines = [
-        f"≈ can't be told from the best score, and lies within {TIE_BOUND:.0%} of it; of these, the"
-        " least drift wins."
-    ]
+    lines = ["≈ can't be told from the best score, image by image."]
+    if result.by == SCORE:
+        lines[0] = f"{SCORE} = loss - gain: {LOSS} - {GAIN}; the smallest is best. {lines[0]}"
     if any(len(one.checkpoints) > 1 for one in result.ranked):
         lines.append(
             "Of several seeds: the score is their mean, with its 95 % interval over the seeds; the"
@@ -129,30 +131,17 @@ def _short_names(keys: Sequence[str]) -> list[str]:
     ]
 
 
-def _why(one: Ranked[Candidate], tied: Sequence[Ranked[Candidate]]) -> str:
-    """Why a tie comes first, or after the others."""
-    if one not in tied:
-        return ""
-    first, has_drift = tied[0], DRIFT in one.scores
-    if one is first:
-        return "tied, and drifts least" if has_drift else "tied, and the earliest"
-    more = has_drift and one.scores[DRIFT] > first.scores.get(DRIFT, math.inf)
-    return "tied, but drifts more" if more else "tied, but later"
-
-
 def _cells(
     result: Choice, one: Ranked[Candidate], file: Candidate, settings: Sequence[str]
 ) -> list[str]:
     by, scores = result.by, one.scores
     low, high = (_short(scores.get(f"{by}_{end}"), ".2f") for end in ("lo", "hi"))
-    interval = f" [{low}, {high}]"
+    interval = f" [{low}, {high}]" if len(one.checkpoints) > 1 else ""
     return [
         _link(file.run, page(result.uri, file)),
         *map(_escaped, settings),
         _link(str(file.epoch), file.path.as_uri()),
-        _short(scores[by]) + _escaped(interval if f"{by}_hi" in scores else ""),
-        _short(scores.get("val/gap")),
-        _short(scores.get(DRIFT), "#.3g"),
+        _short(scores[by]) + _escaped(interval),
     ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from lorasweep.core.text import harmless, listed, markdown
@@ -18,7 +18,7 @@ README = """\
 # {name}
 
 Run `{run}`, epoch {epoch}, of sweep `{sweep}`; chosen by {chosen}.
-{score}
+{score}{notes}
 A LoRA for the base model {base}.{merged} `config.yaml` is how it was trained.
 
 Prompts that its samples were drawn with:
@@ -63,10 +63,11 @@ def readme(
     by: str,
     chosen_by: ChosenBy,
     ranked: Ranked[Candidate] | None = None,
+    notes: Sequence[str] = (),
 ) -> str:
     """The text for a checkpoint of a run that was trained with this config.
 
-    `ranked` is the checkpoint with those of other seeds.
+    `ranked` is the checkpoint with those of other seeds, `notes` what else is said of it.
     """
     lines = value_at(config, "sampling", "prompts")
     prompts = [_bare(str(line)) for line in lines] if isinstance(lines, list) else []
@@ -78,8 +79,9 @@ def readme(
         run=_quotable(winner.run),
         epoch=winner.epoch,
         sweep=_quotable(winner.sweep),
-        chosen="a person" if chosen_by == "person" else f"rule ({by}; of equals, the lowest drift)",
+        chosen="a person" if chosen_by == "person" else f"rule (the best {by})",
         score=_score(winner, by, ranked),
+        notes="".join(f"{markdown(note)}\n" for note in notes),
         base=markdown(base),
         merged=merged_note(config),
         base_python=json.dumps(base, ensure_ascii=False),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from filelock import FileLock
@@ -12,14 +13,22 @@ from filelock import FileLock
 from lorasweep.config.run import Run
 from lorasweep.config.settings_digest import settings_digest
 from lorasweep.core.atomic_write import FolderGoneError, write_atomically
+from lorasweep.core.settings import SettingsError
 from lorasweep.data import dataset, kohya_folders, latents
 from lorasweep.data.captions import caption_images
+from lorasweep.data.dataset import ImageSet
+from lorasweep.data.kohya_folders import Arm, ArmCaptions
+from lorasweep.data.masks import mask_files
+from lorasweep.data.regularisation import balanced
+from lorasweep.data.subset_captions import subset_captions
+from lorasweep.data.subset_settings import SubsetSettings
+from lorasweep.data.subsets import subsets
 from lorasweep.judging.metrics.metric import Images
 from lorasweep.judging.pick_rule import sign
 from lorasweep.models.base_model import BaseModel
 from lorasweep.runs import provenance
 from lorasweep.tracking import NewRun, Tracker
-from lorasweep.tracking.store import TRIAL_TAG
+from lorasweep.tracking.store import FOLDERS_TAG, TRIAL_TAG
 
 
 def check_inputs(runs: Iterable[Run]) -> None:
@@ -32,14 +41,15 @@ def check_inputs(runs: Iterable[Run]) -> None:
     was, dataset.logger.disabled = dataset.logger.disabled, True  # each run gives its warnings
     try:
         found = {one: dataset.select(one) for one in dict.fromkeys(run.dataset for run in runs)}
+        for one, images in found.items():
+            subset_captions(one, images)
+            mask_files(one, images)
     finally:
         dataset.logger.disabled = was
     arms = dict.fromkeys((run.dataset, *arm) for run in runs for arm in run.captions.items())
-    for images, arm, captioner in arms:
+    for one, arm, captioner in arms:
         if not captioner.cached:
-            caption_images.caption_images(
-                captioner, found[images].images, runs[0].cache_dir, arm=arm
-            )
+            caption_images.caption_images(captioner, found[one].images, runs[0].cache_dir, arm=arm)
 
 
 def check_server(run: Run) -> None:
@@ -55,34 +65,53 @@ def check_server(run: Run) -> None:
 def write_folders(run: Run) -> Path:
     """Draw, caption and write the images into kohya's folders; the same inputs share one place."""
     images = dataset.select(run.dataset)
-    captions = run.captions.items()
-    models = {arm: caption_images.identity(one, arm=arm) for arm, one in captions}  # all are here
-    texts = {
-        arm: kohya_folders.ArmCaptions(
-            repeats=captioner.repeats,
-            captions=tuple(
-                caption_images.caption_images(captioner, images.images, run.cache_dir, arm=arm)
-            ),
-            captioner=models[arm],
+    texts, of_folders = _made_captions(run, images), subset_captions(run.dataset, images)
+    if both := sorted(texts.keys() & of_folders.keys()):
+        raise SettingsError(
+            f"captions.{both[0]} and a folder of dataset.reg_data_dir have one name; rename the"
+            " folder"
         )
-        for arm, captioner in captions
-    }
-    inputs = repr((images.digest, texts, run.dataset.caption_extension)).encode()
+    texts |= of_folders
+    masks = mask_files(run.dataset, images)
+    of_masks = [hashlib.sha256(data).hexdigest() for data in masks.values()]
+    of_masks += [arm for arm, made in texts.items() if made.keeps_alpha]
+    parts = (images.digest, texts, run.dataset.caption_extension)
+    inputs = repr((*parts, of_masks) if of_masks else parts).encode()
     name = f"{run.dataset.image_dir.resolve().name}-{hashlib.sha256(inputs).hexdigest()[:8]}"
     root = run.output_root / "datasets" / name
     root.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(root.with_name(f".{name}.lock")):
-        return kohya_folders.write(images, texts, root, run.dataset.caption_extension)
+        return kohya_folders.write(images, texts, root, run.dataset.caption_extension, masks)
+
+
+def _made_captions(run: Run, images: ImageSet) -> dict[str, ArmCaptions]:
+    """Each arm's captions, by its captioner; regularisation images have their own."""
+    captions = run.captions.items()
+    models = {arm: caption_images.identity(one, arm=arm) for arm, one in captions}  # all are here
+    return {
+        arm: ArmCaptions(
+            repeats=captioner.repeats,
+            captions=(
+                *caption_images.caption_images(captioner, images.images, run.cache_dir, arm=arm),
+                *(None for _ in images.reg),
+            ),
+            captioner=models[arm],
+            has_lines=run.dataset.enable_wildcard,
+            keeps_alpha=run.dataset.alpha_mask,
+        )
+        for arm, captioner in captions
+    }
 
 
 def captions_used(run: Run, data: Path) -> str:
     """The captions in the folders now, edited ones too, as JSON: split, folder, file."""
+    own = _own_settings(run)
     found = {
         split: {
             f"{arm.repeats}_{arm.name}": {item.path.name: item.caption for item in arm.items}
-            for arm in kohya_folders.read(data / split, run.dataset.caption_extension)
+            for arm in _read(run, data / split, own)
         }
-        for split in ("train", "holdout")
+        for split in ("train", "holdout", "reg")
         if (data / split).is_dir()
     }
     return json.dumps(found, indent=1, ensure_ascii=False)
@@ -114,7 +143,7 @@ def new_run(run: Run, data: Path, texts: str) -> NewRun:
         tags={
             **provenance.source_tags(),
             "lorasweep.output_dir": str(run.output_dir),
-            "lorasweep.folders": str(data),
+            FOLDERS_TAG: str(data),
             **({} if run.number is None else {TRIAL_TAG: str(run.number)}),
             **run.tags,
         },
@@ -126,18 +155,44 @@ def new_run(run: Run, data: Path, texts: str) -> NewRun:
 
 
 def encoded_images(base: BaseModel, run: Run, data: Path) -> Images:
-    """The latents and captions of the folders in `data`, of training and hold-out set."""
+    """The latents and captions of the folders in `data`: of all splits."""
+    own = _own_settings(run)
 
+    def split(name: str) -> list[latents.Item]:
+        folder = data / name
+        arms = _read(run, folder, own) if folder.is_dir() else []
+        return latents.encode(base, arms, run.dataset, run.cache_dir, own)
+
+    train = split("train")
+    reg = balanced(split("reg"), sum(item.repeats for item in train))
+    holdout = split("holdout")
+    if run.dataset.is_kohyas and not _compare([*train, *holdout]):
+        train, holdout = ([replace(item, arm="all") for item in of] for of in (train, holdout))
+    return Images(train=train, holdout=holdout, reg=reg)
+
+
+def _compare(items: Iterable[latents.Item]) -> bool:
+    """Do the arms hold the same images, so that their scores tell which captions are better?"""
+    of_arms: dict[str, set[str]] = {}
+    for item in items:
+        of_arms.setdefault(item.arm, set()).add(item.path.name)
+    return len({frozenset(names) for names in of_arms.values()}) == 1
+
+
+def _own_settings(run: Run) -> dict[str, SubsetSettings]:
+    """What arms have of their own in how they are read."""
     # a folder that someone has added has no captioner: its captions are taken as kohya does
     sentences = {
         arm: run.dataset.of_sentences()
         for arm, one in run.captions.items()
         if not caption_images.are_tags(one)
     }
+    return sentences | {subset.name: subset.settings for subset in subsets(run.dataset)}
 
-    def split(name: str) -> list[latents.Item]:
-        folder = data / name
-        arms = kohya_folders.read(folder, run.dataset.caption_extension) if folder.is_dir() else []
-        return latents.encode(base, arms, run.dataset, run.cache_dir, sentences)
 
-    return Images(train=split("train"), holdout=split("holdout"))
+def _read(run: Run, folder: Path, own: Mapping[str, SubsetSettings]) -> list[Arm]:
+    return kohya_folders.read(
+        folder,
+        run.dataset.caption_extension,
+        lambda arm: own.get(arm, run.dataset).enable_wildcard,
+    )

@@ -21,8 +21,10 @@ from lorasweep.core.progress import Screen, Show
 from lorasweep.core.settings import SettingsError
 from lorasweep.core.text import size_of
 from lorasweep.data import kohya_folders
+from lorasweep.data.subsets import subsets
 from lorasweep.judging.judge import Judge
 from lorasweep.judging.metrics.metric import Scores, Terms
+from lorasweep.judging.pick_rule import LOSS, SCORE
 from lorasweep.lora_files.base_weights import merge_base_weights
 from lorasweep.lora_files.checkpoint import Checkpoint, checkpoint_path
 from lorasweep.models.base_model import BaseModel
@@ -249,10 +251,10 @@ class Session:
             if not first.tracking.is_remote:  # a store that can't be written ends it here
                 self._tracker.ready(first.output_dir, first.sweep)
             images = encoded_images(self._base, first, self._folder)
-            warn_of_cut_captions(self._base, [*images.train, *images.holdout])
+            warn_of_cut_captions(self._base, [*images.trained, *images.holdout])
             for line in plan(first, images):
                 log.info(line)
-            self._data = TrainingData(images.train, first.dataset)
+            self._data = TrainingData(images.trained, first.dataset)
             self._judge = Judge(
                 self._base,
                 images,
@@ -424,7 +426,9 @@ class Session:
         )
         made_with.append(run.output_dir / "captions.json")
         if run.dataset.log_images:
-            made_with.append(kohya_folders.pack_originals(self._folder, run.dataset.image_dir))
+            folders = {one.name: one.image_dir for one in subsets(run.dataset)}
+            image_dir = run.dataset.image_dir
+            made_with.append(kohya_folders.pack_originals(self._folder, image_dir, folders))
         for file in made_with:
             member.log.log_file(file)
 
@@ -529,9 +533,9 @@ def _say(reports: Sequence[Report]) -> None:
     found.sort(key=lambda report: report.checkpoint.epoch)  # runs that joined are behind
     for epoch, of_epoch in groupby(found, key=lambda report: report.checkpoint.epoch):
         reports_of = list(of_epoch)
-        scored = [one for one in reports_of if "val/loss_rel" in one.scores]
-        shown = [f"{one.run} {one.scores['val/loss_rel']:.3f}" for one in scored]
+        by = SCORE if any(SCORE in one.scores for one in reports_of) else LOSS
+        scored = [f"{one.run} {one.scores[by]:.3f}" for one in reports_of if by in one.scores]
         if scored:
-            log.info("epoch %d, val/loss_rel: %s", epoch, ", ".join(shown))
+            log.info("epoch %d, %s: %s", epoch, by, ", ".join(scored))
         else:  # without held-out images or this metric there is none
             log.info("epoch %d: %s", epoch, ", ".join(one.run for one in reports_of))

@@ -10,11 +10,11 @@ from lorasweep.training.training_batches import steps_per_epoch
 
 def plan(run: Run, images: Images) -> list[str]:
     """The captions of each arm by an example, and what an epoch is."""
-    first = {item.arm: item for item in reversed(images.train)}
-    captions = [f"{arm} {shown(item.caption, 60)!r}" for arm, item in sorted(first.items())]
-    seen = sum(item.repeats for item in images.train)
+    first = {item.arm: item for item in reversed(images.trained)}
+    captions = [f"{arm} {shown(item.prompt, 60)!r}" for arm, item in sorted(first.items())]
+    seen = sum(item.repeats for item in images.trained)
     size, held_back = run.trainer.batch_size, run.trainer.gradient_accumulation_steps
-    steps = steps_per_epoch(images.train, size, held_back)
+    steps = steps_per_epoch(images.trained, size, held_back)
     batches = f"batches of {size}" + (f", {held_back} a step" if held_back > 1 else "")
     return [
         f"captions, such as of {next(iter(first.values())).path.name}: {'; '.join(captions)}",

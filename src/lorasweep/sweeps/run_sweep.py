@@ -119,7 +119,8 @@ def open_study(
     warm_start(study, run.output_root, folder)
     if settings.pareto and settings.pruner != "none":
         log.info(
-            "several objectives: runs are pruned by the first of them, %s", settings.objectives[0]
+            "several objectives: runs are pruned by the first of them, %s",
+            study.settings.objectives[0],
         )
     return study
 

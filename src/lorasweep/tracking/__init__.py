@@ -8,6 +8,7 @@ logged runs are read back from MLflow (`read_candidates.py`, `history.py`). Open
 from lorasweep.tracking.model_registry import check_place, record_choice
 from lorasweep.tracking.read_candidates import (
     Candidate,
+    base_score,
     candidates,
     config_of,
     local_file,
@@ -24,6 +25,7 @@ __all__ = [
     "Tracker",
     "Tracking",
     "TrackingError",
+    "base_score",
     "candidates",
     "check_place",
     "config_of",

@@ -39,7 +39,7 @@ DEFAULT_PORT = 5000
 TRAINING_VIEW = "workflowType=machine_learning"  # else MLflow shows its pages for language models
 VIEW_KEY = "lorasweep"  # in the page's address
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW_KEY}"
-FIRST = ("val/loss_rel", "val/gap", "val/prior_drift")
+FIRST = ("val/score", "val/loss_rel", "val/caption_gain", "val/gap", "val/prior_drift")
 MAX_RUNS = 200
 MAX_TAG = 20_000  # characters of an experiment's tag
 MAX_COLUMNS = 8

@@ -148,6 +148,13 @@ def search_candidates(client: MlflowClient, experiment_id: str, where: str) -> l
     return sorted(found, key=lambda one: one.created)
 
 
+def base_score(uri: str, candidate: Candidate, name: str) -> float | None:
+    """A score of the bare base that a candidate's run began from; None where none was logged."""
+    history = client_of(uri).get_metric_history(candidate.run_id, name)
+    found = [point.value for point in history if point.step == 0]
+    return found[-1] if found and math.isfinite(found[-1]) else None
+
+
 def differing_settings(uri: str, candidates: Sequence[Candidate]) -> dict[str, dict[str, str]]:
     """The settings in which the runs of candidates differ, by the runs' ids.
 
@@ -289,7 +296,7 @@ def _candidate(model: LoggedModel) -> Candidate:
         created=model.creation_timestamp,
         hash=tags.get(HASH_TAG),
         chosen_by=tags.get(CHOSEN_BY_TAG),
-        setting=sys.intern(setting) if setting else None,
+        setting=sys.intern(setting) if setting and seed else None,
         seed=sys.intern(seed) if seed else None,
     )
 

@@ -38,6 +38,7 @@ REASON_TAG = "lorasweep.reason"
 TERMS_TAG = "lorasweep.terms"
 TRIAL_TAG = "lorasweep.trial"
 PRUNED_TAG = "lorasweep.pruned"
+FOLDERS_TAG = "lorasweep.folders"  # of a run: its data set, in kohya's folders
 FOLDER_TAG = "lorasweep.folder"  # of the run, where it was trained
 UID_TAG = "lorasweep.uid"  # made where a run is begun, so that it is found without MLflow's id
 TRAINED_AS_TAG = "lorasweep.trained_as"  # of a run that was copied: whose weights it has

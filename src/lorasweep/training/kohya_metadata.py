@@ -32,7 +32,6 @@ _OFF: Mapping[str, object] = {
     "ss_lowram": False,
     "ss_max_validation_steps": None,
     "ss_num_validation_images": 0,  # of kohya's own kind; our hold-out set is not in the folders
-    "ss_prior_loss_weight": 1.0,
     "ss_random_crop": False,
     "ss_resize_interpolation": None,
     "ss_sd_scripts_commit_hash": "(unknown)",
@@ -60,8 +59,8 @@ def pack_metadata(trainer: NativeTrainer, base: BaseModel, data: TrainingData) -
         "ss_gradient_checkpointing": trainer.gradient_checkpointing,
         "ss_mixed_precision": _PRECISION[trainer.precision],
         "ss_clip_skip": base.settings.clip_skip,
-        **base.metadata,
         "ss_max_token_length": max_token_length(base.settings),
+        **base.metadata,
         "ss_sd_model_name": Path(base.settings.path).name,
         "ss_zero_terminal_snr": base.noise_schedule.is_zero_terminal_snr,
         "lorasweep_version": __version__,
@@ -144,9 +143,12 @@ def _data(training_data: TrainingData) -> dict[str, object]:
     items, data = training_data.items, training_data.settings
     width, height = data.size
     read = [item.settings for item in items]  # sentences keep their order
+    trained = [item for item in items if not item.is_reg]
+    of_reg = _dataset_dirs([item for item in items if item.is_reg])
     return {
-        "ss_num_train_images": sum(item.repeats for item in items),
-        "ss_num_reg_images": 0,
+        "ss_num_train_images": sum(item.repeats for item in trained),
+        "ss_num_reg_images": sum(one["n_repeats"] * one["img_count"] for one in of_reg.values()),
+        "ss_prior_loss_weight": data.prior_loss_weight,
         "ss_resolution": f"({width}, {height})",
         "ss_enable_bucket": data.enable_bucket,
         "ss_bucket_no_upscale": data.bucket_no_upscale,
@@ -154,14 +156,14 @@ def _data(training_data: TrainingData) -> dict[str, object]:
         "ss_max_bucket_reso": data.max_bucket_reso if data.enable_bucket else None,
         "ss_bucket_info": _bucket_info(items) if data.enable_bucket else "null",
         "ss_cache_latents": True,
-        "ss_flip_aug": data.flip_aug,
+        "ss_flip_aug": any(one.flip_aug for one in read),
         "ss_shuffle_caption": any(one.shuffle_caption for one in read),
         "ss_keep_tokens": data.keep_tokens,
         "ss_caption_dropout_rate": data.caption_dropout_rate,
         "ss_caption_dropout_every_n_epochs": data.caption_dropout_every_n_epochs,
         "ss_caption_tag_dropout_rate": max(one.caption_tag_dropout_rate for one in read),
-        "ss_dataset_dirs": json.dumps(_dataset_dirs(items)),
-        "ss_reg_dataset_dirs": "{}",
+        "ss_dataset_dirs": json.dumps(_dataset_dirs(trained)),
+        "ss_reg_dataset_dirs": json.dumps(of_reg),
         "ss_tag_frequency": json.dumps(_tag_frequency(items)),
     }
 
@@ -175,7 +177,7 @@ def _by_folder(items: Sequence[Item]) -> Mapping[str, list[Item]]:
 
 def _dataset_dirs(items: Sequence[Item]) -> dict[str, dict[str, int]]:
     return {
-        folder: {"n_repeats": members[0].repeats, "img_count": len(members)}
+        folder: {"n_repeats": int(folder.partition("_")[0]), "img_count": len(members)}
         for folder, members in _by_folder(items).items()
     }
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 _COSINES = ("cosine_with_restarts", "cosine_with_min_lr", "warmup_stable_decay")
-_READ_BY: dict[str, tuple[object, tuple[str, ...]]] = {
+READ_BY: dict[str, tuple[object, tuple[str, ...]]] = {
     "num_cycles": (1, _COSINES),
     "power": (1, ("polynomial",)),
     "min_lr_ratio": (None, ("cosine_with_min_lr", "warmup_stable_decay", "polynomial")),
@@ -60,7 +60,7 @@ class LRScheduler(Settings):
     step_rules: str | None = None
 
     def __post_init__(self) -> None:
-        for name, (neutral, types) in _READ_BY.items():
+        for name, (neutral, types) in READ_BY.items():
             value = getattr(self, name)
             if value != neutral and self.type not in types:
                 shown = value if isinstance(value, str) else f"{value:g}"

@@ -83,16 +83,16 @@ class Optimizer(Settings):
             )
 
     @property
+    def dotted_type(self) -> str:
+        """`type` as a dotted path, but for a class of torch.optim."""
+        return KOHYAS_NAMES.get(self.type, self.type)
+
+    @property
     def part_rates(self) -> dict[str, float]:
         """The learning rate of every part that there may be, the text encoders' first."""
         given = self.text_encoder_lr
         rates = given if isinstance(given, tuple) else (given, given)
         return {**dict(zip(TEXT_ENCODERS, rates, strict=True)), "unet": self.unet_lr}
-
-    @property
-    def dotted_type(self) -> str:
-        """`type` as a dotted path, but for a class of torch.optim."""
-        return KOHYAS_NAMES.get(self.type, self.type)
 
     @property
     def trained_parts(self) -> frozenset[str]:
@@ -113,9 +113,9 @@ class Optimizer(Settings):
     def plus_ratios(self) -> dict[str, float]:
         """LoRA+ by part: how much faster a LoRA's second factors learn, where they do."""
         both = self.loraplus_lr_ratio
-        ratios = {
-            **dict.fromkeys(TEXT_ENCODERS, self.loraplus_text_encoder_lr_ratio or both),
-            "unet": self.loraplus_unet_lr_ratio or both,
+        of_text = self.loraplus_text_encoder_lr_ratio or both
+        ratios = dict.fromkeys(TEXT_ENCODERS, of_text) | {
+            "unet": self.loraplus_unet_lr_ratio or both
         }
         return {part: ratio for part, ratio in ratios.items() if ratio is not None}
 

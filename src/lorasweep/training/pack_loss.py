@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from lorasweep.adapters.kohya_names import TEXT_ENCODERS
 from lorasweep.adapters.pack import Pack
 from lorasweep.core import rng
-from lorasweep.data.latents import Item
+from lorasweep.data.latents import Item, masks_of
 from lorasweep.models.base_model import BaseModel
 from lorasweep.models.conditioning import Conditioning, SizeAndCrop
 from lorasweep.models.diffusion_loss import prediction_and_target
@@ -31,7 +31,7 @@ class PackLoss:
     def __init__(self, base: BaseModel, data: TrainingData) -> None:
         self.base, self.data = base, data
         self._encoded: dict[str, Conditioning] = {}
-        self._every_caption = {item.caption for item in data.items}
+        self._every_caption = {item.prompt for item in data.items}
         self._captions_vary = any(item.settings.captions_vary for item in data.items)
 
     def backward(
@@ -44,22 +44,25 @@ class PackLoss:
         """Add each run's gradients of its batch, over the micro steps of its step; its loss."""
         import torch
 
-        own = [self._latents(s, b) for s, b in zip(states, batches, strict=True)]
+        images = [one for pair in zip(states, batches, strict=True) for one in self._images(*pair)]
+        latents = torch.stack([item.latents_of(mirrored=flip) for item, flip in images])
+        own = latents.chunk(len(states))
         drawn = [self._draw(state, rows) for state, rows in zip(states, own, strict=True)]
-        latents = torch.cat(own)
         noise, on_input, timesteps = (
             torch.cat([getattr(one, name) for one in drawn]).to(latents.device)
             for name in ("target", "on_input", "timesteps")
         )
         captions = self._captions(states, batches)
-        sizes = [s for one in zip(states, batches, strict=True) for s in self._sizes(*one)]
+        sizes = [item.size_and_crop(flipped=flip) for item, flip in images]
+        masks = masks_of(*zip(*images, strict=True))
         with pack.attached(dropout_steps=[state.num_micro_steps for state in states]):
             with self.base.autocast():
                 conditioning = self._encode(pack, captions, sizes)
                 prediction, target = prediction_and_target(
                     self.base, latents, noise, timesteps, conditioning, on_input
                 )
-            losses = self._losses(prediction, target, timesteps, states)
+            errors = self._errors(prediction, target, timesteps, states, masks)
+            losses = self._weighted(errors, timesteps, states, batches)
             shares = losses / num_micro_steps
             total = torch.stack(
                 [state.scaler.scale(share) for state, share in zip(states, shares, strict=True)]
@@ -70,25 +73,11 @@ class PackLoss:
         values: list[float] = losses.tolist()
         return values
 
-    def _latents(self, state: TrainingState, batch: Batch) -> Tensor:
-        import torch
-
-        return torch.stack(
-            [
-                item.flipped if flip and item.flipped is not None else item.latents
-                for item, flip in self._flips(state, batch)
-            ]
-        )
-
-    def _sizes(self, state: TrainingState, batch: Batch) -> list[SizeAndCrop]:
-        return [
-            item.size_and_crop(flipped=flip and item.flipped is not None)
-            for item, flip in self._flips(state, batch)
-        ]
-
-    def _flips(self, state: TrainingState, batch: Batch) -> list[tuple[Item, bool]]:
+    def _images(self, state: TrainingState, batch: Batch) -> list[tuple[Item, bool]]:
+        """A run's images of a micro step, and whether they are mirrored."""
         draw = rng.python_random(state.run.seed, "flip", state.num_micro_steps)
-        return [(self.data.items[index], draw.random() < 0.5) for index in batch]
+        items = [(self.data.items[index], draw.random() < 0.5) for index in batch]
+        return [(item, flip and item.flipped is not None) for item, flip in items]
 
     def _draw(self, state: TrainingState, latents: Tensor) -> DrawnNoise:
         num_timesteps = self.base.noise_schedule.num_train_timesteps
@@ -101,6 +90,8 @@ class PackLoss:
                 seed=state.run.seed,
                 epoch=state.num_epochs + 1,
                 place=(state.num_micro_steps, row),
+                step=state.num_steps,
+                max_train_steps=state.max_train_steps,
             )
             for state, batch in zip(states, batches, strict=True)
             for row, index in enumerate(batch)
@@ -129,24 +120,41 @@ class PackLoss:
                 self.base.rest_text_encoders()
             return Conditioning.joined([self._encoded[caption] for caption in captions])
 
-    def _losses(
+    def _errors(
         self,
         prediction: Tensor,
         target: Tensor,
         timesteps: Tensor,
         states: Sequence[TrainingState],
+        masks: Tensor | None,
     ) -> Tensor:
-        """Each run's loss (K,) of predictions (K * rows, C, h, w), by its own settings."""
+        """Errors (K * rows,) of predictions (K * rows, C, h, w), each run's by its own settings."""
+        import torch
+
+        schedule = self.base.noise_schedule
+        rows = (one.chunk(len(states)) for one in (prediction, target, timesteps))
+        errors = torch.cat(
+            [s.run.errors(*own, schedule) for s, *own in zip(states, *rows, strict=True)]
+        )
+        return (errors if masks is None else errors * masks).mean(dim=(1, 2, 3))
+
+    def _weighted(
+        self,
+        per_sample: Tensor,
+        timesteps: Tensor,
+        states: Sequence[TrainingState],
+        batches: Sequence[Batch],
+    ) -> Tensor:
+        """Losses (K,) of per-sample losses (K * rows,), each run's weighed by its own settings."""
         import torch
 
         num_runs, schedule = len(states), self.base.noise_schedule
-        losses = []
-        for state, *own in zip(
-            states,
-            *(tensor.chunk(num_runs) for tensor in (prediction, target, timesteps)),
-            strict=True,
-        ):
-            times = own[-1]
-            errors = state.run.errors(*own, schedule).mean(dim=(1, 2, 3))
-            losses.append(state.run.weighted(errors, times, schedule).mean())
-        return torch.stack(losses)
+        losses, times = per_sample.view(num_runs, -1), timesteps.view(num_runs, -1)
+        weight = self.data.settings.prior_loss_weight
+        if weight != 1:
+            is_reg = [[self.data.items[index].is_reg for index in batch] for batch in batches]
+            losses = torch.where(
+                torch.tensor(is_reg, device=losses.device), losses * weight, losses
+            )
+        rows = zip(states, losses, times, strict=True)
+        return torch.stack([s.run.weighted(of, at, schedule).mean() for s, of, at in rows])

@@ -12,16 +12,20 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from lorasweep.adapters.kohya_names import adapted_parts
 from lorasweep.core.settings import SettingsError
 from lorasweep.data.dataset import Dataset
+from lorasweep.data.kohya_folders import MASKS
+from lorasweep.data.subset_settings import SubsetSettings
 from lorasweep.models.base_model import BaseModel
 from lorasweep.models.model_settings import ModelSettings
+from lorasweep.models.noise_schedule import NoiseSchedule
 from lorasweep.models.stable_diffusion import StableDiffusion
 from lorasweep.training.optimizers import KOHYAS_NAMES, Optimizer
 from lorasweep.training.sd_scripts_options import OPTIONS
-from lorasweep.training.training_run import SdScriptsTrainer, TrainingData, TrainingRun
+from lorasweep.training.training_run import SdScriptsTrainer, TrainingRun
 
 Value = str | int | float | bool | Sequence[str] | Sequence[float]
 Section = Mapping[str, Value | None]
@@ -72,6 +76,42 @@ class Start:
     """The state that it goes on from, of the end of those epochs."""
 
 
+class ToldBase(Protocol):
+    """What sd-scripts is told of a base model, which need not be loaded."""
+
+    @property
+    def settings(self) -> ModelSettings: ...
+
+    @property
+    def noise_schedule(self) -> NoiseSchedule: ...
+
+
+class ToldImage(Protocol):
+    """What sd-scripts is told of an image: of its folder."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def repeats(self) -> int: ...
+
+    @property
+    def settings(self) -> SubsetSettings: ...
+
+    @property
+    def is_reg(self) -> bool: ...
+
+
+class ToldData(Protocol):
+    """What sd-scripts is told of a data set."""
+
+    @property
+    def items(self) -> Sequence[ToldImage]: ...
+
+    @property
+    def settings(self) -> Dataset: ...
+
+
 def check(
     trainer: SdScriptsTrainer, run: TrainingRun, model: ModelSettings, dataset: Dataset
 ) -> None:
@@ -87,6 +127,8 @@ def check(
             f"dataset.bucket_reso_steps={dataset.bucket_reso_steps}",
             f"it takes multiples of {_BUCKET_STEP}",
         )
+    if dataset.conditioning_data_dir is not None and dataset.reg_data_dir is not None:
+        raise _cannot("dataset.conditioning_data_dir with dataset.reg_data_dir", "leave out one")
     _network(run)
     _optimizer(run.optimizer)
 
@@ -140,7 +182,7 @@ def text_of(sections: Mapping[str, Section], comment: str) -> bytes:
 
 
 def kohya_settings(
-    trainer: SdScriptsTrainer, run: TrainingRun, base: BaseModel, data: TrainingData, start: Start
+    trainer: SdScriptsTrainer, run: TrainingRun, base: ToldBase, data: ToldData, start: Start
 ) -> dict[str, Section]:
     """All that sd-scripts is told of a run, in the sections of the file."""
     drawn = trainer.sample_every_n_epochs or None
@@ -173,11 +215,11 @@ def kohya_settings(
         },
     }
     alone = _said_alone(trainer, run, base.settings, data.settings)
-    return {name: {**alone.get(name, {}), **section} for name, section in sections.items()}
+    return {name: {**section, **alone.get(name, {})} for name, section in sections.items()}
 
 
-def dataset_config(data: TrainingData) -> str | None:
-    """sd-scripts' dataset config where its folders are not all read alike; None where they are.
+def dataset_config(data: ToldData) -> str | None:
+    """sd-scripts' dataset config where it needs one: its folders are not all read alike, or masked.
 
     Captions that are sentences are not shuffled.
     """
@@ -187,16 +229,21 @@ def dataset_config(data: TrainingData) -> str | None:
         folder: {key: value for key, value in item.settings.own().items() if value != shared[key]}
         for folder, item in folders.items()
     }
-    if not any(own.values()):
+    masks = data.items[0].path.parents[2] / MASKS / "train"
+    is_alike = not any(own.values()) and not any(item.is_reg for item in data.items)
+    if is_alike and not masks.is_dir():
         return None
     lines = ["# Written by lorasweep: not all folders are read alike.", "[[datasets]]"]
     for folder, item in folders.items():
         subset: dict[str, Value] = {
             "image_dir": str(folder),
-            "num_repeats": item.repeats,
-            "class_tokens": folder.name.partition("_")[2],
+            "num_repeats": int(folder.name.partition("_")[0]),
             **own[folder],
         }
+        if masks.is_dir():
+            subset["conditioning_data_dir"] = str(masks)
+        else:
+            subset |= {"class_tokens": folder.name.partition("_")[2], "is_reg": item.is_reg}
         lines += ["", "[[datasets.subsets]]"]
         lines += [f"{key} = {_toml(value)}" for key, value in subset.items()]
     return "\n".join(lines) + "\n"
@@ -240,7 +287,7 @@ def _said_alone(
     return found
 
 
-def _model(base: BaseModel) -> Section:
+def _model(base: ToldBase) -> Section:
     path = Path(base.settings.path).expanduser()
     name = str(path.absolute()) if path.exists() else base.settings.path  # a hub id
     return {
@@ -335,11 +382,12 @@ def _training(trainer: SdScriptsTrainer, start: Start) -> Section:
     }
 
 
-def _data(data: TrainingData, start: Start) -> Section:
+def _data(data: ToldData, start: Start) -> Section:
     return {
         "train_data_dir": str(data.items[0].path.parent.parent),
         "dataset_config": str(start.output_dir / DATASET) if dataset_config(data) else None,
         "caption_extension": data.settings.caption_extension,
+        "masked_loss": (data.items[0].path.parents[2] / MASKS / "train").is_dir(),
         "cache_latents": True,
     }
 

@@ -56,6 +56,10 @@ def boolean(said: object) -> bool:
     ]
 
 
+def text(said: object) -> str | None:
+    return None if is_off(said) else str(said)
+
+
 def number(said: object) -> float:
     return 0.0 if is_off(said) else float(str(said))
 
@@ -139,7 +143,7 @@ class Option:
 
 _PYRAMID = ("multires_noise_iterations",)
 _BUCKETS = ("enable_bucket",)
-_TAGS = ("shuffle_caption", "caption_tag_dropout_rate")
+_TAGS = ("shuffle_caption", "caption_tag_dropout_rate", "token_warmup_step")
 
 OPTIONS: Mapping[str, Option] = {
     "clip_skip": Option(
@@ -149,7 +153,7 @@ OPTIONS: Mapping[str, Option] = {
         "model.max_token_length",
         "model",
         whole,
-        None,
+        75,
         lambda length: length if length > 75 else None,
     ),
     "weighted_captions": Option("model.weighted_captions", "model", boolean, False),
@@ -208,7 +212,7 @@ OPTIONS: Mapping[str, Option] = {
     ),
     "min_timestep": Option("trainer.min_timestep", "loss", whole, None, unless_0),
     "max_timestep": Option(
-        "trainer.max_timestep", "loss", whole, None, lambda last: last if last < 1000 else None
+        "trainer.max_timestep", "loss", whole, 1000, lambda last: last if last < 1000 else None
     ),
     "loss_type": Option("trainer.loss_type", "loss", str, "l2"),
     "huber_schedule": Option("trainer.huber_schedule", "loss", str, "snr"),
@@ -245,6 +249,20 @@ OPTIONS: Mapping[str, Option] = {
         "dataset.caption_dropout_every_n_epochs", "data", whole, 0
     ),
     "caption_tag_dropout_rate": Option("dataset.caption_tag_dropout_rate", "data", number, 0.0),
+    "caption_prefix": Option("dataset.caption_prefix", "data", text, None),
+    "caption_suffix": Option("dataset.caption_suffix", "data", text, None),
+    "caption_separator": Option("dataset.caption_separator", "data", text, ","),
+    "keep_tokens_separator": Option(
+        "dataset.keep_tokens_separator", "data", text, None, needs=_TAGS
+    ),
+    "secondary_separator": Option("dataset.secondary_separator", "data", text, None),
+    "enable_wildcard": Option("dataset.enable_wildcard", "data", boolean, False),
+    "token_warmup_min": Option(
+        "dataset.token_warmup_min", "data", whole, 1, needs=("token_warmup_step",)
+    ),
+    "token_warmup_step": Option("dataset.token_warmup_step", "data", number, 0),
+    "alpha_mask": Option("dataset.alpha_mask", "data", boolean, False),
+    "prior_loss_weight": Option("dataset.prior_loss_weight", "data", number, 1.0),
     "save_precision": Option(
         "trainer.save_dtype", "saving", one_of(_READ_SAVED), "float", _SAVED.get
     ),
@@ -252,16 +270,10 @@ OPTIONS: Mapping[str, Option] = {
 """By sd-scripts' name."""
 
 NOT_HERE: Mapping[str, tuple[tuple[str, ...], str]] = {
-    "alpha_mask": ((), "masks from the images' alpha"),
-    "caption_prefix": ((), "text before every caption"),
-    "caption_separator": ((",",), "another separator of tags"),
-    "caption_suffix": ((), "text after every caption"),
     "color_aug": ((), "changed colours"),
-    "conditioning_data_dir": ((), "mask files"),
     "dataset_class": ((), "a data set of your own code"),
     "dataset_repeats": (("1",), "repeats of a data set by JSON"),
     "deepspeed": ((), "DeepSpeed"),
-    "enable_wildcard": ((), "wildcards in captions"),
     "face_crop_aug_range": ((), "crops around faces"),
     "fp16_master_weights_and_gradients": ((), "adapters trained in fp16"),
     "fp8_base": ((), "a base in fp8"),
@@ -269,23 +281,16 @@ NOT_HERE: Mapping[str, tuple[tuple[str, ...], str]] = {
     "full_bf16": ((), "adapters trained in bf16"),
     "full_fp16": ((), "adapters trained in fp16"),
     "in_json": ((), "a data set by JSON"),
-    "keep_tokens_separator": ((), "a separator of the tags that stay"),
-    "masked_loss": ((), "loss within masks"),
+    "masked_loss": ((), "loss within masks, unless dataset.conditioning_data_dir names theirs"),
     "num_reg_images": ((), "regularisation images"),
-    "prior_loss_weight": (("1", "1.0"), "weight of regularisation images"),
     "random_crop": ((), "random crops"),
-    "reg_data_dir": ((), "regularisation images"),
     "resize_interpolation": ((), "another way of scaling images"),
     "resume": ((), "a state of kohya's to go on from"),
-    "secondary_separator": ((), "tags that are shuffled together"),
-    "timestep_range": (("0,1000",), "a part of the timesteps"),
-    "token_warmup_min": (("1",), "tags that come one by one"),
-    "token_warmup_step": ((), "tags that come one by one"),
     "v2": ((), "Stable Diffusion 2's layout"),
     "vae": ((), "another VAE than the base's"),
 }
 """Option that lorasweep lacks -> values under which it says nothing beside 0, false and none, and
-what it is otherwise. `num_reg_images` and `timestep_range` are of metadata alone."""
+what it is otherwise. `num_reg_images` is of metadata alone."""
 
 _IDLE = {
     "lorasweep keeps a checkpoint of every epoch": (
@@ -304,6 +309,9 @@ _IDLE = {
         " offload_param_nvme_path zero3_init_flag zero3_save_16bit_model zero_stage"
     ),
     "places are for you to say (output_root)": "output_dir logging_dir tokenizer_cache_dir",
+    "places are for you to say (dataset.reg_data_dir, dataset.conditioning_data_dir)": (
+        "reg_data_dir conditioning_data_dir"
+    ),
     "lorasweep logs to MLflow (tracking.*)": (
         "log_with log_prefix log_tracker_name log_tracker_config log_config wandb_run_name"
         " wandb_api_key console_log_level console_log_file console_log_simple"

@@ -15,7 +15,7 @@ from pydantic import Field
 from lorasweep.core.settings import SettingsError
 from lorasweep.data.captions.caption_cache import CaptionCache
 from lorasweep.data.dataset import ImageFile
-from lorasweep.data.kohya_folders import MAX_REPEATS
+from lorasweep.data.subsets import MAX_REPEATS
 
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 """auto (CUDA where there is one), cpu, cuda, or one of several: cuda:1."""

@@ -15,8 +15,7 @@ from lorasweep.core.settings import Settings
 from lorasweep.core.text import listed, shown
 from lorasweep.data.captions.caption_images import CaptionerError, Repeats
 from lorasweep.data.dataset import ImageFile, logger
-
-MAX_CAPTION = 1_000_000  # bytes of a file; 10,000 long tags have a fifth of it
+from lorasweep.data.subset_captions import MAX_CAPTION
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from lorasweep.data.latents import Item
 from lorasweep.judging.metrics.caption_gain import Swaps, swaps
 from lorasweep.judging.metrics.metric import Images, Scored, Scorer, Scores, Terms
 from lorasweep.judging.metrics.tuple_losses import LossTuple, tuple_losses
-from lorasweep.judging.pick_rule import FEW_IMAGES
+from lorasweep.judging.pick_rule import FEW_IMAGES, GAIN, LOSS, SCORE
 from lorasweep.models.base_model import BaseModel
 
 if TYPE_CHECKING:
@@ -30,12 +30,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LOSS, GAIN = "val/loss_rel", "val/caption_gain"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Validation(Settings):
-    """val/loss, val/loss_rel with its interval and by arm, val/gap, and val/caption_gain likewise.
+    """val/score, its parts val/loss_rel and val/caption_gain, also by arm, val/gap and val/loss.
+
+    The score, val/loss_rel - val/caption_gain, is small where the images are learned and captions
+    still matter; where there is no gain it is the loss alone. With half to four times the gain's
+    weight it chooses nearly alike (benchmarks/README.md). All three have intervals.
 
     The gain is by how much other images' captions raise the loss, relative to it: 0 = the caption
     makes no difference. It is measured where there is more noise than in `swap_from` of the
@@ -58,7 +60,11 @@ class Validation(Settings):
         if num_holdout == 0:
             return {}
         parts = ["loss", "loss_rel_lo", "loss_rel_hi", "gap", *(f"loss_rel_{arm}" for arm in arms)]
-        found = {LOSS: True, **{f"val/{part}": False for part in parts}}
+        found = {
+            SCORE: True,
+            LOSS: True,
+            **{f"val/{part}": False for part in ("score_lo", "score_hi", *parts)},
+        }
         if self.num_swaps == 0 or num_holdout == 1:
             return found
         of_gain = ["_lo", "_hi", *(f"_{arm}" for arm in arms)]
@@ -147,16 +153,22 @@ class _Validator:
         self.of_base = self._losses(None)[0]
 
     def baseline(self) -> Scores:
-        return {**self._scores(self.of_base), **self._gains(self.of_base)[0]}
+        return self._scored(self.of_base).scores
 
     def score(self, pack: Pack) -> list[Scored]:
-        found = []
-        for losses in self._losses(pack):
-            gains, terms = self._gains(losses)
-            found.append(
-                Scored({**self._scores(losses), **gains}, {LOSS: self._terms(losses), **terms})
-            )
-        return found
+        return [self._scored(losses) for losses in self._losses(pack)]
+
+    def _scored(self, losses: _Losses) -> Scored:
+        """The losses, the gain, and the score that both make."""
+        scores, of_loss = self._scores(losses), self._terms(losses)
+        gains, terms = self._gains(losses)
+        both = [a - b for a, b in zip(of_loss, terms.get(GAIN, [0.0] * len(of_loss)), strict=True)]
+        whole = scores[LOSS] - gains.get(GAIN, 0.0)
+        low, high = scores[f"{LOSS}_lo"], scores[f"{LOSS}_hi"]
+        if GAIN in terms:
+            low, high = self._interval_of_score(losses, scores[LOSS], terms[GAIN])
+        of_score = {SCORE: whole, f"{SCORE}_lo": low, f"{SCORE}_hi": high}
+        return Scored({**of_score, **scores, **gains}, {SCORE: both, LOSS: of_loss, **terms})
 
     def _losses(self, pack: Pack | None) -> list[_Losses]:
         import torch
@@ -222,6 +234,17 @@ class _Validator:
             return float("nan"), float("nan")
         low, high = ratios.quantile(torch.tensor([0.025, 0.975])).tolist()
         return low, high
+
+    def _interval_of_score(
+        self, losses: _Losses, loss: float, gains: Sequence[float]
+    ) -> tuple[float, float]:
+        """Of the ratio `loss` less the mean of `gains`, with images drawn for both together."""
+        import torch
+
+        ours, bases = (_by_image(one.holdout, self.holdout) for one in (losses, self.of_base))
+        # linear in what varies, as the gains are
+        of_loss = loss + (ours - loss * bases) / bases.mean()
+        return self._interval(of_loss - torch.tensor(gains), torch.ones(len(gains)))
 
     def _terms(self, losses: _Losses) -> list[float]:
         """Each image's part in val/loss_rel, which is their mean."""

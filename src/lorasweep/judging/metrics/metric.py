@@ -31,6 +31,13 @@ class Images:
 
     train: Sequence[Item]
     holdout: Sequence[Item]
+    reg: Sequence[Item] = ()
+    """Regularisation images, which are trained on too."""
+
+    @property
+    def trained(self) -> Sequence[Item]:
+        """All that an epoch sees."""
+        return [*self.train, *self.reg]
 
 
 class Scorer(Protocol):

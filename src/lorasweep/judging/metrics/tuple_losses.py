@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lorasweep.adapters.pack import Pack, computing_with
 from lorasweep.core import rng
-from lorasweep.data.latents import Item
+from lorasweep.data.latents import Item, masks_of
 from lorasweep.judging.sampling import equal_batches
 from lorasweep.models.base_model import BaseModel
 from lorasweep.models.conditioning import Conditioning
@@ -46,7 +46,7 @@ def tuple_losses(
     rows = max(1, batch_size // num_runs)
     losses = torch.zeros(num_runs, len(chosen))
     with torch.no_grad(), computing_with(pack), base.autocast():
-        encoded = _encoded(base, num_runs, sorted({t.item.caption for t in chosen}), rows)
+        encoded = _encoded(base, num_runs, sorted({t.item.prompt for t in chosen}), rows)
         for numbers in equal_batches([t.item.bucket for t in chosen], rows):
             batch = [chosen[i] for i in numbers]
             losses[:, numbers] = _batch(base, num_runs, batch, encoded, seed)
@@ -81,11 +81,12 @@ def _batch(
     timesteps = torch.tensor([t.timestep for t in batch], device=latents.device)
     timesteps = timesteps.repeat(num_runs)
     conditioning = Conditioning.joined(
-        [encoded[run, t.item.caption] for run in range(num_runs) for t in batch]
+        [encoded[run, t.item.prompt] for run in range(num_runs) for t in batch]
     )
     sizes = [t.item.size_and_crop() for t in batch] * num_runs
     conditioning = base.with_sizes(conditioning, sizes)
-    losses = squared_errors(base, latents, noise, timesteps, conditioning)
+    masks = masks_of([t.item for t in batch] * num_runs, [False] * len(batch) * num_runs)
+    losses = squared_errors(base, latents, noise, timesteps, conditioning, masks)
     return losses.view(num_runs, -1).cpu()
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import optuna
@@ -13,9 +15,13 @@ from lorasweep.config.run import Run
 from lorasweep.config.settings_digest import changes_nothing, that_count
 from lorasweep.core.components import with_short_names
 from lorasweep.core.settings import SettingsError
+from lorasweep.core.text import listed
+from lorasweep.judging.pick_rule import LOSS, SCORE
 from lorasweep.sweeps.study.search_space import Space
 from lorasweep.sweeps.study.study_settings import StudySettings
 from lorasweep.sweeps.study.trial_attributes import BASIS
+
+log = logging.getLogger(__name__)
 
 
 def runs_basis(fixed: Sequence[str], runs: Mapping[str, Run]) -> dict[str, Any]:
@@ -57,6 +63,15 @@ def begun_with(study: optuna.Study) -> dict[str, Any]:
     logged = json.dumps(study.user_attrs.get(BASIS, {}))
     basis: dict[str, Any] = json.loads(with_short_names(logged))
     return basis
+
+
+def as_begun(study: optuna.Study, settings: StudySettings) -> StudySettings:
+    """The settings, but of a study that an older version began by LOSS its objectives."""
+    older = [LOSS if name == SCORE else name for name in settings.objectives]
+    if SCORE not in settings.objectives or begun_with(study).get("study.objectives") != older:
+        return settings
+    log.info("sweep %s was begun by %s, and goes on by it", study.study_name, listed(older))
+    return replace(settings, objectives=older)
 
 
 def changed(study: optuna.Study, ours: Mapping[str, Any]) -> str | None:

@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lorasweep.core.failures import FailureKind
 from lorasweep.runs.run_folder import ScoredCheckpoint, sweep_name
-from lorasweep.sweeps.study.check_unchanged import changed, check_basis, study_basis
+from lorasweep.sweeps.study.check_unchanged import as_begun, changed, check_basis, study_basis
 from lorasweep.sweeps.study.continue_trial import continue_trial
 from lorasweep.sweeps.study.pruners import FirstObjective, make_pruner
 from lorasweep.sweeps.study.samplers import PointSampler, check_installed, distribution, point_key
@@ -70,6 +70,7 @@ class Study:
         self.storage: BaseStorage = open_storage(settings.storage, folder)
         self._again: deque[int] = deque()  # trials to be trained once more
         self._study = self._open(sampler, pruner)
+        self.settings = settings = as_begun(self._study, settings)
         ours = study_basis(settings, space, basis or {})
         if changed(self._study, ours) and self._may_begin_anew(folder):
             log.info("sweep %s had trained nothing: it begins anew, with other settings", name)
@@ -260,6 +261,7 @@ def join_study(
     study = optuna.load_study(
         study_name=sweep_name(folder), storage=storage, pruner=make_pruner(settings, max_epochs)
     )
+    settings = as_begun(study, settings)
     by_first = FirstObjective(study) if settings.pareto else None
     return [
         Trial(continue_trial(study, storage, number), settings, Space({}, {}), by_first)

@@ -44,7 +44,7 @@ class StudySettings(Settings):
 
     def __post_init__(self) -> None:
         if not self.objectives:
-            raise SettingsError("study.objectives is empty: name a score, e.g. [val/loss_rel]")
+            raise SettingsError("study.objectives is empty: name a score, e.g. [val/score]")
         if len(set(self.objectives)) < len(self.objectives):
             raise SettingsError("study.objectives names a score twice")
         for name in self.maximize:
