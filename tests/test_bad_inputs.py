@@ -417,7 +417,7 @@ LORAS = [
     bad_lora("resize over itself", "exists already", lora(), "resize a.safetensors --rank 1 --out a.safetensors"),
     bad_lora("resize to a pickle", "ends in .safetensors", lora(), "resize a.safetensors --rank 1 --out r.ckpt"),
     bad_lora("resize below a file", "a file is where a folder is needed", both(lora(), file("f", "x")), "resize a.safetensors --rank 1 --out f/r.safetensors"),
-    bad_lora("resize with no base", "HF_HUB_OFFLINE is set, so nothing is downloaded", lora(), "resize a.safetensors --rank 1 --model nobody/nothing"),
+    bad_lora("resize with no base", "HF_HUB_OFFLINE is set: nothing is downloaded", lora(), "resize a.safetensors --rank 1 --model nobody/nothing"),
     bad_lora("resize with a LoRA for a base", "is a LoRA, not a whole model", lora(), "resize a.safetensors --rank 1 --model a.safetensors"),
     bad_lora("export of a base unknown", "which base model is it for?", lora(), "export a.safetensors --to merged"),
     bad_lora("export of no run", "nothing is tracked yet", lora(), "export ../x --to merged"),

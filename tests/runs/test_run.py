@@ -48,8 +48,8 @@ def test_every_checkpoint_is_reported_once_with_scores(make_run):
     client = MlflowClient(runs[0].tracking.resolve(runs[0].output_root))
     metrics = client.get_run(first.run_id).data.metrics
     of_run = [one for one in found if one.run == first.run]
-    best = min(of_run, key=lambda one: one.scores["val/loss_rel"])
-    assert metrics["best/val/loss_rel"] == best.scores["val/loss_rel"]
+    best = min(of_run, key=lambda one: one.scores["val/score"])
+    assert metrics["best/val/score"] == best.scores["val/score"]
     assert metrics["best/epoch"] == best.checkpoint.epoch
 
 

@@ -200,6 +200,7 @@ def as_base(settings: Model, model: WholeModel) -> BaseModel:
 def base_for_loras(settings: Model) -> BaseModel:
     """The model that LoRA files are drawn with, whatever its architecture. Raises ModelError."""
     is_readable = settings.is_single_file and Path(settings.path).suffix == ".safetensors"
+    base: BaseModel
     if not is_readable or check_file(Path(settings.path), f"model.path={settings.path}") == SDXL:
         base = settings.load()
     else:

@@ -28,8 +28,6 @@ _OTHER_NAMES = {
     "ss_sd_model_name": "pretrained_model_name_or_path",
 }
 """Entry -> sd-scripts' option, where that isn't the entry's name after `ss_`."""
-_USUAL = {"sdxl": "sdxl", "sd_v2": "sd21"}
-"""What ss_base_model_version begins with -> the option of conf/model."""
 _FACTS = frozenset(
     {
         *("ss_base_model_version", "ss_bucket_info", "ss_dataset_dirs", "ss_datasets", "ss_epoch"),
@@ -49,6 +47,8 @@ _TYPES = {
     "OFT": {"algo": "diag-oft"},
 }
 """Beginning of what `info` calls a file's type -> LyCORIS's arguments of it."""
+_USUAL = (("sdxl", "sdxl"), ("sd_v2", "sd21"))
+"""What ss_base_model_version begins with -> the option of conf/model."""
 _BASE = ("base_model_version", "new_sd_model_hash")
 _TARGETS = ("attn-mlp", "conv", "full", "unet-only")
 _DTYPES = {"float32": "float", "float16": "fp16", "bfloat16": "bf16"}
@@ -84,8 +84,7 @@ def read_settings(path: Path) -> FoundSettings:
     _end_within_an_epoch(found, metadata)
     if "model" not in found.choices:
         version, digest = (metadata.get(f"ss_{name}") for name in _BASE)
-        known = (one for start, one in _USUAL.items() if str(version).startswith(start))
-        usual = next(known, "sd15")
+        usual = next((name for start, name in _USUAL if str(version).startswith(start)), "sd15")
         found.choose("model", usual, f"ss_base_model_version={version}")
         if len(digest or "") == 64:
             found.leave(f"the base model, sha256 {digest}", "give it as model.path=FILE")

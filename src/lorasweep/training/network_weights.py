@@ -76,8 +76,7 @@ def _trained(file: LoRAFile, fresh: Pack, run: TrainingRun) -> dict[str, Tensors
         site = fresh.known.get(key)
         if site is None:
             raise _unlike(file, key, "which the base model doesn't have, or no adapter trains")
-        is_bare = not run.optimizer.trains(site)
-        is_trained = site.part in run.optimizer.trained_parts and not is_bare
+        is_trained = site.part in run.optimizer.trained_parts and run.optimizer.trains(site)
         if is_trained and (run.dim_from_weights or key in adapted):
             found[key] = tensors
     if left := len(file.sites) - len(found):

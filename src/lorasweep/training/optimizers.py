@@ -144,8 +144,8 @@ class Optimizer(Settings):
         weights = self.block_lr_weights
         if weights is None:
             return plus
-        ways = {f"{way}_lr_weight": weights.of_way(way, is_sdxl=is_sdxl) for way in WAYS}
-        return {**plus, **{name: joined(own) for name, own in ways.items()}}
+        by_way = {f"{way}_lr_weight": joined(weights.of_way(way, is_sdxl=is_sdxl)) for way in WAYS}
+        return {**plus, **by_way}
 
     def check(self) -> torch.optim.Optimizer:
         """One that has made a step; SettingsError if it refuses, before anything else is done."""

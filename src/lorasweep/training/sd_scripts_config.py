@@ -215,7 +215,7 @@ def kohya_settings(
         },
     }
     alone = _said_alone(trainer, run, base.settings, data.settings)
-    return {name: {**section, **alone.get(name, {})} for name, section in sections.items()}
+    return {name: {**alone.get(name, {}), **section} for name, section in sections.items()}
 
 
 def dataset_config(data: ToldData) -> str | None:
