@@ -56,4 +56,5 @@ def test_the_shell_is_answered(tmp_path):
     asked = {"COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_IFS": "\n"}
     asked |= {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_STDOUT_FILENAME": str(answer)}
     subprocess.run([sys.executable, "-m", "lorasweep"], env={**os.environ, **asked}, check=True)
-    assert set(answer.read_text().split("\n")) == {"optimizer=adamw", "optimizer=adamw8bit"}
+    offered = {"optimizer=adamw", "optimizer=adamw8bit", "optimizer=adamw_schedulefree"}
+    assert set(answer.read_text().split("\n")) == offered
