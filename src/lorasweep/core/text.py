@@ -20,8 +20,12 @@ def shown(text: str, limit: int = 120) -> str:
 
 
 def markdown(text: str) -> str:
-    """Text as Markdown that shows it as it is: names of files may be HTML or links."""
-    return re.sub(r"[\\`*_\[\]<>#|!&]", lambda found: f"\\{found[0]}", text)
+    """Text as Markdown that shows it as it is: names of files may be HTML or links.
+
+    A _ within a word begins no emphasis (CommonMark 0.31, 6.2) and stays.
+    """
+    special = r"[\\`*\[\]<>#|!&]|(?<![^\W_])_|_(?![^\W_])"
+    return re.sub(special, lambda found: f"\\{found[0]}", text)
 
 
 def listed(names: Iterable[str]) -> str:
