@@ -46,6 +46,7 @@ from lorasweep.training.sd_scripts_config import (
 )
 from lorasweep.training.sd_scripts_trainer import SdScriptsTraining, files_of
 from lorasweep.training.training_batches import steps_per_epoch
+from lorasweep.training.training_noise import DrawnNoise
 from lorasweep.training.training_run import Stopped, TrainingData
 from renamed_loras import as_peft
 from small_training import load
@@ -719,7 +720,8 @@ def repeat(numbers, monkeypatch):
         return numbers["steps"][state.num_micro_steps]
 
     def draw(_loss, state, *_shape):
-        return step(state)["noise"], step(state)["timesteps"]
+        noise, timesteps = step(state)["noise"], step(state)["timesteps"]
+        return DrawnNoise(target=noise, on_input=noise, timesteps=timesteps)
 
     def images(loss, state, batch):
         rows = zip(batch, step(state)["latents"], strict=True)
