@@ -302,7 +302,8 @@ def test_a_store_that_took_the_sweep_before_may_be_away_when_more_of_it_starts(
     root: Path, unbroken: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
 ) -> None:
     away = replace(SETTINGS, uri="http://127.0.0.1:1", max_wait_seconds=0.1)
-    with Tracker(replace(away, uri=SETTINGS.resolve(root)), root) as tracker:
+    here = replace(SETTINGS, uri=SETTINGS.resolve(root))  # which waits as long as it takes
+    with Tracker(here, root) as tracker:
         tracker.open_run(new_run(root, "b")).finish("FINISHED")
     for file in (root / "b" / "mlflow.json", root / "b" / ".tracking" / "published.json"):
         text = file.read_text().replace(SETTINGS.resolve(root), "http://127.0.0.1:1")
